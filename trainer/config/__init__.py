@@ -1,0 +1,6 @@
+"""One JSON file, checked before anything starts."""
+
+from trainer.config.load import LoadedConfig, load_config
+from trainer.config.schema import Config
+
+__all__ = ["Config", "LoadedConfig", "load_config"]

@@ -1,0 +1,143 @@
+"""From a model's configuration to the plain numbers that the rules need. Reads config.json only, never weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from trainer.config.schema import ModelSection
+
+DANGEROUS_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
+"""Keys of a config.json that name code to fetch and run, or that change what the weights are."""
+
+DANGEROUS_PREFIXES = ("_attn_implementation", "_experts_implementation", "_name_or_path")
+
+
+def scrub(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` without the keys, at any depth, by which a config.json can have code run (CVE-2026-4372)."""
+    return {
+        key: scrub(value) if isinstance(value, Mapping) else value
+        for key, value in raw.items()
+        if key not in DANGEROUS_KEYS and not key.startswith(DANGEROUS_PREFIXES)
+    }
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What rules ask of a model."""
+
+    model_type: str
+    vocabulary: int
+    hidden_size: int
+    positions: int | None
+    """Longest sequence the model was made for; None where it has no such bound."""
+
+
+def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = raw.get("model_type")
+    if not isinstance(name, str):
+        raise ConfigError(Problem(f"{where}.model_type", f"expected a model type, got {name!r}", 'For example "llama"'))
+    if name not in CONFIG_MAPPING_NAMES:
+        near = get_close_matches(name, sorted(CONFIG_MAPPING_NAMES), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}"))
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            Problem(f"{where}.model_type", f"'{name}' has no causal language model in transformers", "Take a decoder")
+        )
+    kind: type[PreTrainedConfig] = CONFIG_MAPPING[name]
+    return kind
+
+
+def _unknown_keys(raw: Mapping[str, Any], kind: type[PreTrainedConfig], where: str) -> Iterator[Problem]:
+    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    known = fields | set(kind().to_dict()) | set(kind.attribute_map) | {"model_type", "architectures", "dtype"}
+    known |= {"output_router_logits", "rope_theta", "rope_scaling", "partial_rotary_factor", "initializer_range"}
+    for key in raw:
+        if key not in known:
+            near = get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield Problem(f"{where}.{key}", f"unknown key for model type '{kind.model_type}'{hint}")
+
+
+def _inline_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    where = "model.config"
+    dangerous = sorted(set(raw) - set(scrub(raw)))
+    if dangerous:
+        raise ConfigError(Problem(f"{where}.{key}", "not taken from a configuration", "Remove it") for key in dangerous)
+    kind = _config_class(raw, where)
+    problems = list(_unknown_keys(raw, kind, where))
+    if problems:
+        raise ConfigError(problems)
+    return _construct(kind, raw, where)
+
+
+def _construct(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    try:
+        return kind.from_dict(dict(raw))
+    except Exception as error:  # the families' own validators raise what they like
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        field = next((line.split("'")[1] for line in lines if line.startswith("Validation error for field")), "")
+        raise ConfigError(
+            Problem(f"{where}.{field}" if field else where, lines[-1] if lines else type(error).__name__)
+        ) from None
+
+
+def _config_at(path: str) -> PreTrainedConfig:
+    from transformers import PreTrainedConfig
+
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ConfigError(Problem("model.path", f"'{path}' does not exist", "Give a folder or a name on the hub"))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(Problem("model.path", f"'{path}' holds no config.json", "Give a Hugging Face model folder"))
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else path)
+    except Exception as error:  # network, hub and JSON errors alike
+        last = str(error).strip().splitlines()
+        raise ConfigError(
+            Problem("model.path", f"'{path}' cannot be read: {last[0] if last else type(error).__name__}",
+                    "Check the name, the network, or give a folder")
+        ) from None
+    raw = scrub(raw)
+    return _construct(_config_class(raw, f"{path}/config.json"), raw, f"{path}/config.json")
+
+
+def model_config(section: ModelSection) -> PreTrainedConfig:
+    """The Hugging Face configuration of the model, without anything that could run code.
+
+    Raises:
+        ConfigError: for a folder without config.json, an unknown type, a key or value the type does not take.
+    """
+    if section.config is not None:
+        config = _inline_config(section.config)
+    else:
+        assert section.path is not None
+        config = _config_at(section.path)
+    config.use_cache = False
+    return config
+
+
+def model_facts(config: PreTrainedConfig) -> ModelFacts:
+    """The numbers of `config` that rules ask for."""
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    return ModelFacts(
+        model_type=str(config.model_type),
+        vocabulary=int(text.vocab_size),
+        hidden_size=int(text.hidden_size),
+        positions=int(positions) if isinstance(positions, int) and positions > 0 else None,
+    )

@@ -1,0 +1,64 @@
+"""How a path in the configuration becomes files. Shared by the rules, which check, and by data/, which reads."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from trainer.errors import Problem
+
+BUILTIN = "builtin:python-stdlib"
+HUB = "hf://"
+TEXT_SUFFIXES = (".jsonl", ".txt", ".parquet", ".csv", ".arrow", ".bin")
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` names files on this machine (not the hub, not a built-in corpus)."""
+    return not path.startswith((HUB, "builtin:"))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `folder` was written by `datasets.Dataset.save_to_disk`."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def matching_files(path: str) -> list[Path]:
+    """The files that a local `path` (a file, a folder or a glob) stands for, in sorted order.
+
+    A folder saved by `datasets` stands for itself; any other folder for all files of a known kind in it.
+    """
+    whole = Path(os.path.expanduser(path))
+    if whole.is_dir():
+        if is_saved_dataset(whole):
+            return [whole]
+        return sorted(f for f in whole.rglob("*") if f.is_file() and f.suffix in TEXT_SUFFIXES)
+    if whole.exists():
+        return [whole]
+    return sorted(Path(found) for found in glob.glob(str(whole), recursive=True) if Path(found).is_file())
+
+
+def problems_of_path(key: str, path: str) -> list[Problem]:
+    """What is wrong with the data path `path`, given at the key `key`; empty when it can be opened."""
+    if path.startswith("builtin:"):
+        known = [] if path == BUILTIN else [f"unknown built-in corpus '{path}'"]
+        return [Problem(key, reason, f"There is one: '{BUILTIN}'") for reason in known]
+    if path.startswith(HUB):
+        return [] if path != HUB else [Problem(key, f"'{path}' names no dataset", "Write hf://OWNER/NAME")]
+    files = matching_files(path)
+    if not files:
+        what = "matches no file" if glob.has_magic(path) else "does not exist"
+        if Path(os.path.expanduser(path)).is_dir():
+            what = f"is a folder without {', '.join(TEXT_SUFFIXES)} files, and not one saved by `datasets`"
+        return [Problem(key, f"'{path}' {what}", f"Paths are relative to the working folder, {os.getcwd()}")]
+    problems = [
+        Problem(key, f"'{f}' is of no kind that can be read", f"Known: {', '.join(TEXT_SUFFIXES)}")
+        for f in files
+        if not f.is_dir() and f.suffix not in TEXT_SUFFIXES
+    ]
+    problems += [
+        Problem(key, f"'{f}' has no index '{f.with_suffix('.idx').name}' beside it", "Copy both files")
+        for f in files
+        if f.suffix == ".bin" and not f.with_suffix(".idx").exists()
+    ]
+    return problems

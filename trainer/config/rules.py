@@ -1,0 +1,299 @@
+"""What no single key can see: rules across sections, in one table. Each has a failing example in the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.config.deepspeed import (
+    Batch,
+    DeepSpeedSection,
+    batch_arithmetic,
+    class_problems,
+    optimizer_problems,
+    scheduler_problems,
+    smallest_data_ranks,
+)
+from trainer.config.model_facts import ModelFacts
+from trainer.config.paths import is_local, matching_files, problems_of_path
+from trainer.config.schema import (
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    ParallelSection,
+    RunSection,
+    TrackingSection,
+    TrainingSection,
+)
+from trainer.errors import Problem
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass
+class Draft:
+    """A configuration under examination: a section is None where it cannot be built."""
+
+    run: RunSection | None = None
+    model: ModelSection | None = None
+    data: DataSection | None = None
+    training: TrainingSection | None = None
+    deepspeed: DeepSpeedSection | None = None
+    parallel: ParallelSection | None = None
+    evaluation: EvaluationSection | None = None
+    tracking: TrackingSection | None = None
+    facts: ModelFacts | None = None
+    world: int | None = None
+    """Number of processes; None when it is open (a dry run)."""
+
+    device: Device | None = None
+    """Where the run will compute; None when that is not known here (a dry run)."""
+
+    @property
+    def data_ranks(self) -> int | None:
+        """Ranks of the data axis; None when the world cannot be divided that way."""
+        assert self.parallel is not None
+        assert self.deepspeed is not None
+        replica = self.parallel.tensor * self.parallel.pipeline
+        if self.world is None:
+            return smallest_data_ranks(self.deepspeed)
+        return self.world // replica if self.world % replica == 0 else None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One relation between keys that must hold."""
+
+    name: str
+    needs: tuple[str, ...]
+    """Dotted prefixes of what the rule reads; it is skipped where one of them is wrong in itself."""
+
+    check: Callable[[Draft], Iterator[Problem]]
+
+
+RULES: list[Rule] = []
+
+
+def rule(*needs: str) -> Callable[[Callable[[Draft], Iterator[Problem]]], Callable[[Draft], Iterator[Problem]]]:
+    """Adds a check to the table, under its function's name."""
+
+    def add(check: Callable[[Draft], Iterator[Problem]]) -> Callable[[Draft], Iterator[Problem]]:
+        RULES.append(Rule(check.__name__, needs, check))
+        return check
+
+    return add
+
+
+@rule("model")
+def model_is_named_once(draft: Draft) -> Iterator[Problem]:
+    assert draft.model is not None
+    if (draft.model.path is None) == (draft.model.config is None):
+        found = "neither" if draft.model.path is None else "both"
+        yield Problem("model", f"either 'path' or 'config' says what the model is; {found} is given")
+    if draft.model.path is None and draft.model.initialize == "pretrained":
+        yield Problem("model.initialize", "'pretrained' needs weights, and an inline 'config' has none",
+                      "Set model.path, or initialize to 'random'")
+
+
+@rule("parallel")
+def axes_that_are_built(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    for axis in ("tensor", "pipeline"):
+        size = getattr(draft.parallel, axis)
+        if size > 1:
+            yield Problem(f"parallel.{axis}", f"{size}: {axis} parallelism is not built yet", "Set it to 1")
+
+
+@rule("parallel", "deepspeed.train_batch_size")
+def world_divides(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    replica = draft.parallel.tensor * draft.parallel.pipeline
+    if draft.world is not None and draft.world % replica:
+        yield Problem("parallel", f"{draft.world} processes cannot be divided by tensor x pipeline = {replica}")
+
+
+@rule("parallel", "deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu",
+      "deepspeed.gradient_accumulation_steps")  # fmt: skip
+def batch_comes_out(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    if draft.data_ranks is not None:
+        batch = batch_arithmetic(draft.deepspeed, draft.data_ranks)
+        if not isinstance(batch, Batch):
+            yield batch
+
+
+@rule("deepspeed.optimizer", "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.offload_optimizer")
+def optimizer_exists(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    yield from optimizer_problems(draft.deepspeed)
+
+
+@rule("deepspeed.scheduler")
+def scheduler_exists(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    yield from scheduler_problems(draft.deepspeed)
+
+
+@rule("deepspeed.scheduler", "deepspeed.optimizer")
+def automatic_peak_has_a_rate(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    if draft.deepspeed.scheduler is None or draft.deepspeed.optimizer is None:
+        return
+    wanted = draft.deepspeed.scheduler.params.get("warmup_max_lr") == "auto"
+    if wanted and "lr" not in draft.deepspeed.optimizer.params:
+        yield Problem("deepspeed.scheduler.params.warmup_max_lr", '"auto" takes optimizer.params.lr, which is missing',
+                      "Give one of the two")
+
+
+@rule("deepspeed")
+def deepspeed_classes_agree(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    yield from class_problems(draft.deepspeed)
+
+
+@rule("deepspeed.bf16", "deepspeed.fp16")
+def one_precision(draft: Draft) -> Iterator[Problem]:
+    section = draft.deepspeed
+    assert section is not None
+    if section.bf16 is not None and section.bf16.enabled and section.fp16 is not None and section.fp16.enabled:
+        yield Problem("deepspeed", "bf16.enabled and fp16.enabled are both true", "Turn one of them off")
+
+
+@rule("deepspeed.bf16", "deepspeed.zero_optimization.stage")
+def half_precision_states_need_zero(draft: Draft) -> Iterator[Problem]:
+    section = draft.deepspeed
+    assert section is not None
+    for name in ("bf16", "fp16"):
+        part = getattr(section, name)
+        key = f"{name}_master_weights_and_grads"
+        if part is not None and getattr(part, key) and section.zero_stage == 0:
+            yield Problem(f"deepspeed.{name}.{key}", "needs zero_optimization.stage 1, 2 or 3, and the stage is 0")
+    bf16 = section.bf16
+    if bf16 is not None and bf16.bf16_optimizer_states and not bf16.bf16_master_weights_and_grads:
+        yield Problem("deepspeed.bf16.bf16_optimizer_states", "needs bf16_master_weights_and_grads")
+
+
+@rule("deepspeed.data_types", "deepspeed.bf16", "deepspeed.fp16", "deepspeed.zero_optimization.stage")
+def data_types_agree(draft: Draft) -> Iterator[Problem]:
+    section = draft.deepspeed
+    assert section is not None
+    types = section.data_types
+    if types is None:
+        return
+    if types.param_dtype not in (None, section.precision):
+        yield Problem("deepspeed.data_types.param_dtype", f"'{types.param_dtype}' is not the precision of the run, "
+                      f"'{section.precision}'", "Leave it out")
+    if types.grad_accum_dtype not in (None, section.precision) and section.zero_stage == 0:
+        yield Problem("deepspeed.data_types.grad_accum_dtype", f"'{types.grad_accum_dtype}' beside precision "
+                      f"'{section.precision}' needs zero_optimization.stage 1 or more")
+
+
+@rule("deepspeed.zero_optimization")
+def offload_fits_the_stage(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    zero = draft.deepspeed.zero_optimization
+    stage = draft.deepspeed.zero_stage
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        part = getattr(zero, key, None)
+        device = getattr(part, "device", None) or "none"
+        path = f"deepspeed.zero_optimization.{key}"
+        if device != "none" and stage < least:
+            yield Problem(path, f"needs stage {least} or more, and the stage is {stage}")
+        if device == "nvme" and not (part.nvme_path and Path(part.nvme_path).is_dir()):
+            yield Problem(f"{path}.nvme_path", f"{part.nvme_path!r} is not a folder", "Give a folder on the NVMe disk")
+
+
+@rule("deepspeed.optimizer", "deepspeed.zero_optimization.offload_optimizer", "deepspeed.fp16")
+def device_can(draft: Draft) -> Iterator[Problem]:
+    section = draft.deepspeed
+    assert section is not None
+    if draft.device != "cpu":
+        return
+    if section.precision == "fp16":
+        yield Problem("deepspeed.fp16.enabled", "DeepSpeed has no fp16 on CPUs", "Set bf16.enabled instead")
+    name = section.optimizer.type.lower() if section.optimizer else ""
+    if name == "lion" and section.offload_device == "none":
+        yield Problem("deepspeed.optimizer.type", "on CPUs DeepSpeed has Lion only with offload",
+                      'Set zero_optimization {"stage": 1, "offload_optimizer": {"device": "cpu"}}')
+    if name == "lamb":
+        yield Problem("deepspeed.optimizer.type", "DeepSpeed's Lamb is a GPU kernel", "Take another on CPUs")
+
+
+@rule("deepspeed.optimizer", "deepspeed.fp16")
+def lamb_needs_fp16(draft: Draft) -> Iterator[Problem]:
+    section = draft.deepspeed
+    assert section is not None
+    if section.optimizer and section.optimizer.type.lower() == "lamb" and section.precision != "fp16":
+        yield Problem("deepspeed.optimizer.type", "DeepSpeed's Lamb runs only with dynamic fp16 loss scaling",
+                      "Set fp16.enabled or take another optimizer")
+
+
+@rule("model", "data.sequence_length")
+def sequence_fits_the_model(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    if draft.facts and draft.facts.positions and draft.data.sequence_length > draft.facts.positions:
+        yield Problem("data.sequence_length", f"{draft.data.sequence_length} is longer than the "
+                      f"{draft.facts.positions} positions of the model",
+                      "Shorten it, or raise max_position_embeddings in model.config")
+
+
+@rule("data")
+def data_exists(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    for split in ("train", "validation"):
+        for place, source in enumerate(getattr(draft.data, split)):
+            yield from problems_of_path(f"data.{split}.{place}.path", source.path)
+
+
+@rule("data")
+def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    trained: set[Path] = set()
+    for source in draft.data.train:
+        if is_local(source.path):
+            trained.update(f.resolve() for f in matching_files(source.path))
+    for place, source in enumerate(draft.data.validation):
+        both = [f for f in matching_files(source.path) if f.resolve() in trained] if is_local(source.path) else []
+        if both:
+            yield Problem(f"data.validation.{place}.path", f"'{both[0]}' is also trained on",
+                          "Validate on files that data.train does not match")
+
+
+@rule("data", "model")
+def tokenizer_is_there(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    name = draft.data.tokenizer
+    if name and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        yield Problem("data.tokenizer", f"'{name}' is not a folder", "Give a folder with a tokenizer, or a hub name")
+
+
+@rule("evaluation", "data.validation")
+def evaluation_has_data(draft: Draft) -> Iterator[Problem]:
+    assert draft.evaluation is not None
+    assert draft.data is not None
+    if draft.evaluation.every_steps and not draft.data.validation:
+        yield Problem("evaluation.every_steps", "there is nothing to evaluate on", "Give data.validation")
+
+
+@rule("run.output_dir")
+def output_can_be_written(draft: Draft) -> Iterator[Problem]:
+    assert draft.run is not None
+    path = Path(os.path.abspath(os.path.expanduser(draft.run.output_dir)))
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir():
+        yield Problem("run.output_dir", f"'{there}' is a file", "Give a folder")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield Problem("run.output_dir", f"'{there}' cannot be written to", "Change its permissions or the folder")
+
+
+def warnings_of(draft: Draft) -> Iterator[Problem]:
+    """What is allowed and probably not meant."""
+    section, training = draft.deepspeed, draft.training
+    if section is not None and training is not None and section.scheduler is not None:
+        total = section.scheduler.params.get("total_num_steps")
+        if isinstance(total, int) and total < training.max_steps:
+            yield Problem("deepspeed.scheduler.params.total_num_steps", f"{total} is less than training.max_steps "
+                          f"({training.max_steps}): the last steps have the lowest rate", 'Write "auto"')

@@ -1,0 +1,140 @@
+"""The sections of the configuration, typed. What each key means stands under it; the editor shows it too."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainer.config.deepspeed import DeepSpeedSection
+from trainer.config.section import Section
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class RunSection(Section):
+    output_dir: Text
+    """The run directory: everything this run writes lies below it. Must be shared by all hosts."""
+
+    name: Name | None = None
+    """What trackers call the run. Default: the name of the run directory."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Seeds the weights, the order of the data and dropout."""
+
+
+class ModelSection(Section):
+    path: Text | None = None
+    """A folder with a Hugging Face model, or the name of one on the hub."""
+
+    config: dict[str, Any] | None = None
+    """Instead of `path`: the model's configuration itself, `{"model_type": "llama", "hidden_size": 256, ...}`."""
+
+    initialize: Literal["pretrained", "random"] | None = None
+    """Where the weights come from. Default: `pretrained` with `path`, `random` with `config`."""
+
+    task: Literal["causal_lm"] = "causal_lm"
+    """What the model learns: `causal_lm` predicts the next token."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """The attention implementation of transformers."""
+
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` keeps only each block's input and computes the block again in the backward pass."""
+
+
+class ParallelSection(Section):
+    tensor: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share every weight matrix between them."""
+
+    pipeline: Annotated[int, Field(ge=1)] = 1
+    """Stages that the layers are divided into."""
+
+
+class SourceSection(Section):
+    path: Text
+    """A file, a glob or a folder (.jsonl, .txt, .parquet, .csv, .arrow, .bin with .idx, or one saved by
+    `datasets`), `hf://OWNER/NAME`, or `builtin:python-stdlib`."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How many times an epoch reads this source: 2.0 twice, 0.5 a different half each epoch."""
+
+
+class DataSection(Section):
+    train: Annotated[list[SourceSection], Field(min_length=1)]
+    """What is trained on."""
+
+    sequence_length: Annotated[int, Field(ge=1)]
+    """Tokens that the model reads at once. A sample has one id more: inputs and labels are shifted by one."""
+
+    validation: list[SourceSection] = []
+    """What is evaluated on; never trained on."""
+
+    packing: Literal["concatenate", "none"] = "concatenate"
+    """`concatenate` joins documents into one stream and cuts it into samples; `none` makes each document one
+    sample, cut at `sequence_length` and padded within its micro-batch."""
+
+    text_field: Text = "text"
+    """The field that holds the text in .jsonl, .parquet, .csv, .arrow and hub datasets."""
+
+    tokenizer: Text | None = None
+    """A folder or hub name with a tokenizer. Default: the model's; with an inline model, one is trained
+    (byte-level BPE of the model's vocabulary size) on the training text."""
+
+    append_end_of_text: bool = True
+    """Whether each document ends in the end-of-text token."""
+
+    cache_dir: Text | None = None
+    """Where tokenised text is kept. Default: `~/.cache/tessera`. May lie on each host's own disk."""
+
+
+class TrainingSection(Section):
+    max_steps: Annotated[int, Field(ge=1)]
+    """Optimizer steps in all."""
+
+    log_every_steps: Annotated[int, Field(ge=1)] = 10
+    """Steps between two logged ones. Step 1 and the last are always logged."""
+
+
+class EvaluationSection(Section):
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two evaluations. Default: only at step 0 and at the end."""
+
+    max_batches: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate on the first so many global batches (of `train_batch_size` samples). Default: on all."""
+
+
+class WandbSection(Section):
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    """`offline` writes below the run directory without a network; `wandb sync` uploads it later."""
+
+    project: Text = "tessera"
+    entity: Text | None = None
+    group: Text | None = None
+    tags: list[Text] = []
+
+
+class TrackingSection(Section):
+    wandb: WandbSection = WandbSection()
+
+
+class Config(BaseModel):
+    """A whole configuration. Built by `load_config`, which also checks what no single section can see."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="Tessera configuration")
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    training: TrainingSection
+    deepspeed: DeepSpeedSection
+    parallel: ParallelSection = ParallelSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation  # type: ignore[misc]
+    for name, field in Config.model_fields.items()
+}

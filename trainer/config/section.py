@@ -1,0 +1,18 @@
+"""The base of every typed section: strict, frozen, documented under each key."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A JSON object of the configuration. No unknown key, no silent conversion (`true` is not 1)."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )

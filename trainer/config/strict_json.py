@@ -1,0 +1,97 @@
+"""JSON as the standard has it: no comments, no byte order mark, no duplicate keys; mistakes get line and column."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError, Problem
+
+_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:]')
+
+
+def _place(text: str, offset: int) -> str:
+    line = text.count("\n", 0, offset) + 1
+    return f"line {line}, column {offset - text.rfind(chr(10), 0, offset)}"
+
+
+def _duplicates(text: str) -> list[tuple[str, int]]:
+    """Keys that stand twice in one object, with the offset of the second. `text` is known to be valid JSON."""
+    found: list[tuple[str, int]] = []
+    objects: list[set[str] | None] = []
+    last: tuple[str, int] | None = None
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token == "{":
+            objects.append(set())
+        elif token == "[":
+            objects.append(None)
+        elif token in "}]":
+            objects.pop()
+        elif token == ":" and last is not None:
+            key, keys = json.loads(last[0]), objects[-1]
+            assert keys is not None
+            if key in keys:
+                found.append((key, last[1]))
+            keys.add(key)
+        last = (token, match.start()) if token.startswith('"') else None
+    return found
+
+
+def _reason(text: str, error: json.JSONDecodeError) -> str:
+    rest = text[error.pos :].lstrip()
+    line_so_far = text[text.rfind("\n", 0, error.pos) + 1 : error.pos + 2]
+    if rest.startswith(("//", "/*", "#")) or "//" in line_so_far:
+        return "JSON has no comments"
+    if not rest or error.msg.startswith("Unterminated string"):
+        return "the file ends before the JSON is complete"
+    if rest[0] in "}]" and text[: error.pos].rstrip().endswith(","):
+        return "a comma before the closing bracket"
+    if rest.startswith("'"):
+        return "JSON strings stand in double quotes"
+    return error.msg
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The object that `text` holds.
+
+    Raises:
+        ConfigError: naming `where`, line and column, for anything that is not one strict JSON object.
+    """
+    if text.startswith("\ufeff"):
+        raise ConfigError(Problem(where, "line 1, column 1: a byte order mark", "Save the file as plain UTF-8"))
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(Problem(where, f"{_place(text, error.pos)}: {_reason(text, error)}")) from None
+    except ValueError as error:
+        raise ConfigError(Problem(where, str(error))) from None
+    except RecursionError:
+        raise ConfigError(Problem(where, "nested too deeply")) from None
+    twice = _duplicates(text)
+    if twice:
+        raise ConfigError(
+            Problem(where, f"{_place(text, offset)}: key '{key}' stands twice in one object") for key, offset in twice
+        )
+    if not isinstance(value, dict):
+        raise ConfigError(Problem(where, f"expected a JSON object, got {type(value).__name__}"))
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`; see `parse`."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(Problem(str(path), "no such file")) from None
+    except OSError as error:
+        raise ConfigError(Problem(str(path), f"cannot be read: {error.strerror}")) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(Problem(str(path), f"not UTF-8 at byte {error.start}", "Save the file as UTF-8")) from None
+    return parse(text, str(path))

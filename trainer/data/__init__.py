@@ -1,0 +1,1 @@
+"""From sources of text to micro-batches: read, tokenise once, index, order, pack."""

@@ -1,0 +1,131 @@
+"""Indexed token files in Megatron's format: `NAME.bin` holds the ids, `NAME.idx` where each document lies.
+
+The index, little-endian (Megatron-LM, `megatron/core/datasets/indexed_dataset.py`):
+9 bytes `MMIDIDX\\0\\0`; u64 version = 1; u8 code of the id type; u64 number of sequences S; u64 number of document
+borders D; i32[S] lengths in tokens; i64[S] offsets in bytes; i64[D] borders, in sequences, from 0 to S.
+Here every document is one sequence, so D = S + 1.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.errors import DataError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_CODES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_HEADER = struct.Struct("<QBQQ")
+
+
+def id_type(vocabulary: int) -> type[np.uint16] | type[np.int32]:
+    """The smallest id type that Megatron uses for a vocabulary of this size."""
+    return np.uint16 if vocabulary < 65500 else np.int32
+
+
+class IndexedWriter:
+    """Writes one document after the other; the index is written by `close`."""
+
+    def __init__(self, prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype)
+        self._bin = prefix.with_suffix(".bin").open("wb")
+        self._lengths: list[int] = []
+
+    def add(self, ids: Iterable[int]) -> None:
+        """Appends a document."""
+        document = np.asarray(list(ids) if not isinstance(ids, list) else ids, dtype=self._dtype)
+        self._bin.write(document.tobytes())
+        self._lengths.append(document.size)
+
+    def close(self) -> None:
+        self._bin.close()
+        lengths = np.asarray(self._lengths, dtype=np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+        offsets = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)]
+        code = next(code for code, kind in _CODES.items() if np.dtype(kind) == self._dtype)
+        with self._prefix.with_suffix(".idx").open("wb") as index:
+            index.write(_MAGIC + _HEADER.pack(1, code, len(lengths), len(lengths) + 1))
+            for part in (lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64)):
+                index.write(part.tobytes())
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class IndexedTokens:
+    """Reads documents by number, through memory maps: nothing is loaded that is not asked for.
+
+    Raises:
+        DataError: if either file is damaged, or they do not belong together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.bin_path = prefix.with_suffix(".bin")
+        self.idx_path = prefix.with_suffix(".idx")
+        self._read_index()
+        self._check_bin()
+        size = self.bin_path.stat().st_size
+        self._ids = np.memmap(self.bin_path, dtype=self._dtype, mode="r") if size else np.empty(0, self._dtype)
+
+    def _read_index(self) -> None:
+        raw = self.idx_path.read_bytes()
+        if raw[:9] != _MAGIC:
+            raise DataError(f"{self.idx_path}: not a Megatron index (it begins with {raw[:9]!r})")
+        if len(raw) < 9 + _HEADER.size:
+            raise DataError(f"{self.idx_path}: truncated inside its header ({len(raw)} bytes)")
+        version, code, sequences, borders = _HEADER.unpack_from(raw, 9)
+        if version != 1 or code not in _CODES:
+            raise DataError(f"{self.idx_path}: version {version} with id type {code} is not known")
+        expected = 9 + _HEADER.size + 12 * sequences + 8 * borders
+        if len(raw) < expected:
+            raise DataError(f"{self.idx_path}: truncated: {len(raw)} bytes of {expected}")
+        self._dtype = np.dtype(_CODES[code])
+        at = 9 + _HEADER.size
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, at)
+        self._offsets: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
+
+    def _check_bin(self) -> None:
+        size = self.bin_path.stat().st_size
+        ends = self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize
+        if len(ends) and (int(ends.max()) > size or int(self._offsets.min()) < 0 or int(self.lengths.min()) < 0):
+            raise DataError(
+                f"{self.bin_path}: {size} bytes, but {self.idx_path.name} points to byte {int(ends.max())}: "
+                "truncated, or not the files of one pair"
+            )
+        if size % self._dtype.itemsize:
+            raise DataError(f"{self.bin_path}: {size} bytes is not a whole number of {self._dtype} ids")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def document(self, number: int, limit: int | None = None) -> npt.NDArray[Any]:
+        """The ids of document `number`, at most the first `limit`."""
+        start = int(self._offsets[number]) // self._dtype.itemsize
+        length = int(self.lengths[number])
+        return self._ids[start : start + (length if limit is None else min(length, limit))]
+
+    def stream(self, start: int, length: int) -> npt.NDArray[Any]:
+        """`length` ids from position `start` of all documents joined together."""
+        return self._ids[start : start + length]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the documents lie one after the other without gaps, so that `stream` joins them."""
+        ends = np.cumsum(self.lengths, dtype=np.int64) * self._dtype.itemsize
+        return bool(len(ends) == 0 or (self._offsets[0] == 0 and np.array_equal(self._offsets[1:], ends[:-1])))

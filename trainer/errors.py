@@ -1,0 +1,52 @@
+"""What can go wrong, by who can mend it, with the exit status of each (DESIGN 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user: where it is, why it is one, what to do about it."""
+
+    path: str
+    """Dotted path of the key, or the file, that is wrong."""
+
+    reason: str
+    """What is wrong with it, naming the value."""
+
+    remedy: str = ""
+    """What to do instead; empty where the reason says it already."""
+
+    def __str__(self) -> str:
+        where = f"{self.path}: " if self.path else ""
+        return f"{where}{self.reason}" + (f". {self.remedy}" if self.remedy else "")
+
+
+class TesseraError(Exception):
+    """Ends the run with a message and no traceback. Each subclass has its own exit status."""
+
+    exit_status = 1
+
+
+class ConfigError(TesseraError):
+    """The configuration, a path or a model folder is wrong. Carries every problem that was found."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(TesseraError):
+    """Something inside a data file or a token index is wrong: names the file and the place in it."""
+
+    exit_status = 3
+
+
+class TrainingHalted(TesseraError):
+    """Training stopped on its numbers: a loss or a gradient norm that is not finite."""
+
+    exit_status = 5
