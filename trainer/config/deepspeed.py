@@ -534,3 +534,32 @@ def clips_itself(resolved: Mapping[str, Any]) -> bool:
     return bool(resolved["zero_optimization"]["stage"] or half)
 
 
+
+
+def for_engine(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved section as `deepspeed.initialize` gets it: clipping is 0 where the engine clips."""
+    return dict(resolved) if clips_itself(resolved) else {**resolved, "gradient_clipping": 0.0}
+
+
+EXTENSIONS: Mapping[tuple[str, bool], str] = {
+    ("adam", False): "FusedAdamBuilder",
+    ("adamw", False): "FusedAdamBuilder",
+    ("muon", False): "FusedAdamBuilder",
+    ("adam", True): "CPUAdamBuilder",
+    ("adamw", True): "CPUAdamBuilder",
+    ("muon", True): "CPUAdamBuilder",
+    ("lion", False): "FusedLionBuilder",
+    ("lion", True): "CPULionBuilder",
+    ("adagrad", True): "CPUAdagradBuilder",
+    ("lamb", False): "FusedLambBuilder",
+}
+"""DeepSpeed's compiled extension by (optimizer, whether its state is offloaded)."""
+
+
+def extension_of(resolved: Mapping[str, Any]) -> str | None:
+    """The extension that the optimizer of a resolved configuration loads, if any."""
+    optimizer = resolved["optimizer"]
+    if optimizer.get("params", {}).get("torch_adam"):
+        return None
+    offload = resolved["zero_optimization"].get("offload_optimizer") or {}
+    return EXTENSIONS.get((optimizer["type"].lower(), offload.get("device", "none") != "none"))

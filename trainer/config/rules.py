@@ -262,6 +262,15 @@ def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
                           "Validate on files that data.train does not match")
 
 
+@rule("data.validation")
+def validation_has_no_weights(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    for place, source in enumerate(draft.data.validation):
+        if source.weight != 1.0:
+            yield Problem(f"data.validation.{place}.weight", f"{source.weight}: an evaluation reads everything once",
+                          "Remove it")
+
+
 @rule("data", "model")
 def tokenizer_is_there(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None

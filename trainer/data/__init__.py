@@ -1,1 +1,17 @@
 """From sources of text to micro-batches: read, tokenise once, index, order, pack."""
+
+from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
+from trainer.data.open import Batches, open_batches
+from trainer.data.prepare import PreparedData, prepare_data
+
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "EvaluationBatches",
+    "MicroBatch",
+    "PreparedData",
+    "StepBatch",
+    "TrainBatches",
+    "open_batches",
+    "prepare_data",
+]

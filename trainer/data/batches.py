@@ -1,0 +1,200 @@
+"""Micro-batches: what one data rank computes on, and how many tokens the global batch predicts.
+
+A global batch is divided into micro-batches in the order of its samples; micro-batch m goes to data rank
+m mod R as its number m // R. So the micro-batches are the same sets of samples in every layout of one
+micro-batch size, and their union is the same set of samples in every layout at all.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.order import Integers, SampleOrder
+from trainer.data.samples import CheckedSamples
+
+IGNORED = -100
+"""The label of a position that predicts nothing (torch's and Hugging Face's convention)."""
+
+_PAD_MULTIPLE = 8
+_PREFETCHED = 4
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows of T tokens; labels are the inputs shifted by one, padding is `IGNORED`."""
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    attention_mask_BT: Tensor | None
+    """1 where there is a token; None where every position holds one."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`, copied without waiting where the memory is pinned."""
+        mask = self.attention_mask_BT
+        return MicroBatch(
+            self.input_ids_BT.to(device, non_blocking=True),
+            self.labels_BT.to(device, non_blocking=True),
+            None if mask is None else mask.to(device, non_blocking=True),
+        )
+
+    def pinned(self) -> MicroBatch:
+        mask = self.attention_mask_BT
+        return MicroBatch(
+            self.input_ids_BT.pin_memory(), self.labels_BT.pin_memory(), None if mask is None else mask.pin_memory()
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one data rank needs for one optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    tokens: int
+    """Predicted tokens of the whole global batch, over all ranks and micro-batches: the weight of the loss."""
+
+    samples: int
+    """Samples of the whole global batch."""
+
+
+def pad(rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], length: int, pad_id: int) -> MicroBatch:
+    """Rows of 2 to `length + 1` ids as one micro-batch, padded on the right to a common length."""
+    longest = max(len(row) for row in rows) - 1
+    width = min(length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
+    inputs = np.full((len(rows), width), pad_id, np.int64)
+    labels = np.full((len(rows), width), IGNORED, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for place, row in enumerate(rows):
+        count = len(row) - 1
+        inputs[place, :count] = row[:-1]
+        labels[place, :count] = row[1:]
+        mask[place, :count] = 1
+    whole = bool(mask.all())
+    return MicroBatch(
+        torch.from_numpy(inputs), torch.from_numpy(labels), None if whole else torch.from_numpy(mask)
+    )
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is divided, and which part is this rank's."""
+
+    train: int
+    """Samples of a global batch."""
+
+    micro: int
+    """Samples of a micro-batch."""
+
+    data_rank: int
+    data_ranks: int
+    length: int
+    """`data.sequence_length`."""
+
+    pad_id: int
+
+
+class TrainBatches:
+    """The training data as a function from step to batch, and an iterator that reads ahead in a thread."""
+
+    def __init__(self, sources: list[CheckedSamples], order: SampleOrder, shape: BatchShape, pin: bool) -> None:
+        self._sources, self._order, self._shape, self._pin = sources, order, shape, pin
+
+    def epoch_after(self, step: int) -> float:
+        """Epochs read after `step` steps."""
+        return self._order.epoch_of(step * self._shape.train)
+
+    def at(self, step: int) -> StepBatch:
+        """The batch of step `step`, counted from 1. A pure function: any step costs the same.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
+        shape = self._shape
+        first = (step - 1) * shape.train
+        source, sample = self._order.at(np.arange(first, first + shape.train))
+        stride = shape.micro * shape.data_ranks
+        own = [
+            self._micro_batch(source, sample, start)
+            for start in range(shape.data_rank * shape.micro, shape.train, stride)
+        ]
+        return StepBatch(tuple(own), self._targets(source, sample), shape.train)
+
+    def _micro_batch(self, source: Integers, sample: Integers, start: int) -> MicroBatch:
+        places = range(start, start + self._shape.micro)
+        rows = [self._sources[source[p]].ids(int(sample[p])) for p in places]
+        batch = pad(rows, self._shape.length, self._shape.pad_id)
+        return batch.pinned() if self._pin else batch
+
+    def _targets(self, source: Integers, sample: Integers) -> int:
+        return sum(found.targets(sample[source == number]) for number, found in enumerate(self._sources))
+
+    def steps(self, first: int, last: int) -> Iterator[StepBatch]:
+        """The batches of steps `first` to `last`, read ahead by a thread. Errors of the thread are raised here."""
+        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(_PREFETCHED)
+        stopped = threading.Event()
+
+        def put(item: StepBatch | BaseException) -> bool:
+            while not stopped.is_set():
+                try:
+                    ready.put(item, timeout=0.5)
+                except queue.Full:
+                    continue
+                return True
+            return False
+
+        def read() -> None:
+            try:
+                for step in range(first, last + 1):
+                    if not put(self.at(step)):
+                        return
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=read, name="batches", daemon=True)
+        thread.start()
+        try:
+            for _ in range(first, last + 1):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+
+class EvaluationBatches:
+    """Held-out data: every sample exactly once, in order, whatever the number of ranks.
+
+    All ranks yield the same number of micro-batches (ZeRO-3 gathers weights in each forward pass); where the
+    samples run out, a rank yields one whose labels are all ignored.
+    """
+
+    def __init__(self, sources: list[CheckedSamples], shape: BatchShape, max_batches: int | None) -> None:
+        self._sources, self._shape = sources, shape
+        self._borders = np.cumsum([len(s) for s in sources])
+        whole = int(self._borders[-1]) if len(sources) else 0
+        self.samples = whole if max_batches is None else min(whole, max_batches * shape.train)
+
+    def _ids(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        source = int(np.searchsorted(self._borders, number, side="right"))
+        first = int(self._borders[source - 1]) if source else 0
+        return self._sources[source].ids(number - first)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        shape = self._shape
+        rounds = -(-self.samples // (shape.micro * shape.data_ranks))
+        for number in range(rounds):
+            start = (number * shape.data_ranks + shape.data_rank) * shape.micro
+            rows = [self._ids(p) for p in range(start, min(start + shape.micro, self.samples))]
+            if rows:
+                yield pad(rows, shape.length, shape.pad_id)
+            else:
+                idle = pad([self._ids(0)], shape.length, shape.pad_id)
+                yield MicroBatch(idle.input_ids_BT, torch.full_like(idle.labels_BT, IGNORED), idle.attention_mask_BT)

@@ -1,0 +1,64 @@
+"""Opens prepared data for one rank of a topology."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.data.batches import BatchShape, EvaluationBatches, TrainBatches
+from trainer.data.order import SampleOrder
+from trainer.data.samples import CheckedSamples, DocumentSamples, samples_of
+
+if TYPE_CHECKING:
+    from trainer.config import LoadedConfig
+    from trainer.data.indexed import IndexedTokens
+    from trainer.data.prepare import PreparedData
+    from trainer.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The data of a run, as this rank sees it."""
+
+    train: TrainBatches
+    validation: EvaluationBatches | None
+
+
+def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topology, *, pin: bool = False) -> Batches:
+    """This rank's share of the data.
+
+    Raises:
+        DataError: a source too small for one sample.
+    """
+    data = loaded.config.data
+
+    def checked(tokens: IndexedTokens) -> CheckedSamples:
+        samples = samples_of(tokens, data.packing, data.sequence_length)
+        if isinstance(samples, DocumentSamples) and samples.cut:
+            log.warning("%s: %d of %d documents are longer than data.sequence_length + 1 = %d and are cut there",
+                        tokens.bin_path, samples.cut, len(tokens), data.sequence_length + 1)  # fmt: skip
+        return CheckedSamples(samples, tokens, loaded.facts.vocabulary)
+
+    train = [checked(tokens) for tokens in prepared.train]
+    validation = [checked(tokens) for tokens in prepared.validation]
+    tokenizer = prepared.tokenizer
+    pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+                   if i is not None), 0)  # fmt: skip
+    shape = BatchShape(
+        train=loaded.batch.train,
+        micro=loaded.batch.micro,
+        data_rank=topology.data_rank,
+        data_ranks=topology.data,
+        length=data.sequence_length,
+        pad_id=pad_id,
+    )
+    order = SampleOrder(tuple(len(s) for s in train), prepared.weights, loaded.config.run.seed)
+    batches = TrainBatches(train, order, shape, pin)
+    log.info("training reads %s samples of up to %d tokens: %.2f epochs",
+             f"{loaded.config.training.max_steps * shape.train:,}", data.sequence_length,
+             batches.epoch_after(loaded.config.training.max_steps))  # fmt: skip
+    held_out = EvaluationBatches(validation, shape, loaded.config.evaluation.max_batches) if validation else None
+    return Batches(batches, held_out)

@@ -1,0 +1,105 @@
+"""From token files to samples: rows of at most `sequence_length + 1` ids."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.indexed import IndexedTokens
+from trainer.errors import DataError
+
+Ids = npt.NDArray[Any]
+
+
+class Samples(Protocol):
+    """Samples by number. Inputs are a sample's ids without the last, labels without the first."""
+
+    def __len__(self) -> int: ...
+
+    def ids(self, number: int) -> Ids:
+        """At most `sequence_length + 1` ids of sample `number`."""
+
+    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        """Predicted tokens in these samples together, without reading them."""
+
+
+class ConcatenatedSamples:
+    """All documents as one stream, cut every `length` ids; a sample's last id is the next one's first."""
+
+    def __init__(self, tokens: IndexedTokens, length: int) -> None:
+        self._tokens, self._length = tokens, length
+        self._count = (tokens.tokens - 1) // length
+        if self._count < 1:
+            raise DataError(
+                f"{tokens.bin_path}: {tokens.tokens} tokens, fewer than one sample of "
+                f"data.sequence_length + 1 = {length + 1}. Shorten the sequence or add text"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def ids(self, number: int) -> Ids:
+        return self._tokens.stream(number * self._length, self._length + 1)
+
+    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        return len(numbers) * self._length
+
+
+class DocumentSamples:
+    """One document a sample, cut at `length + 1` ids. Documents of one token predict nothing and are left out."""
+
+    def __init__(self, tokens: IndexedTokens, length: int) -> None:
+        self._tokens, self._length = tokens, length
+        self._usable = np.flatnonzero(tokens.lengths >= 2)
+        self._targets = np.minimum(tokens.lengths[self._usable], length + 1) - 1
+        if not len(self._usable):
+            raise DataError(f"{tokens.bin_path}: no document of two tokens or more")
+
+    @property
+    def cut(self) -> int:
+        """Documents longer than a sample, whose rest is not read."""
+        return int((self._tokens.lengths > self._length + 1).sum())
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def ids(self, number: int) -> Ids:
+        return self._tokens.document(int(self._usable[number]), self._length + 1)
+
+    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        return int(self._targets[numbers].sum(dtype=np.int64))
+
+
+def samples_of(tokens: IndexedTokens, packing: Literal["concatenate", "none"], length: int) -> Samples:
+    """The samples of one token file under a way of packing."""
+    return ConcatenatedSamples(tokens, length) if packing == "concatenate" else DocumentSamples(tokens, length)
+
+
+class CheckedSamples:
+    """Samples whose ids are compared with the model's vocabulary as they are read."""
+
+    def __init__(self, samples: Samples, tokens: IndexedTokens, vocabulary: int) -> None:
+        self._samples, self._tokens, self._vocabulary = samples, tokens, vocabulary
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def ids(self, number: int) -> npt.NDArray[np.int64]:
+        """See `Samples.ids`.
+
+        Raises:
+            DataError: naming file, sample and place of an id that the model has no embedding for.
+        """
+        found = self._samples.ids(number).astype(np.int64)
+        if found.max() >= self._vocabulary or found.min() < 0:
+            place = int(np.flatnonzero((found >= self._vocabulary) | (found < 0))[0])
+            raise DataError(
+                f"{self._tokens.bin_path}: sample {number}, id {place} is {found[place]}, outside the model's "
+                f"vocabulary of {self._vocabulary}. The file was made with another tokenizer, or is damaged"
+            )
+        return found
+
+    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        return self._samples.targets(numbers)

@@ -1,0 +1,90 @@
+"""The tokenizer: the model's, another one by name, or one trained on the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 50_000_000
+"""How much text a tokenizer is trained on; more changes little and costs memory."""
+
+
+def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or on the hub; code in the repository is never run.
+
+    Raises:
+        ConfigError: at `key`, if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, trust_remote_code=False
+        )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            Problem(key, f"no tokenizer can be loaded from '{name}': {first}", "Set data.tokenizer")
+        ) from None
+    return tokenizer
+
+
+def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
+    """Trains a byte-level BPE of exactly `vocabulary` entries at most, and saves it to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(text, trainer)
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    whole.save_pretrained(str(folder))
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what the tokenizer does to text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        raw: Any = json.loads(backend.to_str())
+        raw.pop("padding", None)
+        raw.pop("truncation", None)
+    else:
+        raw = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_of_text: bool) -> None:
+    """Refuses a tokenizer that can produce ids which the model has no embedding for.
+
+    Raises:
+        ConfigError: naming both sizes; or, with `end_of_text`, if there is no end-of-text token.
+    """
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            Problem("model.config.vocab_size",
+                    f"{vocabulary} is smaller than the tokenizer's vocabulary of {len(tokenizer)}",
+                    "Raise vocab_size, or set data.tokenizer to one that fits")
+        )  # fmt: skip
+    if end_of_text and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            Problem("data.append_end_of_text", "the tokenizer has no end-of-text token", "Set it to false")
+        )

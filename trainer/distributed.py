@@ -1,0 +1,230 @@
+"""Joins the world: who this process is, its device, process groups, seeds, logs, and what killed runs left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+
+from trainer.topology import Axis, Topology
+
+log = logging.getLogger(__name__)
+
+_SHARED_MEMORY = Path("/dev/shm")
+_BUFFERS = "deepspeed_allreduce_buffer_*"
+
+
+def prepare_environment() -> None:
+    """Sets what DeepSpeed and torch read from the environment on import. Call it before importing either room.
+
+    Only variables that are not set are set: the accelerator (so that DeepSpeed does not guess, with a warning),
+    the folder of compiled extensions (inside the virtual environment, so that its life is theirs), and the path
+    to the `ninja` that lies beside this Python.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    own = Path(sys.prefix) / "share" / "tessera" / "extensions"
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and os.access(sys.prefix, os.W_OK):
+        own.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+
+
+def local_device() -> Literal["cpu", "cuda"]:
+    """The kind of device that this machine computes on."""
+    return "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher (`deepspeed`, `torchrun`, or none) says about this process."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Number of this process on its host."""
+
+    local_world: int = 1
+    """Processes on this host."""
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Reads RANK and its kin; one process where there is no launcher."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            world=world,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world)))),
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """A joined world, as one rank sees it."""
+
+    topology: Topology
+    device: torch.device
+    groups: dict[Axis, Any]
+    """The process group of this rank along each axis; None stands for all ranks."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.topology.rank == 0
+
+
+def configure_logging(rank: int, folder: Path | None = None) -> None:
+    """Rank 0 speaks on the console; with a `folder`, every rank writes its own `rank-N.log` there."""
+    ours, theirs = logging.getLogger("trainer"), logging.getLogger("DeepSpeed")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    for logger in (ours, theirs):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("[tessera] %(message)s"))
+    if rank == 0:
+        ours.addHandler(console)
+    else:
+        theirs.setLevel(logging.ERROR)
+    theirs.addHandler(console)
+    theirs.propagate = False
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / f"rank-{rank}.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        ours.addHandler(file)
+        theirs.addHandler(file)
+    console.addFilter(lambda record: record.name.startswith("trainer") or record.levelno >= logging.ERROR)
+
+
+def remove_stale_buffers() -> int:
+    """Removes the shared-memory files of killed ranks: 69 MB each, and nobody else ever does.
+
+    Only files of this user that no living process has mapped. Returns how many were removed.
+    """
+    files = [f for f in _SHARED_MEMORY.glob(_BUFFERS) if f.stat().st_uid == os.getuid()]
+    if not files:
+        return 0
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped.update(line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "/dev/shm/" in line)
+    stale = [f for f in files if str(f) not in mapped]
+    for file in stale:
+        file.unlink(missing_ok=True)
+    return len(stale)
+
+
+def load_extension(builder: str) -> None:
+    """Loads one of DeepSpeed's compiled extensions, compiling it first where needed (under a minute, once).
+
+    A process killed while it compiles leaves a lock file on which every later start would wait for ever. All
+    our compiling happens under a lock that the kernel releases, so a lock file found while holding that is stale.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    found = get_accelerator().create_op_builder(builder)
+    if found is None:
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(root / ".tessera.lock")):
+        for stale in root.rglob("lock"):
+            log.warning("removing %s, left by a process that was killed while compiling", stale)
+            stale.unlink(missing_ok=True)
+        if not list(root.rglob(f"{found.name}.so")):
+            log.info("compiling DeepSpeed's %s, once; this takes up to a minute", found.name)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found.load(verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _complete_environment(launch: Launch) -> None:
+    """DeepSpeed reads the launcher's variables; a plain `python` start has none."""
+    alone = {"RANK": launch.rank, "WORLD_SIZE": launch.world, "LOCAL_RANK": launch.local_rank, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+
+
+def _process_groups(topology: Topology) -> dict[Axis, Any]:
+    """This rank's group along each axis. Every rank makes every group, in the same order, as torch demands."""
+    own: dict[Axis, Any] = {}
+    axes: tuple[Axis, ...] = ("pipeline", "data", "tensor")
+    for axis in axes:
+        groups = topology.groups(axis)
+        if len(groups) == 1:
+            own[axis] = None
+            continue
+        for ranks in groups:
+            group = dist.new_group(ranks)
+            if topology.rank in ranks:
+                own[axis] = group
+    return own
+
+
+def seed_everything(seed: int, topology: Topology) -> None:
+    """Seeds what draws random numbers while training: dropout. Ranks that share their samples draw the same."""
+    own = (seed * 1_000_003 + topology.data_rank * 7_919 + topology.stage * 104_729) % (1 << 63)
+    random.seed(own)
+    np.random.seed(own % (1 << 32))
+    torch.manual_seed(own)
+
+
+@contextlib.contextmanager
+def joined_world(
+    launch: Launch, topology: Topology, *, seed: int, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[World]:
+    """Joins all processes into one world; leaves it at the end.
+
+    Args:
+        timeout: how long a rank waits in a collective before it gives up on the others.
+    """
+    import deepspeed
+
+    kind = local_device()
+    if kind == "cuda":
+        torch.cuda.set_device(launch.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+    _complete_environment(launch)
+    if launch.local_rank == 0:
+        removed = remove_stale_buffers()
+        if removed:
+            log.info("removed %d shared-memory files that killed ranks had left", removed)
+    if kind == "cpu":
+        load_extension("ShareMemCommBuilder")
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend="gloo" if kind == "cpu" else "nccl", timeout=timeout, auto_mpi_discovery=False, verbose=False
+        )
+    device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
+    seed_everything(seed, topology)
+    try:
+        yield World(topology, device, _process_groups(topology))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

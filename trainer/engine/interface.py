@@ -1,0 +1,56 @@
+"""What the loop asks of an engine, whatever runs below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from trainer.data.batches import MicroBatch, StepBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step left on this rank. Tensors stay on the device until somebody logs them."""
+
+    loss_sum: Tensor
+    """This rank's part of the summed cross entropy, fp32 scalar."""
+
+    auxiliary_sum: Tensor
+    """This rank's auxiliary losses, summed over its micro-batches, fp32 scalar."""
+
+    grad_norm: Tensor | float | None
+    """Norm of the whole gradient before clipping; None where DeepSpeed was told not to compute it."""
+
+    learning_rate: float
+    """The rate that this step used."""
+
+    micro_batches: int
+    applied: bool
+    """False where DeepSpeed skipped the update because a gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss over all ranks."""
+
+    loss: float
+    tokens: int
+
+
+class Engine(Protocol):
+    """Trains, evaluates, and gives its weights away."""
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """One optimizer step on the global batch that `batch` is this rank's part of."""
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
+        """The token-weighted loss over all ranks' micro-batches; all ranks must pass equally many."""
+
+    def exchange(self, values: list[Tensor | float]) -> list[list[float]]:
+        """Every rank's `values`, by rank: the one exchange of a step that logs."""
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its Hugging Face name, whole, one at a time. All ranks must walk through it."""

@@ -1,0 +1,113 @@
+"""Builds the Hugging Face model: on the meta device when its weights are made here, whole when they are read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trainer.config.model_facts import model_config
+from trainer.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.config import LoadedConfig
+    from trainer.config.schema import ModelSection
+
+log = logging.getLogger(__name__)
+
+
+def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The model of the configuration, in fp32.
+
+    With `initialize: random` every tensor is on the meta device and `initialize_weights` gives it values.
+    An inline model that names no special tokens takes those of `tokenizer`.
+
+    Raises:
+        ConfigError: an attention implementation that the model or the machine lacks; a folder whose weights
+            are not safetensors, or do not fit the model.
+    """
+    section = loaded.config.model
+    config = model_config(section)
+    if section.config is not None and tokenizer is not None:
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if key not in section.config:
+                setattr(config, key, getattr(tokenizer, key))
+    arguments: dict[str, Any] = {
+        "attn_implementation": section.attention,
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+    }
+    if loaded.initialize == "pretrained":
+        model = _read(section, config, arguments)
+    else:
+        model = _on_meta(section, config, arguments)
+    if section.activation_checkpointing == "full":
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                Problem("model.activation_checkpointing", f"'{config.model_type}' does not support it in transformers",
+                        "Set it to 'none'")
+            )  # fmt: skip
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **arguments)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(_refusal(section, error)) from None
+    return model
+
+
+def _refusal(section: ModelSection, error: Exception) -> Problem:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "attn" in first.lower() or "attention" in first.lower() or isinstance(error, ImportError):
+        return Problem("model.attention", f"'{section.attention}' cannot be used: {first}", "Set 'sdpa' or 'eager'")
+    return Problem("model", f"transformers refuses it: {first}")
+
+
+def _read(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
+    assert section.path is not None
+    folder = Path(section.path).expanduser()
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        others = sorted(f.name for f in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+        found = f"only {', '.join(others)}, which can run code when read" if others else "no weights"
+        raise ConfigError(
+            Problem("model.path", f"'{section.path}' holds no *.safetensors, {found}",
+                    "Convert the weights with `save_pretrained`, or set model.initialize to 'random'")
+        )  # fmt: skip
+    log.info("reading weights from %s", section.path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder) if folder.is_dir() else section.path,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except Exception as error:  # hub, network, safetensors and shape errors alike
+        raise ConfigError(_weights_refusal(section, error)) from None
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info.get(kind, ())):
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ConfigError(
+                Problem("model.path", f"weights in '{section.path}' do not fit the model: {kind.split('_')[0]} {shown}",
+                        "Check that config.json and the weights belong together")
+            )  # fmt: skip
+    if unexpected := sorted(str(name) for name in info.get("unexpected_keys", ())):
+        log.warning("%d weights of %s have no place in the model: %s", len(unexpected), section.path,
+                    ", ".join(unexpected[:5]))  # fmt: skip
+    return model
+
+
+def _weights_refusal(section: ModelSection, error: Exception) -> Problem:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ImportError):
+        return _refusal(section, error)
+    return Problem("model.path", f"'{section.path}' cannot be read: {first}", "Check the folder, the name, the network")

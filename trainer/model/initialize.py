@@ -1,0 +1,118 @@
+"""Random weights: the family's own initialisation, the same in every layout, one module at a time.
+
+Each module is made whole, seeded by (seed, its name), and handed on before the next is made. So a rank never
+needs the whole model, and what it holds does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+
+from trainer.errors import ConfigError, Problem
+
+Complete = Callable[[list[nn.Parameter]], None]
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return (seed * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode())) % (1 << 63)
+
+
+class _Initializer:
+    """Walks a model on the meta device, children before parents, and gives every tensor its value."""
+
+    def __init__(self, model: PreTrainedModel, seed: int, complete: Complete) -> None:
+        self._model, self._seed, self._complete = model, seed, complete
+        self._made: dict[nn.Parameter, nn.Parameter] = {}
+        """From a meta parameter to the real one, for weights that several modules share."""
+
+        self._plain: PreTrainedModel | None = None
+
+    def walk(self, module: nn.Module, name: str, owner: PreTrainedModel, block: bool) -> None:
+        """Makes `module` and all below it.
+
+        Args:
+            owner: the nearest model above, whose `_init_weights` knows the family's rules.
+            block: whether the module lies inside a block. A family may set a block's inner weights when it
+                comes to the block itself (GPT-2 scales its residual projections so), never across blocks;
+                therefore a block is handed on as a whole, and what lies outside blocks module by module.
+        """
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for key, child in module.named_children():
+            inside = block or isinstance(module, nn.ModuleList)
+            self.walk(child, f"{name}.{key}" if name else key, owner, inside)
+            if inside and not block:
+                self._hand_on(list(child.named_parameters()) + list(child.named_buffers()), f"{name}.{key}")
+        shared = self._materialise(module)
+        torch.manual_seed(_seed_of(self._seed, name))
+        for parameter in shared:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        owner._init_weights(module)
+        for parameter in shared:
+            del parameter._is_hf_initialized
+        if not block:
+            self._hand_on([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)], name)
+
+    def _materialise(self, module: nn.Module) -> list[nn.Parameter]:
+        """Gives the module's own tensors memory, filled with NaN; returns those that had it already."""
+        shared = []
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if parameter in self._made:
+                shared.append(self._made[parameter])
+            elif parameter.is_meta:
+                real = nn.Parameter(torch.full_like(parameter, torch.nan, device="cpu"), parameter.requires_grad)
+                real.__dict__.update(parameter.__dict__)
+                self._made[parameter] = real
+            else:
+                continue
+            module._parameters[key] = self._made[parameter]
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                unset = torch.nan if buffer.is_floating_point() else 0
+                module._buffers[key] = torch.full_like(buffer, unset, device="cpu")
+        return shared
+
+    def _hand_on(self, tensors: list[tuple[str, Tensor]], prefix: str) -> None:
+        for key, tensor in tensors:
+            if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().any()):
+                tensor.copy_(self._constructed(f"{prefix}.{key}" if prefix else key))
+        self._complete([t for _, t in tensors if isinstance(t, nn.Parameter)])
+
+    def _constructed(self, name: str) -> Tensor:
+        """The value that the family's constructor gives `name`, where its `_init_weights` gives none.
+
+        Two families of transformers 5.23 need it (openai-gpt, falcon_h1): the model is constructed once, whole.
+        """
+        if self._plain is None:
+            torch.manual_seed(self._seed)
+            self._plain = type(self._model)(self._model.config)
+        value = dict(self._plain.named_parameters()) | dict(self._plain.named_buffers())
+        if value[name].is_floating_point() and bool(value[name].isnan().any()):
+            raise ConfigError(
+                Problem("model.initialize", f"'{self._model.config.model_type}' gives no random value to {name}",
+                        "Set model.initialize to 'pretrained'")
+            )  # fmt: skip
+        return value[name]
+
+
+@torch.no_grad()
+def initialize_weights(model: PreTrainedModel, seed: int, complete: Complete = lambda parameters: None) -> None:
+    """Gives every tensor of a model on the meta device its random value; does nothing to one that has values.
+
+    Args:
+        complete: called with parameters once they have their final value; it may take them away (ZeRO-3).
+
+    Raises:
+        ConfigError: naming the tensor, if the family leaves one without a value.
+    """
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
+        _Initializer(model, seed, complete).walk(model, "", model, block=False)
