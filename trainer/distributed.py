@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,28 +91,31 @@ class World:
 
 
 def configure_logging(rank: int, folder: Path | None = None) -> None:
-    """Rank 0 speaks on the console; with a `folder`, every rank writes its own `rank-N.log` there."""
-    ours, theirs = logging.getLogger("trainer"), logging.getLogger("DeepSpeed")
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    for logger in (ours, theirs):
+    """Rank 0 speaks on the console; with a `folder`, every rank writes its own `rank-N.log` there.
+
+    DeepSpeed's logger goes to the same places, on the console with errors only. Each logger has handlers of
+    its own, because DeepSpeed sets the level of its handlers.
+    """
+    for name, console_level in (("trainer", logging.INFO), ("DeepSpeed", logging.ERROR)):
+        logger = logging.getLogger(name)
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("[tessera] %(message)s"))
-    if rank == 0:
-        ours.addHandler(console)
-    else:
-        theirs.setLevel(logging.ERROR)
-    theirs.addHandler(console)
-    theirs.propagate = False
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / f"rank-{rank}.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        ours.addHandler(file)
-        theirs.addHandler(file)
-    console.addFilter(lambda record: record.name.startswith("trainer") or record.levelno >= logging.ERROR)
+            handler.close()
+        logger.propagate = False
+        if name == "trainer":
+            logger.setLevel(logging.INFO)
+        if rank == 0:
+            console = logging.StreamHandler(sys.stdout)
+            console.setFormatter(logging.Formatter("[tessera] %(message)s"))
+            console.addFilter(lambda record, least=console_level: record.levelno >= least)
+            logger.addHandler(console)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(folder / f"rank-{rank}.log")
+            file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            logger.addHandler(file)
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
 
 
 def remove_stale_buffers() -> int:
@@ -205,6 +209,8 @@ def joined_world(
     """
     import deepspeed
 
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     kind = local_device()
     if kind == "cuda":
         torch.cuda.set_device(launch.local_rank)

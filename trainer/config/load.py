@@ -22,6 +22,9 @@ from trainer.errors import ConfigError, Problem
 
 Raw = dict[str, Any]
 
+METADATA_KEY = "tessera"
+"""What a run directory's config.json says about the run itself stands under it; ignored when it is run again."""
+
 
 @dataclass(frozen=True)
 class LoadedConfig:
@@ -76,6 +79,7 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
         raise ConfigError(Problem(str(path), f"extends itself: {chain}"))
     raw = strict_json.read(path)
     raw.pop("$schema", None)
+    raw.pop(METADATA_KEY, None)
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(path.parent / Path(raw["deepspeed"]).expanduser())
     base = raw.pop("extends", None)

@@ -95,10 +95,10 @@ class PlainEngine:
         """See `Engine.exchange`."""
         device = self._world.device
         own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
-        whole = torch.empty(self._world.topology.world * len(own), dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(whole, own)
-        rows: list[list[float]] = whole.view(-1, len(own)).tolist()
-        return rows
+        rows = [torch.empty_like(own) for _ in range(self._world.topology.world)]
+        dist.all_gather(rows, own)
+        table: list[list[float]] = torch.stack(rows).tolist()
+        return table
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.whole_weights`."""

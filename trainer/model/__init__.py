@@ -1,8 +1,9 @@
 """The Hugging Face model: built, given its weights, its task, its cost, and written back."""
 
-from trainer.model.build import build_model
+from trainer.model.build import build_model, build_model_shape
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import load_exported, write_model
+from trainer.model.generate import generate_text
 from trainer.model.initialize import initialize_weights
 from trainer.model.tasks import TASKS, TaskLoss
 
@@ -11,6 +12,8 @@ __all__ = [
     "ModelCost",
     "TaskLoss",
     "build_model",
+    "build_model_shape",
+    "generate_text",
     "initialize_weights",
     "load_exported",
     "model_cost",

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
+    """The model with every tensor on the meta device: shapes and names, no memory.
+
+    Raises:
+        ConfigError: if transformers refuses to build it.
+    """
+    section = loaded.config.model
+    return _on_meta(section, model_config(section), {"attn_implementation": section.attention, "dtype": torch.float32})
+
+
 def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """The model of the configuration, in fp32.
 
@@ -40,7 +50,6 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
     arguments: dict[str, Any] = {
         "attn_implementation": section.attention,
         "dtype": torch.float32,
-        "trust_remote_code": False,
     }
     if loaded.initialize == "pretrained":
         model = _read(section, config, arguments)
@@ -59,7 +68,7 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
 def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **arguments)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **arguments)
     except (ValueError, ImportError) as error:
         raise ConfigError(_refusal(section, error)) from None
     return model
@@ -89,6 +98,7 @@ def _read(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreT
             config=config,
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
             **arguments,
         )
     except Exception as error:  # hub, network, safetensors and shape errors alike

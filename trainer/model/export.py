@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,17 +33,23 @@ def write_model(
     weights: Iterable[tuple[str, Tensor]],
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    writes: bool = True,
 ) -> None:
     """Writes `folder` whole or not at all: config, safetensors, and the tokenizer if there is one.
 
     Args:
-        model: gives structure and configuration; its own tensors are not read.
-        weights: every parameter by its Hugging Face name, whole.
+        model: gives structure and configuration; its own parameters are not read.
+        weights: every parameter by its Hugging Face name, whole; walking through it may take all ranks.
+        writes: whether this rank writes, or only walks along.
     """
-    state = {name: tensor.detach().to("cpu") for name, tensor in weights}
+    state = {name: tensor.detach().to("cpu") for name, tensor in weights if writes}
+    if not writes:
+        return
     state |= {alias: state[name] for alias, name in tied_names(model).items()}
     persistent = model.state_dict(keep_vars=True)
     state |= {name: tensor.detach().cpu() for name, tensor in persistent.items() if name not in state}
+    transformers_logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = next(iter(state.values())).dtype

@@ -1,0 +1,97 @@
+"""Trains a model from one JSON file.
+
+    deepspeed launch/train.py --config X.json [--set a.b=c]... [--dry_run [--world N]] [--print_config]
+
+Also starts under `torchrun`, or as one process under plain `python`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from trainer.distributed import Launch, configure_logging, joined_world, local_device, prepare_environment
+
+prepare_environment()
+
+from trainer.config import LoadedConfig, load_config
+from trainer.data import open_batches, prepare_data
+from trainer.dry_run import describe
+from trainer.engine import start_engine
+from trainer.exit import exit_on_errors
+from trainer.loop import fit
+from trainer.model import build_model, model_cost, write_model
+from trainer.topology import Topology
+from trainer.tracking import Meter, RunDirectory, open_trackers
+
+
+def main() -> None:
+    options = parse_arguments()
+    launch = Launch.from_environment()
+    configure_logging(launch.rank)
+    with exit_on_errors(launch):
+        world = options.world if options.dry_run else launch.world
+        device = None if options.dry_run else local_device()
+        loaded = load_config(options.config, options.set, world=world, device=device)
+        if options.print_config:
+            print(json.dumps(loaded.resolved(), indent=2))
+        elif options.dry_run:
+            print(describe(loaded))
+        else:
+            train(loaded, launch)
+
+
+def train(loaded: LoadedConfig, launch: Launch) -> None:
+    """The whole story, one call a room, in the order in which data passes."""
+    directory = RunDirectory.examine(loaded)
+    if directory.finished_step is not None:
+        print(f"{directory.path}: finished at step {directory.finished_step}; its model is in {directory.final}")
+        return
+    config = loaded.config
+    topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
+    prepared = prepare_data(loaded, builder=launch.local_rank == 0)
+    configure_logging(launch.rank, directory.path / "logs")
+    with joined_world(launch, topology, seed=config.run.seed) as world:
+        if world.is_first:
+            directory.write_config(loaded)
+        batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
+        model = build_model(loaded, prepared.tokenizer)
+        cost = model_cost(model)
+        engine = start_engine(model, loaded, world)
+        trackers = open_trackers(loaded, directory, tracks=world.is_first)
+        meter = Meter(engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt)
+        fit(config, engine, batches, meter, trackers)
+        write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
+        trackers.close(0)
+        if world.is_first:
+            directory.write_config(loaded, finished_step=config.training.max_steps)
+            print(f"[tessera] finished: the model is in {directory.final}, the numbers in {directory.metrics}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="X.json", help="the configuration; see ds_configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c",
+        help="override one value, for example training.max_steps=10; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry_run", action="store_true",
+        help="check everything, say what would run (ranks, parameters, batch, memory), and start nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="with --dry_run: for so many processes (default: the fewest possible)"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the configuration as resolved, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options = parser.parse_args()
+    if options.world is not None and (options.world < 1 or not options.dry_run):
+        parser.error("--world N goes with --dry_run, and N is at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

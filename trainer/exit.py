@@ -1,0 +1,52 @@
+"""How a run ends when something is wrong: one readable message, and the exit status of DESIGN 2.4."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from trainer.distributed import Launch
+from trainer.errors import ConfigError, TesseraError
+
+_CONFIG_PATIENCE_SECONDS = 120.0
+_OTHER_PATIENCE_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def exit_on_errors(launch: Launch) -> Iterator[None]:
+    """Turns our errors into a message and an exit status; anything else keeps its traceback.
+
+    A launcher ends all ranks as soon as one leaves. So that rank 0's message is never lost, the others wait
+    for it to speak and be ended with it: long where every rank finds the same mistake, briefly where they may
+    be the only one.
+    """
+    try:
+        yield
+    except TesseraError as error:
+        if launch.rank != 0:
+            everywhere = isinstance(error, ConfigError)
+            time.sleep(_CONFIG_PATIENCE_SECONDS if everywhere else _OTHER_PATIENCE_SECONDS)
+        _say(error, launch)
+        _leave(error.exit_status)
+
+
+def _say(error: TesseraError, launch: Launch) -> None:
+    who = f" (rank {launch.rank} on {socket.gethostname()})" if launch.rank else ""
+    lines = str(error).splitlines()
+    if isinstance(error, ConfigError) and len(lines) > 1:
+        print(f"error{who}: {len(lines)} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+    else:
+        print(f"error{who}: {error}", file=sys.stderr)
+
+
+def _leave(status: int) -> None:
+    """Ends the process at once: threads and collectives of a world that broke would hold it up."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,75 @@
+"""The console: a progress bar with time left on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from trainer.tracking.interface import Row
+
+log = logging.getLogger(__name__)
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def describe(row: Row, steps: int) -> str:
+    """One line for a row of metrics."""
+    if row["split"] == "validation":
+        return f"step {row['step']}/{steps}  validation loss {row['loss']:.4f}  perplexity {row['perplexity']:,.2f}"
+    norm = "-" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
+    waiting = 100 * row["data_wait_seconds"] / max(row["step_seconds"], 1e-9)
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"grad norm {norm}",
+        f"lr {row['learning_rate']:.2e}",
+        f"{_count(row['tokens_per_second'])} tokens/s",
+        *([f"MFU {100 * row['mfu']:.1f} %"] if row["mfu"] is not None else []),
+        f"memory {row['memory_bytes_max'] / 1e9:.2f} GB",
+        f"data wait {waiting:.1f} %",
+    ]
+    if "auxiliary_loss" in row:
+        parts.insert(2, f"auxiliary {row['auxiliary_loss']:.4f}")
+    return "  ".join(parts)
+
+
+class Console:
+    """Shows every logged row."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            self._progress = Progress(*columns, console=RichConsole(file=sys.stdout))
+            self._task = self._progress.add_task("training", total=steps)
+            self._progress.start()
+
+    def log(self, row: Row) -> None:
+        line = describe(row, self._steps)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"])
+            self._progress.console.print(line, highlight=False)
+            return
+        if row["split"] == "train":
+            line += f"  left {_duration(row['step_seconds'] * (self._steps - row['step']))}"
+        log.info(line)
+
+    def close(self, exit_status: int) -> None:
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,76 @@
+"""Weights & Biases, one run per job, in a thread of its own: training never waits for it and never fails by it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import WandbSection
+from trainer.tracking.interface import Row
+
+log = logging.getLogger(__name__)
+
+_INIT_SECONDS = 60.0
+_CLOSE_SECONDS = {"online": 60.0, "offline": 15.0}
+
+
+def run_id(folder: Path) -> str:
+    """The id of this job's run, made once, so that the same command again continues the same run."""
+    path = folder / "run-id"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
+class Wandb:
+    """Sends rows to Weights & Biases, or to an offline run below the run directory."""
+
+    def __init__(self, section: WandbSection, name: str, folder: Path, config: dict[str, Any]) -> None:
+        self._rows: queue.SimpleQueue[Row | int] = queue.SimpleQueue()
+        self._patience = _CLOSE_SECONDS.get(section.mode, 0.0)
+        self._thread = threading.Thread(
+            target=self._work, args=(section, name, folder, config), name="wandb", daemon=True
+        )
+        self._thread.start()
+
+    def _work(self, section: WandbSection, name: str, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(
+                mode=section.mode,
+                project=section.project,
+                entity=section.entity,
+                group=section.group,
+                tags=section.tags or None,
+                name=name,
+                id=run_id(folder / "wandb"),
+                resume="allow",
+                dir=str(folder),
+                config=config,
+                job_type="train",
+                settings=wandb.Settings(console="off", init_timeout=_INIT_SECONDS, silent=True),
+            )
+            run.define_metric("*", step_metric="step")
+            while isinstance(row := self._rows.get(), dict):
+                prefix = row["split"]
+                values = {f"{prefix}/{k}": v for k, v in row.items() if k not in ("split", "step") and v is not None}
+                run.log({"step": row["step"], **values})
+            run.finish(exit_code=row)
+        except Exception as error:  # whatever it is, training goes on
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            log.warning("Weights & Biases is out: %s. Training goes on; metrics.jsonl is complete", first)
+
+    def log(self, row: Row) -> None:
+        self._rows.put(row)
+
+    def close(self, exit_status: int) -> None:
+        self._rows.put(exit_status)
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            log.warning("Weights & Biases did not finish within %d s; metrics.jsonl is complete", self._patience)
