@@ -29,7 +29,7 @@ def tiny_config(corpus: Path, cache: Path, output: Path) -> dict[str, Any]:
         "deepspeed": {
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-3}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.002, "eps": 1e-3}},
             "gradient_clipping": 0.5,
         },
     }  # fmt: skip

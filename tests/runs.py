@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from trainer.config.load import LoadedConfig, check
 from trainer.data import open_batches, prepare_data
-from trainer.distributed import Launch, joined_world
+from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.model import build_model, initialize_weights
@@ -25,25 +25,35 @@ def _loaded(config: dict[str, Any], world: int) -> LoadedConfig:
     return check(config, world=world, device="cpu")
 
 
-def train(config: dict[str, Any], steps: int, sabotage: str = "") -> tuple[Curve, Weights, float | None]:
-    """Our engine in this rank's world: the curve, the final weights, and the held-out loss before training."""
+Outcome = tuple[Curve, Weights, float | None]
+"""The curve, the final weights, and the held-out loss before training."""
+
+
+def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Outcome]:
+    """Our engine in this rank's world, once for each (configuration, steps)."""
     launch = Launch.from_environment()
-    loaded = _loaded(config, launch.world)
     topology = Topology.of(launch.world, launch.rank)
+    with joined_world(launch, topology, seed=jobs[0][0]["run"]["seed"]) as world:
+        return [_train(config, steps, launch, topology, world, sabotage) for config, steps in jobs]
+
+
+def _train(
+    config: dict[str, Any], steps: int, launch: Launch, topology: Topology, world: World, sabotage: str
+) -> Outcome:
+    loaded = _loaded(config, launch.world)
     prepared = prepare_data(loaded, builder=launch.rank == 0)
-    with joined_world(launch, topology, seed=loaded.config.run.seed) as world:
-        batches = open_batches(loaded, prepared, topology)
-        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world)
-        before = engine.evaluate(batches.validation).loss if batches.validation else None
-        if sabotage:
-            _sabotage(engine, sabotage)
-        curve = []
-        for batch in batches.train.steps(1, steps):
-            result = engine.train_step(batch)
-            total = sum(row[0] for row in engine.exchange([result.loss_sum]))
-            norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
-            curve.append((total / batch.tokens, norm))
-        weights = {name: tensor.float().numpy() for name, tensor in engine.whole_weights()}
+    batches = open_batches(loaded, prepared, topology)
+    engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world)
+    before = engine.evaluate(batches.validation).loss if batches.validation else None
+    if sabotage:
+        _sabotage(engine, sabotage)
+    curve = []
+    for batch in batches.train.steps(1, steps):
+        result = engine.train_step(batch)
+        total = sum(row[0] for row in engine.exchange([result.loss_sum]))
+        norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
+        curve.append((total / batch.tokens, norm))
+    weights = {name: tensor.float().numpy() for name, tensor in engine.whole_weights()}
     return curve, weights, before
 
 
@@ -78,8 +88,12 @@ def _sabotage(engine: PlainEngine, how: str) -> None:
         raise ValueError(how)
 
 
-def train_bare(config: dict[str, Any], steps: int) -> tuple[Curve, Weights, float | None]:
+def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
     """One process, plain torch and Hugging Face: the whole global batch at once, no engine of any kind."""
+    return [_train_bare(config, steps) for config, steps in jobs]
+
+
+def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     loaded = _loaded(config, 1)
     prepared = prepare_data(loaded, builder=True)
     whole_batch = {**config["deepspeed"], "train_micro_batch_size_per_gpu": loaded.batch.train}

@@ -42,6 +42,10 @@ Integer = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
 
 
+_LEFT_OUT = ("zero_optimization.legacy_stage1", "zero_optimization.elastic_checkpoint")
+"""Keys that DeepSpeed's classes still have and that do nothing, or nothing here; see `REFUSED`."""
+
+
 def _strict(annotation: Any, path: str, auto: frozenset[str]) -> Any:
     """The type of a DeepSpeed field, without DeepSpeed's silent conversions."""
     if get_origin(annotation) in (Union, types.UnionType):
@@ -56,14 +60,14 @@ def _strict(annotation: Any, path: str, auto: frozenset[str]) -> Any:
 def mirror(source: type[BaseModel], path: str, auto: frozenset[str] = frozenset()) -> type[Section]:
     """A strict section with the keys, types and bounds of DeepSpeed's own class `source`.
 
-    `auto` holds the dotted paths at which "auto" may stand. Deprecated keys are left out.
+    `auto` holds the dotted paths at which "auto" may stand. Deprecated keys are left out, and those of `_LEFT_OUT`.
     """
     fields: dict[str, Any] = {}
     for name, field in source.model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, Mapping) and extra.get("deprecated"):
-            continue
         key = field.alias or name
+        if isinstance(extra, Mapping) and extra.get("deprecated") or f"{path}.{key}" in _LEFT_OUT:
+            continue
         kind = _strict(field.annotation, f"{path}.{key}", auto)
         if field.metadata:
             kind = Annotated[(kind, *field.metadata)]
@@ -480,7 +484,7 @@ def class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         except (ValueError, AssertionError) as error:
             last = [line.strip() for line in str(error).splitlines() if line.strip()]
             text = next((line for line in last if line.startswith(("Value error", "Assertion failed"))), last[0])
-            yield Problem(f"deepspeed.{name}", text.split(" [type=")[0])
+            yield Problem(f"deepspeed.{name}", text.split(" [type=")[0].removeprefix("Value error, "))
 
 
 def resolve(

@@ -191,6 +191,7 @@ def _from_table(file: Path) -> Any:
     if file.stat().st_size == 0:
         raise DataError(f"{file}: the file is empty")
     kind = file.suffix.removeprefix(".")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print what we raise
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
     except Exception as error:

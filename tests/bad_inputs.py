@@ -1,0 +1,157 @@
+"""Bad configurations and inputs, in one table: what is wrong, how the run must end, what it must say.
+
+A row changes the sound configuration of `tests/configs.py`: `values` sets keys (None removes one), `text`
+replaces the file's text, `files` are written below the test's folder and may be named by `{tmp}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bad:
+    name: str
+    status: int
+    says: tuple[str, ...]
+    """Every one of these must stand in the message."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    rule: str = ""
+    """The rule of `trainer/config/rules.py` that this row is the failing example of."""
+
+
+def train_file(name: str) -> dict[str, Any]:
+    return {"data__train": [{"path": "{tmp}/" + name}]}
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    return {f"model__config__{key}": value for key, value in changes.items()}
+
+
+def zero(**keys: Any) -> dict[str, Any]:
+    return {"deepspeed__zero_optimization": keys}
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return {"deepspeed__optimizer": {"type": kind, "params": params}}
+
+
+def scheduler(kind: str, **params: Any) -> dict[str, Any]:
+    return {"deepspeed__scheduler": {"type": kind, "params": params}}
+
+
+SOUND_LINE = b'{"text": "seven wizards brew potions of quartz and jade while the quick fox jumps"}\n'
+
+BAD_INPUTS = [
+    # The file itself.
+    Bad("comment", 2, ("line 2, column", "JSON has no comments"), text='{\n  // our run\n  "run": {}}'),
+    Bad("byte order mark", 2, ("line 1, column 1", "byte order mark"), text="\ufeff{}"),
+    Bad("truncated", 2, ("line 1, column", "ends before"), text='{"run": {"output_dir": "x"'),
+    Bad("truncated string", 2, ("line 1, column", "ends before"), text='{"run": {"output_d'),
+    Bad("trailing comma", 2, ("line 2, column", "comma"), text='{"run": {},\n}'),
+    Bad("single quotes", 2, ("double quotes",), text="{'run': {}}"),
+    Bad("duplicate key", 2, ("line 1, column 18", "'seed' stands twice"), text='{"run":{"seed":1,"seed":2}}'),
+    Bad("not an object", 2, ("expected a JSON object, got list",), text="[1]"),
+    Bad("empty file", 2, ("line 1, column 1", "ends before"), text=""),
+    Bad("NaN", 2, ("NaN is not a JSON number",), text='{"run": NaN}'),
+    Bad("extends nothing", 2, ("base.json", "no such file"), values={"extends": "base.json"}),
+    Bad("extends itself", 2, ("extends itself",), values={"extends": "config.json"}),
+    # Unknown keys at every level.
+    Bad("misspelt section", 2, ("trainning: unknown section; did you mean 'training'?",), values={"trainning": {"max_steps": 1}}),
+    Bad("key of another section", 2, ("max_steps: unknown section; 'training.max_steps' is a key",), values={"max_steps": 3}),
+    Bad("misspelt key", 2, ("parallel.tensr: unknown key; did you mean 'tensor'?",), values={"parallel__tensr": 1}),
+    Bad("misspelt key in a list", 2, ("data.train.0.pth: unknown key; did you mean 'path'?",), values={"data__train": [{"pth": "x"}]}),
+    Bad("misspelt nested key", 2, ("tracking.wandb.projct: unknown key; did you mean 'project'?",), values={"tracking__wandb__projct": "x"}),
+    Bad("misspelt DeepSpeed key", 2, ("deepspeed.train_batch_sise: unknown key; did you mean 'train_batch_size'?",), values={"deepspeed__train_batch_sise": 8}),
+    Bad("misspelt ZeRO key", 2, ("deepspeed.zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",), values=zero(stage=1, overlap_com=True)),
+    Bad("misspelt offload key", 2, ("zero_optimization.offload_optimizer.devise: unknown key; did you mean 'device'?",), values=zero(stage=1, offload_optimizer={"devise": "cpu"})),
+    Bad("misspelt optimizer parameter", 2, ("deepspeed.optimizer.params.weight_decy: unknown key; did you mean 'weight_decay'?",), values=optimizer("AdamW", weight_decy=0.1), rule="optimizer_exists"),
+    Bad("misspelt model key", 2, ("model.config.hidden_sise: unknown key for model type 'llama'; did you mean 'hidden_size'?",), values=llama(hidden_sise=8)),
+    Bad("two mistakes at once", 2, ("2 mistakes", "run.sed", "training.max_stps"), values={"run__sed": 1, "training__max_stps": 3}),
+    # Types.
+    Bad("bool for int", 2, ("training.max_steps: expected whole number, got true",), values={"training__max_steps": True}),
+    Bad("string for int", 2, ('data.sequence_length: expected whole number, got "32"',), values={"data__sequence_length": "32"}),
+    Bad("float for int", 2, ("training.max_steps: expected whole number",), values={"training__max_steps": 2.5}),
+    Bad("bool for batch size", 2, ("deepspeed.train_batch_size: expected whole number", "got true"), values={"deepspeed__train_batch_size": True}),
+    Bad("bool for model size", 2, ("model.config.hidden_size", "got bool"), values=llama(hidden_size=True)),
+    Bad("number for section", 2, ("evaluation: expected an object, got 3",), values={"evaluation": 3}),
+    Bad("zero steps", 2, ("training.max_steps", "greater than or equal to 1"), values={"training__max_steps": 0}),
+    Bad("ZeRO 4", 2, ("zero_optimization.stage: expected 0, 1, 2 or 3, got 4",), values=zero(stage=4)),
+    Bad("wrong choice", 2, ("data.packing: expected 'concatenate' or 'none', got \"best_fit\"",), values={"data__packing": "best_fit"}),
+    Bad("bad learning rate", 2, ("deepspeed.optimizer.params.lr: expected a number >= 0, got True",), values=optimizer("AdamW", lr=True)),
+    # Missing.
+    Bad("no section", 2, ("training: required, but missing",), values={"training": None}),
+    Bad("no key", 2, ("training.max_steps: required, but missing",), values={"training__max_steps": None}),
+    Bad("no optimizer", 2, ("deepspeed.optimizer: required, but missing",), values={"deepspeed__optimizer": None}),
+    Bad("no training data", 2, ("data.train",), values={"data__train": []}),
+    # Keys of DeepSpeed that are refused here.
+    Bad("AutoTP", 2, ("deepspeed.tensor_parallel", "parallel.tensor"), values={"deepspeed__tensor_parallel": {"autotp_size": 2}}),
+    Bad("DeepSpeed's wandb", 2, ("deepspeed.wandb", "tracking.wandb"), values={"deepspeed__wandb": {"enabled": True}}),
+    Bad("removed from DeepSpeed", 2, ("deepspeed.elasticity", "has been removed"), values={"deepspeed__elasticity": {}}),
+    Bad("removed from ZeRO", 2, ("deepspeed.zero_optimization.mics_shard_size", "has been removed"), values=zero(stage=3, mics_shard_size=2)),
+    Bad("deprecated in ZeRO", 2, ("zero_optimization.cpu_offload", "offload_optimizer"), values=zero(stage=2, cpu_offload=True)),
+    Bad("unresolvable auto", 2, ('deepspeed.optimizer.params.lr: "auto" cannot be resolved',), values=optimizer("AdamW", lr="auto")),
+    # Across sections.
+    Bad("batch arithmetic", 2, ("deepspeed.train_batch_size: 8 is not a multiple of", "3 x 1 = 3"), values={"deepspeed__train_micro_batch_size_per_gpu": 3}, rule="batch_comes_out"),
+    Bad("all three do not multiply", 2, ("8 is not micro-batch x accumulation x data ranks (2 x 2 x 1 = 4)",), values={"deepspeed__gradient_accumulation_steps": 2}),
+    Bad("one batch key", 2, ("two of the three batch keys must be given",), values={"deepspeed__train_micro_batch_size_per_gpu": None}),
+    Bad("both precisions", 2, ("bf16.enabled and fp16.enabled are both true",), values={"deepspeed__bf16": {"enabled": True}, "deepspeed__fp16": {"enabled": True}}, rule="one_precision"),
+    Bad("fp16 on a CPU", 2, ("deepspeed.fp16.enabled", "no fp16 on CPUs"), values={"deepspeed__fp16": {"enabled": True}}, rule="device_can"),
+    Bad("bf16 master weights at ZeRO 0", 2, ("bf16_master_weights_and_grads", "stage 1, 2 or 3"), values={"deepspeed__bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, rule="half_precision_states_need_zero"),
+    Bad("other parameter type", 2, ("data_types.param_dtype", "'bf16' is not the precision of the run"), values={"deepspeed__data_types": {"param_dtype": "bf16"}}, rule="data_types_agree"),
+    Bad("offload at ZeRO 0", 2, ("offload_optimizer", "needs stage 1 or more"), values=zero(stage=0, offload_optimizer={"device": "cpu"}), rule="offload_fits_the_stage"),
+    Bad("offloaded parameters at ZeRO 2", 2, ("offload_param", "needs stage 3"), values=zero(stage=2, offload_param={"device": "cpu"})),
+    Bad("no norm at ZeRO 3", 2, ("deepspeed.zero_optimization", "compute_grad_norm"), values=zero(stage=3, compute_grad_norm=False), rule="deepspeed_classes_agree"),
+    Bad("unknown optimizer", 2, ("unknown optimizer 'AdmW'; did you mean 'AdamW'?",), values=optimizer("AdmW")),
+    Bad("optimizer that evaluates again", 2, ("LBFGS", "several times a step"), values=optimizer("LBFGS", lr=1.0)),
+    Bad("Adafactor under ZeRO", 2, ("Adafactor", "another algorithm"), values={**optimizer("Adafactor", lr=0.01), **zero(stage=1)}),
+    Bad("Lamb without fp16", 2, ("Lamb", "fp16"), values=optimizer("Lamb", lr=0.01), rule="lamb_needs_fp16"),
+    Bad("unknown scheduler", 2, ("unknown scheduler 'WarmupCosine'; did you mean 'WarmupCosineLR'?",), values=scheduler("WarmupCosine"), rule="scheduler_exists"),
+    Bad("scheduler without its length", 2, ("scheduler.params.total_num_steps: required",), values=scheduler("WarmupDecayLR")),
+    Bad("auto peak without a rate", 2, ("warmup_max_lr", "optimizer.params.lr"), values={**optimizer("AdamW"), **scheduler("WarmupLR", warmup_max_lr="auto")}, rule="automatic_peak_has_a_rate"),
+    Bad("tensor parallelism", 2, ("parallel.tensor", "not built yet"), values={"parallel__tensor": 2, "deepspeed__train_batch_size": None}, rule="axes_that_are_built"),
+    Bad("processes do not divide", 2, ("1 processes cannot be divided by tensor x pipeline = 2",), values={"parallel__pipeline": 2}, rule="world_divides"),
+    Bad("evaluation of nothing", 2, ("evaluation.every_steps", "nothing to evaluate"), values={"evaluation__every_steps": 2, "data__validation": []}, rule="evaluation_has_data"),
+    Bad("weighted validation", 2, ("data.validation.0.weight",), values={"data__validation": [{"path": "{tmp}/good.jsonl", "weight": 2.0}]}, files={"good.jsonl": SOUND_LINE * 9}, rule="validation_has_no_weights"),
+    Bad("validation on training data", 2, ("is also trained on",), values={**train_file("*.jsonl"), "data__validation": [{"path": "{tmp}/good.jsonl"}]}, files={"good.jsonl": SOUND_LINE * 9}, rule="validation_is_held_out"),
+    # The model.
+    Bad("unknown model type", 2, ("model.config.model_type", "did you mean 'llama'?"), values=llama(model_type="lama")),
+    Bad("no decoder", 2, ("'vit' has no causal language model",), values={"model__config": {"model_type": "vit"}}),
+    Bad("heads do not divide", 2, ("model.config", "not a multiple of the number of attention heads"), values=llama(num_attention_heads=5)),
+    Bad("path and config", 2, ("both is given",), values={"model__path": "{tmp}"}, rule="model_is_named_once"),
+    Bad("pretrained without weights", 2, ("model.initialize",), values={"model__initialize": "pretrained"}),
+    Bad("model folder missing", 2, ("model.path: './nowhere' does not exist",), values={"model": {"path": "./nowhere"}}),
+    Bad("model folder without config", 2, ("holds no config.json",), values={"model": {"path": "{tmp}"}}),
+    Bad("model folder with pickles only", 2, ("holds no *.safetensors", "pytorch_model.bin", "can run code"), values={"model": {"path": "{tmp}/model"}, "data__tokenizer": "{tokenizer}"}, files={"model/config.json": b'{"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}', "model/pytorch_model.bin": b"x"}),
+    Bad("code in an inline config", 2, ("model.config.auto_map", "not taken"), values=llama(auto_map={"AutoModel": "x.Y"})),
+    Bad("sequence longer than positions", 2, ("data.sequence_length: 65 is longer than the 64 positions",), values={"data__sequence_length": 65}, rule="sequence_fits_the_model"),
+    Bad("vocabulary smaller than tokenizer's", 2, ("model.config.vocab_size: 300 is smaller than the tokenizer's vocabulary of 320",), values={**llama(vocab_size=300), "data__tokenizer": "{tokenizer}"}),
+    Bad("vocabulary too small for bytes", 2, ("model.config.vocab_size: 100 is smaller than",), values=llama(vocab_size=100)),
+    Bad("tokenizer missing", 2, ("data.tokenizer: './nowhere' is not a folder",), values={"data__tokenizer": "./nowhere"}, rule="tokenizer_is_there"),
+    # Paths.
+    Bad("missing file", 2, ("data.train.0.path: './nowhere.jsonl' does not exist",), values={"data__train": [{"path": "./nowhere.jsonl"}]}, rule="data_exists"),
+    Bad("glob without match", 2, ("data.train.0.path", "matches no file"), values=train_file("*.jsonl")),
+    Bad("folder without text", 2, ("is a folder without",), values={"data__train": [{"path": "{tmp}/empty"}]}, files={"empty/notes.md": b"x"}),
+    Bad("unknown kind of file", 2, ("is of no kind that can be read",), values=train_file("a.pdf"), files={"a.pdf": b"x"}),
+    Bad("unknown built-in", 2, ("unknown built-in corpus 'builtin:wikipedia'",), values={"data__train": [{"path": "builtin:wikipedia"}]}),
+    Bad("token file without index", 2, ("has no index",), values=train_file("a.bin"), files={"a.bin": b"x"}),
+    Bad("hub without network", 2, ("'hf://nobody/nothing' cannot be had from the hub",), values={"data__train": [{"path": "hf://nobody/nothing"}]}),
+    Bad("output below a file", 2, ("run.output_dir", "is a file"), values={"run__output_dir": "{tmp}/a.txt/run"}, files={"a.txt": b"x"}, rule="output_can_be_written"),
+    # Inside the data.
+    Bad("empty data file", 3, ("a.jsonl", "no text in it"), values=train_file("a.jsonl"), files={"a.jsonl": b""}),
+    Bad("broken JSON line", 3, ("a.jsonl: line 3: not JSON",), values=train_file("a.jsonl"), files={"a.jsonl": SOUND_LINE * 2 + b'{"text": "x"\n'}),
+    Bad("JSON line of another type", 3, ("a.jsonl: line 2: expected a JSON object, got list",), values=train_file("a.jsonl"), files={"a.jsonl": SOUND_LINE + b"[1]\n"}),
+    Bad("not UTF-8", 3, ("a.txt: line 2: not UTF-8 (byte 0xff)",), values=train_file("a.txt"), files={"a.txt": b"fine\nnot \xff fine\n"}),
+    Bad("no such text field", 3, ("a.jsonl: line 1: no field 'body', only 'text'",), values={**train_file("a.jsonl"), "data__text_field": "body"}, files={"a.jsonl": SOUND_LINE}),
+    Bad("text field of another type", 3, ("a.jsonl: line 1: field 'text' holds int",), values=train_file("a.jsonl"), files={"a.jsonl": b'{"text": 3}\n'}),
+    Bad("broken parquet", 3, ("a.parquet",), values=train_file("a.parquet"), files={"a.parquet": b"PAR1 and nothing"}),
+    Bad("CSV without the field", 3, ("a.csv", "no field 'text', only 'body'"), values=train_file("a.csv"), files={"a.csv": b"body\nhello\n"}),
+    Bad("too little text", 3, ("fewer than one sample",), values=train_file("a.txt"), files={"a.txt": b"hello\n"}),
+    Bad("broken index", 3, ("a.idx", "not a Megatron index"), values=train_file("a.bin"), files={"a.bin": b"xx", "a.idx": b"nothing"}),
+    Bad("truncated tokens", 3, ("truncated",), values=train_file("cut.bin"), files={"cut.bin": b"xx", "cut.idx": b"{index of 100 tokens}"}),
+    Bad("token ids outside the vocabulary", 3, ("high.bin: sample", "outside the model's vocabulary of 320"), values=train_file("high.bin"), files={"high.bin": b"{tokens to 400}", "high.idx": b""}),
+]  # fmt: skip

@@ -1,0 +1,76 @@
+"""Every bad input ends with its exit status and one readable message, and without a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.bad_inputs import BAD_INPUTS, Bad
+from tests.configs import VOCABULARY, with_values
+from tests.harness import run_command
+from trainer.config.rules import RULES
+from trainer.data.indexed import IndexedWriter
+from trainer.data.tokenizer import train_tokenizer
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = (corpus / "train.jsonl").read_text().splitlines()
+    train_tokenizer((json.loads(line)["text"] for line in text), VOCABULARY, folder)
+    return folder
+
+
+def write_files(bad: Bad, folder: Path) -> None:
+    for name, content in bad.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content.startswith(b"{tokens to 400}"):
+            with IndexedWriter(path.with_suffix(""), np.uint16) as writer:
+                writer.add(list(range(400)))
+        elif content.startswith(b"{index of 100 tokens}"):
+            with IndexedWriter(folder / "whole", np.uint16) as writer:
+                writer.add([1] * 100)
+            path.write_bytes((folder / "whole.idx").read_bytes())
+        elif not (content == b"" and path.exists()):
+            path.write_bytes(content)
+
+
+def place(value: Any, **names: Path) -> Any:
+    text = json.dumps(value)
+    for name, path in names.items():
+        text = text.replace("{" + name + "}", str(path))
+    return json.loads(text)
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(BAD_INPUTS) >= 40
+    assert max(Counter(bad.name for bad in BAD_INPUTS).values()) == 1
+
+
+def test_every_rule_has_a_failing_example() -> None:
+    assert {rule.name for rule in RULES} == {bad.rule for bad in BAD_INPUTS if bad.rule}
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
+def test_bad_input(bad: Bad, tiny: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
+    folder = tmp_path / "input"
+    folder.mkdir()
+    write_files(bad, folder)
+    config = place(with_values(tiny, **bad.values), tmp=folder, tokenizer=tokenizer)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config) if bad.text is None else bad.text, encoding="utf-8")
+    ended = run_command(TRAIN, "--config", str(path))
+    assert ended.status == bad.status, ended.err
+    assert "Traceback" not in ended.err
+    assert sum(line.startswith("error") for line in ended.err.splitlines()) == 1, ended.err
+    for words in bad.says:
+        assert words in ended.err
+    assert not list((tmp_path / "run").glob("final*"))

@@ -1,0 +1,255 @@
+"""Reading, merging, overriding and resolving configurations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.configs import with_values
+from tests.harness import run_command
+from trainer.config.deepspeed import (
+    REFUSED,
+    RESOLVED_AUTOS,
+    Batch,
+    DeepSpeedSection,
+    batch_arithmetic,
+    clips_itself,
+    for_engine,
+)
+from trainer.config.load import apply_override, check, load_config, merge, read_config_file
+from trainer.config.model_facts import scrub
+from trainer.errors import ConfigError
+
+pytestmark = pytest.mark.fast
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+def problems(config: dict[str, Any], world: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(config, world=world, device="cpu")
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_extends_merges_objects_and_replaces_lists(tmp_path: Path) -> None:
+    (tmp_path / "base.json").write_text('{"a": {"x": 1, "y": 2}, "b": [1, 2], "$schema": "s"}')
+    (tmp_path / "middle.json").write_text('{"extends": "base.json", "a": {"y": 3}}')
+    (tmp_path / "top.json").write_text('{"extends": "middle.json", "b": [9]}')
+    assert read_config_file(tmp_path / "top.json") == {"a": {"x": 1, "y": 3}, "b": [9]}
+
+
+def test_a_deepspeed_file_that_people_already_have(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(tiny["deepspeed"]))
+    (tmp_path / "config.json").write_text(json.dumps({**tiny, "deepspeed": "ds.json"}))
+    inline = check(tiny, world=1, device="cpu")
+    assert load_config(tmp_path / "config.json", world=1, device="cpu").resolved() == inline.resolved()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("a.b=1", {"a": {"b": 1}}),
+        ("a.b=text", {"a": {"b": "text"}}),
+        ('a.b="1"', {"a": {"b": "1"}}),
+        ("a.b=[1,2]", {"a": {"b": [1, 2]}}),
+        ("a.b=x=y", {"a": {"b": "x=y"}}),
+        ("list.0.path=z", {"list": [{"path": "z"}]}),
+    ],
+)
+def test_overrides(assignment: str, expected: dict[str, Any]) -> None:
+    raw: dict[str, Any] = {"list": [{"path": "a"}]} if "list" in expected else {}
+    apply_override(raw, assignment)
+    assert raw == expected
+
+
+@pytest.mark.parametrize("assignment", ["nothing", "=1", "list.5=1", "number.x=1"])
+def test_bad_overrides(assignment: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_override({"list": [1], "number": 3}, assignment)
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base = {"a": {"x": 1}}
+    assert merge(base, {"a": {"y": 2}}) == {"a": {"x": 1, "y": 2}}
+    assert base == {"a": {"x": 1}}
+
+
+def test_mistakes_of_every_kind_in_one_pass(tiny: dict[str, Any]) -> None:
+    config = with_values(
+        tiny,
+        parallel__tensr=1,
+        training__max_steps=True,
+        deepspeed__train_micro_batch_size_per_gpu=3,
+        deepspeed__optimizer__type="AdmW",
+        model__config__hidden_sise=3,
+        data__train=[{"path": "./nowhere.txt"}],
+        trakcing={},
+    )
+    found = problems(config)
+    for start in ("trakcing:", "parallel.tensr:", "training.max_steps:", "deepspeed.train_batch_size:",
+                  "deepspeed.optimizer.type:", "model.config.hidden_sise:", "data.train.0.path:"):  # fmt: skip
+        assert sum(line.startswith(start) for line in found) == 1, (start, found)
+    assert len(found) == 7
+
+
+def test_a_wrong_value_does_not_bring_wrong_consequences(tiny: dict[str, Any]) -> None:
+    assert problems(with_values(tiny, deepspeed__train_batch_size="many")) == [
+        "deepspeed.train_batch_size: expected whole number or 'auto', got \"many\""
+    ]
+
+
+def section(**keys: Any) -> DeepSpeedSection:
+    return DeepSpeedSection.model_validate_json(json.dumps(keys))
+
+
+@pytest.mark.parametrize(
+    ("train", "micro", "steps", "ranks", "expected"),
+    [
+        (64, 2, "auto", 4, Batch(64, 2, 8)),
+        (64, None, 8, 4, Batch(64, 2, 8)),
+        ("auto", 2, 8, 4, Batch(64, 2, 8)),
+        (64, 2, 8, 4, Batch(64, 2, 8)),
+        (65, 2, None, 4, None),
+        (64, 2, 4, 4, None),
+        (64, None, None, 4, None),
+        (None, None, 8, 1, None),
+    ],
+)
+def test_batch_arithmetic(train: Any, micro: Any, steps: Any, ranks: int, expected: Batch | None) -> None:
+    given = {"train_batch_size": train, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": steps}
+    found = batch_arithmetic(section(**{k: v for k, v in given.items() if v is not None}), ranks)
+    assert (found if isinstance(found, Batch) else None) == expected
+
+
+def test_every_auto_is_resolved(tiny: dict[str, Any]) -> None:
+    config = with_values(
+        tiny,
+        deepspeed__gradient_accumulation_steps="auto",
+        deepspeed__gradient_clipping="auto",
+        deepspeed__optimizer__params={"lr": 0.003, "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        deepspeed__scheduler={
+            "type": "WarmupDecayLR",
+            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "total_num_steps": "auto", "warmup_num_steps": 2},
+        },
+        deepspeed__zero_optimization={
+            "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+    )  # fmt: skip
+    resolved = check(config, world=2, device="cpu").deepspeed_json
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["gradient_clipping"] == 1.0
+    assert resolved["optimizer"]["params"] == {"lr": 0.003, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    assert resolved["scheduler"]["params"] == {
+        "warmup_min_lr": 0.0, "warmup_max_lr": 0.003, "total_num_steps": 4, "warmup_num_steps": 2
+    }  # fmt: skip
+    zero = resolved["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (32 * 32, int(0.9 * 32 * 32))
+    assert zero["stage3_param_persistence_threshold"] == 320
+
+
+def _refused_everywhere() -> list[str]:
+    """Every nested key of the section that takes no "auto", as a dotted path with a value around it."""
+    return ["bf16.enabled", "fp16.enabled", "zero_optimization.stage", "zero_optimization.overlap_comm",
+            "zero_optimization.sub_group_size", "steps_per_print", "communication_data_type"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", _refused_everywhere())
+def test_auto_is_refused_where_nothing_resolves_it(path: str, tiny: dict[str, Any]) -> None:
+    assert path not in RESOLVED_AUTOS
+    found = problems(with_values(tiny, **{f"deepspeed__{path.replace('.', '__')}": "auto"}))
+    assert [line for line in found if line.startswith(f"deepspeed.{path}: expected")]
+
+
+def test_refused_keys_say_why(tiny: dict[str, Any]) -> None:
+    for key, (reason, _) in REFUSED.items():
+        values = {f"deepspeed__{key.replace('.', '__')}": {}}
+        if key.startswith("zero_optimization."):
+            values["deepspeed__zero_optimization__stage"] = 1
+        found = problems(with_values(tiny, **values))
+        assert any(line.startswith(f"deepspeed.{key}: {reason}") for line in found), (key, found)
+
+
+def test_clipping_is_the_engines_only_at_zero_0_in_fp32(tiny: dict[str, Any]) -> None:
+    for stage, bf16, theirs in ((0, False, False), (0, True, True), (1, False, True), (3, False, True)):
+        config = with_values(tiny, deepspeed__zero_optimization={"stage": stage}, deepspeed__bf16={"enabled": bf16})
+        resolved = check(config, world=1, device="cpu").deepspeed_json
+        assert clips_itself(resolved) is theirs
+        assert for_engine(resolved)["gradient_clipping"] == (0.5 if theirs else 0.0)
+
+
+def test_code_in_a_models_configuration_is_dropped_at_every_depth() -> None:
+    raw = {"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "evil/repo",
+           "text_config": {"trust_remote_code": True, "hidden_size": 3}}  # fmt: skip
+    assert scrub(raw) == {"model_type": "llama", "text_config": {"hidden_size": 3}}
+
+
+def test_the_resolved_configuration_is_a_configuration(tiny: dict[str, Any]) -> None:
+    resolved = check(tiny, world=2, device="cpu").resolved()
+    assert check(resolved, world=2, device="cpu").resolved() == resolved
+
+
+def test_print_config(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--print_config", "--set", "run.seed=5")
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["run"]["seed"] == 5
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("extra", "expected"), [
+    ([], ["processes    1 = pipeline 1 x data 1 x tensor 1", "8 samples a step = 2 a micro-batch x 4 accumulated x 1"]),
+    (["--world", "4"], ["processes    4 = pipeline 1 x data 4 x tensor 1", "2 a micro-batch x 1 accumulated x 4"]),
+    (["--set", "deepspeed.gradient_accumulation_steps=2"], ["processes    2 =", "x 2 data ranks"]),
+])  # fmt: skip
+def test_dry_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run", *extra)
+    assert ended.status == 0, ended.err
+    for words in (*expected, "parameters   38,", "tokens       256 a step", "of model states"):
+        assert words in ended.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_world_in_a_dry_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run", "--world", "3")
+    assert ended.status == 2
+    assert "8 is not a multiple of" in ended.err
+
+
+def test_schema_file_is_current() -> None:
+    from tools.schema import schema_text
+
+    assert (ROOT / "ds_configs" / "schema.json").read_text() == schema_text(), "run `python -m tools.schema`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configurations(path: Path) -> None:
+    if path.name == "schema.json":
+        return
+    loaded = load_config(path)
+    from trainer.dry_run import describe
+
+    assert "the configuration is sound" in describe(loaded)
+
+
+def test_a_bad_configuration_costs_less_than_five_cpu_seconds(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, parallel__tensr=2)))
+    measured = (
+        "import resource, subprocess, sys\n"
+        f"ended = subprocess.run([sys.executable, {TRAIN!r}, '--config', {str(tmp_path / 'config.json')!r}])\n"
+        "use = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(ended.returncode, use.ru_utime + use.ru_stime)\n"
+    )
+    status, seconds = subprocess.run(
+        [sys.executable, "-c", measured], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(status) == 2
+    assert float(seconds) < 5
