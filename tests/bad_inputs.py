@@ -109,6 +109,7 @@ BAD_INPUTS = [
     Bad("unknown optimizer", 2, ("unknown optimizer 'AdmW'; did you mean 'AdamW'?",), values=optimizer("AdmW")),
     Bad("optimizer that evaluates again", 2, ("LBFGS", "several times a step"), values=optimizer("LBFGS", lr=1.0)),
     Bad("Adafactor under ZeRO", 2, ("Adafactor", "another algorithm"), values={**optimizer("Adafactor", lr=0.01), **zero(stage=1)}),
+    Bad("Muon with reduce-scatter", 2, ("reduce_scatter", "Muon needs whole gradients"), values={**optimizer("Muon", lr=0.01), **zero(stage=3)}),
     Bad("Lamb without fp16", 2, ("Lamb", "fp16"), values=optimizer("Lamb", lr=0.01), rule="lamb_needs_fp16"),
     Bad("unknown scheduler", 2, ("unknown scheduler 'WarmupCosine'; did you mean 'WarmupCosineLR'?",), values=scheduler("WarmupCosine"), rule="scheduler_exists"),
     Bad("scheduler without its length", 2, ("scheduler.params.total_num_steps: required",), values=scheduler("WarmupDecayLR")),

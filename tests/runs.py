@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config.load import LoadedConfig, check
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
-from trainer.model import build_model, initialize_weights
+from trainer.model import build_model, initialize_weights, model_cost
 from trainer.topology import Topology
+from trainer.tracking import Meter
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm before clipping) by step."""
@@ -119,7 +127,148 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
 
 def _torch_optimizer(section: dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
     params = dict(section["params"])
-    kind = getattr(torch.optim, section["type"])
+    kind = Lion if section["type"] == "Lion" else getattr(torch.optim, section["type"])
     if kind is torch.optim.AdamW:
         params.setdefault("weight_decay", 0.0)  # DeepSpeed's default; torch's is 0.01
     return kind(model.parameters(), **params)
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, algorithm 2: the sign of an interpolated momentum, with decoupled weight decay."""
+
+    def __init__(self, params: Any, lr: float, betas: list[float]) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p -= group["lr"] * (first * momentum + (1 - first) * p.grad).sign()
+                momentum.mul_(second).add_(p.grad, alpha=1 - second)
+
+
+def rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
+    """The learning rate that each step used."""
+    launch = Launch.from_environment()
+    topology = Topology.of(launch.world, launch.rank)
+    found = []
+    with joined_world(launch, topology, seed=1) as world:
+        for config, steps in jobs:
+            loaded = _loaded(config, launch.world)
+            prepared = prepare_data(loaded, builder=launch.rank == 0)
+            batches = open_batches(loaded, prepared, topology)
+            engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world)
+            found.append([engine.train_step(b).learning_rate for b in batches.train.steps(1, steps)])
+    return found
+
+
+def auxiliary(config: dict[str, Any]) -> float:
+    """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
+    launch = Launch.from_environment()
+    loaded = _loaded(config, launch.world)
+    topology = Topology.of(launch.world, launch.rank)
+    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    with joined_world(launch, topology, seed=1) as world:
+        batches = open_batches(loaded, prepared, topology)
+        model = build_model(loaded, prepared.tokenizer)
+        cost = model_cost(model)
+        engine = start_engine(model, loaded, world)
+        meter = Meter(engine, world.device, launch.world, cost, 32, attempt=1)
+        batch = batches.train.at(1)
+        result = engine.train_step(batch)
+        meter.add(batch.tokens, batch.samples)
+        return float(meter.train_row(1, 0.0, result, batch.tokens)["auxiliary_loss"])
+
+
+@dataclass
+class Counted:
+    """What happened during one step: host synchronisations and collectives, by whose frame issued them."""
+
+    ours: Counter[str]
+    theirs: Counter[str]
+
+
+_OWNERS = ("trainer", "deepspeed", "transformers")
+_COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "reduce_scatter",
+    "broadcast", "broadcast_object_list", "reduce", "gather", "scatter", "barrier", "all_to_all", "all_to_all_single",
+    "all_gather_single", "reduce_scatter_single", "send", "recv", "batch_isend_irecv", "all_gather_coalesced",
+)  # fmt: skip
+
+
+def _owner() -> str:
+    """The package whose code is innermost on the stack."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if package in _OWNERS:
+            return package
+        frame = frame.f_back
+    return "other"
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts reads of device values by the host."""
+
+    def __init__(self, counted: Counted) -> None:
+        super().__init__()
+        self._counted = counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            (self._counted.ours if _owner() == "trainer" else self._counted.theirs)["host read"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _counting(counted: Counted) -> Iterator[None]:
+    originals = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
+
+    def wrap(name: str, function: Any) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            (counted.ours if _owner() == "trainer" else counted.theirs)[name] += 1
+            return function(*args, **kwargs)
+
+        return counting
+
+    for name, function in originals.items():
+        setattr(dist, name, wrap(name, function))
+    try:
+        with _HostReads(counted):
+            yield
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+
+def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
+    """Events of a step that does not log, of one that does, and of the same step in a plain DeepSpeed loop."""
+    launch = Launch.from_environment()
+    loaded = _loaded(config, launch.world)
+    topology = Topology.of(launch.world, launch.rank)
+    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    quiet, logging, plain = (Counted(Counter(), Counter()) for _ in range(3))
+    with joined_world(launch, topology, seed=1) as world:
+        batches = open_batches(loaded, prepared, topology)
+        model = build_model(loaded, prepared.tokenizer)
+        cost = model_cost(model)
+        engine = start_engine(model, loaded, world)
+        meter = Meter(engine, world.device, launch.world, cost, 32, attempt=1)
+        steps = meter.timed(batches.train.steps(1, 4))
+        for counted in (None, quiet, logging):
+            batch = next(steps)
+            with _counting(counted) if counted is not None else contextlib.nullcontext():
+                result = engine.train_step(batch)
+                meter.add(batch.tokens, batch.samples)
+                if counted is logging:
+                    meter.train_row(3, 0.0, result, batch.tokens)
+        batch = next(steps)
+        with _counting(plain):
+            for micro in batch.micro_batches:
+                loss = engine._engine(micro.input_ids_BT, micro.labels_BT, micro.attention_mask_BT)
+                engine._engine.backward(loss.loss_sum)
+                engine._engine.step()
+        steps.close()
+    return quiet, logging, plain

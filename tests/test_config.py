@@ -212,7 +212,7 @@ def test_dry_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tm
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run", *extra)
     assert ended.status == 0, ended.err
-    for words in (*expected, "parameters   38,", "tokens       256 a step", "of model states"):
+    for words in (*expected, "parameters   39,072;", "tokens       256 a step", "of model states"):
         assert words in ended.out
     assert not (tmp_path / "run").exists()
 

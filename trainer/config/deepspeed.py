@@ -378,6 +378,10 @@ def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         yield Problem(f"{path}.type", f"{name} {reason}, which the training step does not offer", "Take another")
     if name.lower() in _MUP and importlib.util.find_spec("mup") is None:
         yield Problem(f"{path}.type", f"{name} needs the package 'mup', which is not installed", "pip install mup")
+    zero = section.zero_optimization
+    if name.lower() == "muon" and section.zero_stage == 3 and getattr(zero, "reduce_scatter", None) is not False:
+        yield Problem("deepspeed.zero_optimization.reduce_scatter",
+                      "at ZeRO 3 Muon needs whole gradients, which reduce-scatter does not give", "Set it to false")
     if name == "Adafactor" and section.zero_stage > 0:
         yield Problem(
             f"{path}.type",

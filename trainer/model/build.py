@@ -77,7 +77,9 @@ def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> P
 def _refusal(section: ModelSection, error: Exception) -> Problem:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "attn" in first.lower() or "attention" in first.lower() or isinstance(error, ImportError):
-        return Problem("model.attention", f"'{section.attention}' cannot be used: {first}", "Set 'sdpa' or 'eager'")
+        reason = first.split(". Please request")[0]
+        remedy = "Set 'eager'" if section.attention == "sdpa" else "Set 'sdpa' or 'eager'"
+        return Problem("model.attention", f"'{section.attention}' cannot be used: {reason}", remedy)
     return Problem("model", f"transformers refuses it: {first}")
 
 

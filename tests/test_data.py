@@ -1,0 +1,362 @@
+"""Order, token files, sources, cache, samples and batches."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.configs import LENGTH, with_values
+from trainer.config.load import check
+from trainer.data import open_batches, prepare_data
+from trainer.data.batches import IGNORED, BatchShape, EvaluationBatches, TrainBatches, pad
+from trainer.data.indexed import IndexedTokens, IndexedWriter
+from trainer.data.order import SampleOrder, permute
+from trainer.data.prepare import Cache
+from trainer.data.samples import CheckedSamples, ConcatenatedSamples, DocumentSamples
+from trainer.data.sources import Source, stdlib_files
+from trainer.errors import DataError
+from trainer.topology import Topology
+
+pytestmark = pytest.mark.fast
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_permute_is_a_permutation(size: int) -> None:
+    images = permute(np.arange(size), size, 5, 0)
+    assert sorted(images) == list(range(size))
+
+
+def test_permutations_differ_by_key_and_look_random() -> None:
+    first, second = permute(np.arange(5000), 5000, 5, 0), permute(np.arange(5000), 5000, 5, 1)
+    assert (first == second).mean() < 0.005
+    assert (first == np.arange(5000)).mean() < 0.005
+    # Neighbours must not stay neighbours, and both halves must be mixed.
+    assert abs(np.corrcoef(np.arange(5000), first)[0, 1]) < 0.06
+    assert abs((first[:2500] < 2500).mean() - 0.5) < 0.04
+
+
+def test_an_epoch_reads_everything_once_and_in_another_order_each_time() -> None:
+    order = SampleOrder((100, 37), (1.0, 1.0), seed=3)
+    epochs = []
+    for epoch in range(3):
+        source, sample = order.at(np.arange(epoch * 137, (epoch + 1) * 137))
+        pairs = list(zip(source.tolist(), sample.tolist(), strict=True))
+        assert sorted(pairs) == sorted([(0, i) for i in range(100)] + [(1, i) for i in range(37)])
+        epochs.append(pairs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_weights_are_times_an_epoch() -> None:
+    order = SampleOrder((100, 10, 100), (1.0, 2.0, 0.5), seed=3)
+    assert order.shares == (100, 20, 50)
+    read: list[list[int]] = []
+    for epoch in range(2):
+        source, sample = order.at(np.arange(epoch * 170, (epoch + 1) * 170))
+        assert sorted(sample[source == 1].tolist()) == sorted([*range(10), *range(10)])
+        read.append(sample[source == 2].tolist())
+    assert sorted(read[0] + read[1]) == list(range(100)), "half an epoch each, and nothing twice"
+
+
+def test_any_position_costs_the_same() -> None:
+    order = SampleOrder((10**9, 10**7), (1.0, 3.0), seed=1)
+    order.at(np.arange(1000))
+
+    def cost(start: int) -> float:
+        best = float("inf")
+        for _ in range(5):
+            begin = time.process_time()
+            order.at(np.arange(start, start + 1000))
+            best = min(best, time.process_time() - begin)
+        return best
+
+    assert cost(10**12) < 3 * cost(0) + 0.002
+
+
+# --- token files -----------------------------------------------------------------------------------------------------
+
+
+def write_tokens(prefix: Path, documents: list[list[int]], dtype: Any = np.uint16) -> IndexedTokens:
+    with IndexedWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add(document)
+    return IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_token_files_give_back_what_was_written(dtype: Any, tmp_path: Path) -> None:
+    documents = [[1, 2, 3], [4], [], [5, 6]]
+    tokens = write_tokens(tmp_path / "t", documents, dtype)
+    assert [tokens.document(i).tolist() for i in range(4)] == documents
+    assert tokens.stream(2, 3).tolist() == [3, 4, 5]
+    assert tokens.tokens == 6
+    assert tokens.is_contiguous
+    assert tokens.document(0, limit=2).tolist() == [1, 2]
+
+
+def test_the_index_is_megatrons_byte_for_byte(tmp_path: Path) -> None:
+    """Against the layout as Megatron-LM documents it, written out by hand."""
+    write_tokens(tmp_path / "t", [[7, 8], [9]])
+    expected = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3)
+    expected += struct.pack("<2i", 2, 1) + struct.pack("<2q", 0, 4) + struct.pack("<3q", 0, 1, 2)
+    assert (tmp_path / "t.idx").read_bytes() == expected
+    assert (tmp_path / "t.bin").read_bytes() == struct.pack("<3H", 7, 8, 9)
+
+
+@pytest.mark.parametrize("cut", range(0, 80, 5))
+def test_a_damaged_pair_is_named(cut: int, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "t", [[7, 8], [9]])
+    for name in ("t.idx", "t.bin"):
+        whole = (tmp_path / name).read_bytes()
+        if cut < len(whole):
+            (tmp_path / name).write_bytes(whole[:cut])
+            with pytest.raises(DataError, match="t\\."):
+                IndexedTokens(tmp_path / "t")
+            (tmp_path / name).write_bytes(whole)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+TEXTS = ["seven wizards", "brew\npotions", "of quartz \u00e9\u4e2d"]
+
+
+def as_jsonl(folder: Path) -> str:
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n\n" for t in TEXTS), encoding="utf-8")
+    return str(folder / "a.jsonl")
+
+
+def as_txt(folder: Path) -> str:
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return str(folder / "*.txt")
+
+
+def _dataset() -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": TEXTS, "n": [1, 2, 3]})
+
+
+def as_parquet(folder: Path) -> str:
+    _dataset().to_parquet(str(folder / "a.parquet"))
+    return str(folder)
+
+
+def as_csv(folder: Path) -> str:
+    _dataset().to_csv(str(folder / "a.csv"), index=False)
+    return str(folder / "a.csv")
+
+
+def as_arrow(folder: Path) -> str:
+    _dataset().save_to_disk(str(folder / "saved"))
+    return str(next((folder / "saved").glob("*.arrow")))
+
+
+def as_saved(folder: Path) -> str:
+    _dataset().save_to_disk(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+def as_saved_splits(folder: Path) -> str:
+    import datasets
+
+    datasets.DatasetDict({"train": _dataset(), "validation": _dataset().select([0])}).save_to_disk(str(folder / "both"))
+    return str(folder / "both")
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_txt, as_parquet, as_csv, as_arrow, as_saved, as_saved_splits])
+def test_every_kind_of_source_gives_the_same_documents(write: Any, tmp_path: Path) -> None:
+    source = Source(write(tmp_path), "train", "text")
+    documents, current = [], ""
+    for piece in source.pieces():
+        current += piece.text
+        if piece.ends:
+            documents.append(current)
+            current = ""
+    assert documents == TEXTS
+
+
+def test_long_text_files_come_in_pieces(tmp_path: Path) -> None:
+    text = "".join(f"line {n}\n" for n in range(300_000))
+    (tmp_path / "long.txt").write_text(text)
+    pieces = list(Source(str(tmp_path / "long.txt"), "train", "text").pieces())
+    assert len(pieces) > 2
+    assert "".join(p.text for p in pieces) == text
+    assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_the_standard_library_is_split_by_file() -> None:
+    train, held_out = stdlib_files("train"), stdlib_files("validation")
+    assert len(train) > 100
+    assert len(held_out) > 10
+    assert not set(train) & set(held_out)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def prepared(tiny: dict[str, Any], **values: Any) -> Any:
+    return prepare_data(check(with_values(tiny, **values), world=1, device="cpu"), builder=True)
+
+
+def test_the_same_text_has_the_same_name_whatever_the_file_is_called(tiny: dict[str, Any], tmp_path: Path) -> None:
+    text = Path(tiny["data"]["train"][0]["path"]).read_bytes()
+    (tmp_path / "copy.jsonl").write_bytes(text)
+    cache = str(tmp_path / "cache")
+    first = prepared(tiny, data__cache_dir=cache, data__validation=[])
+    again = prepared(tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}])
+    assert first.train[0].bin_path == again.train[0].bin_path
+    (tmp_path / "copy.jsonl").write_bytes(text + b'{"text": "more"}\n')
+    other = prepared(tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}])
+    assert other.train[0].bin_path != first.train[0].bin_path
+    without_end = prepared(tiny, data__cache_dir=cache, data__validation=[], data__append_end_of_text=False)
+    assert without_end.train[0].tokens == first.train[0].tokens - len(first.train[0])
+
+
+def test_one_process_builds_while_others_wait(tmp_path: Path) -> None:
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        time.sleep(1)
+        (folder / "result").write_text("done")
+
+    found = []
+
+    def wait() -> None:
+        found.append(Cache(tmp_path, builder=False).entry("key", lambda: "content", "thing", build))
+
+    waiters = [threading.Thread(target=wait) for _ in range(3)]
+    for waiter in waiters:
+        waiter.start()
+    folder = Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", build)
+    for waiter in waiters:
+        waiter.join(10)
+    assert found == [folder] * 3
+    assert len(built) == 1
+    assert (folder / "result").read_text() == "done"
+
+
+def test_a_build_that_fails_leaves_nothing_half_done(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise DataError("broken")
+
+    with pytest.raises(DataError):
+        Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", fail)
+    assert [p for p in tmp_path.iterdir() if p.is_dir() and "thing" in p.name] == []
+    folder = Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", lambda f: None)
+    assert (folder / "complete.json").exists()
+
+
+# --- samples and batches ---------------------------------------------------------------------------------------------
+
+
+def test_concatenated_samples_share_their_border(tmp_path: Path) -> None:
+    samples = ConcatenatedSamples(write_tokens(tmp_path / "t", [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]]), 3)
+    assert len(samples) == 3
+    assert [samples.ids(i).tolist() for i in range(3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert samples.targets(np.arange(3)) == 9
+
+
+def test_document_samples_are_cut_and_padded(tmp_path: Path) -> None:
+    samples = DocumentSamples(write_tokens(tmp_path / "t", [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]), 4)
+    assert [samples.ids(i).tolist() for i in range(len(samples))] == [[1, 2, 3], [5, 6, 7, 8, 9]]
+    assert samples.targets(np.arange(2)) == 6
+    assert samples.cut == 1
+    batch = pad([samples.ids(i).astype(np.int64) for i in range(2)], 4, pad_id=0)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 0, 0], [5, 6, 7, 8]]
+    assert batch.labels_BT.tolist() == [[2, 3, IGNORED, IGNORED], [6, 7, 8, 9]]
+    assert batch.attention_mask_BT is not None
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def _rows(batches: TrainBatches, step: int) -> list[tuple[int, ...]]:
+    return [tuple(row) for micro in batches.at(step).micro_batches for row in micro.labels_BT.tolist()]
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "none"])
+@pytest.mark.parametrize("world", range(1, 9))
+def test_the_union_over_ranks_is_the_serial_order(packing: str, world: int, tiny: dict[str, Any]) -> None:
+    """For every world size, over the border of an epoch: the same samples in the same step, none twice."""
+    train_batch = 840 // 35  # 24 samples: divisible by 1, 2, 3, 4, 6, 8
+    config = with_values(tiny, data__packing=packing, deepspeed__train_batch_size=24,
+                         deepspeed__train_micro_batch_size_per_gpu=1)  # fmt: skip
+    if train_batch % world:
+        config = with_values(config, deepspeed__train_batch_size=world * 3)
+    serial = open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0)).train
+    loaded = check(config, world=world, device="cpu")
+    ranks = [open_batches(loaded, prepared(config), Topology.of(world, rank)).train for rank in range(world)]
+    border = round(1 / serial.epoch_after(1))
+    for step in (1, border, border + 1, border + 2):
+        expected = sorted(row[:20] for row in map(_trim, _rows(serial, step)))
+        assert sorted(row[:20] for rank in ranks for row in map(_trim, _rows(rank, step))) == expected
+        assert {rank.at(step).tokens for rank in ranks} == {serial.at(step).tokens}
+        counted = sum(int((m.labels_BT != IGNORED).sum()) for rank in ranks for m in rank.at(step).micro_batches)
+        assert counted == serial.at(step).tokens
+
+
+def _trim(row: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(label for label in row if label != IGNORED)
+
+
+def test_micro_batches_are_the_same_sets_in_every_layout(tiny: dict[str, Any]) -> None:
+    config = with_values(tiny, data__packing="none")
+    found = []
+    for world in (1, 2, 4):
+        loaded = check(config, world=world, device="cpu")
+        micros = [m for rank in range(world)
+                  for m in open_batches(loaded, prepared(config), Topology.of(world, rank)).train.at(3).micro_batches]  # fmt: skip
+        found.append(sorted(json.dumps(m.labels_BT.tolist()) for m in micros))
+    assert found[0] == found[1] == found[2]
+
+
+def _shape(**values: Any) -> BatchShape:
+    return BatchShape(**{"train": 4, "micro": 2, "data_rank": 0, "data_ranks": 1, "length": 4, "pad_id": 0, **values})
+
+
+def _checked(tmp_path: Path, documents: list[list[int]], vocabulary: int = 100) -> CheckedSamples:
+    tokens = write_tokens(tmp_path / "t", documents)
+    return CheckedSamples(DocumentSamples(tokens, 4), tokens, vocabulary)
+
+
+def test_errors_of_the_reading_thread_arrive_at_their_step(tmp_path: Path) -> None:
+    samples = _checked(tmp_path, [[1, 2]] * 7 + [[1, 200]])
+    batches = TrainBatches([samples], SampleOrder((8,), (1.0,), 1), _shape(), pin=False)
+    with pytest.raises(DataError, match="is 200, outside the model's vocabulary of 100"):
+        for _ in batches.steps(1, 2):
+            pass
+
+
+def test_a_stopped_reader_leaves_no_thread(tmp_path: Path) -> None:
+    samples = _checked(tmp_path, [[1, 2, 3]] * 8)
+    steps = TrainBatches([samples], SampleOrder((8,), (1.0,), 1), _shape(), pin=False).steps(1, 1000)
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name == "batches"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_evaluation_reads_every_sample_once(ranks: int, limit: int | None, tmp_path: Path) -> None:
+    samples = _checked(tmp_path, [[n, n + 1, 99] for n in range(11)])
+    per_rank = [list(EvaluationBatches([samples], _shape(data_rank=r, data_ranks=ranks), limit)) for r in range(ranks)]
+    assert len({len(batches) for batches in per_rank}) == 1, "ranks must take equally many steps"
+    seen = [row[0] for batches in per_rank for m in batches for row in m.labels_BT.tolist() if row[0] != IGNORED]
+    assert sorted(seen) == list(range(1, 1 + min(11, (limit or 99) * 4)))
+
+
+def test_samples_have_one_id_more_than_the_sequence(tiny: dict[str, Any]) -> None:
+    batches = open_batches(check(tiny, world=1, device="cpu"), prepared(tiny), Topology.of(1, 0)).train
+    micro = batches.at(1).micro_batches[0]
+    assert micro.input_ids_BT.shape == micro.labels_BT.shape == (2, LENGTH)
+    assert (micro.input_ids_BT[:, 1:] == micro.labels_BT[:, :-1]).all()

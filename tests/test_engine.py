@@ -1,0 +1,157 @@
+"""The engine beyond the layouts: optimizers, schedulers, precision, what it sends and what it waits for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.runtime import lr_schedules
+
+from tests.configs import tiny_config, with_values
+from tests.harness import run_ranks
+from tests.runs import auxiliary, count_events, rates, train, train_bare
+from tests.test_model import GPT2, MIXTRAL
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
+    return with_values(config, data__validation=[], data__packing="none")
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return {"type": kind, "params": params}
+
+
+EXACT = [
+    optimizer("Adam", lr=0.002, eps=1e-3, adam_w_mode=False),
+    optimizer("AdamW", lr=0.002, eps=1e-3, weight_decay=0.1),
+    optimizer("AdamW", lr=0.002, eps=1e-3, weight_decay=0.1, torch_adam=True),
+    optimizer("SGD", lr=0.05, momentum=0.9),
+    optimizer("Adagrad", lr=0.005, eps=1e-3),
+    optimizer("RMSprop", lr=0.0005, eps=1e-3),
+    optimizer("NAdam", lr=0.002, eps=1e-3),
+    optimizer("RAdam", lr=0.002, eps=1e-3),
+    optimizer("Adamax", lr=0.002, eps=1e-3),
+    optimizer("Adadelta", lr=0.05, eps=1e-3),
+    optimizer("ASGD", lr=0.01),
+]
+"""Compared with the same optimizer of torch in one bare process. Rprop follows signs alone and amplifies rounding."""
+
+
+def test_optimizers_compute_what_torchs_do(base: dict[str, Any]) -> None:
+    plain = [with_values(base, deepspeed__optimizer={**o, "params": {k: v for k, v in o["params"].items() if k not in ("torch_adam", "adam_w_mode")}}) for o in EXACT]  # fmt: skip
+    expected = run_ranks(train_bare, 1, [(config, STEPS) for config in plain])[0]
+    jobs = [(with_values(base, deepspeed__optimizer=o, deepspeed__zero_optimization={"stage": stage}), STEPS)
+            for stage in (0, 2) for o in EXACT]  # fmt: skip
+    found = run_ranks(train, 2, jobs)[0]
+    for place, ((config, _), (curve, weights, _)) in enumerate(zip(jobs, found, strict=True)):
+        about = str(config["deepspeed"]["optimizer"])
+        reference = expected[place % len(EXACT)]
+        np.testing.assert_allclose(curve, reference[0], rtol=2e-5, err_msg=about)
+        for name in weights:
+            np.testing.assert_allclose(weights[name], reference[1][name], atol=2e-5, rtol=0, err_msg=f"{about} {name}")
+
+
+@pytest.mark.matrix
+def test_muon_agrees_with_itself_in_every_layout(base: dict[str, Any]) -> None:
+    config = with_values(base, deepspeed__optimizer=optimizer("Muon", lr=0.01, momentum=0.9, weight_decay=0.0, adam_lr=0.002))
+    """Importing DeepSpeed's Muon compiles its kernels, half a minute a process."""
+    stages = [with_values(config, deepspeed__zero_optimization={"stage": stage, "reduce_scatter": stage < 3})
+              for stage in (1, 2, 3)]  # fmt: skip
+    alone = run_ranks(train, 1, [(stages[0], STEPS)])[0][0]
+    for (curve, weights, _) in run_ranks(train, 2, [(c, STEPS) for c in stages])[0]:
+        np.testing.assert_allclose(np.array(curve)[:, 0], np.array(alone[0])[:, 0], rtol=1e-4)
+        for name in weights:
+            np.testing.assert_allclose(weights[name], alone[1][name], atol=2e-3, rtol=0, err_msg=name)
+
+
+@pytest.mark.matrix
+def test_optimizers_on_the_cpu_with_offload(base: dict[str, Any]) -> None:
+    """Lion and Adagrad as DeepSpeed's CPU extensions (each compiles for half a minute, once), and Rprop."""
+    kinds = [optimizer("Lion", lr=1e-4, betas=[0.9, 0.99]), optimizer("Adagrad", lr=0.005, eps=1e-3)]
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    jobs = [(with_values(base, deepspeed__optimizer=o, deepspeed__zero_optimization=zero), STEPS) for o in kinds]
+    expected = run_ranks(train_bare, 1, jobs)[0]
+    for (curve, _, _), reference in zip(run_ranks(train, 2, jobs)[0], expected, strict=True):
+        np.testing.assert_allclose(np.array(curve)[:, 0], np.array(reference[0])[:, 0], rtol=1e-4)
+
+
+SCHEDULERS = [
+    ("WarmupLR", {"warmup_max_lr": 0.003, "warmup_num_steps": 3, "warmup_type": "linear"}),
+    ("WarmupDecayLR", {"total_num_steps": 8, "warmup_max_lr": 0.003, "warmup_num_steps": 3}),
+    ("WarmupCosineLR", {"total_num_steps": 8, "warmup_num_steps": 3, "cos_min_ratio": 0.1}),
+    ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "cycle_first_step_size": 3}),
+    ("LRRangeTest", {"lr_range_test_min_lr": 1e-4, "lr_range_test_step_size": 2}),
+    ("StepLR", {"step_size": 2, "gamma": 0.5}),
+    ("CosineAnnealingLR", {"T_max": 8}),
+]
+
+
+def test_schedulers_give_the_rates_of_their_class(base: dict[str, Any]) -> None:
+    jobs = [(with_values(base, deepspeed__scheduler={"type": kind, "params": params}), 6) for kind, params in SCHEDULERS]
+    found = run_ranks(rates, 1, jobs)[0]
+    for (kind, params), got in zip(SCHEDULERS, found, strict=True):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        alone = torch.optim.AdamW([parameter], lr=0.002)
+        source = lr_schedules if hasattr(lr_schedules, kind) else torch.optim.lr_scheduler
+        schedule = getattr(source, kind)(alone, **params)
+        expected = []
+        for _ in range(6):
+            expected.append(alone.param_groups[0]["lr"])
+            alone.step()
+            schedule.step()
+        assert got == pytest.approx(expected), kind
+
+
+def test_bf16_follows_fp32(base: dict[str, Any]) -> None:
+    reference = run_ranks(train_bare, 1, [(base, 8)])[0][0][0]
+    half = with_values(base, deepspeed__bf16={"enabled": True})
+    jobs = [(with_values(half, deepspeed__zero_optimization={"stage": stage}), 8) for stage in (0, 1, 2, 3)]
+    for curve, _, _ in run_ranks(train, 2, jobs)[0]:
+        np.testing.assert_allclose(np.array(curve)[:, 0], np.array(reference)[:, 0], rtol=0.01)
+        np.testing.assert_allclose(np.array(curve)[:, 1], np.array(reference)[:, 1], rtol=0.1)
+
+
+@pytest.mark.parametrize("model", [GPT2, {**MIXTRAL, "tie_word_embeddings": True}], ids=["gpt2", "mixtral tied"])
+def test_zero3_starts_from_the_same_weights(model: dict[str, Any], base: dict[str, Any]) -> None:
+    """ZeRO-3 takes each block away as it is made; the others make the model whole."""
+    config = with_values(base, model={"config": model})
+    whole, parted = ({"stage": stage, "stage3_param_persistence_threshold": 0} for stage in (0, 3))
+    jobs = [(with_values(config, deepspeed__zero_optimization=zero), 0) for zero in (whole, parted)]
+    (_, expected, _), (_, found, _) = run_ranks(train, 2, jobs)[0]
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert np.array_equal(found[name], expected[name]), name
+
+
+def test_a_mixture_learns_its_load_balance_alike_in_every_layout(base: dict[str, Any]) -> None:
+    config = with_values(base, model={"config": {**MIXTRAL, "router_aux_loss_coef": 0.5}},
+                         deepspeed__optimizer=optimizer("SGD", lr=1.0))  # fmt: skip
+    values = [run_ranks(auxiliary, world, config)[0] for world in (1, 2)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert values[0] > 0.1
+    silent = with_values(config, model__config__router_aux_loss_coef=0.0)
+    (_, alone, _), (_, without, _) = run_ranks(train, 1, [(config, 1), (silent, 1)])[0]
+    for stage in (0, 3):
+        job = (with_values(config, deepspeed__zero_optimization={"stage": stage}), 1)
+        weights = run_ranks(train, 2, [job])[0][0][1]
+        for name in alone:
+            np.testing.assert_allclose(weights[name], alone[name], atol=2e-6, rtol=0, err_msg=name)
+    router = next(name for name in alone if "gate.weight" in name or "router" in name)
+    assert np.abs(alone[router] - without[router]).max() > 1e-4, "the auxiliary loss must reach the router"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_quiet_step_waits_for_nothing_and_sends_nothing_of_ours(stage: int, base: dict[str, Any]) -> None:
+    config = with_values(base, deepspeed__zero_optimization={"stage": stage})
+    for quiet, logging, plain in run_ranks(count_events, 2, config):
+        assert quiet.ours == {}
+        assert sum(quiet.theirs.values()) <= sum(plain.theirs.values())
+        assert {name: n for name, n in logging.ours.items() if name != "host read"} == {"all_gather": 1}
+        assert logging.ours["host read"] >= 1, "the counter must see what is there"

@@ -1,0 +1,218 @@
+"""Building, initialising, the loss, the cost, and writing back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests.configs import with_values
+from trainer.config.load import check
+from trainer.errors import ConfigError
+from trainer.model import TASKS, build_model, initialize_weights, load_exported, model_cost, peak_flops, write_model
+from trainer.model.initialize import _Initializer
+
+pytestmark = pytest.mark.fast
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+MIXTRAL = {"model_type": "mixtral", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}  # fmt: skip
+OPENAI = {"model_type": "openai-gpt", "vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+
+
+def built(tiny: dict[str, Any], **values: Any) -> Any:
+    loaded = check(with_values(tiny, **values), world=1, device="cpu")
+    return build_model(loaded)
+
+
+def made(tiny: dict[str, Any], seed: int = 1, **values: Any) -> Any:
+    model = built(tiny, **values)
+    initialize_weights(model, seed)
+    return model
+
+
+def test_nothing_has_memory_until_it_is_made(tiny: dict[str, Any]) -> None:
+    model = built(tiny)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("config", [None, GPT2, MIXTRAL, OPENAI], ids=["llama", "gpt2", "mixtral", "openai-gpt"])
+def test_initialisation_is_the_familys_own_and_depends_on_the_seed_only(config: Any, tiny: dict[str, Any]) -> None:
+    values: dict[str, Any] = {} if config is None else {"model__config": config}
+    if config is OPENAI:
+        values["model__attention"] = "eager"
+    first, again, other = made(tiny, 1, **values), made(tiny, 1, **values), made(tiny, 2, **values)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(first.config)
+    buffers = dict(plain.named_buffers())
+    for name, buffer in first.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    for name, value in first.named_parameters():
+        assert torch.equal(value, again.get_parameter(name)), name
+        expected = plain.get_parameter(name).detach()
+        value = value.detach()
+        if expected.std() == 0:
+            assert torch.equal(value, expected), name
+        elif value.numel() > 500:
+            assert value.std() == pytest.approx(float(expected.std()), rel=0.15), name
+            assert not torch.equal(value, other.get_parameter(name)), name
+
+
+def test_a_module_does_not_depend_on_what_was_made_before_it(tiny: dict[str, Any]) -> None:
+    """What lets every layout make only its own part: more layers before, the same values in each."""
+    small, large = made(tiny), made(tiny, model__config__num_hidden_layers=3)
+    for name, value in small.named_parameters():
+        assert torch.equal(value, large.get_parameter(name)), name
+
+
+def test_blocks_are_handed_on_whole_and_each_parameter_once(tiny: dict[str, Any]) -> None:
+    model = built(tiny, model__config=GPT2)
+    handed: list[list[torch.nn.Parameter]] = []
+    with torch.no_grad():
+        _Initializer(model, 1, handed.append).walk(model, "", model, block=False)
+    everything = [p for group in handed for p in group]
+    assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
+    assert max(len(group) for group in handed) == len(list(model.transformer.h[0].parameters()))
+
+
+def test_tied_weights_stay_one_parameter(tiny: dict[str, Any]) -> None:
+    model = made(tiny, model__config__tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_loss_is_hugging_faces(tiny: dict[str, Any]) -> None:
+    model = made(tiny).eval()
+    ids = torch.randint(0, 320, (3, 17))
+    loss = TASKS["causal_lm"](model)(ids[:, :-1], ids[:, 1:])
+    expected = model(input_ids=ids, labels=ids).loss
+    assert float(loss.loss_sum) / (3 * 16) == pytest.approx(float(expected), rel=1e-6)
+    assert float(loss.auxiliary) == 0
+
+
+def test_ignored_labels_do_not_count(tiny: dict[str, Any]) -> None:
+    model = made(tiny).eval()
+    ids, labels = torch.randint(0, 320, (1, 9)), torch.full((1, 9), -100)
+    labels[0, 4] = 7
+    loss = TASKS["causal_lm"](model)(ids, labels)
+    logits = model(input_ids=ids).logits
+    assert float(loss.loss_sum) == pytest.approx(float(F.cross_entropy(logits[0, 4:5], torch.tensor([7]))), rel=1e-6)
+
+
+def test_a_mixtures_load_balancing_loss_is_apart(tiny: dict[str, Any]) -> None:
+    model = made(tiny, model__config=MIXTRAL).eval()
+    ids = torch.randint(0, 320, (2, 9))
+    loss = TASKS["causal_lm"](model)(ids[:, :-1], ids[:, 1:])
+    output = model(input_ids=ids[:, :-1], output_router_logits=True)
+    assert float(loss.auxiliary) == pytest.approx(float(output.aux_loss) * model.config.router_aux_loss_coef, rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_implementation_is_used(attention: str, tiny: dict[str, Any]) -> None:
+    assert built(tiny, model__attention=attention).config._attn_implementation == attention
+
+
+def test_an_attention_that_is_not_there_is_refused(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.attention: 'flash_attention_2' cannot be used"):
+        built(tiny, model__attention="flash_attention_2")
+
+
+def test_cost_by_hand(tiny: dict[str, Any]) -> None:
+    cost = model_cost(built(tiny))
+    layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64
+    assert cost.parameters == 2 * 320 * 32 + 2 * (layer + 2 * 32) + 32
+    assert cost.active_matrix_parameters == 320 * 32 + 2 * layer
+    assert cost.flops_per_token(32) == 6 * cost.active_matrix_parameters + 12 * 2 * 32 * 32
+    tied = model_cost(built(tiny, model__config__tie_word_embeddings=True))
+    assert tied.active_matrix_parameters == cost.active_matrix_parameters
+    assert tied.parameters == cost.parameters - 320 * 32
+
+
+def test_mixture_cost_counts_active_experts(tiny: dict[str, Any]) -> None:
+    cost = model_cost(built(tiny, model__config=MIXTRAL))
+    attention, router, experts = 32 * 32 * 2 + 2 * 32 * 16, 32 * 4, 3 * 32 * 48
+    assert cost.active_matrix_parameters == 320 * 32 + 2 * (attention + router + 2 * experts)
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H200", 989.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", None),
+])  # fmt: skip
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_exported_model_gives_the_live_models_logits(tied: bool, tiny: dict[str, Any], tmp_path: Path) -> None:
+    model = made(tiny, model__config__tie_word_embeddings=tied).eval()
+    write_model(model, model.named_parameters(), tmp_path / "final", None)
+    again = load_exported(tmp_path / "final")
+    ids = torch.randint(0, 320, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    assert again.config.use_cache
+    assert not list(tmp_path.glob(".final*"))
+
+
+# --- pretrained ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def from_folder(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
+    return built(tiny, model={"path": str(folder), **values})
+
+
+def test_pretrained_weights_are_read(tiny: dict[str, Any], folder: Path) -> None:
+    model = from_folder(tiny, folder)
+    expected = LlamaForCausalLM.from_pretrained(folder)
+    for name, value in expected.named_parameters():
+        assert torch.equal(value, model.get_parameter(name)), name
+    assert model.dtype == torch.float32
+
+
+def test_a_folder_can_be_trained_from_scratch(tiny: dict[str, Any], folder: Path) -> None:
+    assert all(p.is_meta for p in from_folder(tiny, folder, initialize="random").parameters())
+
+
+def test_no_code_of_a_model_folder_runs(tiny: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Evil: pass\n"
+    (folder / "modeling_evil.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
+               "_attn_implementation_internal": "nobody/evil-kernel", "trust_remote_code": True}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    model = from_folder(tiny, folder)
+    assert type(model) is LlamaForCausalLM
+    assert model.config._attn_implementation == "sdpa"
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(("damage", "words"), [("shape", "mismatched|cannot be read"), ("missing", "missing"), ("cut", "cannot be read")])
+def test_weights_that_do_not_fit_are_refused(damage: str, words: str, tiny: dict[str, Any], folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(weights)
+        if damage == "shape":
+            state["model.norm.weight"] = torch.ones(7)
+        else:
+            del state["model.norm.weight"]
+        save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=words):
+        from_folder(tiny, folder)
