@@ -60,8 +60,9 @@ def test_optimizers_compute_what_torchs_do(base: dict[str, Any]) -> None:
 
 @pytest.mark.matrix
 def test_muon_agrees_with_itself_in_every_layout(base: dict[str, Any]) -> None:
-    config = with_values(base, deepspeed__optimizer=optimizer("Muon", lr=0.01, momentum=0.9, weight_decay=0.0, adam_lr=0.002))
     """Importing DeepSpeed's Muon compiles its kernels, half a minute a process."""
+    kind = optimizer("Muon", lr=0.01, momentum=0.9, weight_decay=0.0, adam_lr=0.002)
+    config = with_values(base, deepspeed__optimizer=kind)
     stages = [with_values(config, deepspeed__zero_optimization={"stage": stage, "reduce_scatter": stage < 3})
               for stage in (1, 2, 3)]  # fmt: skip
     alone = run_ranks(train, 1, [(stages[0], STEPS)])[0][0]

@@ -136,6 +136,17 @@ def remove_stale_buffers() -> int:
     return len(stale)
 
 
+def _unlink_own_buffer(launch: Launch) -> None:
+    """Takes this rank's shared-memory file out of the folder once all ranks have it mapped.
+
+    The memory stays theirs until they end, however they end: nothing is left for anybody to remove.
+    """
+    dist.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    own = _BUFFERS.replace("*", f"{os.getuid()}_{address}_{port}_{launch.rank}")
+    (_SHARED_MEMORY / own).unlink(missing_ok=True)
+
+
 def load_extension(builder: str) -> None:
     """Loads one of DeepSpeed's compiled extensions, compiling it first where needed (under a minute, once).
 
@@ -227,6 +238,8 @@ def joined_world(
         deepspeed.init_distributed(
             dist_backend="gloo" if kind == "cpu" else "nccl", timeout=timeout, auto_mpi_discovery=False, verbose=False
         )
+    if kind == "cpu":
+        _unlink_own_buffer(launch)
     device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
     seed_everything(seed, topology)
     try:

@@ -1,0 +1,92 @@
+"""What a start finds and leaves: buffers of killed ranks, locks of killed compilers, logs, seeds."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import distributed
+from trainer.distributed import Launch, configure_logging, load_extension, remove_stale_buffers, seed_everything
+from trainer.topology import Topology
+
+pytestmark = pytest.mark.fast
+
+
+def test_only_buffers_that_nobody_has_mapped_are_removed() -> None:
+    folder = Path("/dev/shm")
+    stale, living = (folder / f"deepspeed_allreduce_buffer_{os.getuid()}_test_{name}_0" for name in ("stale", "living"))
+    for file in (stale, living):
+        file.write_bytes(b"\0" * 4096)
+    with living.open("r+b") as handle, mmap.mmap(handle.fileno(), 4096):
+        assert remove_stale_buffers() >= 1
+        assert not stale.exists()
+        assert living.exists()
+    remove_stale_buffers()
+    assert not living.exists()
+
+
+def test_the_lock_of_a_killed_compiler_does_not_hang_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "some_op").mkdir()
+    lock = tmp_path / "some_op" / "lock"
+    lock.touch()
+    loaded = []
+
+    class Builder:
+        name = "some_op"
+
+        def load(self, verbose: bool) -> None:
+            assert not lock.exists(), "torch would wait here for ever"
+            loaded.append(self.name)
+
+    class Accelerator:
+        def create_op_builder(self, name: str) -> Builder:
+            return Builder()
+
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", Accelerator)
+    load_extension("SomeBuilder")
+    assert loaded == ["some_op"]
+
+
+def test_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Launch.from_environment() == Launch(0, 1, 0, 1)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert Launch.from_environment() == Launch(5, 8, 1, 4)
+
+
+def test_ranks_that_share_samples_draw_the_same_random_numbers() -> None:
+    def draw(rank: int) -> float:
+        seed_everything(7, Topology.of(8, rank, tensor=2))
+        return float(torch.rand(()))
+
+    assert draw(0) == draw(1), "tensor ranks of one replica"
+    assert len({draw(rank) for rank in (0, 2, 4, 6)}) == 4, "data ranks differ"
+
+
+def test_only_rank_0_speaks_and_every_rank_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("trainer.something")
+    for rank in (0, 1):
+        configure_logging(rank, tmp_path)
+        log.info("hello from %d", rank)
+    configure_logging(1)
+    assert capsys.readouterr().out == "[tessera] hello from 0\n"
+    assert "hello from 1" in (tmp_path / "rank-1.log").read_text()
+    logging.getLogger("trainer").handlers.clear()
+
+
+def test_the_environment_is_only_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    distributed.prepare_environment()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+    assert distributed.local_device() == "cpu"

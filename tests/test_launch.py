@@ -1,0 +1,90 @@
+"""The commands that users type, through the real launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.configs import with_values
+from tests.harness import free_port
+from tests.test_tracking import rows_of
+
+pytestmark = pytest.mark.launcher
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def environment(**values: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **values}
+
+
+def deepspeed(*arguments: str, ranks: int = 2, **values: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()), "launch/train.py"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment(**values), capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+
+
+def test_the_quickstart_shortened(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = deepspeed("--config", "ds_configs/quickstart.json", "--set", "training.max_steps=12",
+                      "--set", "evaluation.max_batches=2", "--set", f"run.output_dir={run}")  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = rows_of(run)
+    held_out = [row["loss"] for row in rows if row["split"] == "validation"]
+    assert held_out[0] == pytest.approx(8.35, abs=0.1), "a random model is as good as guessing among 4096"
+    assert held_out[-1] < held_out[0] - 1
+    assert ended.stdout.count("finished: the model is in") == 1
+    assert (run / "final" / "model.safetensors").exists()
+    assert list(run.glob("wandb/offline-run-*"))
+    assert {f.name for f in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")), "buffers are left behind"
+
+
+def test_a_bad_configuration_is_reported_once_even_when_rank_0_is_the_slowest(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, parallel__tensr=2)))
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(8)\n")
+    ended = deepspeed("--config", str(tmp_path / "config.json"), PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    said = ended.stdout + ended.stderr
+    assert said.count("parallel.tensr: unknown key; did you mean 'tensor'?") == 1
+    assert "Traceback" not in said
+    assert "Initializing" not in said, "no process group was started"
+
+
+def test_torchrun(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), "launch/train.py"]
+    ended = subprocess.run([*command, "--config", str(tmp_path / "config.json")], cwd=ROOT, env=environment(),
+                           capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert rows_of(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_a_killed_rank_ends_the_run_and_leaves_nothing_behind(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, training__max_steps=100_000)))
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py",
+               "--config", str(tmp_path / "config.json")]  # fmt: skip
+    running = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-f", f"train.py --local_rank=1 --config {tmp_path}"], capture_output=True, text=True,
+                              check=True).stdout.split()  # fmt: skip
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert running.wait(90) not in (0, None)
+    for line in metrics.read_text().splitlines():
+        json.loads(line)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")), "a kill leaves nothing"

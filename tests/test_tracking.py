@@ -1,0 +1,216 @@
+"""What is logged, where, and that no tracker can hurt a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.configs import with_values
+from tests.harness import run_command
+from trainer.config.load import check
+from trainer.config.schema import WandbSection
+from trainer.errors import ConfigError
+from trainer.tracking.console import describe
+from trainer.tracking.jsonl import JsonLines
+from trainer.tracking.meter import perplexity
+from trainer.tracking.run_directory import RunDirectory
+from trainer.tracking.wandb import Wandb
+
+ROOT = Path(__file__).parent.parent
+TRAIN, GENERATE = (str(ROOT / "launch" / f"{name}.py") for name in ("train", "generate"))
+TRAIN_KEYS = [
+    "step", "split", "attempt", "epoch", "tokens", "samples", "loss", "grad_norm", "learning_rate", "step_seconds",
+    "tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_bytes_max", "data_wait_seconds",
+]  # fmt: skip
+
+
+def start(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
+    path = folder / "config.json"
+    path.write_text(json.dumps(with_values(tiny, **values)))
+    return run_command(TRAIN, "--config", str(path))
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wandb_records(run: Path) -> list[dict[str, Any]]:
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return [json.loads(line) for line in printed.splitlines() if line.strip()]
+
+
+def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """One process: the rows, the run directory, the offline W&B run, the model, and the same command again."""
+    values = {"training__max_steps": 5, "evaluation": {"every_steps": 2}, "tracking": {"wandb": {"mode": "offline"}}}
+    ended = start(tiny, tmp_path, **values)
+    assert ended.status == 0, ended.err
+    run = tmp_path / "run"
+    rows = rows_of(run)
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == [1, 2, 4, 5], "step 1, every second, and the last"
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [0, 2, 4, 5]
+    assert list(train[0]) == TRAIN_KEYS
+    assert [row["samples"] for row in train] == [8, 16, 32, 40]
+    assert [row["tokens"] for row in train] == [256, 512, 1024, 1280]
+    assert {row["mfu"] for row in train} == {None}
+    assert all(row["attempt"] == 1 for row in rows)
+    assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    about = json.loads((run / "config.json").read_text())["tessera"]
+    assert about["finished_step"] == 5
+    assert about["versions"]["torch"]
+    assert about["world"] == {"processes": 1, "data": 1, "pipeline": 1, "tensor": 1}
+    assert "training reads" in (run / "logs" / "rank-0.log").read_text()
+
+    text = json.dumps(wandb_records(run))
+    assert "train/loss" in text
+    assert "validation/perplexity" in text
+    assert "train_micro_batch_size_per_gpu" in text, "the resolved configuration is attached"
+
+    held_out = evaluate_exported(run, tiny, tmp_path)
+    assert held_out == pytest.approx(rows[-1]["loss"], rel=1e-6), "the exported model is the live one"
+
+    again = start(tiny, tmp_path, **values)
+    assert again.status == 0
+    assert "finished at step 5" in again.out
+    assert rows_of(run) == rows
+
+    other = start(tiny, tmp_path, **{**values, "run__seed": 5, "data__sequence_length": 16})
+    assert other.status == 2
+    assert "run.seed: 5 here, 11 in the run directory" in other.err
+    assert "data.sequence_length: 16 here, 32 in the run directory" in other.err
+
+    said = run_command(GENERATE, "--run", str(run), "--prompt", "the quick", "--tokens", "5")
+    assert said.status == 0, said.err
+    assert said.out.startswith("the quick")
+    nothing = run_command(GENERATE, "--run", str(tmp_path), "--prompt", "x")
+    assert nothing.status == 2
+    assert "has no final model" in nothing.err
+
+
+def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
+    """The held-out loss of the exported folder, computed by Hugging Face alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trainer.data import open_batches, prepare_data
+    from trainer.topology import Topology
+
+    loaded = check(tiny, world=1, device="cpu")
+    batches = open_batches(loaded, prepare_data(loaded, builder=True), Topology.of(1, 0)).validation
+    assert batches is not None
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    total = tokens = 0.0
+    with torch.no_grad():
+        for micro in batches:
+            ids = torch.cat([micro.input_ids_BT, micro.labels_BT[:, -1:]], dim=1)
+            count = micro.labels_BT.numel()
+            total += float(model(input_ids=ids, labels=ids).loss) * count
+            tokens += count
+    return total / tokens
+
+
+def test_an_unfinished_run_starts_again_as_the_next_attempt(tiny: dict[str, Any], tmp_path: Path) -> None:
+    broken = tmp_path / "run" / "final"
+    assert start(tiny, tmp_path, training__max_steps=2).status == 0
+    for file in broken.iterdir():
+        file.unlink()
+    broken.rmdir()
+    assert start(tiny, tmp_path, training__max_steps=2).status == 0
+    rows = rows_of(tmp_path / "run")
+    assert [row["attempt"] for row in rows if row["split"] == "train"] == [1, 1, 2, 2]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[:2] == losses[2:], "the same seed gives the same run"
+    longer = start(tiny, tmp_path, training__max_steps=9)
+    assert longer.status == 2
+    assert "has finished at step 2" in longer.err
+
+
+def test_numbers_that_are_not_numbers_stop_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+    ended = start(tiny, tmp_path, deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}}, training__log_every_steps=1)
+    assert ended.status == 5
+    assert "error: step 2: loss nan" in ended.err
+    assert "Traceback" not in ended.err
+    last = rows_of(tmp_path / "run")[-1]
+    assert (last["step"], last["loss"]) == (2, None)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.fast
+def test_a_broken_config_json_is_not_overwritten(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RunDirectory.examine(check(tiny, world=1, device="cpu"))
+
+
+@pytest.mark.fast
+def test_every_line_is_json_and_there_at_once(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "m.jsonl")
+    lines.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None}
+
+
+@pytest.mark.fast
+def test_perplexity_has_no_overflow() -> None:
+    assert perplexity(2.0) == pytest.approx(math.exp(2))
+    assert perplexity(1e6) == math.inf
+
+
+@pytest.mark.fast
+def test_console_line() -> None:
+    row = dict.fromkeys(TRAIN_KEYS, 0.0) | {"split": "train", "step": 3, "loss": 1.5, "grad_norm": 0.25, "mfu": 0.41,
+                                            "tokens_per_second": 12_345.0, "memory_bytes_max": 2e9, "step_seconds": 2.0,
+                                            "data_wait_seconds": 0.02, "learning_rate": 3e-4}  # fmt: skip
+    line = describe(row, 10)
+    for part in ("step 3/10", "loss 1.5000", "grad norm 0.250", "lr 3.00e-04", "12.3k tokens/s", "MFU 41.0 %",
+                 "memory 2.00 GB", "data wait 1.0 %"):  # fmt: skip
+        assert part in line
+
+
+class _Hangs:
+    """A `wandb` whose init never comes back."""
+
+    Settings = dict
+
+    @staticmethod
+    def init(**_: Any) -> None:
+        time.sleep(3600)
+
+
+class _Fails:
+    Settings = dict
+
+    @staticmethod
+    def init(**_: Any) -> None:
+        raise OSError("no space left on device")
+
+
+@pytest.mark.fast
+def test_training_never_waits_for_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("trainer.tracking.wandb._CLOSE_SECONDS", {"online": 0.5})
+    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)
+    for module, words in ((_Hangs, "did not finish within"), (_Fails, "no space left on device")):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        began = time.monotonic()
+        tracker = Wandb(WandbSection(mode="online"), "n", tmp_path, {})
+        for step in range(1000):
+            tracker.log({"step": step, "split": "train", "loss": 1.0})
+        assert time.monotonic() - began < 0.5
+        tracker.close(0)
+        assert time.monotonic() - began < 3
+        assert words in caplog.text
+        assert "metrics.jsonl is complete" in caplog.text
