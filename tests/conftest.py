@@ -34,13 +34,14 @@ def _no_stale_buffers() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of very different length, so that micro-batches hold uneven numbers of tokens."""
-    words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions of quartz and jade".split()
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions of quartz and jade"
+    choices = words.split()
     draw = random.Random(7)
     folder = tmp_path_factory.mktemp("corpus")
     for name, count in (("train", 400), ("validation", 45)):
         lines = []
         for _ in range(count):
-            text = " ".join(draw.choice(words) for _ in range(int(draw.paretovariate(0.9)) % 60 + 2))
+            text = " ".join(draw.choice(choices) for _ in range(int(draw.paretovariate(0.9)) % 60 + 2))
             lines.append(json.dumps({"text": text}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -33,12 +33,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, port: int, pipe: Connection) -> None:
+def _rank(
+    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, port: int, pipe: Connection
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    import deepspeed.comm.torch
     import torch
 
     torch.set_num_threads(1)

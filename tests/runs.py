@@ -191,11 +191,9 @@ class Counted:
 
 
 _OWNERS = ("trainer", "deepspeed", "transformers")
-_COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "reduce_scatter",
-    "broadcast", "broadcast_object_list", "reduce", "gather", "scatter", "barrier", "all_to_all", "all_to_all_single",
-    "all_gather_single", "reduce_scatter_single", "send", "recv", "batch_isend_irecv", "all_gather_coalesced",
-)  # fmt: skip
+_COLLECTIVES = tuple(
+    ["all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "reduce_scatter", "broadcast", "broadcast_object_list", "reduce", "gather", "scatter", "barrier", "all_to_all", "all_to_all_single", "all_gather_single", "reduce_scatter_single", "send", "recv", "batch_isend_irecv", "all_gather_coalesced"]
+)
 
 
 def _owner() -> str:

@@ -134,7 +134,8 @@ def test_every_auto_is_resolved(tiny: dict[str, Any]) -> None:
         deepspeed__optimizer__params={"lr": 0.003, "betas": "auto", "eps": "auto", "weight_decay": "auto"},
         deepspeed__scheduler={
             "type": "WarmupDecayLR",
-            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "total_num_steps": "auto", "warmup_num_steps": 2},
+            "params": {"warmup_num_steps": 2}
+            | dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "total_num_steps"), "auto"),
         },
         deepspeed__zero_optimization={
             "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",

@@ -213,10 +213,14 @@ def test_the_same_text_has_the_same_name_whatever_the_file_is_called(tiny: dict[
     (tmp_path / "copy.jsonl").write_bytes(text)
     cache = str(tmp_path / "cache")
     first = prepared(tiny, data__cache_dir=cache, data__validation=[])
-    again = prepared(tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}])
+    again = prepared(
+        tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}]
+    )
     assert first.train[0].bin_path == again.train[0].bin_path
     (tmp_path / "copy.jsonl").write_bytes(text + b'{"text": "more"}\n')
-    other = prepared(tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}])
+    other = prepared(
+        tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}]
+    )
     assert other.train[0].bin_path != first.train[0].bin_path
     without_end = prepared(tiny, data__cache_dir=cache, data__validation=[], data__append_end_of_text=False)
     assert without_end.train[0].tokens == first.train[0].tokens - len(first.train[0])
@@ -314,8 +318,8 @@ def test_micro_batches_are_the_same_sets_in_every_layout(tiny: dict[str, Any]) -
     found = []
     for world in (1, 2, 4):
         loaded = check(config, world=world, device="cpu")
-        micros = [m for rank in range(world)
-                  for m in open_batches(loaded, prepared(config), Topology.of(world, rank)).train.at(3).micro_batches]  # fmt: skip
+        ranks = [open_batches(loaded, prepared(config), Topology.of(world, rank)).train for rank in range(world)]
+        micros = [micro for rank in ranks for micro in rank.at(3).micro_batches]
         found.append(sorted(json.dumps(m.labels_BT.tolist()) for m in micros))
     assert found[0] == found[1] == found[2]
 

@@ -45,7 +45,10 @@ EXACT = [
 
 
 def test_optimizers_compute_what_torchs_do(base: dict[str, Any]) -> None:
-    plain = [with_values(base, deepspeed__optimizer={**o, "params": {k: v for k, v in o["params"].items() if k not in ("torch_adam", "adam_w_mode")}}) for o in EXACT]  # fmt: skip
+    plain = []
+    for kind in EXACT:
+        params = {k: v for k, v in kind["params"].items() if k not in ("torch_adam", "adam_w_mode")}
+        plain.append(with_values(base, deepspeed__optimizer={**kind, "params": params}))
     expected = run_ranks(train_bare, 1, [(config, STEPS) for config in plain])[0]
     jobs = [(with_values(base, deepspeed__optimizer=o, deepspeed__zero_optimization={"stage": stage}), STEPS)
             for stage in (0, 2) for o in EXACT]  # fmt: skip
@@ -66,7 +69,7 @@ def test_muon_agrees_with_itself_in_every_layout(base: dict[str, Any]) -> None:
     stages = [with_values(config, deepspeed__zero_optimization={"stage": stage, "reduce_scatter": stage < 3})
               for stage in (1, 2, 3)]  # fmt: skip
     alone = run_ranks(train, 1, [(stages[0], STEPS)])[0][0]
-    for (curve, weights, _) in run_ranks(train, 2, [(c, STEPS) for c in stages])[0]:
+    for curve, weights, _ in run_ranks(train, 2, [(c, STEPS) for c in stages])[0]:
         np.testing.assert_allclose(np.array(curve)[:, 0], np.array(alone[0])[:, 0], rtol=1e-4)
         for name in weights:
             np.testing.assert_allclose(weights[name], alone[1][name], atol=2e-3, rtol=0, err_msg=name)
@@ -95,7 +98,9 @@ SCHEDULERS = [
 
 
 def test_schedulers_give_the_rates_of_their_class(base: dict[str, Any]) -> None:
-    jobs = [(with_values(base, deepspeed__scheduler={"type": kind, "params": params}), 6) for kind, params in SCHEDULERS]
+    jobs = [
+        (with_values(base, deepspeed__scheduler={"type": kind, "params": params}), 6) for kind, params in SCHEDULERS
+    ]
     found = run_ranks(rates, 1, jobs)[0]
     for (kind, params), got in zip(SCHEDULERS, found, strict=True):
         parameter = torch.nn.Parameter(torch.zeros(1))

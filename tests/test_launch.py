@@ -81,8 +81,9 @@ def test_a_killed_rank_ends_the_run_and_leaves_nothing_behind(tiny: dict[str, An
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    children = subprocess.run(["pgrep", "-f", f"train.py --local_rank=1 --config {tmp_path}"], capture_output=True, text=True,
-                              check=True).stdout.split()  # fmt: skip
+    pattern = f"train.py --local_rank=1 --config {tmp_path}"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+    children = found.stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert running.wait(90) not in (0, None)
     for line in metrics.read_text().splitlines():

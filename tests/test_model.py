@@ -20,8 +20,17 @@ from trainer.model.initialize import _Initializer
 pytestmark = pytest.mark.fast
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-MIXTRAL = {"model_type": "mixtral", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-           "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}  # fmt: skip
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": True,
+}
 OPENAI = {"model_type": "openai-gpt", "vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
 
 
@@ -163,8 +172,8 @@ def test_the_exported_model_gives_the_live_models_logits(tied: bool, tiny: dict[
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    config = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     torch.manual_seed(3)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -200,7 +209,9 @@ def test_no_code_of_a_model_folder_runs(tiny: dict[str, Any], folder: Path, tmp_
     assert not canary.exists()
 
 
-@pytest.mark.parametrize(("damage", "words"), [("shape", "mismatched|cannot be read"), ("missing", "missing"), ("cut", "cannot be read")])
+@pytest.mark.parametrize(
+    ("damage", "words"), [("shape", "mismatched|cannot be read"), ("missing", "missing"), ("cut", "cannot be read")]
+)
 def test_weights_that_do_not_fit_are_refused(damage: str, words: str, tiny: dict[str, Any], folder: Path) -> None:
     weights = folder / "model.safetensors"
     if damage == "cut":

@@ -24,7 +24,10 @@ def test_agrees_with_deepspeed(grid: tuple[int, int, int]) -> None:
         coordinate = theirs.get_coord(rank)
         assert (place.stage, place.data_rank, place.tensor_rank) == (coordinate.pipe, coordinate.data, coordinate.model)
         for ours, name in (("pipeline", "pipe"), ("data", "data"), ("tensor", "model")):
-            assert sorted(place.groups(ours)) == sorted(theirs.get_axis_comm_lists(name)) or len(place.groups(ours)[0]) == 1
+            assert (
+                sorted(place.groups(ours)) == sorted(theirs.get_axis_comm_lists(name))
+                or len(place.groups(ours)[0]) == 1
+            )
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

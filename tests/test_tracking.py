@@ -138,7 +138,9 @@ def test_an_unfinished_run_starts_again_as_the_next_attempt(tiny: dict[str, Any]
 
 
 def test_numbers_that_are_not_numbers_stop_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
-    ended = start(tiny, tmp_path, deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}}, training__log_every_steps=1)
+    ended = start(
+        tiny, tmp_path, deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}}, training__log_every_steps=1
+    )
     assert ended.status == 5
     assert "error: step 2: loss nan" in ended.err
     assert "Traceback" not in ended.err

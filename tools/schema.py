@@ -1,6 +1,6 @@
 """Writes `ds_configs/schema.json`, by which editors complete and check configurations.
 
-    python -m tools.schema
+python -m tools.schema
 """
 
 from __future__ import annotations

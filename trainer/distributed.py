@@ -90,6 +90,17 @@ class World:
         return self.topology.rank == 0
 
 
+class _AtLeast(logging.Filter):
+    """A level that nobody else can set, unlike a handler's own."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self._level
+
+
 def configure_logging(rank: int, folder: Path | None = None) -> None:
     """Rank 0 speaks on the console; with a `folder`, every rank writes its own `rank-N.log` there.
 
@@ -107,7 +118,7 @@ def configure_logging(rank: int, folder: Path | None = None) -> None:
         if rank == 0:
             console = logging.StreamHandler(sys.stdout)
             console.setFormatter(logging.Formatter("[tessera] %(message)s"))
-            console.addFilter(lambda record, least=console_level: record.levelno >= least)
+            console.addFilter(_AtLeast(console_level))
             logger.addHandler(console)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,10 +137,12 @@ def remove_stale_buffers() -> int:
     files = [f for f in _SHARED_MEMORY.glob(_BUFFERS) if f.stat().st_uid == os.getuid()]
     if not files:
         return 0
-    mapped = set()
+    mapped: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
-            mapped.update(line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "/dev/shm/" in line)
+            mapped.update(
+                line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "/dev/shm/" in line
+            )
     stale = [f for f in files if str(f) not in mapped]
     for file in stale:
         file.unlink(missing_ok=True)
@@ -178,7 +191,12 @@ def _free_port() -> int:
 
 def _complete_environment(launch: Launch) -> None:
     """DeepSpeed reads the launcher's variables; a plain `python` start has none."""
-    alone = {"RANK": launch.rank, "WORLD_SIZE": launch.world, "LOCAL_RANK": launch.local_rank, "MASTER_ADDR": "127.0.0.1"}
+    alone = {
+        "RANK": launch.rank,
+        "WORLD_SIZE": launch.world,
+        "LOCAL_RANK": launch.local_rank,
+        "MASTER_ADDR": "127.0.0.1",
+    }
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:

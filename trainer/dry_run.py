@@ -9,8 +9,7 @@ from trainer.config.deepspeed import extension_of
 from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
 from trainer.topology import Topology
 
-_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "nadam": 2, "radam": 2, "adamax": 2, "adadelta": 2, "lion": 1, "adagrad": 1,
-            "muon": 1, "rmsprop": 1, "rprop": 2, "asgd": 1}  # fmt: skip
+_ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
 _SHOWN_RANKS = 16
 
 
@@ -19,7 +18,7 @@ def _moments(loaded: LoadedConfig) -> int:
     name = optimizer["type"].lower()
     if name == "sgd":
         return 1 if optimizer.get("params", {}).get("momentum") else 0
-    return _MOMENTS.get(name, 2)
+    return 1 if name in _ONE_MOMENT else 2
 
 
 def _gib(size: float) -> str:
@@ -39,7 +38,8 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield (f"batch        {batch.train} samples a step = {batch.micro} a micro-batch x {batch.accumulation} "
            f"accumulated x {loaded.data_ranks} data ranks")  # fmt: skip
     most = "" if config.data.packing == "concatenate" else "at most "
-    yield f"tokens       {most}{tokens:,} a step, {most}{tokens * config.training.max_steps:,} in {config.training.max_steps:,} steps"
+    steps = config.training.max_steps
+    yield f"tokens       {most}{tokens:,} a step, {most}{tokens * steps:,} in {steps:,} steps"
 
 
 def _memory_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
@@ -54,7 +54,7 @@ def _memory_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
     offloaded = ("master weights", "optimizer moments") if section.offload_device != "none" else ()
     on_device = sum(size for name, size in states.items() if name not in offloaded)
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in states.items() if size)
-    yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {loaded.deepspeed_json['gradient_clipping']}"
+    yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
     yield f"memory       {_gib(on_device)} of model states on each rank's device ({parts}); activations come on top"
     if offloaded:
         yield f"offloaded    {' and '.join(offloaded)} to {section.offload_device}"

@@ -66,7 +66,7 @@ def mirror(source: type[BaseModel], path: str, auto: frozenset[str] = frozenset(
     for name, field in source.model_fields.items():
         extra = field.json_schema_extra
         key = field.alias or name
-        if isinstance(extra, Mapping) and extra.get("deprecated") or f"{path}.{key}" in _LEFT_OUT:
+        if (isinstance(extra, Mapping) and extra.get("deprecated")) or f"{path}.{key}" in _LEFT_OUT:
             continue
         kind = _strict(field.annotation, f"{path}.{key}", auto)
         if field.metadata:
@@ -274,7 +274,14 @@ _ELEMENTWISE = frozenset(
 """Each element's update depends on that element only, so ZeRO's flat slices compute the same step."""
 
 _MUON_KEYS = frozenset(("lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr"))
-_DEEPSPEED_NAMES = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad", "lamb": "Lamb", "lion": "Lion", "muon": "Muon"}
+_DEEPSPEED_NAMES = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adagrad": "Adagrad",
+    "lamb": "Lamb",
+    "lion": "Lion",
+    "muon": "Muon",
+}
 _MUP = {"muadam": "Adam", "muadamw": "AdamW", "musgd": "SGD"}
 
 
@@ -380,8 +387,11 @@ def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         yield Problem(f"{path}.type", f"{name} needs the package 'mup', which is not installed", "pip install mup")
     zero = section.zero_optimization
     if name.lower() == "muon" and section.zero_stage == 3 and getattr(zero, "reduce_scatter", None) is not False:
-        yield Problem("deepspeed.zero_optimization.reduce_scatter",
-                      "at ZeRO 3 Muon needs whole gradients, which reduce-scatter does not give", "Set it to false")
+        yield Problem(
+            "deepspeed.zero_optimization.reduce_scatter",
+            "at ZeRO 3 Muon needs whole gradients, which reduce-scatter does not give",
+            "Set it to false",
+        )
     if name == "Adafactor" and section.zero_stage > 0:
         yield Problem(
             f"{path}.type",
@@ -479,7 +489,11 @@ def smallest_data_ranks(section: DeepSpeedSection) -> int:
 
 def class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
     """What DeepSpeed's own classes say about the combination of keys inside one of their sections."""
-    for name, kind in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config), ("fp16", DeepSpeedFP16Config)):
+    for name, kind in (
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("bf16", DeepSpeedBF16Config),
+        ("fp16", DeepSpeedFP16Config),
+    ):
         part = getattr(section, name)
         if part is None:
             continue
@@ -491,9 +505,7 @@ def class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
             yield Problem(f"deepspeed.{name}", text.split(" [type=")[0].removeprefix("Value error, "))
 
 
-def resolve(
-    section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidden_size: int
-) -> dict[str, Any]:
+def resolve(section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidden_size: int) -> dict[str, Any]:
     """The section as DeepSpeed receives it: every "auto" replaced, our own settings added.
 
     Expects a section without problems. The result is plain JSON.
@@ -540,8 +552,6 @@ def clips_itself(resolved: Mapping[str, Any]) -> bool:
     """
     half = any(resolved.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
     return bool(resolved["zero_optimization"]["stage"] or half)
-
-
 
 
 def for_engine(resolved: Mapping[str, Any]) -> dict[str, Any]:

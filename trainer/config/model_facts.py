@@ -43,14 +43,14 @@ class ModelFacts:
 
 
 def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = raw.get("model_type")
     if not isinstance(name, str):
         raise ConfigError(Problem(f"{where}.model_type", f"expected a model type, got {name!r}", 'For example "llama"'))
-    if name not in CONFIG_MAPPING_NAMES:
-        near = get_close_matches(name, sorted(CONFIG_MAPPING_NAMES), n=1)
+    if name not in CONFIG_MAPPING:
+        near = get_close_matches(name, sorted(CONFIG_MAPPING.keys()), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}"))
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -109,8 +109,11 @@ def _config_at(path: str) -> PreTrainedConfig:
     except Exception as error:  # network, hub and JSON errors alike
         last = str(error).strip().splitlines()
         raise ConfigError(
-            Problem("model.path", f"'{path}' cannot be read: {last[0] if last else type(error).__name__}",
-                    "Check the name, the network, or give a folder")
+            Problem(
+                "model.path",
+                f"'{path}' cannot be read: {last[0] if last else type(error).__name__}",
+                "Check the name, the network, or give a folder",
+            )
         ) from None
     raw = scrub(raw)
     return _construct(_config_class(raw, f"{path}/config.json"), raw, f"{path}/config.json")

@@ -94,8 +94,11 @@ def model_is_named_once(draft: Draft) -> Iterator[Problem]:
         found = "neither" if draft.model.path is None else "both"
         yield Problem("model", f"either 'path' or 'config' says what the model is; {found} is given")
     if draft.model.path is None and draft.model.initialize == "pretrained":
-        yield Problem("model.initialize", "'pretrained' needs weights, and an inline 'config' has none",
-                      "Set model.path, or initialize to 'random'")
+        yield Problem(
+            "model.initialize",
+            "'pretrained' needs weights, and an inline 'config' has none",
+            "Set model.path, or initialize to 'random'",
+        )
 
 
 @rule("parallel")
@@ -144,8 +147,11 @@ def automatic_peak_has_a_rate(draft: Draft) -> Iterator[Problem]:
         return
     wanted = draft.deepspeed.scheduler.params.get("warmup_max_lr") == "auto"
     if wanted and "lr" not in draft.deepspeed.optimizer.params:
-        yield Problem("deepspeed.scheduler.params.warmup_max_lr", '"auto" takes optimizer.params.lr, which is missing',
-                      "Give one of the two")
+        yield Problem(
+            "deepspeed.scheduler.params.warmup_max_lr",
+            '"auto" takes optimizer.params.lr, which is missing',
+            "Give one of the two",
+        )
 
 
 @rule("deepspeed")
@@ -184,11 +190,17 @@ def data_types_agree(draft: Draft) -> Iterator[Problem]:
     if types is None:
         return
     if types.param_dtype not in (None, section.precision):
-        yield Problem("deepspeed.data_types.param_dtype", f"'{types.param_dtype}' is not the precision of the run, "
-                      f"'{section.precision}'", "Leave it out")
+        yield Problem(
+            "deepspeed.data_types.param_dtype",
+            f"'{types.param_dtype}' is not the precision of the run, '{section.precision}'",
+            "Leave it out",
+        )
     if types.grad_accum_dtype not in (None, section.precision) and section.zero_stage == 0:
-        yield Problem("deepspeed.data_types.grad_accum_dtype", f"'{types.grad_accum_dtype}' beside precision "
-                      f"'{section.precision}' needs zero_optimization.stage 1 or more")
+        yield Problem(
+            "deepspeed.data_types.grad_accum_dtype",
+            f"'{types.grad_accum_dtype}' beside precision "
+            f"'{section.precision}' needs zero_optimization.stage 1 or more",
+        )
 
 
 @rule("deepspeed.zero_optimization")
@@ -202,8 +214,9 @@ def offload_fits_the_stage(draft: Draft) -> Iterator[Problem]:
         path = f"deepspeed.zero_optimization.{key}"
         if device != "none" and stage < least:
             yield Problem(path, f"needs stage {least} or more, and the stage is {stage}")
-        if device == "nvme" and not (part.nvme_path and Path(part.nvme_path).is_dir()):
-            yield Problem(f"{path}.nvme_path", f"{part.nvme_path!r} is not a folder", "Give a folder on the NVMe disk")
+        nvme_path = getattr(part, "nvme_path", None)
+        if device == "nvme" and not (nvme_path and Path(nvme_path).is_dir()):
+            yield Problem(f"{path}.nvme_path", f"{nvme_path!r} is not a folder", "Give a folder on the NVMe disk")
 
 
 @rule("deepspeed.optimizer", "deepspeed.zero_optimization.offload_optimizer", "deepspeed.fp16")
@@ -216,8 +229,11 @@ def device_can(draft: Draft) -> Iterator[Problem]:
         yield Problem("deepspeed.fp16.enabled", "DeepSpeed has no fp16 on CPUs", "Set bf16.enabled instead")
     name = section.optimizer.type.lower() if section.optimizer else ""
     if name == "lion" and section.offload_device == "none":
-        yield Problem("deepspeed.optimizer.type", "on CPUs DeepSpeed has Lion only with offload",
-                      'Set zero_optimization {"stage": 1, "offload_optimizer": {"device": "cpu"}}')
+        yield Problem(
+            "deepspeed.optimizer.type",
+            "on CPUs DeepSpeed has Lion only with offload",
+            'Set zero_optimization {"stage": 1, "offload_optimizer": {"device": "cpu"}}',
+        )
     if name == "lamb":
         yield Problem("deepspeed.optimizer.type", "DeepSpeed's Lamb is a GPU kernel", "Take another on CPUs")
 
@@ -227,17 +243,22 @@ def lamb_needs_fp16(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
     if section.optimizer and section.optimizer.type.lower() == "lamb" and section.precision != "fp16":
-        yield Problem("deepspeed.optimizer.type", "DeepSpeed's Lamb runs only with dynamic fp16 loss scaling",
-                      "Set fp16.enabled or take another optimizer")
+        yield Problem(
+            "deepspeed.optimizer.type",
+            "DeepSpeed's Lamb runs only with dynamic fp16 loss scaling",
+            "Set fp16.enabled or take another optimizer",
+        )
 
 
 @rule("model", "data.sequence_length")
 def sequence_fits_the_model(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
     if draft.facts and draft.facts.positions and draft.data.sequence_length > draft.facts.positions:
-        yield Problem("data.sequence_length", f"{draft.data.sequence_length} is longer than the "
-                      f"{draft.facts.positions} positions of the model",
-                      "Shorten it, or raise max_position_embeddings in model.config")
+        yield Problem(
+            "data.sequence_length",
+            f"{draft.data.sequence_length} is longer than the {draft.facts.positions} positions of the model",
+            "Shorten it, or raise max_position_embeddings in model.config",
+        )
 
 
 @rule("data")
@@ -258,8 +279,11 @@ def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
     for place, source in enumerate(draft.data.validation):
         both = [f for f in matching_files(source.path) if f.resolve() in trained] if is_local(source.path) else []
         if both:
-            yield Problem(f"data.validation.{place}.path", f"'{both[0]}' is also trained on",
-                          "Validate on files that data.train does not match")
+            yield Problem(
+                f"data.validation.{place}.path",
+                f"'{both[0]}' is also trained on",
+                "Validate on files that data.train does not match",
+            )
 
 
 @rule("data.validation")
@@ -267,8 +291,9 @@ def validation_has_no_weights(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
     for place, source in enumerate(draft.data.validation):
         if source.weight != 1.0:
-            yield Problem(f"data.validation.{place}.weight", f"{source.weight}: an evaluation reads everything once",
-                          "Remove it")
+            yield Problem(
+                f"data.validation.{place}.weight", f"{source.weight}: an evaluation reads everything once", "Remove it"
+            )
 
 
 @rule("data", "model")
@@ -304,5 +329,8 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
     if section is not None and training is not None and section.scheduler is not None:
         total = section.scheduler.params.get("total_num_steps")
         if isinstance(total, int) and total < training.max_steps:
-            yield Problem("deepspeed.scheduler.params.total_num_steps", f"{total} is less than training.max_steps "
-                          f"({training.max_steps}): the last steps have the lowest rate", 'Write "auto"')
+            yield Problem(
+                "deepspeed.scheduler.params.total_num_steps",
+                f"{total} is less than training.max_steps ({training.max_steps}): the last steps have the lowest rate",
+                'Write "auto"',
+            )

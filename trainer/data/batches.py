@@ -76,9 +76,7 @@ def pad(rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], length: int, pad
         labels[place, :count] = row[1:]
         mask[place, :count] = 1
     whole = bool(mask.all())
-    return MicroBatch(
-        torch.from_numpy(inputs), torch.from_numpy(labels), None if whole else torch.from_numpy(mask)
-    )
+    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), None if whole else torch.from_numpy(mask))
 
 
 @dataclass(frozen=True)

@@ -117,4 +117,3 @@ class SampleOrder:
                 images[same] = permute(running[same] % size, size, self.seed, int(lap), int(number))
             sample[chosen] = images
         return source, sample
-

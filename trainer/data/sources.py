@@ -221,8 +221,13 @@ def _hub_name(path: str) -> tuple[str, str | None]:
 
 def _hub_problem(path: str, error: Exception) -> ConfigError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConfigError(Problem("data", f"'{path}' cannot be had from the hub: {first}",
-                               "Check the name and the network, or give local files"))
+    return ConfigError(
+        Problem(
+            "data",
+            f"'{path}' cannot be had from the hub: {first}",
+            "Check the name and the network, or give local files",
+        )
+    )
 
 
 def _hub_revision(path: str) -> str:

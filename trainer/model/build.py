@@ -95,7 +95,7 @@ def _read(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreT
         )  # fmt: skip
     log.info("reading weights from %s", section.path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else section.path,
             config=config,
             use_safetensors=True,
@@ -105,6 +105,8 @@ def _read(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreT
         )
     except Exception as error:  # hub, network, safetensors and shape errors alike
         raise ConfigError(_weights_refusal(section, error)) from None
+    model: PreTrainedModel = read[0]
+    info: dict[str, Any] = read[1]
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in info.get(kind, ())):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -73,6 +73,5 @@ def load_exported(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), use_safetensors=True, trust_remote_code=False
     )
-    return model.eval()
-
-
+    model.eval()
+    return model

@@ -25,11 +25,12 @@ def generate_text(folder: Path, prompt: str, *, tokens: int, temperature: float,
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     model = load_exported(folder).to(device)  # type: ignore[arg-type]
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
+    )
     ids = model.generate(
         input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )  # fmt: skip
-    text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -54,7 +54,7 @@ class _Initializer:
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         owner._init_weights(module)
         for parameter in shared:
-            del parameter._is_hf_initialized
+            del parameter._is_hf_initialized  # type: ignore[attr-defined]
         if not block:
             self._hand_on([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)], name)
 

@@ -30,9 +30,7 @@ class CausalLanguageModeling(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids_BT: Tensor, labels_BT: Tensor, attention_mask_BT: Tensor | None = None
-    ) -> TaskLoss:
+    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, attention_mask_BT: Tensor | None = None) -> TaskLoss:
         output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
         logits_NV = output.logits.flatten(0, 1).float()
         loss_sum = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=-100, reduction="sum")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from trainer.engine import Engine, Evaluation, StepResult
 from trainer.model import ModelCost, peak_flops
@@ -75,7 +76,7 @@ class Meter:
     def train_row(self, step: int, epoch: float, result: StepResult, step_tokens: int) -> Row:
         """The row of a logged step; the only place where the host waits for the device."""
         norm = None if result.grad_norm is None else float(result.grad_norm)
-        own = [
+        own: list[Tensor | float] = [
             result.loss_sum,
             result.auxiliary_sum,
             float(result.micro_batches),
