@@ -191,8 +191,11 @@ class Counted:
 
 
 _OWNERS = ("trainer", "deepspeed", "transformers")
-_COLLECTIVES = tuple(
-    ["all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "reduce_scatter", "broadcast", "broadcast_object_list", "reduce", "gather", "scatter", "barrier", "all_to_all", "all_to_all_single", "all_gather_single", "reduce_scatter_single", "send", "recv", "batch_isend_irecv", "all_gather_coalesced"]
+_COLLECTIVES = (
+    *("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single"),
+    *("all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_gather_coalesced"),
+    *("broadcast", "broadcast_object_list", "gather", "scatter", "all_to_all", "all_to_all_single"),
+    *("barrier", "send", "recv", "batch_isend_irecv"),
 )
 
 

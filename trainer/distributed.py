@@ -183,7 +183,7 @@ def load_extension(builder: str) -> None:
             found.load(verbose=False)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -200,7 +200,7 @@ def _complete_environment(launch: Launch) -> None:
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
 
 
 def _process_groups(topology: Topology) -> dict[Axis, Any]:

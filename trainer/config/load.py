@@ -129,7 +129,8 @@ def _true_path(loc: Sequence[str | int], raw: Any) -> tuple[str | int, ...]:
     """`loc` of a pydantic error without the names of union members, which stand in it like keys."""
     path: list[str | int] = []
     for part in loc:
-        if (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw)):
+        in_list = isinstance(raw, list) and isinstance(part, int) and part < len(raw)
+        if in_list or (isinstance(raw, dict) and part in raw):
             raw = raw[part]
         elif isinstance(raw, dict) and isinstance(part, str) and re.fullmatch(r"\w+", part) and part == loc[-1]:
             return (*path, part)

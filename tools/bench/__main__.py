@@ -1,0 +1,54 @@
+"""Benchmarks of Tessera.
+
+python -m tools.bench overhead    CPU time a step, against a plain DeepSpeed loop, bare torch, HF Trainer
+python -m tools.bench states      bytes of model states on a rank, against the formula, ZeRO 0 to 3
+python -m tools.bench data        time a step waits for data; cost of starting at any position
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainer.distributed import prepare_environment
+
+prepare_environment()
+
+from tools.bench import data, overhead, states
+
+BENCHMARKS = {"overhead": overhead, "states": states, "data": data}
+
+
+def machine() -> dict[str, Any]:
+    """What a number needs beside it to mean anything."""
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "commit": asked.stdout.strip() or None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = parser.add_subparsers(dest="name", required=True)
+    for name, module in BENCHMARKS.items():
+        sub = names.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        module.add_arguments(sub)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    options = parser.parse_args()
+    figures = BENCHMARKS[options.name].run(options)
+    if options.json is not None:
+        options.json.write_text(
+            json.dumps({"benchmark": options.name, **machine(), "figures": figures}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the benchmarks share: models of a given size, configurations, token files, tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.load import LoadedConfig, check
+from trainer.data.indexed import IndexedWriter
+
+VOCABULARY = 4096
+LENGTH = 256
+
+SIZES: dict[int, dict[str, int]] = {
+    1: {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},
+    5: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8},
+    25: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 7, "num_attention_heads": 8},
+}
+"""Llamas by their millions of parameters, roughly."""
+
+
+def write_tokens(folder: Path, documents: int = 400) -> Path:
+    """Random tokens as a token file; its path, for `data.train`."""
+    draw = np.random.default_rng(0)
+    with IndexedWriter(folder / "tokens", np.uint16) as writer:
+        for _ in range(documents):
+            writer.add(draw.integers(0, VOCABULARY, 2048).tolist())
+    return folder / "tokens.bin"
+
+
+def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> LoadedConfig:
+    """A Llama of about `millions` parameters on `write_tokens`' file."""
+    model = {"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, **SIZES[millions]}
+    config = {
+        "run": {"output_dir": str(folder / "run")},
+        "model": {"config": model},
+        "data": {"train": [{"path": str(folder / "tokens.bin")}], "sequence_length": LENGTH},
+        "training": {"max_steps": 100_000},
+        "deepspeed": {
+            "train_batch_size": batch * world * deepspeed.get("gradient_accumulation_steps", 1),
+            "train_micro_batch_size_per_gpu": batch,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+            "gradient_clipping": 1.0,
+            **deepspeed,
+        },
+    }
+    return check(config, world=world, device="cpu")
+
+
+def rank_environment(rank: int, world: int, port: int) -> None:
+    """Makes this process a rank, as a launcher would."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as text in columns."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,120 @@
+"""Bytes of model states on a rank, counted in the engine's own tensors, against the formula, for ZeRO 0 to 3."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.bench.common import configuration, rank_environment, table, write_tokens
+from trainer.config.load import LoadedConfig
+from trainer.distributed import Launch, free_port, joined_world
+from trainer.engine.plain import PlainEngine, start_engine
+from trainer.model import build_model, state_bytes
+from trainer.topology import Topology
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, default=2, help="data ranks (default 2)")
+    parser.add_argument("--size", type=int, default=5, choices=(1, 5, 25), help="millions of parameters (default 5)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [(stage, half) for half in (False, True) for stage in (0, 1, 2, 3)]
+    context = multiprocessing.get_context("spawn")
+    figures, rows = {}, []
+    with tempfile.TemporaryDirectory() as name:
+        write_tokens(Path(name))
+        for stage, half in cases:
+            port, results = free_port(), context.SimpleQueue()
+            arguments = (options.world, port, name, options.size, stage, half, results)
+            ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(options.world)]
+            for rank in ranks:
+                rank.start()
+            measured = [results.get() for _ in ranks]
+            for rank in ranks:
+                rank.join()
+            worst = max(measured, key=lambda m: sum(m["counted"].values()))
+            counted, formula = sum(worst["counted"].values()), sum(worst["formula"].values())
+            figures[f"zero{stage}-{'bf16' if half else 'fp32'}"] = worst
+            parts = "  ".join(f"{k} {v / 1e6:.2f}" for k, v in worst["counted"].items())
+            rows.append((stage, "bf16" if half else "fp32", f"{counted / 1e6:.2f}", f"{formula / 1e6:.2f}",
+                         f"{100 * (counted / formula - 1):+.2f} %", parts))  # fmt: skip
+    print(f"model states of {options.size} M parameters on each of {options.world} ranks, MB")
+    print(table(("ZeRO", "type", "counted", "formula", "difference", "counted parts"), rows))
+    return figures
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str, size: int, stage: int, half: bool, results: Any) -> None:
+    rank_environment(rank, world_size, port)
+    torch.set_num_threads(1)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = {"zero_optimization": zero, "bf16": {"enabled": half}, "gradient_accumulation_steps": 2}
+    loaded = configuration(Path(folder), size, world=world_size, **settings)
+    with joined_world(Launch(rank, world_size, rank, world_size), Topology.of(world_size, rank), seed=1) as world:
+        model = build_model(loaded)
+        engine = start_engine(model, loaded, world)
+        counted = _count(engine, loaded)
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        formula = state_bytes(parameters, stage=stage, data_ranks=world_size, half=half)
+        results.put({"counted": counted, "formula": formula})
+
+
+def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:
+    """In the middle of the second step: the moments are there since the first, the gradients still accumulate."""
+    inner = engine._engine
+    ids = torch.zeros((loaded.batch.micro, 64), dtype=torch.long)
+    for micro_batch in range(3):
+        loss = inner(ids, ids)
+        inner.backward(loss.loss_sum / ids.numel())
+        if micro_batch < 2:
+            inner.step()
+    seen: set[int] = set()
+    weights = _bytes((t for p in inner.module.parameters() for t in (getattr(p, "ds_tensor", None), p.data)), seen)
+    gradients = _bytes(_gradients(inner), seen)
+    masters = _bytes(_masters(inner.optimizer), seen)
+    states = getattr(inner.optimizer, "optimizer", inner.optimizer).state.values()
+    moments = _bytes((t for state in states for t in state.values()), seen)
+    return {"weights": weights, "gradients": gradients, "master weights": masters, "optimizer moments": moments}
+
+
+def _bytes(tensors: Iterator[Any], seen: set[int]) -> float:
+    total = 0
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.numel() <= 1:
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _gradients(inner: Any) -> Iterator[Any]:
+    yield from (p.grad for p in inner.module.parameters())
+    optimizer = inner.optimizer
+    for name in (
+        "averaged_gradients",
+        "all_grad_tensors",
+        "fp32_groups_gradients_flat_partition",
+        "fp32_groups_gradients_flat",
+    ):
+        held = getattr(optimizer, name, None)
+        groups = held.values() if isinstance(held, dict) else held or ()
+        for group in groups:
+            yield from group if isinstance(group, list | tuple) else [group]
+
+
+def _masters(optimizer: Any) -> Iterator[Any]:
+    for name in (
+        "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition",
+        "fp32_groups_flat", "fp32_groups",
+    ):  # fmt: skip
+        for group in getattr(optimizer, name, None) or ():
+            yield from group if isinstance(group, list | tuple) else [group]
