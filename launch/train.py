@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 
 from trainer.distributed import Launch, configure_logging, joined_world, local_device, prepare_environment
@@ -25,6 +26,8 @@ from trainer.model import build_model, model_cost, write_model
 from trainer.topology import Topology
 from trainer.tracking import Meter, RunDirectory, open_trackers
 
+log = logging.getLogger("trainer.train")
+
 
 def main() -> None:
     options = parse_arguments()
@@ -34,10 +37,9 @@ def main() -> None:
         world = options.world if options.dry_run else launch.world
         device = None if options.dry_run else local_device()
         loaded = load_config(options.config, options.set, world=world, device=device)
-        if options.print_config:
-            print(json.dumps(loaded.resolved(), indent=2))
-        elif options.dry_run:
-            print(describe(loaded))
+        if options.print_config or options.dry_run:
+            if launch.rank == 0:
+                print(json.dumps(loaded.resolved(), indent=2) if options.print_config else describe(loaded))
         else:
             train(loaded, launch)
 
@@ -46,8 +48,10 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     """The whole story, one call a room, in the order in which data passes."""
     directory = RunDirectory.examine(loaded)
     if directory.finished_step is not None:
-        print(f"{directory.path}: finished at step {directory.finished_step}; its model is in {directory.final}")
+        log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
         return
+    for problem in loaded.warnings:
+        log.warning("%s", problem)
     config = loaded.config
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
@@ -59,14 +63,13 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         model = build_model(loaded, prepared.tokenizer)
         cost = model_cost(model)
         engine = start_engine(model, loaded, world)
-        trackers = open_trackers(loaded, directory, tracks=world.is_first)
         meter = Meter(engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt)
-        fit(config, engine, batches, meter, trackers)
+        with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
+            fit(config, engine, batches, meter, trackers)
         write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
-        trackers.close(0)
         if world.is_first:
             directory.write_config(loaded, finished_step=config.training.max_steps)
-            print(f"[tessera] finished: the model is in {directory.final}, the numbers in {directory.metrics}")
+            log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 
 def parse_arguments() -> argparse.Namespace:

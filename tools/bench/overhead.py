@@ -188,9 +188,6 @@ def hf_trainer(loaded: LoadedConfig, folder: Path) -> Contestant:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 pause()
 
-            def on_log(self, *_: Any, **__: Any) -> None:
-                return None
-
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -233,9 +230,8 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
     base = medians["plain DeepSpeed"]
     parameters = model_cost(build_model(loaded)).parameters
     stage = loaded.deepspeed_json["zero_optimization"]["stage"]
-    print(
-        f"\n{parameters / 1e6:.1f} M parameters, ZeRO {stage}, {loaded.batch.train * LENGTH} tokens a step, {rounds} steps"
-    )
+    tokens = loaded.batch.train * LENGTH
+    print(f"\n{parameters / 1e6:.1f} M parameters, ZeRO {stage}, {tokens} tokens a step, {rounds} steps")
     rows = [(n, f"{1e3 * s:.1f}", f"{s / base:.3f}", f"{s / medians['bare torch']:.3f}") for n, s in medians.items()]
     print(table(("loop", "CPU ms a step", "to plain DeepSpeed", "to bare torch"), rows), flush=True)
     return {"parameters": parameters, "seconds": {c.name: c.seconds for c in contestants}, "medians": medians}

@@ -110,7 +110,7 @@ def axes_that_are_built(draft: Draft) -> Iterator[Problem]:
             yield Problem(f"parallel.{axis}", f"{size}: {axis} parallelism is not built yet", "Set it to 1")
 
 
-@rule("parallel", "deepspeed.train_batch_size")
+@rule("parallel")
 def world_divides(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     replica = draft.parallel.tensor * draft.parallel.pipeline

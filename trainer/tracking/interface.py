@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import Any, Protocol
+
+from trainer.errors import TesseraError
 
 Row = dict[str, Any]
 """One line of `metrics.jsonl`: plain JSON, with the keys of DESIGN 2.3."""
@@ -18,7 +21,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one; on ranks that do not track, none."""
+    """Several trackers as one; on ranks that do not track, none. Leaving the `with` block closes them."""
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self._trackers = trackers
@@ -27,6 +30,12 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(row)
 
-    def close(self, exit_status: int) -> None:
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        exit_status = 0 if error is None else error.exit_status if isinstance(error, TesseraError) else 1
         for tracker in self._trackers:
             tracker.close(exit_status)

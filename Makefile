@@ -1,0 +1,68 @@
+# Every target uses the virtual environment .venv, or the one named by `make VENV=DIR ...`.
+VENV   ?= .venv
+PYTHON ?= python3
+
+BIN     := $(abspath $(VENV))/bin
+PY      := $(BIN)/python
+export OMP_NUM_THREADS ?= 1
+ON_CPU   = $(shell $(PY) -c "import torch; print('' if torch.cuda.is_available() else 1)" 2>/dev/null)
+
+.PHONY: help install quickstart test check matrix bench schema clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## a virtual environment with Tessera, and DeepSpeed's CPU extensions compiled
+
+quickstart: $(VENV)/.installed  ## train a small Llama on the standard library's source, 2 processes, minutes
+	$(if $(ON_CPU),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --num_gpus $(if $(ON_CPU),2,1) \
+		launch/train.py --config ds_configs/quickstart.json
+	@echo; echo '--- what the model writes after "def " ---'
+	@$(PY) launch/generate.py --run runs/quickstart --prompt 'def ' --tokens 60
+	@echo '---'
+	@echo 'Run directory: runs/quickstart (numbers in metrics.jsonl, model in final/, W&B offline run in wandb/)'
+	@echo 'Next: $(VENV)/bin/python launch/generate.py --run runs/quickstart --prompt "import os"'
+	@echo '      $(VENV)/bin/python launch/train.py --config ds_configs/quickstart.json --dry_run --world 8'
+	@echo '      copy ds_configs/quickstart.json, point data.train at your own text, and train again'
+
+test: $(VENV)/.installed-test  ## the whole test suite
+	$(PY) -m pytest
+
+check: $(VENV)/.installed-dev  ## lint, types, import rules, spelling, fast tests: before each commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(PY) -m pytest -m fast
+
+matrix: $(VENV)/.installed-test  ## the long tests
+	$(PY) -m pytest -m matrix
+
+bench: $(VENV)/.installed-dev  ## overhead, model states, data (about a quarter of an hour on 2 cores)
+	$(PY) -m pip install -q -c constraints.txt -e '.[bench]'
+	$(PY) -m tools.bench data
+	$(PY) -m tools.bench states
+	$(PY) -m tools.bench overhead
+
+schema: $(VENV)/.installed  ## write ds_configs/schema.json anew
+	$(PY) -m tools.schema
+
+clean:  ## remove what the tools leave behind; runs/ and the virtual environment stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e .
+	$(PY) -m tools.extensions ShareMemCommBuilder FusedAdamBuilder
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PY) -m pip install -q -c constraints.txt -e '.[test]'
+	$(PY) -m tools.extensions CPUAdamBuilder
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
