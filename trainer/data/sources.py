@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sysconfig
@@ -230,6 +231,7 @@ def _hub_problem(path: str, error: Exception) -> ConfigError:
     )
 
 
+@functools.cache
 def _hub_revision(path: str) -> str:
     """The commit that the dataset is at, so that a changed dataset is tokenised anew."""
     from huggingface_hub import HfApi
@@ -244,7 +246,8 @@ def _from_hub(path: str, split: Split) -> Any:
     import datasets
 
     name, configuration = _hub_name(path)
+    revision = _hub_revision(path)
     try:
-        return datasets.load_dataset(name, configuration, split=split, streaming=True)
+        return datasets.load_dataset(name, configuration, split=split, streaming=True, revision=revision)
     except Exception as error:
         raise _hub_problem(path, error) from None
