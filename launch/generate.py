@@ -9,8 +9,6 @@ only rank 0 works.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 from trainer.distributed import Launch, local_device, prepare_environment
@@ -20,23 +18,22 @@ prepare_environment()
 import torch
 
 from trainer.errors import ConfigError, Problem
-from trainer.exit import exit_on_errors
-from trainer.model import generate_text
+from trainer.exit import Arguments, exit_on_errors
+from trainer.model import generate_texts
 
 
 def main() -> None:
-    options = parse_arguments()
     launch = Launch.from_environment()
     if launch.rank != 0:
         return
     with exit_on_errors(launch):
+        options = parse_arguments()
         folder = final_folder(Path(options.run))
         torch.manual_seed(options.seed)
-        for prompt in options.prompt:
-            text = generate_text(
-                folder, prompt, tokens=options.tokens, temperature=options.temperature, device=local_device()
-            )
-            print(text)
+        for text in generate_texts(
+            folder, options.prompt, tokens=options.tokens, temperature=options.temperature, device=local_device()
+        ):
+            print(text, flush=True)
 
 
 def final_folder(run: Path) -> Path:
@@ -46,19 +43,12 @@ def final_folder(run: Path) -> Path:
         ConfigError: if there is none in `run`.
     """
     if not (run / "final" / "config.json").is_file():
-        steps = 0
-        if (run / "metrics.jsonl").is_file():
-            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            steps = max((row["step"] for row in rows), default=0)
-        reason = f"'{run}' has no final model" + (f"; it has come to step {steps}" if steps else "")
-        raise ConfigError(Problem("--run", reason, "Give the output_dir of a finished run"))
+        raise ConfigError(Problem("--run", f"'{run}' has no final model", "Give the output_dir of a finished run"))
     return run / "final"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory (run.output_dir)")
     parser.add_argument("--prompt", required=True, action="append", help="the text to go on with; several are allowed")
     parser.add_argument("--tokens", type=int, default=80, metavar="N", help="how many tokens to add (default 80)")
@@ -71,4 +61,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 
 from trainer.distributed import Launch, configure_logging, joined_world, local_device, prepare_environment
 
@@ -20,9 +19,9 @@ from trainer.config import LoadedConfig, load_config
 from trainer.data import open_batches, prepare_data
 from trainer.dry_run import describe
 from trainer.engine import start_engine
-from trainer.exit import exit_on_errors
+from trainer.exit import Arguments, exit_on_errors
 from trainer.loop import fit
-from trainer.model import build_model, model_cost, write_model
+from trainer.model import build_model, build_model_shape, model_cost, write_model
 from trainer.topology import Topology
 from trainer.tracking import Meter, RunDirectory, open_trackers
 
@@ -30,14 +29,14 @@ log = logging.getLogger("trainer.train")
 
 
 def main() -> None:
-    options = parse_arguments()
     launch = Launch.from_environment()
     configure_logging(launch.rank)
     with exit_on_errors(launch):
-        world = options.world if options.dry_run else launch.world
-        device = None if options.dry_run else local_device()
-        loaded = load_config(options.config, options.set, world=world, device=device)
-        if options.print_config or options.dry_run:
+        options = parse_arguments()
+        looks_only = options.print_config or options.dry_run
+        world = options.world if looks_only and launch.world == 1 else launch.world
+        loaded = load_config(options.config, options.set, world=world, device=None if looks_only else local_device())
+        if looks_only:
             if launch.rank == 0:
                 print(json.dumps(loaded.resolved(), indent=2) if options.print_config else describe(loaded))
         else:
@@ -53,6 +52,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     for problem in loaded.warnings:
         log.warning("%s", problem)
     config = loaded.config
+    cost = model_cost(build_model_shape(loaded))
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
     configure_logging(launch.rank, directory.path / "logs")
@@ -61,7 +61,6 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
             directory.write_config(loaded)
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
-        cost = model_cost(model)
         engine = start_engine(model, loaded, world)
         meter = Meter(engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt)
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
@@ -73,9 +72,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="X.json", help="the configuration; see ds_configs/")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c",
@@ -86,15 +83,18 @@ def parse_arguments() -> argparse.Namespace:
         help="check everything, say what would run (ranks, parameters, batch, memory), and start nothing",
     )  # fmt: skip
     parser.add_argument(
-        "--world", type=int, metavar="N", help="with --dry_run: for so many processes (default: the fewest possible)"
+        "--world",
+        type=int,
+        metavar="N",
+        help="with --dry_run or --print_config: for so many processes (default: the fewest possible)",
     )
     parser.add_argument("--print_config", action="store_true", help="print the configuration as resolved, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args()
-    if options.world is not None and (options.world < 1 or not options.dry_run):
-        parser.error("--world N goes with --dry_run, and N is at least 1")
+    if options.world is not None and (options.world < 1 or not (options.dry_run or options.print_config)):
+        parser.error("--world N goes with --dry_run or --print_config, and N is at least 1")
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

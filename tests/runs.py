@@ -61,7 +61,7 @@ def _train(
         total = sum(row[0] for row in engine.exchange([result.loss_sum]))
         norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
         curve.append((total / batch.tokens, norm))
-    weights = {name: tensor.float().numpy() for name, tensor in engine.whole_weights()}
+    weights = {name: tensor.float().numpy().copy() for name, tensor in engine.whole_weights()}
     return curve, weights, before
 
 

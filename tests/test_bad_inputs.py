@@ -32,9 +32,9 @@ def write_files(bad: Bad, folder: Path) -> None:
     for name, content in bad.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content.startswith(b"{tokens to 400}"):
+        if content.startswith(b"{tokens to"):
             with IndexedWriter(path.with_suffix(""), np.uint16) as writer:
-                writer.add(list(range(400)))
+                writer.add(list(range(int(content[11:14]))))
         elif content.startswith(b"{index of 100 tokens}"):
             with IndexedWriter(folder / "whole", np.uint16) as writer:
                 writer.add([1] * 100)
@@ -74,3 +74,19 @@ def test_bad_input(bad: Bad, tiny: dict[str, Any], tmp_path: Path, tokenizer: Pa
     for words in bad.says:
         assert words in ended.err
     assert not list((tmp_path / "run").glob("final*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: --config"),
+        (["--config", "x.json", "--wrold", "2"], "unrecognized arguments: --wrold 2"),
+        (["--config", "x.json", "--world", "2"], "--world N goes with --dry_run or --print_config"),
+        (["--config", "x.json"], "x.json: no such file"),
+    ],
+)
+def test_bad_command_lines(arguments: list[str], words: str) -> None:
+    ended = run_command(TRAIN, *arguments)
+    assert ended.status == 2
+    assert words in ended.err
+    assert "Traceback" not in ended.err

@@ -67,10 +67,24 @@ def test_overrides(assignment: str, expected: dict[str, Any]) -> None:
     assert raw == expected
 
 
-@pytest.mark.parametrize("assignment", ["nothing", "=1", "list.5=1", "number.x=1"])
+@pytest.mark.parametrize("assignment", ["nothing", "=1", "list.5=1", "number.x=1", "extends=x.json"])
 def test_bad_overrides(assignment: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_override({"list": [1], "number": 3}, assignment)
+
+
+def test_every_bad_override_is_named(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.json", ["nothing", "=1", "run.seed=3"])
+    assert len(caught.value.problems) == 2
+
+
+def test_a_deepspeed_file_by_override(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({**tiny["deepspeed"], "gradient_clipping": 0.125}))
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    loaded = load_config(tmp_path / "config.json", [f"deepspeed={tmp_path / 'ds.json'}"], world=1)
+    assert loaded.config.deepspeed.clipping == 0.125
 
 
 def test_merge_leaves_its_arguments_alone() -> None:

@@ -189,6 +189,24 @@ def test_every_kind_of_source_gives_the_same_documents(write: Any, tmp_path: Pat
     assert documents == TEXTS
 
 
+def test_a_dataset_saved_anew_is_another_one(tmp_path: Path) -> None:
+    import datasets
+
+    source = Source(as_saved(tmp_path), "train", "text")
+    before = source.appearance(), source.content_hash()
+    datasets.Dataset.from_dict({"text": ["other"], "n": [1]}).save_to_disk(str(tmp_path / "again"))
+    for file in (tmp_path / "again").iterdir():
+        (tmp_path / "saved" / file.name).write_bytes(file.read_bytes())
+    assert source.appearance() != before[0]
+    assert source.content_hash() != before[1]
+
+
+def test_one_folder_may_hold_both_splits(tiny: dict[str, Any], tmp_path: Path) -> None:
+    both = [{"path": as_saved_splits(tmp_path)}]
+    found = prepared(tiny, data__train=both, data__validation=both, data__packing="none")
+    assert (len(found.train[0]), len(found.validation[0])) == (3, 1)
+
+
 def test_long_text_files_come_in_pieces(tmp_path: Path) -> None:
     text = "".join(f"line {n}\n" for n in range(300_000))
     (tmp_path / "long.txt").write_text(text)

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.configs import with_values
 from tests.harness import free_port
 from tests.test_tracking import rows_of
+from trainer.data.indexed import IndexedWriter
+from trainer.data.order import SampleOrder
 
 pytestmark = pytest.mark.launcher
 
@@ -60,6 +63,23 @@ def test_a_bad_configuration_is_reported_once_even_when_rank_0_is_the_slowest(
     assert said.count("parallel.tensr: unknown key; did you mean 'tensor'?") == 1
     assert "Traceback" not in said
     assert "Initializing" not in said, "no process group was started"
+
+
+def test_what_only_one_rank_finds_is_said_by_that_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A wrong id that data rank 1 alone reads: its message and its status, though rank 0 has no part in it."""
+    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
+        writer.add([1] * (32 * 8 + 1))
+    raw = np.fromfile(tmp_path / "tokens.bin", np.uint16)
+    order = SampleOrder((8,), (1.0,), tiny["run"]["seed"])
+    _, samples = order.at(np.arange(8))
+    raw[int(samples[2]) * 32 + 5] = 999  # the third sample is in the second micro-batch, which is rank 1's
+    raw.tofile(tmp_path / "tokens.bin")
+    values = {"data__train": [{"path": str(tmp_path / "tokens.bin")}], "data__validation": []}
+    (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, **values)))
+    ended = deepspeed("--config", str(tmp_path / "config.json"))
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    assert "error (rank 1 on" in ended.stderr
+    assert "is 999, outside the model's vocabulary of 320" in ended.stderr
 
 
 def test_torchrun(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def test_mixture_cost_counts_active_experts(tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA H200", 989.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", None),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090", None),
 ])  # fmt: skip
 def test_peaks(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak

@@ -137,15 +137,23 @@ def test_an_unfinished_run_starts_again_as_the_next_attempt(tiny: dict[str, Any]
     assert "has finished at step 2" in longer.err
 
 
-def test_numbers_that_are_not_numbers_stop_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "words"), [(0, "loss nan"), (1, "a gradient is not finite")])
+def test_numbers_that_are_not_numbers_stop_the_run(
+    stage: int, words: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    """At ZeRO 0 the update is made and the loss shows it; above, DeepSpeed skips the update and says nothing."""
     ended = start(
-        tiny, tmp_path, deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}}, training__log_every_steps=1
+        tiny,
+        tmp_path,
+        deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}},
+        deepspeed__zero_optimization={"stage": stage},
+        training__log_every_steps=1,
     )
     assert ended.status == 5
-    assert "error: step 2: loss nan" in ended.err
+    assert f"error: step 2: {words}" in ended.err
     assert "Traceback" not in ended.err
-    last = rows_of(tmp_path / "run")[-1]
-    assert (last["step"], last["loss"]) == (2, None)
+    rows = [row["loss"] for row in rows_of(tmp_path / "run") if row["split"] == "train"]
+    assert rows[1:] == ([None] if stage == 0 else [])
     assert not (tmp_path / "run" / "final").exists()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -90,6 +90,17 @@ class World:
         return self.topology.rank == 0
 
 
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stdout` is at the time: a progress bar puts itself in its place and keeps below the lines."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
 class _AtLeast(logging.Filter):
     """A level that nobody else can set, unlike a handler's own."""
 
@@ -116,7 +127,7 @@ def configure_logging(rank: int, folder: Path | None = None) -> None:
         if name == "trainer":
             logger.setLevel(logging.INFO)
         if rank == 0:
-            console = logging.StreamHandler(sys.stdout)
+            console = _Console()
             console.setFormatter(logging.Formatter("[tessera] %(message)s"))
             console.addFilter(_AtLeast(console_level))
             logger.addHandler(console)
@@ -134,7 +145,7 @@ def remove_stale_buffers() -> int:
 
     Only files of this user that no living process has mapped. Returns how many were removed.
     """
-    files = [f for f in _SHARED_MEMORY.glob(_BUFFERS) if f.stat().st_uid == os.getuid()]
+    files = list(_SHARED_MEMORY.glob(_BUFFERS.replace("*", f"{os.getuid()}_*")))
     if not files:
         return 0
     mapped: set[str] = set()
@@ -229,12 +240,18 @@ def seed_everything(seed: int, topology: Topology) -> None:
 
 @contextlib.contextmanager
 def joined_world(
-    launch: Launch, topology: Topology, *, seed: int, timeout: timedelta = timedelta(minutes=30)
+    launch: Launch,
+    topology: Topology,
+    *,
+    seed: int,
+    timeout: timedelta = timedelta(minutes=30),
+    patience: timedelta = timedelta(hours=24),
 ) -> Iterator[World]:
     """Joins all processes into one world; leaves it at the end.
 
     Args:
         timeout: how long a rank waits in a collective before it gives up on the others.
+        patience: how long it waits for all to join; a host may have a corpus to tokenise first.
     """
     import deepspeed
 
@@ -254,14 +271,14 @@ def joined_world(
         load_extension("ShareMemCommBuilder")
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
-            dist_backend="gloo" if kind == "cpu" else "nccl", timeout=timeout, auto_mpi_discovery=False, verbose=False
+            dist_backend="gloo" if kind == "cpu" else "nccl", timeout=patience, auto_mpi_discovery=False, verbose=False
         )
     if kind == "cpu":
         _unlink_own_buffer(launch)
+    dist.distributed_c10d._set_pg_timeout(timeout)
     device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
     seed_everything(seed, topology)
-    try:
-        yield World(topology, device, _process_groups(topology))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield World(topology, device, _process_groups(topology))
+    # Not after an error: leaving the world would make the other ranks fail, and be ended, before this one has
+    # said what was wrong.
+    dist.destroy_process_group()

@@ -51,13 +51,15 @@ def _memory_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
         half=section.precision != "fp32",
         moments=_moments(loaded),
     )
-    offloaded = ("master weights", "optimizer moments") if section.offload_device != "none" else ()
+    parameters = getattr(getattr(section.zero_optimization, "offload_param", None), "device", None) or "none"
+    offloaded: tuple[str, ...] = ("master weights", "optimizer moments") if section.offload_device != "none" else ()
+    offloaded += ("weights",) if parameters != "none" else ()
     on_device = sum(size for name, size in states.items() if name not in offloaded)
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in states.items() if size)
     yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
     yield f"memory       {_gib(on_device)} of model states on each rank's device ({parts}); activations come on top"
     if offloaded:
-        yield f"offloaded    {' and '.join(offloaded)} to {section.offload_device}"
+        yield f"offloaded    {', '.join(offloaded)}"
 
 
 def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -9,17 +10,25 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from trainer.distributed import Launch
-from trainer.errors import ConfigError, TesseraError
+from trainer.errors import ConfigError, Problem, TesseraError
 
 _CONFIG_PATIENCE_SECONDS = 120.0
 _OTHER_PATIENCE_SECONDS = 10.0
 
 
+class Arguments(argparse.ArgumentParser):
+    """A parser whose complaints are configuration errors, so that many ranks make one of them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(Problem("command line", message, f"See {self.prog} --help"))
+
+
 @contextlib.contextmanager
 def exit_on_errors(launch: Launch) -> Iterator[None]:
-    """Turns our errors into a message and an exit status; anything else keeps its traceback.
+    """Ends the process: with 0, or with the message and status of one of our errors. Others keep their traceback.
 
     A launcher ends all ranks as soon as one leaves. So that rank 0's message is never lost, the others wait
     for it to speak and be ended with it: long where every rank finds the same mistake, briefly where they may
@@ -27,6 +36,7 @@ def exit_on_errors(launch: Launch) -> Iterator[None]:
     """
     try:
         yield
+        _leave(0)
     except TesseraError as error:
         if launch.rank != 0:
             everywhere = isinstance(error, ConfigError)
@@ -44,8 +54,8 @@ def _say(error: TesseraError, launch: Launch) -> None:
         print(f"error{who}: {error}", file=sys.stderr)
 
 
-def _leave(status: int) -> None:
-    """Ends the process at once: threads and collectives of a world that broke would hold it up."""
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once: collectives of a world that broke, or a tracker that hangs, would hold it up."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,12 +11,15 @@ from trainer.engine import Engine
 from trainer.errors import TrainingHalted
 from trainer.tracking import Meter, Row, Trackers
 
+REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of this step"
+
 
 def fit(config: Config, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> None:
     """Trains for `training.max_steps` steps.
 
     Raises:
-        TrainingHalted: at a logged step whose loss or gradient norm is not finite.
+        TrainingHalted: at a step whose update DeepSpeed skipped because a gradient was not finite, and at a logged
+            step whose loss or gradient norm is not.
         DataError: from the reading thread, at the step whose batch is wrong.
     """
     last = config.training.max_steps
@@ -24,6 +27,8 @@ def fit(config: Config, engine: Engine, batches: Batches, meter: Meter, trackers
     for step, batch in enumerate(meter.timed(batches.train.steps(1, last)), start=1):
         result = engine.train_step(batch)
         meter.add(batch.tokens, batch.samples)
+        if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
+            raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         if step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
             trackers.log(row)
@@ -46,7 +51,4 @@ def refuse_nonfinite(row: Row, applied: bool) -> None:
     loss, norm = row["loss"], row["grad_norm"]
     if math.isfinite(loss) and (norm is None or math.isfinite(norm) or not applied):
         return
-    raise TrainingHalted(
-        f"step {row['step']}: loss {loss}, gradient norm {norm}. Lower the learning rate, lengthen the warm-up, "
-        "or look at the data of this step"
-    )
+    raise TrainingHalted(f"step {row['step']}: loss {loss}, gradient norm {norm}. {REMEDY}")

@@ -117,10 +117,9 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
         steps = batches.train.steps
 
         def pausing(first: int, last: int) -> Iterator[Any]:
-            for number, batch in enumerate(steps(first, last)):
-                if number:
-                    pause()
+            for batch in steps(first, last):
                 yield batch
+                pause()  # so that the reading thread fills the place of the next batch in our own turn
 
         batches.train.steps = pausing  # type: ignore[method-assign]
         fit(loaded.config, engine, Batches(batches.train, None), meter, trackers)

@@ -399,7 +399,49 @@ def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
             "it would be another algorithm",
             "Set zero_optimization.stage to 0 or take another optimizer",
         )
-    yield from _param_problems("optimizer", section.optimizer.params, known)
+    found = list(_param_problems("optimizer", section.optimizer.params, known))
+    yield from found
+    refusal = None if found else _optimizer_refusal(section.optimizer)
+    if refusal:
+        yield Problem(f"{path}.params", refusal)
+
+
+def _trial(call: Callable[[], object]) -> str | None:
+    """What `call` fails with, in one line; None if it does not."""
+    try:
+        call()
+    except Exception as error:  # every class checks in its own way, or not at all and fails by its arithmetic
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def _optimizer_refusal(section: OptimizerSection) -> str | None:
+    """What the optimizer's own class says against its parameters; DeepSpeed's kernels are not loaded for it."""
+    name, params = section.type.lower(), {k: v for k, v in section.params.items() if v != "auto"}
+    if name in ("adam", "adamw") and not params.get("torch_adam"):
+        return "DeepSpeed's Adam has no amsgrad" if params.get("amsgrad") else None
+    kind = torch.optim.AdamW if name in ("adam", "adamw") else _TORCH_OPTIMIZERS.get(section.type)
+    params = {k: v for k, v in params.items() if k not in ("torch_adam", "adam_w_mode")}
+    known = kind is not None and params.keys() <= _arguments(kind).keys()
+    if kind is None or not known:
+        return None
+    return _trial(lambda: kind([torch.nn.Parameter(torch.zeros(2, 2))], **params))
+
+
+def _scheduler_refusal(kind: type, section: SchedulerSection) -> str | None:
+    params = {
+        k: 1 if k in ("total_num_steps", "warmup_max_lr") and v == "auto" else v for k, v in section.params.items()
+    }
+    params = {k: v for k, v in params.items() if v != "auto"}
+
+    def run() -> None:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        schedule: Any = kind(optimizer, **params)
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+
+    return _trial(run)
 
 
 def _scheduler_class(name: str) -> type | None:
@@ -423,10 +465,15 @@ def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         yield _unknown(f"{path}.type", "scheduler", section.scheduler.type, list(lr_schedules.VALID_LR_SCHEDULES))
         return
     arguments = _arguments(kind)
-    yield from _param_problems("scheduler", section.scheduler.params, frozenset(arguments) - {"last_batch_iteration"})
+    known = frozenset(arguments) - {"last_batch_iteration"}
+    found = list(_param_problems("scheduler", section.scheduler.params, known))
     for name, parameter in arguments.items():
         if parameter.default is inspect.Parameter.empty and name not in section.scheduler.params:
-            yield Problem(f"{path}.params.{name}", "required, but missing")
+            found.append(Problem(f"{path}.params.{name}", "required, but missing"))
+    yield from found
+    refusal = None if found else _scheduler_refusal(kind, section.scheduler)
+    if refusal:
+        yield Problem(f"{path}.params", refusal)
 
 
 # --- batch arithmetic and the resolved whole ---------------------------------------------------------------------
@@ -505,7 +552,14 @@ def class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
             yield Problem(f"deepspeed.{name}", text.split(" [type=")[0].removeprefix("Value error, "))
 
 
-def resolve(section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidden_size: int) -> dict[str, Any]:
+AUTO_BUCKETS: Mapping[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda hidden: hidden * hidden,
+    "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
+    "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+}
+
+
+def resolve(section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidden_size: int | None) -> dict[str, Any]:
     """The section as DeepSpeed receives it: every "auto" replaced, our own settings added.
 
     Expects a section without problems. The result is plain JSON.
@@ -529,13 +583,10 @@ def resolve(section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidde
             scheduler[key] = value
     zero = result.setdefault("zero_optimization", {})
     zero.setdefault("stage", 0)
-    for key, value in (
-        ("reduce_bucket_size", hidden_size * hidden_size),
-        ("stage3_prefetch_bucket_size", int(0.9 * hidden_size * hidden_size)),
-        ("stage3_param_persistence_threshold", 10 * hidden_size),
-    ):
+    for key, of_size in AUTO_BUCKETS.items():
         if zero.get(key) == "auto":
-            zero[key] = value
+            assert hidden_size is not None, "the rule automatic_buckets_have_a_size refuses it"
+            zero[key] = of_size(hidden_size)
     if result["optimizer"]["type"] in _ELEMENTWISE:
         result["zero_allow_untested_optimizer"] = True
     # The throughput timer waits for the device each step; ours measures between logged steps instead.

@@ -99,6 +99,8 @@ def apply_override(raw: Raw, assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     if not equals or not path.strip():
         raise ConfigError(Problem("--set", f"expected a.b=value, got '{assignment}'"))
+    if path.strip() == "extends":
+        raise ConfigError(Problem("--set extends", "only a file can extend another one", "Write it into the file"))
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -363,6 +365,14 @@ def load_config(
         ConfigError: with every problem that was found.
     """
     raw = read_config_file(Path(path))
+    problems = []
     for assignment in overrides:
-        apply_override(raw, assignment)
+        try:
+            apply_override(raw, assignment)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    if isinstance(raw.get("deepspeed"), str):
+        raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
     return check(raw, world=world, device=device)

@@ -37,7 +37,9 @@ class ModelFacts:
 
     model_type: str
     vocabulary: int
-    hidden_size: int
+    hidden_size: int | None
+    """None for the few families that have no single one."""
+
     positions: int | None
     """Longest sequence the model was made for; None where it has no such bound."""
 
@@ -78,7 +80,10 @@ def _inline_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     if dangerous:
         raise ConfigError(Problem(f"{where}.{key}", "not taken from a configuration", "Remove it") for key in dangerous)
     kind = _config_class(raw, where)
-    problems = list(_unknown_keys(raw, kind, where))
+    try:
+        problems = list(_unknown_keys(raw, kind, where))
+    except Exception:  # a family whose configuration has no defaults: its constructor says what is missing
+        problems = []
     if problems:
         raise ConfigError(problems)
     return _construct(kind, raw, where)
@@ -135,12 +140,22 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
 
 
 def model_facts(config: PreTrainedConfig) -> ModelFacts:
-    """The numbers of `config` that rules ask for."""
+    """The numbers of `config` that rules ask for.
+
+    Raises:
+        ConfigError: if it has no vocabulary.
+    """
     text = config.get_text_config(decoder=True)
+    vocabulary = getattr(text, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise ConfigError(
+            Problem("model", f"the configuration of '{config.model_type}' says no vocab_size", "Take another family")
+        )
+    hidden = getattr(text, "hidden_size", None)
     positions = getattr(text, "max_position_embeddings", None)
     return ModelFacts(
         model_type=str(config.model_type),
-        vocabulary=int(text.vocab_size),
-        hidden_size=int(text.hidden_size),
-        positions=int(positions) if isinstance(positions, int) and positions > 0 else None,
+        vocabulary=vocabulary,
+        hidden_size=hidden if isinstance(hidden, int) else None,
+        positions=positions if isinstance(positions, int) and positions > 0 else None,
     )

@@ -38,6 +38,17 @@ def matching_files(path: str) -> list[Path]:
     return sorted(Path(found) for found in glob.glob(str(whole), recursive=True) if Path(found).is_file())
 
 
+def only_tokens(path: str) -> bool:
+    """Whether the local `path` stands for token files alone, so that no tokenizer is needed."""
+    files = matching_files(path) if is_local(path) else []
+    return bool(files) and all(f.suffix == ".bin" for f in files)
+
+
+def has_splits(folder: Path) -> bool:
+    """Whether `folder` holds a saved dataset of several splits, of which each use takes its own."""
+    return (folder / "dataset_dict.json").is_file()
+
+
 def problems_of_path(key: str, path: str) -> list[Problem]:
     """What is wrong with the data path `path`, given at the key `key`; empty when it can be opened."""
     if path.startswith("builtin:"):
@@ -51,7 +62,10 @@ def problems_of_path(key: str, path: str) -> list[Problem]:
         if Path(os.path.expanduser(path)).is_dir():
             what = f"is a folder without {', '.join(TEXT_SUFFIXES)} files, and not one saved by `datasets`"
         return [Problem(key, f"'{path}' {what}", f"Paths are relative to the working folder, {os.getcwd()}")]
-    problems = [
+    problems = [Problem(key, f"'{f}' cannot be read: no permission") for f in files if not os.access(f, os.R_OK)]
+    if len({f.suffix == ".bin" for f in files}) == 2:
+        problems.append(Problem(key, f"'{path}' holds both text and token files (.bin)", "Name them as two sources"))
+    problems += [
         Problem(key, f"'{f}' is of no kind that can be read", f"Known: {', '.join(TEXT_SUFFIXES)}")
         for f in files
         if not f.is_dir() and f.suffix not in TEXT_SUFFIXES

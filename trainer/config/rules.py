@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trainer.config.deepspeed import (
+    AUTO_BUCKETS,
     Batch,
     DeepSpeedSection,
     batch_arithmetic,
@@ -18,8 +20,9 @@ from trainer.config.deepspeed import (
     smallest_data_ranks,
 )
 from trainer.config.model_facts import ModelFacts
-from trainer.config.paths import is_local, matching_files, problems_of_path
+from trainer.config.paths import has_splits, is_local, matching_files, only_tokens, problems_of_path
 from trainer.config.schema import (
+    DEFAULT_CACHE,
     DataSection,
     EvaluationSection,
     ModelSection,
@@ -154,6 +157,19 @@ def automatic_peak_has_a_rate(draft: Draft) -> Iterator[Problem]:
         )
 
 
+@rule("deepspeed.zero_optimization", "model")
+def automatic_buckets_have_a_size(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    for key in AUTO_BUCKETS:
+        automatic = getattr(draft.deepspeed.zero_optimization, key, None) == "auto"
+        if automatic and draft.facts is not None and draft.facts.hidden_size is None:
+            yield Problem(
+                f"deepspeed.zero_optimization.{key}",
+                f"\"auto\" follows the hidden size, and '{draft.facts.model_type}' has no single one",
+                "Give the value",
+            )
+
+
 @rule("deepspeed")
 def deepspeed_classes_agree(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
@@ -277,7 +293,8 @@ def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
         if is_local(source.path):
             trained.update(f.resolve() for f in matching_files(source.path))
     for place, source in enumerate(draft.data.validation):
-        both = [f for f in matching_files(source.path) if f.resolve() in trained] if is_local(source.path) else []
+        held_out = matching_files(source.path) if is_local(source.path) else []
+        both = [f for f in held_out if f.resolve() in trained and not has_splits(f)]
         if both:
             yield Problem(
                 f"data.validation.{place}.path",
@@ -296,10 +313,34 @@ def validation_has_no_weights(draft: Draft) -> Iterator[Problem]:
             )
 
 
+@rule("model")
+def weights_cannot_run_code(draft: Draft) -> Iterator[Problem]:
+    assert draft.model is not None
+    folder = Path(draft.model.path or "").expanduser()
+    if draft.model.path is None or draft.model.initialize == "random" or not (folder / "config.json").is_file():
+        return
+    if not list(folder.glob("*.safetensors")):
+        others = sorted(f.name for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind))
+        found = f"only {', '.join(others)}, which can run code when read" if others else "no weights"
+        yield Problem(
+            "model.path",
+            f"'{draft.model.path}' holds no *.safetensors, {found}",
+            "Convert the weights with `save_pretrained`, or set model.initialize to 'random'",
+        )
+
+
 @rule("data", "model")
 def tokenizer_is_there(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
+    assert draft.model is not None
     name = draft.data.tokenizer
+    texts = [s.path for s in (*draft.data.train, *draft.data.validation) if not only_tokens(s.path)]
+    if not name and draft.model.path is None and texts and all(only_tokens(s.path) for s in draft.data.train):
+        yield Problem(
+            "data.tokenizer",
+            f"required to read '{texts[0]}': data.train holds tokens only, on which no tokenizer can be trained",
+            "Give the folder of the tokenizer that made them",
+        )
     if name and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         yield Problem("data.tokenizer", f"'{name}' is not a folder", "Give a folder with a tokenizer, or a hub name")
 
@@ -312,15 +353,38 @@ def evaluation_has_data(draft: Draft) -> Iterator[Problem]:
         yield Problem("evaluation.every_steps", "there is nothing to evaluate on", "Give data.validation")
 
 
-@rule("run.output_dir")
+@rule("run.output_dir", "data.cache_dir")
 def output_can_be_written(draft: Draft) -> Iterator[Problem]:
-    assert draft.run is not None
-    path = Path(os.path.abspath(os.path.expanduser(draft.run.output_dir)))
-    there = next(p for p in (path, *path.parents) if p.exists())
-    if not there.is_dir():
-        yield Problem("run.output_dir", f"'{there}' is a file", "Give a folder")
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield Problem("run.output_dir", f"'{there}' cannot be written to", "Change its permissions or the folder")
+    for key, folder in (
+        ("run.output_dir", draft.run.output_dir if draft.run else None),
+        ("data.cache_dir", (draft.data.cache_dir or DEFAULT_CACHE) if draft.data else None),
+    ):
+        if folder is None:
+            continue
+        path = Path(os.path.abspath(os.path.expanduser(folder)))
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if not there.is_dir():
+            yield Problem(key, f"'{there}' is a file", "Give a folder")
+            continue
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            yield Problem(key, f"'{there}' cannot be written to: {error.strerror}", "Give another folder")
+
+
+@rule("deepspeed.scheduler", "training.max_steps")
+def schedule_is_long_enough(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    assert draft.training is not None
+    section = draft.deepspeed.scheduler
+    steps = section.params.get("total_steps") if section and section.type == "OneCycleLR" else None
+    if isinstance(steps, int) and steps < draft.training.max_steps:
+        yield Problem(
+            "deepspeed.scheduler.params.total_steps",
+            f"{steps} is less than training.max_steps ({draft.training.max_steps}); OneCycleLR takes no step beyond it",
+            "Raise it",
+        )
 
 
 def warnings_of(draft: Draft) -> Iterator[Problem]:

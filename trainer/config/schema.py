@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.config.deepspeed import DeepSpeedSection
 from trainer.config.section import Section
 
+DEFAULT_CACHE = "~/.cache/tessera"
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 Text = Annotated[str, Field(min_length=1)]
 

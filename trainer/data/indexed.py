@@ -9,7 +9,7 @@ Here every document is one sequence, so D = S + 1.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,19 +30,30 @@ def id_type(vocabulary: int) -> type[np.uint16] | type[np.int32]:
 
 
 class IndexedWriter:
-    """Writes one document after the other; the index is written by `close`."""
+    """Writes one document after the other, each in as many parts as it comes in; `close` writes the index."""
 
     def __init__(self, prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         self._bin = prefix.with_suffix(".bin").open("wb")
         self._lengths: list[int] = []
+        self.open_length = 0
+        """Ids written of the document that has not ended yet."""
 
-    def add(self, ids: Iterable[int]) -> None:
-        """Appends a document."""
-        document = np.asarray(list(ids) if not isinstance(ids, list) else ids, dtype=self._dtype)
-        self._bin.write(document.tobytes())
-        self._lengths.append(document.size)
+    def extend(self, ids: Sequence[int]) -> None:
+        """Appends ids to the open document."""
+        self._bin.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        self.open_length += len(ids)
+
+    def end(self) -> None:
+        """Ends the open document; the next ids begin another one."""
+        self._lengths.append(self.open_length)
+        self.open_length = 0
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Appends a whole document."""
+        self.extend(ids)
+        self.end()
 
     def close(self) -> None:
         self._bin.close()

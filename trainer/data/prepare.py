@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
 from trainer.data.sources import Piece, Source
 from trainer.data.tokenizer import (
@@ -104,9 +105,9 @@ class Cache:
         try:
             build(partial)
             (partial / "complete.json").write_text(json.dumps({"format": _FORMAT}))
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
+            if not (folder / "complete.json").is_file():  # another run may have built the same meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -189,18 +190,18 @@ def tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int
     progress = _Progress(f"tokenising {source.path} ({source.split})", source.total_bytes)
     empty = 0
     with IndexedWriter(out / "tokens", id_type(vocabulary)) as writer:
-        documents, document = 0, []
+        documents = 0
         for batch in _batches(source.pieces()):
             encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
             for piece, ids in zip(batch, encoded, strict=True):
-                document += ids
+                writer.extend(ids)
                 progress.add(piece.size)
-                if piece.ends:
-                    empty += not document
-                    if document:
-                        writer.add([*document, end] if end is not None else document)
-                        documents += 1
-                    document = []
+                if piece.ends and writer.open_length == 0:
+                    empty += 1
+                elif piece.ends:
+                    writer.extend([end] if end is not None else [])
+                    writer.end()
+                    documents += 1
     if documents == 0:
         raise DataError(f"{source.path}: no text in it ({empty} empty documents)")
     if empty:
@@ -249,12 +250,14 @@ def _indexed(path: Path) -> IndexedTokens:
 def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
     """Makes sure that every source is there as token files on this host, and opens them.
 
+    A source is either text or token files, never both (`problems_of_path` refuses the mixture).
+
     Raises:
         ConfigError: no usable tokenizer, a hub dataset that cannot be had.
         DataError: something wrong inside a file.
     """
     data = loaded.config.data
-    root = Path(data.cache_dir or "~/.cache/tessera").expanduser()
+    root = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
     cache = Cache(root, builder)
     sources = {
         "train": [Source(s.path, "train", data.text_field) for s in data.train],

@@ -13,12 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.paths import BUILTIN, HUB, is_saved_dataset, matching_files
+from trainer.config.paths import BUILTIN, HUB, is_saved_dataset, matching_files, only_tokens
 from trainer.errors import ConfigError, DataError, Problem
 
 Split = Literal["train", "validation"]
 
 _CHUNK_BYTES = 1 << 20
+_TABLES = (".parquet", ".csv", ".arrow")
 _HELD_OUT_OF_100 = 5
 _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo")
 
@@ -32,7 +33,7 @@ class Piece:
     """Whether the document ends with this piece."""
 
     size: int
-    """Bytes of the source that this piece stands for; progress is counted in them."""
+    """Bytes (of files) or characters (of tables) that this piece stands for; progress is counted in them."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class Source:
     @property
     def is_indexed(self) -> bool:
         """Whether the tokens are there already, as .bin and .idx."""
-        files = self.files
-        return bool(files) and all(f.suffix == ".bin" for f in files)
+        return only_tokens(self.path)
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes to read, where that is known beforehand."""
+        """Bytes of text to read, where that is known beforehand: tables are compressed."""
         files = self.files
-        return sum(f.stat().st_size for f in files if f.is_file()) if files else None
+        if not files or any(f.is_dir() or f.suffix in _TABLES for f in files):
+            return None
+        return sum(f.stat().st_size for f in files)
 
     def appearance(self) -> list[list[Any]]:
         """What tells, without reading, whether the source is still the same: names, sizes, times."""
@@ -67,8 +69,10 @@ class Source:
             return [[self.path, self.split, _hub_revision(self.path)]]
         found = []
         for file in self.files:
-            stat = file.stat()
-            found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+            parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
+            for part in parts:
+                stat = part.stat()
+                found.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns])
         return found
 
     def content_hash(self) -> str:
@@ -101,28 +105,25 @@ class Source:
                 yield from self._rows(_from_disk(file, self.split), str(file))
             elif file.suffix == ".jsonl":
                 yield from _json_lines(file, self.text_field)
-            elif file.suffix in (".parquet", ".csv", ".arrow"):
-                yield from self._rows(_from_table(file), str(file), file.stat().st_size)
+            elif file.suffix in _TABLES:
+                yield from self._rows(_from_table(file), str(file))
             else:
                 yield from _text(file)
 
-    def _rows(self, rows: Any, where: str, size: int = 0) -> Iterator[Piece]:
+    def _rows(self, rows: Any, where: str) -> Iterator[Piece]:
         try:
-            for number, row in enumerate(rows):
+            for number, row in enumerate(rows, start=1):
                 if self.text_field not in row:
                     have = ", ".join(f"'{key}'" for key in row)
                     raise DataError(f"{where}: row {number} has no field '{self.text_field}', only {have}")
-                text = row[self.text_field]
-                if text is not None and not isinstance(text, str):
-                    kind = type(text).__name__
-                    raise DataError(f"{where}: row {number}: field '{self.text_field}' holds {kind}, not text")
-                yield Piece(text or "", True, len(text or ""))
+                text = _as_text(row[self.text_field], f"{where}: row {number}", self.text_field)
+                yield Piece(text, True, len(text))
         except DataError:
             raise
         except Exception as error:  # whatever pyarrow, pandas and fsspec raise on damaged files
             cause = error.__cause__ or error
             first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise DataError(f"{where}: cannot be read ({size} bytes): {first}") from error
+            raise DataError(f"{where}: cannot be read: {first}") from error
 
 
 def stdlib_files(split: Split) -> list[Path]:
@@ -179,10 +180,20 @@ def _text_of(line: str, where: str, text_field: str) -> str:
     if text_field not in row:
         have = ", ".join(f"'{key}'" for key in islice(row, 10)) or "nothing"
         raise DataError(f"{where}: no field '{text_field}', only {have}. Set data.text_field")
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: field '{text_field}' holds {type(text).__name__}, not text")
-    return text or ""
+    return _as_text(row[text_field], where, text_field)
+
+
+def _as_text(value: object, where: str, text_field: str) -> str:
+    """The text that a row holds; null is no text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field '{text_field}' holds {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half a surrogate pair at character {error.start}, which is no text") from None
+    return value
 
 
 def _from_table(file: Path) -> Any:

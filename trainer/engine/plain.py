@@ -104,14 +104,17 @@ class PlainEngine:
         """See `Engine.whole_weights`."""
         for name, parameter in self._engine.module.named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name.removeprefix(_PREFIX), parameter.detach().clone()
+                yield name.removeprefix(_PREFIX), parameter.detach()
 
 
 def _zero3_partitioner(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     """A function that takes whole parameters away to where ZeRO-3 keeps their parts, as soon as they are made."""
-    context = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+    context: Any = None
 
     def partition(parameters: list[nn.Parameter]) -> None:
+        nonlocal context
+        if context is None:
+            context = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
         for parameter in parameters:
             parameter.data = parameter.data.to(dtype)
         context._convert_to_zero_parameters(parameters)

@@ -3,7 +3,7 @@
 from trainer.model.build import build_model, build_model_shape
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import load_exported, write_model
-from trainer.model.generate import generate_text
+from trainer.model.generate import generate_texts
 from trainer.model.initialize import initialize_weights
 from trainer.model.tasks import TASKS, TaskLoss
 
@@ -13,7 +13,7 @@ __all__ = [
     "TaskLoss",
     "build_model",
     "build_model_shape",
-    "generate_text",
+    "generate_texts",
     "initialize_weights",
     "load_exported",
     "model_cost",

@@ -25,7 +25,8 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
     """The model with every tensor on the meta device: shapes and names, no memory.
 
     Raises:
-        ConfigError: if transformers refuses to build it.
+        ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
+            lacks, sizes that do not fit together, no support for activation checkpointing.
     """
     section = loaded.config.model
     return _on_meta(section, model_config(section), {"attn_implementation": section.attention, "dtype": torch.float32})
@@ -38,8 +39,7 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
     An inline model that names no special tokens takes those of `tokenizer`.
 
     Raises:
-        ConfigError: an attention implementation that the model or the machine lacks; a folder whose weights
-            are not safetensors, or do not fit the model.
+        ConfigError: as `build_model_shape`, or if the weights cannot be read or do not fit the model.
     """
     section = loaded.config.model
     config = model_config(section)
@@ -56,11 +56,6 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
     else:
         model = _on_meta(section, config, arguments)
     if section.activation_checkpointing == "full":
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(
-                Problem("model.activation_checkpointing", f"'{config.model_type}' does not support it in transformers",
-                        "Set it to 'none'")
-            )  # fmt: skip
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -69,8 +64,16 @@ def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> P
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **arguments)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # the families' constructors check in their own ways, or fail by their arithmetic
         raise ConfigError(_refusal(section, error)) from None
+    if section.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            Problem(
+                "model.activation_checkpointing",
+                f"'{config.model_type}' does not support it in transformers",
+                "Set it to 'none'",
+            )
+        )
     return model
 
 
@@ -86,13 +89,6 @@ def _refusal(section: ModelSection, error: Exception) -> Problem:
 def _read(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     assert section.path is not None
     folder = Path(section.path).expanduser()
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        others = sorted(f.name for f in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
-        found = f"only {', '.join(others)}, which can run code when read" if others else "no weights"
-        raise ConfigError(
-            Problem("model.path", f"'{section.path}' holds no *.safetensors, {found}",
-                    "Convert the weights with `save_pretrained`, or set model.initialize to 'random'")
-        )  # fmt: skip
     log.info("reading weights from %s", section.path)
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,25 +12,28 @@ from transformers import PreTrainedModel
 
 PEAK_FLOPS: dict[str, float] = {
     "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.5e12,
-    "H200": 989.5e12,
-    "H800": 989.5e12,
-    "GH200": 989.5e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
     "A10": 125e12,
+    "B200": 2250e12,
+    "GH200": 989.5e12,
+    "H100": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989.5e12,
+    "H200 NVL": 835e12,
+    "H800": 989.5e12,
+    "H800 PCIe": 756e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
     "V100": 125e12,
-    "MI250X": 191.5e12,
-    "MI300X": 1307e12,
 }
 """Dense half-precision matrix FLOP/s of a device, from its maker's data sheet (sparsity not counted)."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """The peak of the device that calls itself `device_name`; None where it is unknown."""
-    known = [name for name in PEAK_FLOPS if all(word in device_name for word in name.split())]
+    words = set(re.split(r"[\s/-]+", device_name))
+    known = [name for name in PEAK_FLOPS if words.issuperset(name.split())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
@@ -68,25 +72,18 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     """Counts a model; its tensors may be on the meta device."""
     config = model.config.get_text_config(decoder=True)
     share = _active_share(config)
-    head = model.get_output_embeddings()
-    head_weight = getattr(head, "weight", None)
-    active = 0.0
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    active = 0.0 if head is None else float(prod(head.shape))
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Embedding) and parameter is not head_weight:
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, nn.Embedding) or parameter is head:
                 continue
-            if module is head and isinstance(model.get_input_embeddings(), nn.Module):
-                active += prod(parameter.shape) if name == "weight" else 0
-            elif isinstance(module, nn.Embedding):
-                continue  # a tied head is counted at the head
-            elif parameter.dim() == 3:
-                active += prod(parameter.shape) * share
-            elif parameter.dim() == 2:
-                active += prod(parameter.shape)
+            if parameter.dim() in (2, 3):  # three dimensions: the experts of a mixture
+                active += prod(parameter.shape) * (share if parameter.dim() == 3 else 1.0)
     width = int(getattr(config, "num_attention_heads", 0) or 0) * _head_size(config)
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     return ModelCost(
-        parameters=sum(prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters()),
+        parameters=sum(prod(p.shape) for p in model.parameters()),
         active_matrix_parameters=round(active),
         attention_flops_per_position=12 * layers * width,
     )

@@ -43,7 +43,10 @@ def write_model(
         weights: every parameter by its Hugging Face name, whole; walking through it may take all ranks.
         writes: whether this rank writes, or only walks along.
     """
-    state = {name: tensor.detach().to("cpu") for name, tensor in weights if writes}
+    state = {}
+    for name, tensor in weights:
+        if writes:
+            state[name] = tensor.detach().to("cpu", copy=True)
     if not writes:
         return
     state |= {alias: state[name] for alias, name in tied_names(model).items()}
@@ -70,6 +73,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
     """The model in a folder that `write_model` wrote, ready to generate."""
     from transformers import AutoModelForCausalLM
 
+    transformers_logging.disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), use_safetensors=True, trust_remote_code=False
     )

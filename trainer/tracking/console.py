@@ -64,9 +64,7 @@ class Console:
         line = describe(row, self._steps)
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"])
-            self._progress.console.print(line, highlight=False)
-            return
-        if row["split"] == "train":
+        elif row["split"] == "train":
             line += f"  left {_duration(row['step_seconds'] * (self._steps - row['step']))}"
         log.info(line)
 

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 _INIT_SECONDS = 60.0
 _CLOSE_SECONDS = {"online": 60.0, "offline": 15.0}
+_FAILED_SECONDS = 5.0
+"""After an error: less than the other ranks wait for this one to say what was wrong."""
 
 
 def run_id(folder: Path) -> str:
@@ -71,6 +73,7 @@ class Wandb:
 
     def close(self, exit_status: int) -> None:
         self._rows.put(exit_status)
-        self._thread.join(self._patience)
+        patience = self._patience if exit_status == 0 else min(self._patience, _FAILED_SECONDS)
+        self._thread.join(patience)
         if self._thread.is_alive():
-            log.warning("Weights & Biases did not finish within %d s; metrics.jsonl is complete", self._patience)
+            log.warning("Weights & Biases did not finish within %d s; metrics.jsonl is complete", patience)
