@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config.load import LoadedConfig, check
-from trainer.data import open_batches, prepare_data
+from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
@@ -149,34 +149,33 @@ class Lion(torch.optim.Optimizer):
                 momentum.mul_(second).add_(p.grad, alpha=1 - second)
 
 
+def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
+    loaded = _loaded(config, launch.world)
+    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    model = build_model(loaded, prepared.tokenizer)
+    cost = model_cost(model)
+    engine = start_engine(model, loaded, world)
+    meter = Meter(engine, world.device, launch.world, cost, loaded.config.data.sequence_length, attempt=1)
+    return open_batches(loaded, prepared, world.topology).train, engine, meter
+
+
 def rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
     """The learning rate that each step used."""
     launch = Launch.from_environment()
-    topology = Topology.of(launch.world, launch.rank)
     found = []
-    with joined_world(launch, topology, seed=1) as world:
+    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
         for config, steps in jobs:
-            loaded = _loaded(config, launch.world)
-            prepared = prepare_data(loaded, builder=launch.rank == 0)
-            batches = open_batches(loaded, prepared, topology)
-            engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world)
-            found.append([engine.train_step(b).learning_rate for b in batches.train.steps(1, steps)])
+            batches, engine, _ = _start(config, launch, world)
+            found.append([engine.train_step(b).learning_rate for b in batches.steps(1, steps)])
     return found
 
 
 def auxiliary(config: dict[str, Any]) -> float:
     """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
     launch = Launch.from_environment()
-    loaded = _loaded(config, launch.world)
-    topology = Topology.of(launch.world, launch.rank)
-    prepared = prepare_data(loaded, builder=launch.rank == 0)
-    with joined_world(launch, topology, seed=1) as world:
-        batches = open_batches(loaded, prepared, topology)
-        model = build_model(loaded, prepared.tokenizer)
-        cost = model_cost(model)
-        engine = start_engine(model, loaded, world)
-        meter = Meter(engine, world.device, launch.world, cost, 32, attempt=1)
-        batch = batches.train.at(1)
+    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+        batches, engine, meter = _start(config, launch, world)
+        batch = batches.at(1)
         result = engine.train_step(batch)
         meter.add(batch.tokens, batch.samples)
         return float(meter.train_row(1, 0.0, result, batch.tokens)["auxiliary_loss"])
@@ -247,17 +246,10 @@ def _counting(counted: Counted) -> Iterator[None]:
 def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
     """Events of a step that does not log, of one that does, and of the same step in a plain DeepSpeed loop."""
     launch = Launch.from_environment()
-    loaded = _loaded(config, launch.world)
-    topology = Topology.of(launch.world, launch.rank)
-    prepared = prepare_data(loaded, builder=launch.rank == 0)
     quiet, logging, plain = (Counted(Counter(), Counter()) for _ in range(3))
-    with joined_world(launch, topology, seed=1) as world:
-        batches = open_batches(loaded, prepared, topology)
-        model = build_model(loaded, prepared.tokenizer)
-        cost = model_cost(model)
-        engine = start_engine(model, loaded, world)
-        meter = Meter(engine, world.device, launch.world, cost, 32, attempt=1)
-        steps = meter.timed(batches.train.steps(1, 4))
+    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+        batches, engine, meter = _start(config, launch, world)
+        steps = meter.timed(batches.steps(1, 4))
         for counted in (None, quiet, logging):
             batch = next(steps)
             with _counting(counted) if counted is not None else contextlib.nullcontext():

@@ -1,0 +1,38 @@
+"""The `deepspeed` section: a standard DeepSpeed configuration, checked at every depth, and the only writer of
+what DeepSpeed receives.
+
+DeepSpeed itself ignores an unknown top-level key and drops a nested "auto" in silence. Here its own pydantic
+classes are mirrored with our strictness, every key of an optimizer or scheduler is compared with the
+arguments of its class, and every "auto" is resolved exactly or refused.
+"""
+
+from trainer.config.deepspeed.optimizers import optimizer_problems, scheduler_problems
+from trainer.config.deepspeed.refused import REFUSED
+from trainer.config.deepspeed.resolve import (
+    AUTO_BUCKETS,
+    Batch,
+    batch_arithmetic,
+    clips_itself,
+    extension_of,
+    for_engine,
+    resolve,
+    smallest_data_ranks,
+)
+from trainer.config.deepspeed.section import RESOLVED_AUTOS, DeepSpeedSection, class_problems
+
+__all__ = [
+    "AUTO_BUCKETS",
+    "REFUSED",
+    "RESOLVED_AUTOS",
+    "Batch",
+    "DeepSpeedSection",
+    "batch_arithmetic",
+    "class_problems",
+    "clips_itself",
+    "extension_of",
+    "for_engine",
+    "optimizer_problems",
+    "resolve",
+    "scheduler_problems",
+    "smallest_data_ranks",
+]

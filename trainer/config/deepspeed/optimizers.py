@@ -1,0 +1,227 @@
+"""Optimizers and schedulers: every parameter compared with the arguments of its class, and tried on a dummy."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from deepspeed.runtime import lr_schedules
+
+from trainer.config.deepspeed.section import RESOLVED_AUTOS, DeepSpeedSection, OptimizerSection, SchedulerSection
+from trainer.errors import Problem
+
+_TORCH_OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+}
+ELEMENTWISE = frozenset(
+    ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+)
+"""Each element's update depends on that element only, so ZeRO's flat slices compute the same step."""
+
+_MUON_KEYS = frozenset(("lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr"))
+_DEEPSPEED_NAMES = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adagrad": "Adagrad",
+    "lamb": "Lamb",
+    "lion": "Lion",
+    "muon": "Muon",
+}
+_MUP = {"muadam": "Adam", "muadamw": "AdamW", "musgd": "SGD"}
+
+
+def _arguments(kind: type) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+    return {n: p for n, p in parameters.items() if n not in ("self", "params", "model_params", "optimizer")}
+
+
+def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] | None:
+    """The keys that `params` may hold for this optimizer; None for an optimizer that does not exist."""
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lamb import FusedLamb
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    name = section.type.lower()
+    if name in ("adam", "adamw"):
+        switches = {"torch_adam", "adam_w_mode"}
+        if section.params.get("torch_adam") is True:
+            return frozenset(_arguments(torch.optim.AdamW)) | switches
+        kind = DeepSpeedCPUAdam if offload else FusedAdam
+        return (frozenset(_arguments(kind)) | switches) - {"adamw_mode"}
+    if name == "muon":
+        return _MUON_KEYS | {"adam_w_mode", "torch_adam"}
+    if name == "lamb":
+        return frozenset(_arguments(FusedLamb)) - {"max_grad_norm"}
+    if name == "lion":
+        return frozenset(_arguments(DeepSpeedCPULion if offload else FusedLion))
+    if name == "adagrad":
+        return frozenset(_arguments(DeepSpeedCPUAdagrad if offload else torch.optim.Adagrad))
+    if name in _MUP:
+        return frozenset(_arguments(_TORCH_OPTIMIZERS[_MUP[name]]))
+    found = _TORCH_OPTIMIZERS.get(section.type)
+    return frozenset(_arguments(found)) if found else None
+
+
+def _unknown(path: str, what: str, value: str, known: Iterable[str]) -> Problem:
+    candidates = sorted(known)
+    near = get_close_matches(value, candidates, n=1) or get_close_matches(
+        value.lower(), [c.lower() for c in candidates], n=1
+    )
+    hint = f"; did you mean '{next(c for c in candidates if c.lower() == near[0].lower())}'?" if near else ""
+    return Problem(path, f"unknown {what} '{value}'{hint}", "" if near else f"Known: {', '.join(candidates)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_PARAM_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "muon_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "adam_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "eps": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "weight_decay": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "momentum": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "betas": (
+        lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+        "two numbers in [0, 1)",
+    ),
+    "warmup_num_steps": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number >= 1"),
+    "total_num_steps": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number >= 1"),
+    "warmup_type": (lambda v: v in ("log", "linear"), "'log' or 'linear'"),
+    "warmup_min_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "warmup_max_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "cos_min_ratio": (lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    "warmup_min_ratio": (lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+}
+
+
+def _param_problems(where: str, params: Mapping[str, Any], known: frozenset[str]) -> Iterator[Problem]:
+    for key, value in params.items():
+        path = f"deepspeed.{where}.params.{key}"
+        if key == "max_grad_norm":
+            yield Problem(path, "not an optimizer's parameter in DeepSpeed", "Set deepspeed.gradient_clipping")
+        elif key not in known:
+            near = get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield Problem(path, f"unknown key{hint}", "" if near else f"Known: {', '.join(sorted(known))}")
+        elif value == "auto":
+            if f"{where}.params.{key}" not in RESOLVED_AUTOS:
+                yield Problem(path, '"auto" cannot be resolved here: nothing else says this value', "Give the value")
+        elif key in _PARAM_CHECKS and not _PARAM_CHECKS[key][0](value):
+            yield Problem(path, f"expected {_PARAM_CHECKS[key][1]}, got {value!r}")
+
+
+def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
+    """Unknown optimizer, unknown or wrong parameters, and optimizers that cannot work here."""
+    path = "deepspeed.optimizer"
+    if section.optimizer is None:
+        yield Problem(path, "required, but missing", 'For example {"type": "AdamW", "params": {"lr": 3e-4}}')
+        return
+    name = section.optimizer.type
+    known = optimizer_keys(section.optimizer, section.offload_device != "none")
+    if known is None:
+        names = [*_DEEPSPEED_NAMES.values(), *(n for n in _TORCH_OPTIMIZERS if n.lower() not in _DEEPSPEED_NAMES)]
+        yield _unknown(f"{path}.type", "optimizer", name, names)
+        return
+    if name in ("LBFGS", "SparseAdam"):
+        reason = "evaluates the loss several times a step" if name == "LBFGS" else "takes sparse gradients only"
+        yield Problem(f"{path}.type", f"{name} {reason}, which the training step does not offer", "Take another")
+    if name.lower() in _MUP and importlib.util.find_spec("mup") is None:
+        yield Problem(f"{path}.type", f"{name} needs the package 'mup', which is not installed", "pip install mup")
+    zero = section.zero_optimization
+    if name.lower() == "muon" and section.zero_stage == 3 and getattr(zero, "reduce_scatter", None) is not False:
+        yield Problem(
+            "deepspeed.zero_optimization.reduce_scatter",
+            "at ZeRO 3 Muon needs whole gradients, which reduce-scatter does not give",
+            "Set it to false",
+        )
+    if name == "Adafactor" and section.zero_stage > 0:
+        yield Problem(
+            f"{path}.type",
+            "Adafactor's second moment is factored over rows and columns, and ZeRO would hand it flat slices: "
+            "it would be another algorithm",
+            "Set zero_optimization.stage to 0 or take another optimizer",
+        )
+    found = list(_param_problems("optimizer", section.optimizer.params, known))
+    yield from found
+    refusal = None if found else _optimizer_refusal(section.optimizer)
+    if refusal:
+        yield Problem(f"{path}.params", refusal)
+
+
+def _trial(call: Callable[[], object]) -> str | None:
+    """What `call` fails with, in one line; None if it does not."""
+    try:
+        call()
+    except Exception as error:  # every class checks in its own way, or not at all and fails by its arithmetic
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def _optimizer_refusal(section: OptimizerSection) -> str | None:
+    """What the optimizer's own class says against its parameters; DeepSpeed's kernels are not loaded for it."""
+    name, params = section.type.lower(), {k: v for k, v in section.params.items() if v != "auto"}
+    if name in ("adam", "adamw") and not params.get("torch_adam"):
+        return "DeepSpeed's Adam has no amsgrad" if params.get("amsgrad") else None
+    kind = torch.optim.AdamW if name in ("adam", "adamw") else _TORCH_OPTIMIZERS.get(section.type)
+    params = {k: v for k, v in params.items() if k not in ("torch_adam", "adam_w_mode")}
+    known = kind is not None and params.keys() <= _arguments(kind).keys()
+    if kind is None or not known:
+        return None
+    return _trial(lambda: kind([torch.nn.Parameter(torch.zeros(2, 2))], **params))
+
+
+def _scheduler_refusal(kind: type, section: SchedulerSection) -> str | None:
+    params = {
+        k: 1 if k in ("total_num_steps", "warmup_max_lr") and v == "auto" else v for k, v in section.params.items()
+    }
+    params = {k: v for k, v in params.items() if v != "auto"}
+
+    def run() -> None:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        schedule: Any = kind(optimizer, **params)
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+
+    return _trial(run)
+
+
+def _scheduler_class(name: str) -> type | None:
+    if name in lr_schedules.VALID_LR_SCHEDULES:
+        return getattr(lr_schedules, name)  # type: ignore[no-any-return]
+    kind = getattr(torch.optim.lr_scheduler, name, None)
+    base = torch.optim.lr_scheduler.LRScheduler
+    # A scheduler that takes other schedulers or functions cannot be written in JSON; one that steps on a metric
+    # would need the validation loss inside the optimizer step.
+    unfit = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "ReduceLROnPlateau")
+    return kind if isinstance(kind, type) and issubclass(kind, base) and name not in unfit else None
+
+
+def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
+    """Unknown scheduler, unknown or wrong parameters, missing ones."""
+    if section.scheduler is None:
+        return
+    path = "deepspeed.scheduler"
+    kind = _scheduler_class(section.scheduler.type)
+    if kind is None:
+        yield _unknown(f"{path}.type", "scheduler", section.scheduler.type, list(lr_schedules.VALID_LR_SCHEDULES))
+        return
+    arguments = _arguments(kind)
+    known = frozenset(arguments) - {"last_batch_iteration"}
+    found = list(_param_problems("scheduler", section.scheduler.params, known))
+    for name, parameter in arguments.items():
+        if parameter.default is inspect.Parameter.empty and name not in section.scheduler.params:
+            found.append(Problem(f"{path}.params.{name}", "required, but missing"))
+    yield from found
+    refusal = None if found else _scheduler_refusal(kind, section.scheduler)
+    if refusal:
+        yield Problem(f"{path}.params", refusal)
