@@ -8,6 +8,7 @@ file through a torch DataLoader and look at their loss as often as ours logs.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import tempfile
 import threading
@@ -219,18 +220,30 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
         contestants.append(hf_trainer(loaded, folder))
     except ImportError as error:
         print(f"without HF Trainer: {str(error).splitlines()[0]}")
+    draw = random.Random(0)
     for number in range(_WARM_UP + rounds):
-        for contestant in contestants[number % 2 :] + contestants[: number % 2]:
+        for contestant in draw.sample(contestants, len(contestants)):  # nobody always follows the same one
             contestant.step()
         if number == _WARM_UP - 1:
             for contestant in contestants:
                 contestant.seconds.clear()
-    medians = {c.name: statistics.median(c.seconds) for c in contestants}
-    base = medians["plain DeepSpeed"]
+    seconds = {c.name: c.seconds for c in contestants}
+    medians = {name: statistics.median(measured) for name, measured in seconds.items()}
     parameters = model_cost(build_model(loaded)).parameters
     stage = loaded.deepspeed_json["zero_optimization"]["stage"]
     tokens = loaded.batch.train * LENGTH
     print(f"\n{parameters / 1e6:.1f} M parameters, ZeRO {stage}, {tokens} tokens a step, {rounds} steps")
-    rows = [(n, f"{1e3 * s:.1f}", f"{s / base:.3f}", f"{s / medians['bare torch']:.3f}") for n, s in medians.items()]
+    rows = [
+        (name, f"{1e3 * medians[name]:.1f}", _ratio(measured, seconds["plain DeepSpeed"]),
+         _ratio(measured, seconds["bare torch"]))
+        for name, measured in seconds.items()
+    ]  # fmt: skip
     print(table(("loop", "CPU ms a step", "to plain DeepSpeed", "to bare torch"), rows), flush=True)
-    return {"parameters": parameters, "seconds": {c.name: c.seconds for c in contestants}, "medians": medians}
+    return {"parameters": parameters, "seconds": seconds, "medians": medians}
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    """The median over rounds of the ratio within a round, and the middle half of them."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} - {high:.3f})"
