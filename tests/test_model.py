@@ -19,6 +19,7 @@ from trainer.model.initialize import _Initializer
 
 pytestmark = pytest.mark.fast
 
+LOCAL: dict[str, Any] = {"world": 1, "device": "cpu"}
 GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MIXTRAL = {
     "model_type": "mixtral",
@@ -53,8 +54,6 @@ def test_nothing_has_memory_until_it_is_made(tiny: dict[str, Any]) -> None:
 @pytest.mark.parametrize("config", [None, GPT2, MIXTRAL, OPENAI], ids=["llama", "gpt2", "mixtral", "openai-gpt"])
 def test_initialisation_is_the_familys_own_and_depends_on_the_seed_only(config: Any, tiny: dict[str, Any]) -> None:
     values: dict[str, Any] = {} if config is None else {"model__config": config}
-    if config is OPENAI:
-        values["model__attention"] = "eager"
     first, again, other = made(tiny, 1, **values), made(tiny, 1, **values), made(tiny, 2, **values)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(first.config)
@@ -123,6 +122,22 @@ def test_a_mixtures_load_balancing_loss_is_apart(tiny: dict[str, Any]) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_implementation_is_used(attention: str, tiny: dict[str, Any]) -> None:
     assert built(tiny, model__attention=attention).config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", "sdpa"), ("gptj", "eager")])
+def test_attention_is_by_default_the_best_that_the_family_has(family: str, expected: str, tiny: dict[str, Any]) -> None:
+    config = {
+        "model_type": family,
+        "vocab_size": 320,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+    }
+    loaded = check(
+        with_values(tiny, model__config={**config, "rotary_dim": 4} if family == "gptj" else config), **LOCAL
+    )
+    assert loaded.resolved()["model"]["attention"] == expected
+    assert build_model(loaded).config._attn_implementation == expected
 
 
 def test_an_attention_that_is_not_there_is_refused(tiny: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import rules as cross_section
 from trainer.config import strict_json
 from trainer.config.deepspeed import REFUSED, Batch, batch_arithmetic, resolve
-from trainer.config.model_facts import ModelFacts, model_config, model_facts
+from trainer.config.model_facts import ModelFacts, default_attention, model_config, model_facts
 from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
 from trainer.errors import ConfigError, Problem
@@ -48,7 +49,13 @@ class LoadedConfig:
         whole = self.config.model_dump(mode="json", exclude={"deepspeed"})
         whole["run"]["name"] = self.name
         whole["model"]["initialize"] = self.initialize
+        whole["model"]["attention"] = self.attention
         return {**whole, "deepspeed": self.deepspeed_json}
+
+    @cached_property
+    def attention(self) -> str:
+        section = self.config.model
+        return section.attention or default_attention(model_config(section))
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import ConfigError, Problem
 
@@ -137,6 +137,14 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
         config = _config_at(section.path)
     config.use_cache = False
     return config
+
+
+def default_attention(config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
+    """`sdpa` where the family has it. Imports the family's code, so it is asked for a run and not for a check."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def model_facts(config: PreTrainedConfig) -> ModelFacts:

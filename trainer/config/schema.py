@@ -39,8 +39,8 @@ class ModelSection(Section):
     task: Literal["causal_lm"] = "causal_lm"
     """What the model learns: `causal_lm` predicts the next token."""
 
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """The attention implementation of transformers."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    """The attention implementation of transformers. Default: `sdpa`, or `eager` for the families that have no sdpa."""
 
     activation_checkpointing: Literal["none", "full"] = "none"
     """`full` keeps only each block's input and computes the block again in the backward pass."""

@@ -29,7 +29,7 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
             lacks, sizes that do not fit together, no support for activation checkpointing.
     """
     section = loaded.config.model
-    return _on_meta(section, model_config(section), {"attn_implementation": section.attention, "dtype": torch.float32})
+    return _on_meta(section, model_config(section), {"attn_implementation": loaded.attention, "dtype": torch.float32})
 
 
 def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
@@ -48,7 +48,7 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
             if key not in section.config:
                 setattr(config, key, getattr(tokenizer, key))
     arguments: dict[str, Any] = {
-        "attn_implementation": section.attention,
+        "attn_implementation": loaded.attention,
         "dtype": torch.float32,
     }
     if loaded.initialize == "pretrained":
