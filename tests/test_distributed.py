@@ -10,13 +10,41 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.harness import run_ranks
 from trainer import distributed
-from trainer.distributed import Launch, configure_logging, load_extension, remove_stale_buffers, seed_everything
+from trainer.distributed import (
+    Launch,
+    configure_logging,
+    joined_world,
+    load_extension,
+    remove_stale_buffers,
+    seed_everything,
+)
 from trainer.topology import Topology
 
-pytestmark = pytest.mark.fast
+
+def _sums(pipeline: int, tensor: int) -> dict[str, int]:
+    """The sum of the ranks in each of this rank's groups."""
+    launch = Launch.from_environment()
+    topology = Topology.of(launch.world, launch.rank, pipeline=pipeline, tensor=tensor)
+    with joined_world(launch, topology, seed=1) as world:
+        found = {}
+        for axis, group in world.groups.items():
+            value = torch.tensor(launch.rank)
+            torch.distributed.all_reduce(value, group=group)
+            found[axis] = int(value)
+    return found
 
 
+@pytest.mark.parametrize(("pipeline", "tensor"), [(2, 2), (1, 4), (1, 1)])
+def test_groups_on_eight_ranks(pipeline: int, tensor: int) -> None:
+    for rank, found in enumerate(run_ranks(_sums, 8, pipeline, tensor)):
+        place = Topology.of(8, rank, pipeline=pipeline, tensor=tensor)
+        axes = [axis for axis in ("pipeline", "data", "tensor") if len(place.group(axis)) > 1]
+        assert found == {axis: sum(place.group(axis)) for axis in axes}
+
+
+@pytest.mark.fast
 def test_only_buffers_that_nobody_has_mapped_are_removed() -> None:
     folder = Path("/dev/shm")
     stale, living = (folder / f"deepspeed_allreduce_buffer_{os.getuid()}_test_{name}_0" for name in ("stale", "living"))
@@ -30,6 +58,7 @@ def test_only_buffers_that_nobody_has_mapped_are_removed() -> None:
     assert not living.exists()
 
 
+@pytest.mark.fast
 def test_the_lock_of_a_killed_compiler_does_not_hang_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +84,7 @@ def test_the_lock_of_a_killed_compiler_does_not_hang_the_next_start(
     assert loaded == ["some_op"]
 
 
+@pytest.mark.fast
 def test_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -64,6 +94,7 @@ def test_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Launch.from_environment() == Launch(5, 8, 1, 4)
 
 
+@pytest.mark.fast
 def test_ranks_that_share_samples_draw_the_same_random_numbers() -> None:
     def draw(rank: int) -> float:
         seed_everything(7, Topology.of(8, rank, tensor=2))
@@ -73,6 +104,7 @@ def test_ranks_that_share_samples_draw_the_same_random_numbers() -> None:
     assert len({draw(rank) for rank in (0, 2, 4, 6)}) == 4, "data ranks differ"
 
 
+@pytest.mark.fast
 def test_only_rank_0_speaks_and_every_rank_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("trainer.something")
     for rank in (0, 1):
@@ -84,6 +116,7 @@ def test_only_rank_0_speaks_and_every_rank_writes(tmp_path: Path, capsys: pytest
     logging.getLogger("trainer").handlers.clear()
 
 
+@pytest.mark.fast
 def test_the_environment_is_only_completed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")

@@ -83,7 +83,7 @@ class World:
     topology: Topology
     device: torch.device
     groups: dict[Axis, Any]
-    """The process group of this rank along each axis; None stands for all ranks."""
+    """The process group of this rank along each axis of more than one rank; None stands for all ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -215,11 +215,14 @@ def _complete_environment(launch: Launch) -> None:
 
 
 def _process_groups(topology: Topology) -> dict[Axis, Any]:
-    """This rank's group along each axis. Every rank makes every group, in the same order, as torch demands."""
+    """This rank's group along each axis. Every rank makes every group, in the same order, as torch demands; none is
+    made for an axis of one rank, or where the default group is the one."""
     own: dict[Axis, Any] = {}
     axes: tuple[Axis, ...] = ("pipeline", "data", "tensor")
     for axis in axes:
         groups = topology.groups(axis)
+        if len(groups[0]) == 1:
+            continue
         if len(groups) == 1:
             own[axis] = None
             continue
