@@ -176,6 +176,21 @@ def deepspeed_classes_agree(draft: Draft) -> Iterator[Problem]:
     yield from class_problems(draft.deepspeed)
 
 
+@rule("deepspeed.zero_optimization", "deepspeed.gradient_clipping")
+def clipping_needs_the_norm(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    computed = getattr(draft.deepspeed.zero_optimization, "compute_grad_norm", None)
+    if computed is False and draft.deepspeed.clipping > 0:
+        yield Problem(
+            "deepspeed.zero_optimization.compute_grad_norm",
+            f"false, and gradients are to be clipped at a norm of {draft.deepspeed.clipping}",
+            "Set gradient_clipping to 0, or leave this out",
+        )
+    if computed is False and draft.deepspeed.offload_device != "none":
+        path = "deepspeed.zero_optimization.compute_grad_norm"
+        yield Problem(path, "false, which DeepSpeed refuses beside offload_optimizer", "Leave one of them out")
+
+
 @rule("deepspeed.bf16", "deepspeed.fp16")
 def one_precision(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
