@@ -1,98 +1,19 @@
-"""Runs a function on several real processes over gloo, with real DeepSpeed, a few seconds a time.
-
-A server process imports everything once and forks the ranks (`multiprocessing`'s forkserver), so that a rank
-starts in milliseconds and its parent has never run a thread or a backward pass.
-"""
+"""Runs functions on several real processes, and commands as users type them, a few seconds a time."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
-_SECONDS = 300.0
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+from tools.ranks import SECONDS, context, run_ranks
+from trainer.distributed import free_port
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _rank(
-    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, port: int, pipe: Connection
-) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    import torch
-
-    torch.set_num_threads(1)
-    # Plain gloo: no shared-memory extension, no 69 MB file a rank.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            result = function(*arguments)
-        pipe.send((True, result))
-    except BaseException:
-        pipe.send((False, f"rank {rank} of {world}:\n{traceback.format_exc()}\n{said.getvalue()[-2000:]}"))
-    finally:
-        pipe.close()
-        os._exit(0)
-
-
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each of `world` ranks, by rank.
-
-    `function` must stand at the top of a module, and its arguments and results be picklable. Fails as soon as
-    one rank fails, with that rank's traceback.
-    """
-    port = free_port()
-    pipes, processes = [], []
-    for rank in range(world):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(function, arguments, rank, world, port, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    results: dict[int, Any] = {}
-    deadline = time.monotonic() + _SECONDS
-    try:
-        while len(results) < world:
-            ready = wait([p for r, p in enumerate(pipes) if r not in results], timeout=deadline - time.monotonic())
-            if not ready:
-                raise AssertionError(f"ranks {sorted(set(range(world)) - set(results))} said nothing for {_SECONDS} s")
-            for pipe in ready:
-                rank = pipes.index(pipe)
-                try:
-                    sound, results[rank] = pipe.recv()
-                except EOFError:
-                    raise AssertionError(f"rank {rank} of {world} died without a word") from None
-                if not sound:
-                    raise AssertionError(results[rank])
-    finally:
-        for process in processes:
-            process.join(2)
-            if process.is_alive():
-                process.kill()
-    return [results[rank] for rank in range(world)]
+__all__ = ["Finished", "free_port", "run_command", "run_ranks"]
 
 
 @dataclass(frozen=True)
@@ -104,9 +25,10 @@ class Finished:
     err: str
 
 
-def _command(script: str, arguments: list[str], out: str, err: str) -> None:
+def _command(script: str, arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.update(environment)
     sys.argv = [script, *arguments]
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     try:
@@ -121,13 +43,28 @@ def _command(script: str, arguments: list[str], out: str, err: str) -> None:
     os._exit(0)
 
 
-def run_command(script: str, *arguments: str) -> Finished:
-    """What `python SCRIPT ARGUMENTS...` does, without the five seconds of imports: a forked process runs the
-    script as `__main__`, with its own file descriptors and exit status."""
+def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
+    """What `python SCRIPT ARGUMENTS...` does on the first of `world` ranks, without the five seconds of imports: forked
+    processes run the script as `__main__`, each with its own file descriptors, environment and exit status."""
+    port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _context.Process(target=_command, args=(script, list(arguments), str(out), str(err)))
-        process.start()
-        process.join(_SECONDS)
-        assert process.exitcode is not None, f"{script} {arguments}: still running after {_SECONDS} s"
-        return Finished(process.exitcode, out.read_text(), err.read_text())
+        processes = []
+        for rank in range(world):
+            out, err = Path(folder) / f"out-{rank}", Path(folder) / f"err-{rank}"
+            environment = {}
+            if world > 1:
+                environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                               "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                               "OMP_NUM_THREADS": "1"}  # fmt: skip
+            process = context.Process(target=_command, args=(script, list(arguments), str(out), str(err), environment))
+            process.start()
+            processes.append(process)
+        processes[0].join(SECONDS)
+        assert processes[0].exitcode is not None, f"{script} {arguments}: still running after {SECONDS} s"
+        for process in processes[1:]:
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+        return Finished(
+            processes[0].exitcode, (Path(folder) / "out-0").read_text(), (Path(folder) / "err-0").read_text()
+        )

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ Outcome = tuple[Curve, Weights, float | None]
 def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Outcome]:
     """Our engine in this rank's world, once for each (configuration, steps)."""
     launch = Launch.from_environment()
-    topology = Topology.of(launch.world, launch.rank)
+    tensor = jobs[0][0].get("parallel", {}).get("tensor", 1)
+    topology = Topology.of(launch.world, launch.rank, tensor=tensor)
     with joined_world(launch, topology, seed=jobs[0][0]["run"]["seed"]) as world:
         return [_train(config, steps, launch, topology, world, sabotage) for config, steps in jobs]
 
@@ -72,12 +73,13 @@ def _sabotage(engine: PlainEngine, how: str) -> None:
     def mean_of_means(micro: Any) -> Any:
         loss = forward(micro)
         own = (micro.labels_BT != -100).sum() * engine._world.topology.data
-        return loss._replace(loss_sum=loss.loss_sum * (engine._tokens / own / 4))
+        factor = engine._tokens / own / 4
+        return loss._replace(loss_sum=loss.loss_sum * factor, objective=loss.objective * factor)
 
     def first_micro_batch_only(micro: Any) -> Any:
         loss = forward(micro)
         engine._seen = getattr(engine, "_seen", 0) + 1
-        return loss if engine._seen % 2 else loss._replace(loss_sum=loss.loss_sum.detach() + 0 * loss.loss_sum)
+        return loss if engine._seen % 2 else loss._replace(objective=0 * loss.objective)
 
     if how == "mean of means":
         step = engine.train_step
@@ -90,6 +92,12 @@ def _sabotage(engine: PlainEngine, how: str) -> None:
         engine._forward = mean_of_means  # type: ignore[method-assign]
     elif how == "drop a micro-batch":
         engine._forward = first_micro_batch_only  # type: ignore[method-assign]
+    elif how == "other samples":
+        refuse = engine._refuse_different_samples
+        rank = engine._world.topology.rank
+        engine._refuse_different_samples = lambda micro: refuse(  # type: ignore[method-assign]
+            replace(micro, input_ids_BT=micro.input_ids_BT + rank)
+        )
     elif how == "no clipping":
         engine._clipping = 0.0
     else:
@@ -102,6 +110,7 @@ def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
 
 
 def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
+    config = {key: value for key, value in config.items() if key != "parallel"}
     loaded = _loaded(config, 1)
     prepared = prepare_data(loaded, builder=True)
     whole_batch = {**config["deepspeed"], "train_micro_batch_size_per_gpu": loaded.batch.train}
@@ -173,7 +182,8 @@ def rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
 def auxiliary(config: dict[str, Any]) -> float:
     """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
     launch = Launch.from_environment()
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+    tensor = config.get("parallel", {}).get("tensor", 1)
+    with joined_world(launch, Topology.of(launch.world, launch.rank, tensor=tensor), seed=1) as world:
         batches, engine, meter = _start(config, launch, world)
         batch = batches.at(1)
         result = engine.train_step(batch)
@@ -261,7 +271,7 @@ def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
         with _counting(plain):
             for micro in batch.micro_batches:
                 loss = engine._engine(micro.input_ids_BT, micro.labels_BT, micro.attention_mask_BT)
-                engine._engine.backward(loss.loss_sum)
+                engine._engine.backward(loss.objective)
                 engine._engine.step()
         steps.close()
     return quiet, logging, plain

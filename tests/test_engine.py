@@ -125,6 +125,50 @@ def test_bf16_follows_fp32(base: dict[str, Any]) -> None:
         np.testing.assert_allclose(np.array(curve)[:, 1], np.array(reference)[:, 1], rtol=0.1)
 
 
+def test_bf16_follows_fp32_on_tensor_ranks(base: dict[str, Any]) -> None:
+    reference = run_ranks(train_bare, 1, [(base, 8)])[0][0][0]
+    half = with_values(base, deepspeed__bf16={"enabled": True}, parallel__tensor=2)
+    jobs = [(with_values(half, deepspeed__zero_optimization={"stage": stage}), 8) for stage in (0, 1, 3)]
+    jobs.append((with_values(half, parallel__sequence_parallel=True), 8))
+    for curve, _, _ in run_ranks(train, 2, jobs)[0]:
+        np.testing.assert_allclose(np.array(curve)[:, 0], np.array(reference)[:, 0], rtol=0.01)
+        np.testing.assert_allclose(np.array(curve)[:, 1], np.array(reference)[:, 1], rtol=0.1)
+
+
+def test_a_mixture_on_tensor_ranks(base: dict[str, Any]) -> None:
+    """Its load-balancing loss is the same number, and reaches the router once."""
+    config = with_values(base, model={"config": {**MIXTRAL, "router_aux_loss_coef": 0.5, "vocab_size": 323}},
+                         deepspeed__optimizer=optimizer("SGD", lr=1.0))  # fmt: skip
+    cut = with_values(config, parallel__tensor=2)
+    assert run_ranks(auxiliary, 2, cut)[0] == pytest.approx(run_ranks(auxiliary, 1, config)[0], rel=1e-6)
+    (_, alone, _) = run_ranks(train, 1, [(config, 1)])[0][0]
+    for stage in (0, 3):
+        (_, weights, _) = run_ranks(train, 2, [(with_values(cut, deepspeed__zero_optimization={"stage": stage}), 1)])[
+            0
+        ][0]
+        assert weights.keys() == alone.keys()
+        for name in alone:
+            np.testing.assert_allclose(weights[name], alone[name], atol=2e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("other samples", "read different samples"),
+        ("a norm left whole", "q_norm.weight.*replicated_with_grad_allreduce"),
+    ],
+)
+def test_the_first_step_tells(how: str, words: str, base: dict[str, Any]) -> None:
+    """What neither the configuration nor the loss shows."""
+    qwen = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    config = with_values(base, model={"config": qwen}, parallel__tensor=2)
+    if how == "a norm left whole":
+        config["parallel"]["tensor_plan"] = {"layers.*.self_attn.q_norm": "replicate:a mistake"}
+    with pytest.raises(AssertionError, match=f"(?s){words}"):
+        run_ranks(train, 2, [(config, 1)], how if how == "other samples" else "")
+
+
 @pytest.mark.parametrize("model", [GPT2, {**MIXTRAL, "tie_word_embeddings": True}], ids=["gpt2", "mixtral tied"])
 def test_zero3_starts_from_the_same_weights(model: dict[str, Any], base: dict[str, Any]) -> None:
     """ZeRO-3 takes each block away as it is made; the others make the model whole."""

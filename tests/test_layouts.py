@@ -27,9 +27,12 @@ class Layout:
     packing: str = "none"
     offload: bool = False
     checkpointing: str = "none"
+    tensor: int = 1
+    sequence_parallel: bool = False
 
     def __str__(self) -> str:
         extra = "-offload" * self.offload + "-recompute" * (self.checkpointing == "full")
+        extra += f"-tensor{self.tensor}" * (self.tensor > 1) + "-sequence" * self.sequence_parallel
         return f"world{self.world}-zero{self.stage}-accumulate{self.accumulation}-{self.packing}{extra}"
 
 
@@ -56,6 +59,21 @@ LAYOUTS = [
     Layout(1, 0, 2, "concatenate"),
     Layout(2, 1, 2, "concatenate"),
     Layout(4, 3, 1, "concatenate"),
+    Layout(2, 0, 1, tensor=2),
+    Layout(2, 1, 2, tensor=2),
+    Layout(2, 3, 1, "concatenate", tensor=2),
+    Layout(4, 0, 2, tensor=2),
+    Layout(4, 1, 1, tensor=2, checkpointing="full"),
+    Layout(4, 2, 2, tensor=2),
+    Layout(4, 3, 2, tensor=2),
+    Layout(4, 1, 2, tensor=2, offload=True),
+    Layout(4, 3, 1, tensor=2, offload=True, checkpointing="full"),
+    Layout(4, 0, 1, tensor=4),  # its two key/value heads are each held by two ranks
+    Layout(4, 1, 2, tensor=4),
+    Layout(4, 3, 1, tensor=4),
+    Layout(2, 0, 2, tensor=2, sequence_parallel=True),
+    Layout(4, 1, 2, tensor=2, sequence_parallel=True, checkpointing="full"),
+    Layout(4, 3, 1, "concatenate", tensor=4, sequence_parallel=True),
 ]
 
 
@@ -67,6 +85,8 @@ def config_of(layout: Layout, base: dict[str, Any], **values: Any) -> dict[str, 
         base,
         data__packing=layout.packing,
         model__activation_checkpointing=layout.checkpointing,
+        parallel__tensor=layout.tensor,
+        parallel__sequence_parallel=layout.sequence_parallel,
         deepspeed__train_batch_size=BATCH,
         deepspeed__train_micro_batch_size_per_gpu=None,
         deepspeed__gradient_accumulation_steps=layout.accumulation,

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.configs import with_values
+from tests.harness import run_ranks
+from tools.parity.families import Family
+from tools.parity.proof import CLASSES, reference_model
 from trainer.config.load import check
 from trainer.errors import ConfigError
-from trainer.model import TASKS, build_model, initialize_weights, load_exported, model_cost, peak_flops, write_model
+from trainer.model import (
+    TASKS,
+    build_model,
+    give_weights,
+    initialize_weights,
+    load_exported,
+    model_cost,
+    peak_flops,
+    write_model,
+)
 from trainer.model.initialize import _Initializer
+from trainer.model.read import read_weights
+from trainer.parallel import TensorMapper, VocabularyCrossEntropy, read_plan, shard_of
 
 pytestmark = pytest.mark.fast
 
@@ -96,7 +112,7 @@ def test_tied_weights_stay_one_parameter(tiny: dict[str, Any]) -> None:
 def test_the_loss_is_hugging_faces(tiny: dict[str, Any]) -> None:
     model = made(tiny).eval()
     ids = torch.randint(0, 320, (3, 17))
-    loss = TASKS["causal_lm"](model)(ids[:, :-1], ids[:, 1:])
+    loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids[:, :-1], ids[:, 1:])
     expected = model(input_ids=ids, labels=ids).loss
     assert float(loss.loss_sum) / (3 * 16) == pytest.approx(float(expected), rel=1e-6)
     assert float(loss.auxiliary) == 0
@@ -106,7 +122,7 @@ def test_ignored_labels_do_not_count(tiny: dict[str, Any]) -> None:
     model = made(tiny).eval()
     ids, labels = torch.randint(0, 320, (1, 9)), torch.full((1, 9), -100)
     labels[0, 4] = 7
-    loss = TASKS["causal_lm"](model)(ids, labels)
+    loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids, labels)
     logits = model(input_ids=ids).logits
     assert float(loss.loss_sum) == pytest.approx(float(F.cross_entropy(logits[0, 4:5], torch.tensor([7]))), rel=1e-6)
 
@@ -114,7 +130,7 @@ def test_ignored_labels_do_not_count(tiny: dict[str, Any]) -> None:
 def test_a_mixtures_load_balancing_loss_is_apart(tiny: dict[str, Any]) -> None:
     model = made(tiny, model__config=MIXTRAL).eval()
     ids = torch.randint(0, 320, (2, 9))
-    loss = TASKS["causal_lm"](model)(ids[:, :-1], ids[:, 1:])
+    loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids[:, :-1], ids[:, 1:])
     output = model(input_ids=ids[:, :-1], output_router_logits=True)
     assert float(loss.auxiliary) == pytest.approx(float(output.aux_loss) * model.config.router_aux_loss_coef, rel=1e-6)
 
@@ -196,7 +212,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def from_folder(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
-    return built(tiny, model={"path": str(folder), **values})
+    loaded = check(with_values(tiny, model={"path": str(folder), **values}), world=1, device="cpu")
+    model = build_model(loaded)
+    give_weights(model, loaded)
+    return model
 
 
 def test_pretrained_weights_are_read(tiny: dict[str, Any], folder: Path) -> None:
@@ -208,7 +227,8 @@ def test_pretrained_weights_are_read(tiny: dict[str, Any], folder: Path) -> None
 
 
 def test_a_folder_can_be_trained_from_scratch(tiny: dict[str, Any], folder: Path) -> None:
-    assert all(p.is_meta for p in from_folder(tiny, folder, initialize="random").parameters())
+    read, fresh = from_folder(tiny, folder), from_folder(tiny, folder, initialize="random")
+    assert not torch.equal(read.lm_head.weight, fresh.lm_head.weight)
 
 
 def test_no_code_of_a_model_folder_runs(tiny: dict[str, Any], folder: Path, tmp_path: Path) -> None:
@@ -243,3 +263,69 @@ def test_weights_that_do_not_fit_are_refused(damage: str, words: str, tiny: dict
         save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=words):
         from_folder(tiny, folder)
+
+
+CUT = [
+    Family("llama"),
+    Family("gpt2"),
+    Family("gpt_bigcode"),  # query heads cut, the one key and value head shared: two parameters of one weight
+    Family("mixtral"),  # experts lie one by one in the files
+    Family("qwen3_next"),
+    Family("t5", "seq2seq_lm"),
+]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", CUT, ids=str)
+def test_each_tensor_rank_reads_its_part(family: Family, tmp_path: Path) -> None:
+    whole = reference_model(family)
+    whole.save_pretrained(tmp_path, max_shard_size="200KB")
+    expected = dict(whole.named_parameters())
+    for rank in range(2):
+        with torch.device("meta"):
+            model = CLASSES[family.task].from_config(whole.config)
+        mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
+        read_weights(model, str(tmp_path), mapper.cut)
+        assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in whole.parameters())
+        for name, parameter in model.named_parameters():
+            shard = shard_of(parameter)
+            assert torch.equal(parameter, shard.take(expected[shard.name])), name
+        for name, buffer in whole.named_buffers():
+            assert torch.equal(model.get_buffer(name), buffer), name
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    text = Path("/proc/self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def peak_of_reading(folder: str) -> tuple[int, int, int]:
+    """(peak anonymous memory above the start, bytes that the rank holds, bytes of the largest whole tensor)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    largest = max(p.numel() for p in model.parameters()) * 4
+    mapper = TensorMapper(model, read_plan(model, {}, 4, 1), None, 4, 1, lambda count: None)
+    start, peak, over = anonymous_bytes(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not over.is_set():
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    read_weights(model, folder, mapper.cut)
+    over.set()
+    thread.join()
+    return peak - start, sum(p.numel() for p in model.parameters()) * 4, largest
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_rank_needs_its_part_and_one_tensor(model_type: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 32000}
+    config = AutoConfig.for_model(model_type, **sizes, num_attention_heads=8, num_key_value_heads=4)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    peak, part, largest = run_ranks(peak_of_reading, 1, str(tmp_path))[0]
+    assert peak <= 1.1 * (part + largest)

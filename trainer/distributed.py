@@ -11,7 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -85,9 +85,24 @@ class World:
     groups: dict[Axis, Any]
     """The process group of this rank along each axis of more than one rank; None stands for all ranks."""
 
+    _neighbours: dict[int, Any] = field(default_factory=dict, repr=False)
+
     @property
     def is_first(self) -> bool:
         return self.topology.rank == 0
+
+    def tensor_neighbours(self, count: int) -> Any:
+        """The group of `count` neighbouring tensor ranks that this rank is in: those that share a key/value head.
+
+        Every rank of the world must ask for the same counts in the same order.
+        """
+        if count not in self._neighbours:
+            for ranks in self.topology.groups("tensor"):
+                for start in range(0, len(ranks), count):
+                    group = dist.new_group(ranks[start : start + count])
+                    if self.topology.rank in ranks[start : start + count]:
+                        self._neighbours[count] = group
+        return self._neighbours[count]
 
 
 class _Console(logging.StreamHandler[TextIO]):
@@ -270,6 +285,12 @@ def joined_world(
         removed = remove_stale_buffers()
         if removed:
             log.info("removed %d shared-memory files that killed ranks had left", removed)
+    if topology.tensor > launch.local_world:
+        log.warning(
+            "parallel.tensor = %d is more than the %d processes of a host: every layer's sums cross the network. "
+            "Take at most %d, and more pipeline or data ranks",
+            topology.tensor, launch.local_world, launch.local_world,
+        )  # fmt: skip
     if kind == "cpu":
         load_extension("ShareMemCommBuilder")
     with contextlib.redirect_stdout(io.StringIO()):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import extension_of
 from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
+from trainer.parallel import drops, read_plan, starred
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
@@ -32,6 +34,24 @@ def _model_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
            f"backward, at {length} tokens")  # fmt: skip
 
 
+def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
+    parallel = loaded.config.parallel
+    if parallel.tensor == 1:
+        return
+    plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+    whole: dict[str, str] = {}
+    for placement in plan.placements:
+        if len(placement.shape) > 1 and not placement.is_cut:
+            whole[starred(placement.name)] = placement.style.argument or str(placement.style)
+    share = 100 * plan.share_cut()
+    exchange = "all-gathers and reduce-scatters" if parallel.sequence_parallel else "all-reduces"
+    yield f"tensor       {parallel.tensor} ranks share {share:.1f} % of the matrices' elements; {exchange} between them"
+    for name, reason in whole.items():
+        yield f"  whole: {name} ({reason})"
+    if any(style.word == "parallel_residual" for at in plan.modules for style in at.styles) and drops(model):
+        yield "  attention and MLP are summed apart, because dropout is active between them"
+
+
 def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     batch, config = loaded.batch, loaded.config
     tokens = batch.train * config.data.sequence_length
@@ -42,10 +62,11 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield f"tokens       {most}{tokens:,} a step, {most}{tokens * steps:,} in {steps:,} steps"
 
 
-def _memory_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
-    section = loaded.config.deepspeed
+def _memory_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
+    section, parallel = loaded.config.deepspeed, loaded.config.parallel
+    held = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0).held if parallel.tensor > 1 else None
     states = state_bytes(
-        cost.parameters,
+        model_cost(model).parameters if held is None else held,
         stage=section.zero_stage,
         data_ranks=loaded.data_ranks,
         half=section.precision != "fp32",
@@ -80,7 +101,8 @@ def describe(loaded: LoadedConfig) -> str:
     Raises:
         ConfigError: if transformers refuses to build the model.
     """
-    cost = model_cost(build_model_shape(loaded))
+    model = build_model_shape(loaded)
+    cost = model_cost(model)
     optimizer = loaded.deepspeed_json["optimizer"]
     lines = [
         f"{loaded.name}: the configuration is sound; nothing was started",
@@ -88,7 +110,8 @@ def describe(loaded: LoadedConfig) -> str:
         *_batch_lines(loaded),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
         + (f" (DeepSpeed's {extension_of(loaded.deepspeed_json)})" if extension_of(loaded.deepspeed_json) else ""),
-        *_memory_lines(loaded, cost),
+        *_memory_lines(loaded, model),
+        *_tensor_lines(loaded, model),
         *_rank_lines(loaded),
         *(f"warning: {problem}" for problem in loaded.warnings),
     ]

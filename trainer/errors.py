@@ -40,6 +40,10 @@ class ConfigError(TesseraError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+class PlanError(ConfigError):
+    """The tensor plan and the model do not fit together: names the weight and the reason."""
+
+
 class DataError(TesseraError):
     """Something inside a data file or a token index is wrong: names the file and the place in it."""
 

@@ -3,6 +3,7 @@
 python -m tools.bench overhead    CPU time a step, against a plain DeepSpeed loop, bare torch, HF Trainer
 python -m tools.bench states      bytes of model states on a rank, against the formula, ZeRO 0 to 3
 python -m tools.bench data        time a step waits for data; cost of starting at any position
+python -m tools.bench traffic     collectives and bytes a layer under tensor parallelism, against DeepSpeed's AutoTP
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
-from tools.bench import data, overhead, states
+from tools.bench import data, overhead, states, traffic
 
-BENCHMARKS = {"overhead": overhead, "states": states, "data": data}
+BENCHMARKS = {"overhead": overhead, "states": states, "data": data, "traffic": traffic}
 
 
 def machine() -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:
     ids = torch.zeros((loaded.batch.micro, 64), dtype=torch.long)
     for micro_batch in range(3):
         loss = inner(ids, ids)
-        inner.backward(loss.loss_sum / ids.numel())
+        inner.backward(loss.objective / ids.numel())
         if micro_batch < 2:
             inner.step()
     seen: set[int] = set()

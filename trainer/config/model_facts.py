@@ -43,6 +43,9 @@ class ModelFacts:
     positions: int | None
     """Longest sequence the model was made for; None where it has no such bound."""
 
+    heads: int | None
+    """Attention heads; None where the configuration says no single number."""
+
 
 def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -161,9 +164,14 @@ def model_facts(config: PreTrainedConfig) -> ModelFacts:
         )
     hidden = getattr(text, "hidden_size", None)
     positions = getattr(text, "max_position_embeddings", None)
+    try:
+        heads = getattr(text, "num_attention_heads", None)
+    except Exception:  # gemma4 refuses to say one number for layers that differ
+        heads = None
     return ModelFacts(
         model_type=str(config.model_type),
         vocabulary=vocabulary,
         hidden_size=hidden if isinstance(hidden, int) else None,
         positions=positions if isinstance(positions, int) and positions > 0 else None,
+        heads=heads if isinstance(heads, int) and heads > 0 else None,
     )

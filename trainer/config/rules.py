@@ -107,10 +107,51 @@ def model_is_named_once(draft: Draft) -> Iterator[Problem]:
 @rule("parallel")
 def axes_that_are_built(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
-    for axis in ("tensor", "pipeline"):
-        size = getattr(draft.parallel, axis)
-        if size > 1:
-            yield Problem(f"parallel.{axis}", f"{size}: {axis} parallelism is not built yet", "Set it to 1")
+    if draft.parallel.pipeline > 1:
+        yield Problem("parallel.pipeline", f"{draft.parallel.pipeline}: not built yet", "Set it to 1")
+
+
+@rule("parallel", "model")
+def heads_divide(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    heads = draft.facts.heads if draft.facts else None
+    ranks = draft.parallel.tensor
+    if draft.facts and heads and heads % ranks:
+        fits = max(size for size in range(1, ranks) if heads % size == 0)
+        yield Problem(
+            "parallel.tensor",
+            f"{ranks} ranks cannot share the {heads} attention heads of {draft.facts.model_type}",
+            f"The largest size below that works is {fits}",
+        )
+
+
+@rule("parallel", "deepspeed.optimizer")
+def optimizer_sees_parts(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    assert draft.deepspeed is not None
+    section = draft.deepspeed.optimizer
+    if draft.parallel.tensor > 1 and section is not None and section.type.lower() in ("muon", "adafactor", "lamb"):
+        yield Problem(
+            "deepspeed.optimizer.type",
+            f"{section.type} computes with whole matrices, and under parallel.tensor = {draft.parallel.tensor} a rank "
+            "has a part of each: the update would be another one",
+            "Take AdamW, or set parallel.tensor to 1",
+        )
+
+
+@rule("parallel", "data.sequence_length")
+def sequence_divides(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    assert draft.data is not None
+    if not draft.parallel.sequence_parallel:
+        return
+    ranks, length = draft.parallel.tensor, draft.data.sequence_length
+    if ranks == 1:
+        yield Problem("parallel.sequence_parallel", "true, and parallel.tensor is 1: no ranks share a sequence",
+                      "Set parallel.tensor, or sequence_parallel to false")  # fmt: skip
+    elif length % ranks:
+        yield Problem("data.sequence_length", f"{length} cannot be divided by parallel.tensor = {ranks}, as "
+                      "sequence_parallel demands", f"Take {length - length % ranks}")  # fmt: skip
 
 
 @rule("parallel")

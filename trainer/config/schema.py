@@ -53,6 +53,14 @@ class ParallelSection(Section):
     pipeline: Annotated[int, Field(ge=1)] = 1
     """Stages that the layers are divided into."""
 
+    sequence_parallel: bool = False
+    """Between the cut parts of a layer each tensor rank holds its stretch of every sequence: activations outside
+    attention and MLP take 1/tensor of the memory, for the same traffic."""
+
+    tensor_plan: dict[str, str] = {}
+    """How weights are cut, by name (with `*` for numbers), in Hugging Face's words: `{"layers.*.mlp.up_proj":
+    "colwise"}`. Overrides the rows that the family has."""
+
 
 class SourceSection(Section):
     path: Text
@@ -97,6 +105,16 @@ class TrainingSection(Section):
 
     log_every_steps: Annotated[int, Field(ge=1)] = 10
     """Steps between two logged ones. Step 1 and the last are always logged."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread evenly over the vocabulary. `loss` is reported without it."""
+
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, which keeps logits from drifting; PaLM took
+    1e-4. `loss` is reported without it."""
+
+    loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = None
+    """So many tokens' logits are in fp32 at once in the loss; less memory, the same numbers. Default: all."""
 
 
 class EvaluationSection(Section):

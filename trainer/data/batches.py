@@ -22,7 +22,9 @@ from trainer.data.samples import CheckedSamples
 IGNORED = -100
 """The label of a position that predicts nothing (torch's and Hugging Face's convention)."""
 
-_PAD_MULTIPLE = 8
+PAD_MULTIPLE = 8
+"""What the width of a padded micro-batch is a multiple of: it keeps kernels fast and shapes few."""
+
 _PREFETCHED = 4
 
 
@@ -63,10 +65,13 @@ class StepBatch:
     """Samples of the whole global batch."""
 
 
-def pad(rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], length: int, pad_id: int) -> MicroBatch:
-    """Rows of 2 to `length + 1` ids as one micro-batch, padded on the right to a common length."""
+def pad(
+    rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], length: int, pad_id: int, multiple: int = PAD_MULTIPLE
+) -> MicroBatch:
+    """Rows of 2 to `length + 1` ids as one micro-batch, padded on the right to a common length: a multiple of
+    `multiple`, or `length`."""
     longest = max(len(row) for row in rows) - 1
-    width = min(length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
+    width = min(length, -(-longest // multiple) * multiple)
     inputs = np.full((len(rows), width), pad_id, np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
@@ -95,6 +100,8 @@ class BatchShape:
     """`data.sequence_length`."""
 
     pad_id: int
+    multiple: int = PAD_MULTIPLE
+    """What the width of a padded micro-batch is a multiple of, unless it is `length`."""
 
 
 class TrainBatches:
@@ -126,7 +133,7 @@ class TrainBatches:
     def _micro_batch(self, source: Integers, sample: Integers, start: int) -> MicroBatch:
         places = range(start, start + self._shape.micro)
         rows = [self._sources[source[p]].ids(int(sample[p])) for p in places]
-        batch = pad(rows, self._shape.length, self._shape.pad_id)
+        batch = pad(rows, self._shape.length, self._shape.pad_id, self._shape.multiple)
         return batch.pinned() if self._pin else batch
 
     def _targets(self, source: Integers, sample: Integers) -> int:
@@ -192,7 +199,7 @@ class EvaluationBatches:
             start = (number * shape.data_ranks + shape.data_rank) * shape.micro
             rows = [self._ids(p) for p in range(start, min(start + shape.micro, self.samples))]
             if rows:
-                yield pad(rows, shape.length, shape.pad_id)
+                yield pad(rows, shape.length, shape.pad_id, shape.multiple)
             else:
-                idle = pad([self._ids(0)], shape.length, shape.pad_id)
+                idle = pad([self._ids(0)], shape.length, shape.pad_id, shape.multiple)
                 yield MicroBatch(idle.input_ids_BT, torch.full_like(idle.labels_BT, IGNORED), idle.attention_mask_BT)

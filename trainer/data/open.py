@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.data.batches import BatchShape, EvaluationBatches, TrainBatches
+from trainer.data.batches import PAD_MULTIPLE, BatchShape, EvaluationBatches, TrainBatches
 from trainer.data.order import SampleOrder
 from trainer.data.samples import CheckedSamples, DocumentSamples, samples_of
 
@@ -47,6 +48,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     tokenizer = prepared.tokenizer
     pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
                    if i is not None), 0)  # fmt: skip
+    parallel = loaded.config.parallel
     shape = BatchShape(
         train=loaded.batch.train,
         micro=loaded.batch.micro,
@@ -54,6 +56,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
         data_ranks=topology.data,
         length=data.sequence_length,
         pad_id=pad_id,
+        multiple=math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
     )
     order = SampleOrder(tuple(len(s) for s in train), prepared.weights, loaded.config.run.seed)
     batches = TrainBatches(train, order, shape, pin)

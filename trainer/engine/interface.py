@@ -53,5 +53,7 @@ class Engine(Protocol):
         """Every rank's `values`, by rank: the one exchange of a step that logs."""
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its Hugging Face name, whole, one at a time. All ranks must walk through it; a tensor
-        is only there until the next one is asked for."""
+        """Every parameter and persistent buffer by its Hugging Face name, whole, one at a time, in the model's order.
+
+        All ranks must walk through it; a tensor is only there until the next one is asked for.
+        """

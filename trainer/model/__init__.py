@@ -1,6 +1,6 @@
 """The Hugging Face model: built, given its weights, its task, its cost, and written back."""
 
-from trainer.model.build import build_model, build_model_shape
+from trainer.model.build import build_model, build_model_shape, give_weights
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import load_exported, write_model
 from trainer.model.generate import generate_texts
@@ -14,6 +14,7 @@ __all__ = [
     "build_model",
     "build_model_shape",
     "generate_texts",
+    "give_weights",
     "initialize_weights",
     "load_exported",
     "model_cost",

@@ -1,9 +1,7 @@
-"""Builds the Hugging Face model: on the meta device when its weights are made here, whole when they are read."""
+"""Builds the Hugging Face model on the meta device, and gives it its weights."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +9,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer.config.model_facts import model_config
 from trainer.errors import ConfigError, Problem
+from trainer.model.initialize import Complete, initialize_weights
+from trainer.model.read import read_weights
+from trainer.parallel import drops, read_plan, refuse_sequence_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.config import LoadedConfig
     from trainer.config.schema import ModelSection
-
-log = logging.getLogger(__name__)
 
 
 def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
@@ -27,19 +26,25 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
     Raises:
         ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
             lacks, sizes that do not fit together, no support for activation checkpointing.
+        PlanError: if the tensor plan and the model do not fit together.
     """
-    section = loaded.config.model
-    return _on_meta(section, model_config(section), {"attn_implementation": loaded.attention, "dtype": torch.float32})
+    section, parallel = loaded.config.model, loaded.config.parallel
+    arguments = {"attn_implementation": loaded.attention, "dtype": torch.float32}
+    model = _on_meta(section, model_config(section), arguments)
+    if parallel.tensor > 1 or parallel.tensor_plan:
+        plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+        if parallel.sequence_parallel:
+            refuse_sequence_parallel(model, plan, drops=drops(model))
+    return model
 
 
 def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The model of the configuration, in fp32.
+    """The model of the configuration, in fp32, with every tensor on the meta device: `give_weights` fills it.
 
-    With `initialize: random` every tensor is on the meta device and `initialize_weights` gives it values.
     An inline model that names no special tokens takes those of `tokenizer`.
 
     Raises:
-        ConfigError: as `build_model_shape`, or if the weights cannot be read or do not fit the model.
+        ConfigError: as `build_model_shape`.
     """
     section = loaded.config.model
     config = model_config(section)
@@ -51,13 +56,27 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
         "attn_implementation": loaded.attention,
         "dtype": torch.float32,
     }
-    if loaded.initialize == "pretrained":
-        model = _read(section, config, arguments)
-    else:
-        model = _on_meta(section, config, arguments)
+    model = _on_meta(section, config, arguments)
     if section.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def give_weights(model: PreTrainedModel, loaded: LoadedConfig, complete: Complete = lambda parameters: None) -> None:
+    """Fills a model on the meta device: with the family's random weights, or from `model.path`.
+
+    Args:
+        complete: called with parameters once they have their value; it may leave a part of each (tensor
+            parallelism), or take them away (ZeRO-3).
+
+    Raises:
+        ConfigError: if weights cannot be read or do not fit the model, or the family leaves one without a value.
+    """
+    if loaded.initialize == "pretrained":
+        assert loaded.config.model.path is not None
+        read_weights(model, loaded.config.model.path, complete)
+    else:
+        initialize_weights(model, loaded.config.run.seed, complete)
 
 
 def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -79,45 +98,9 @@ def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> P
 
 def _refusal(section: ModelSection, error: Exception) -> Problem:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "attn" in first.lower() or "attention" in first.lower() or isinstance(error, ImportError):
+    chosen = section.attention is not None and isinstance(error, ImportError)
+    if "attn" in first.lower() or "attention" in first.lower() or chosen:
         reason = first.split(". Please request")[0]
         remedy = "Set 'eager'" if section.attention == "sdpa" else "Set 'sdpa' or 'eager'"
         return Problem("model.attention", f"'{section.attention}' cannot be used: {reason}", remedy)
     return Problem("model", f"transformers refuses it: {first}")
-
-
-def _read(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
-    assert section.path is not None
-    folder = Path(section.path).expanduser()
-    log.info("reading weights from %s", section.path)
-    try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder) if folder.is_dir() else section.path,
-            config=config,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **arguments,
-        )
-    except Exception as error:  # hub, network, safetensors and shape errors alike
-        raise ConfigError(_weights_refusal(section, error)) from None
-    model: PreTrainedModel = read[0]
-    info: dict[str, Any] = read[1]
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in info.get(kind, ())):
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise ConfigError(
-                Problem("model.path", f"weights in '{section.path}' do not fit the model: {kind.split('_')[0]} {shown}",
-                        "Check that config.json and the weights belong together")
-            )  # fmt: skip
-    if unexpected := sorted(str(name) for name in info.get("unexpected_keys", ())):
-        log.warning("%d weights of %s have no place in the model: %s", len(unexpected), section.path,
-                    ", ".join(unexpected[:5]))  # fmt: skip
-    return model
-
-
-def _weights_refusal(section: ModelSection, error: Exception) -> Problem:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, ImportError):
-        return _refusal(section, error)
-    return Problem("model.path", f"'{section.path}' cannot be read: {first}", "Check the folder, the name, the network")

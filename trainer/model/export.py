@@ -1,31 +1,96 @@
-"""Writes the trained model as a Hugging Face folder."""
+"""Writes the trained model as a Hugging Face folder, block by block."""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """For each name of a weight that stands for another one (a tied head), the name it is stored under."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
+SHARD_BYTES = 2 * 2**30
+"""Largest file of weights; so much is in host memory at once."""
+
+
+def _stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """For each parameter's first name, the name it is stored under: of tied ones, that which the family keeps."""
+    groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            tied[name] = first[id(parameter)]
-        else:
-            first[id(parameter)] = name
-    return tied
+        groups.setdefault(id(parameter), []).append(name)
+    aliases = set(model.all_tied_weights_keys)
+    return {
+        names[0]: next((name for name in names if name not in aliases), sorted(names)[-1]) for names in groups.values()
+    }
+
+
+class _ShardWriter:
+    """Writes tensors into safetensors files of a bounded size, with the index that transformers expects."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, Tensor] = {}
+        self._bytes = self._total = 0
+        self._files: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._bytes + size > SHARD_BYTES:
+            self._flush()
+        self._held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._bytes += size
+        self._total += size
+
+    def _name(self, number: int, of: str) -> Path:
+        return self._folder / f"model-{number:05}-of-{of}.safetensors"
+
+    def _flush(self) -> None:
+        self._files.append(list(self._held))
+        save_file(self._held, self._name(len(self._files), "?"), metadata={"format": "pt"})
+        self._held, self._bytes = {}, 0
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self._files)
+        if count == 1:
+            self._name(1, "?").rename(self._folder / SAFE_WEIGHTS_NAME)
+            return
+        placed: dict[str, str] = {}
+        for number, names in enumerate(self._files, start=1):
+            final = self._name(number, f"{count:05}")
+            self._name(number, "?").rename(final)
+            placed |= dict.fromkeys(names, final.name)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(placed.items()))}
+        (self._folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _by_block(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The weights of one block at a time, in copies: what transformers splits or joins on writing lies in one block."""
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    block, held = "", dict[str, Tensor]()
+    for name, tensor in weights:
+        stack = next((stack for stack in stacks if name.startswith(stack)), None)
+        own = name if stack is None else stack + name.removeprefix(stack).partition(".")[0]
+        if held and own != block:
+            yield held
+            held = {}
+        block = own
+        held[name] = tensor.detach().to("cpu", copy=True)
+    if held:
+        yield held
 
 
 def write_model(
@@ -38,30 +103,41 @@ def write_model(
 ) -> None:
     """Writes `folder` whole or not at all: config, safetensors, and the tokenizer if there is one.
 
+    Names and shapes in the files are those that the family publishes, which may be others than the model's (experts
+    one by one). Host memory: one block and one file of at most `SHARD_BYTES`.
+
     Args:
         model: gives structure and configuration; its own parameters are not read.
-        weights: every parameter by its Hugging Face name, whole; walking through it may take all ranks.
+        weights: every parameter and persistent buffer by its Hugging Face name, whole, in the order of the model;
+            walking through it may take all ranks.
         writes: whether this rank writes, or only walks along.
     """
-    state = {}
-    for name, tensor in weights:
-        if writes:
-            state[name] = tensor.detach().to("cpu", copy=True)
     if not writes:
+        for _ in weights:
+            pass
         return
-    state |= {alias: state[name] for alias, name in tied_names(model).items()}
-    persistent = model.state_dict(keep_vars=True)
-    state |= {name: tensor.detach().cpu() for name, tensor in persistent.items() if name not in state}
     transformers_logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dtype = next(iter(state.values())).dtype
-    cached, model.config.use_cache = model.config.use_cache, True
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(str(partial), state_dict=state)
-    finally:
-        model.config.use_cache = cached
+    partial.mkdir(parents=True)
+    stored, unwanted = _stored_names(model), set(model._keys_to_ignore_on_save or ())
+    if getattr(model, "_weight_conversions", None) is None:  # it was not read from files
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        kept: Any = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+        model._weight_conversions = kept
+    writer = _ShardWriter(partial)
+    dtype = model.dtype
+    for block in _by_block(weights, model):
+        dtype = next((tensor.dtype for name, tensor in block.items() if name in stored), dtype)
+        named = {stored.get(name, name): tensor for name, tensor in block.items() if name not in unwanted}
+        for name, tensor in revert_weight_conversion(model, named).items():
+            writer.add(name, tensor)
+    writer.close()
+    config = copy.deepcopy(model.config)
+    config.use_cache, config.dtype, config.architectures = True, dtype, [type(model).__name__]
+    config.save_pretrained(partial)
+    if model.can_generate():
+        model.generation_config.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
     if folder.exists():

@@ -16,7 +16,7 @@ from transformers.initialization import guard_torch_init_functions
 
 from trainer.errors import ConfigError, Problem
 
-Complete = Callable[[list[nn.Parameter]], None]
+Complete = Callable[[list[nn.Parameter]], object]
 
 
 def _seed_of(seed: int, name: str) -> int:
@@ -73,11 +73,15 @@ class _Initializer:
             else:
                 continue
             module._parameters[key] = self._made[parameter]
+        self._materialise_buffers(module)
+        return shared
+
+    @staticmethod
+    def _materialise_buffers(module: nn.Module) -> None:
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
                 unset = torch.nan if buffer.is_floating_point() else 0
                 module._buffers[key] = torch.full_like(buffer, unset, device="cpu")
-        return shared
 
     def _hand_on(self, tensors: list[tuple[str, Tensor]], prefix: str) -> None:
         for key, tensor in tensors:
@@ -104,15 +108,48 @@ class _Initializer:
 
 @torch.no_grad()
 def initialize_weights(model: PreTrainedModel, seed: int, complete: Complete = lambda parameters: None) -> None:
-    """Gives every tensor of a model on the meta device its random value; does nothing to one that has values.
+    """Gives every tensor of a model on the meta device its random value; a model that has values keeps them.
 
     Args:
-        complete: called with parameters once they have their final value; it may take them away (ZeRO-3).
+        complete: called with parameters once they have their final value; it may leave a part of each (tensor
+            parallelism), or take them away (ZeRO-3).
 
     Raises:
         ConfigError: naming the tensor, if the family leaves one without a value.
     """
     if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        complete(list(model.parameters()))
         return
     with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         _Initializer(model, seed, complete).walk(model, "", model, block=False)
+
+
+class _BufferInitializer(_Initializer):
+    """The same walk for the buffers alone; the parameters stay where they are."""
+
+    def _materialise(self, module: nn.Module) -> list[nn.Parameter]:
+        self._materialise_buffers(module)
+        return []
+
+    def _hand_on(self, tensors: list[tuple[str, Tensor]], prefix: str) -> None:
+        super()._hand_on([(key, t) for key, t in tensors if not isinstance(t, nn.Parameter)], prefix)
+
+
+@torch.no_grad()
+def initialize_buffers(model: PreTrainedModel) -> None:
+    """Gives the buffers of a model on the meta device the values that its family computes; parameters stay there."""
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
+        _BufferInitializer(model, 0, lambda nothing: None).walk(model, "", model, block=False)
+    for parameter in parameters:
+        del parameter._is_hf_initialized  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def initialize_module(model: PreTrainedModel, name: str, complete: Complete) -> None:
+    """Gives the parameters of one module, which are on the meta device, the values that its family computes."""
+    module = model.get_submodule(name)
+    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
+        _Initializer(model, 0, complete).walk(module, name, model, block=False)

@@ -6,17 +6,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from trainer.errors import TesseraError
+from trainer.parallel import VocabularyCrossEntropy
+
+AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef")
+"""What configurations call the weight of their load-balancing loss."""
 
 
 class TaskLoss(NamedTuple):
     """What one micro-batch contributes."""
 
     loss_sum: Tensor
-    """Cross entropy summed over the predicted tokens, fp32 scalar."""
+    """Cross entropy summed over the predicted tokens: what is reported. fp32 scalar without a gradient."""
+
+    objective: Tensor
+    """What is minimised, summed over the predicted tokens: the cross entropy, smoothed and with z-loss where asked
+    for. fp32 scalar."""
 
     auxiliary: Tensor
     """The family's own extra loss on this micro-batch (a mixture's load balancing), already weighted by its
@@ -26,22 +33,22 @@ class TaskLoss(NamedTuple):
 class CausalLanguageModeling(nn.Module):
     """Predicts each next token. The labels come shifted, so position t of the logits belongs to label t."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, cross_entropy: VocabularyCrossEntropy) -> None:
         super().__init__()
         self.model = model
+        self._cross_entropy = cross_entropy
 
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, attention_mask_BT: Tensor | None = None) -> TaskLoss:
         output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-        logits_NV = output.logits.flatten(0, 1).float()
-        loss_sum = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=-100, reduction="sum")
-        return TaskLoss(loss_sum, self._auxiliary(output, loss_sum))
+        loss_sum, objective = self._cross_entropy(output.logits, labels_BT)
+        return TaskLoss(loss_sum, objective, self._auxiliary(output, loss_sum))
 
     def _auxiliary(self, output: object, like: Tensor) -> Tensor:
         auxiliary = getattr(output, "aux_loss", None)
         if not isinstance(auxiliary, Tensor):
             return torch.zeros_like(like)
         config = self.model.config.get_text_config(decoder=True)
-        for name in ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef"):
+        for name in AUXILIARY_COEFFICIENTS:
             if hasattr(config, name):
                 return auxiliary.float() * float(getattr(config, name))
         raise TesseraError(f"{config.model_type} returns a load-balancing loss, and its configuration no coefficient")

@@ -1,0 +1,133 @@
+"""Collectives and their gradients, against the whole computed on one rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.cut import one_tensor_group
+from tests.harness import run_ranks
+from trainer.distributed import World
+from trainer.parallel import (
+    collectives,
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A collective of `trainer.parallel.collectives`, and what all ranks together compute with it."""
+
+    name: str
+    whole: Callable[[list[Tensor], int], list[Tensor]]
+    """From every rank's input to every rank's output."""
+
+    same_input: bool = False
+    same_output: bool = False
+    along: bool = True
+    """Whether it works along a dimension."""
+
+
+def _parts(x: Tensor, dim: int, count: int) -> list[Tensor]:
+    return list(x.chunk(count, dim))
+
+
+PAIRS = [
+    Pair("enter", lambda xs, dim: xs, same_input=True, along=False),
+    Pair("leave", lambda xs, dim: [sum(xs[1:], xs[0])] * len(xs), same_output=True, along=False),
+    Pair("gather", lambda xs, dim: [torch.cat(xs, dim)] * len(xs), same_output=True),
+    Pair("split", lambda xs, dim: _parts(xs[0], dim, len(xs)), same_input=True),
+    Pair("gather_sequence", lambda xs, dim: [torch.cat(xs, dim)] * len(xs)),
+    Pair("scatter_sequence", lambda xs, dim: _parts(sum(xs[1:], xs[0]), dim, len(xs))),
+]
+
+
+LAYOUTS = ("contiguous", "transposed", "strided")
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    """A copy of `values` in memory that is contiguous, that of a transposed tensor, or every second element of one."""
+    if layout == "contiguous":
+        return values.clone(memory_format=torch.contiguous_format)
+    if layout == "transposed":
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    return torch.stack([values, values], -1)[..., 0]
+
+
+def compare_collective(pair: Pair, dim: int, layout: str, slope_layout: str, world: World) -> None:
+    """One rank's part of what `pair.whole` computes for all, forward and backward; inputs stay what they were."""
+    rank, ranks, group = world.topology.rank, world.topology.world, world.groups["tensor"]
+    what = f"{pair.name}, dim {dim}, {layout}, gradient {slope_layout}"
+
+    def same(a: Tensor | None, b: Tensor | None) -> None:
+        torch.testing.assert_close(a, b, msg=lambda m: f"{what}: {m}")
+
+    draw = torch.Generator().manual_seed(7)
+    wholes = [torch.randn(4, 8, 12, generator=draw).requires_grad_() for _ in range(ranks)]
+    wholes = [wholes[0]] * ranks if pair.same_input else wholes
+    expected = pair.whole(wholes, dim)
+    slopes = [torch.randn(expected[0].shape, generator=draw) for _ in range(ranks)]
+    if slope_layout == "expanded":
+        slopes = [s[:1, :1, :1].expand_as(s) for s in slopes]
+    if pair.same_output:  # used once by all
+        slopes = [slopes[0]] * ranks
+        expected[0].backward(slopes[0])
+    else:
+        torch.autograd.backward(expected, slopes)
+    x = _laid_out(wholes[rank].detach(), layout).requires_grad_()
+    y = getattr(collectives, pair.name)(x, *([dim] if pair.along else []), group)
+    same(y, expected[rank])
+    if pair.name != "enter":
+        assert x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr(), f"{what}: the input's own memory"
+        y.add_(1.0)
+    slope = slopes[rank] if slope_layout == "expanded" else _laid_out(slopes[rank], slope_layout)
+    before = slope.clone()
+    y.backward(slope)
+    same(x.grad, wholes[rank].grad)
+    same(slope, before)
+    same(x, wholes[rank])
+
+
+def collectives_agree(names: list[str]) -> int:
+    """Each collective in every layout of its input and of its gradient; the number of comparisons."""
+    checked = 0
+    with one_tensor_group() as world:
+        for pair in (p for p in PAIRS if p.name in names):
+            dims = (0, 1, -1) if pair.along else (0,)
+            for case in itertools.product(dims, LAYOUTS, ("contiguous", "transposed", "expanded")):
+                compare_collective(pair, *case, world)
+                checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives_and_their_gradients(ranks: int) -> None:
+    names = [pair.name for pair in PAIRS]
+    assert run_ranks(collectives_agree, ranks, names) == [2 * 9 + 4 * 27] * ranks
+
+
+def sum_of_a_copy(names: list[str]) -> int:
+    def all_reduce(tensor: Tensor, group: Any) -> Tensor:
+        reduced = tensor.detach().clone()
+        dist.all_reduce(reduced.contiguous(), group=group)
+        return reduced
+
+    collectives.all_reduce = all_reduce
+    return collectives_agree(names)
+
+
+@pytest.mark.parametrize("name", ["enter", "leave"])
+def test_a_sum_that_is_lost_in_a_copy_is_noticed(name: str) -> None:
+    with pytest.raises(AssertionError, match=f"{name}, dim 0, (transposed|contiguous, gradient transposed)"):
+        run_ranks(sum_of_a_copy, 2, [name])
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+"""Sizes of the toy layers; two key/value heads."""

@@ -1,0 +1,77 @@
+"""The command line: a family cut over tensor ranks has the loss curve and the final model of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.configs import tiny_config
+from tests.harness import run_command
+from tools.parity.shrink import tiny as tiny_model
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+STEPS = 20
+VOCABULARY = 323
+"""Divisible by no number of ranks."""
+
+UNWANTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "time_step_limit")
+
+IN_TEST = [("llama", {}), ("gpt2", {}), ("mixtral", {"sequence_parallel": True})]
+IN_MATRIX = [
+    "bloom", "opt", "gpt_neox", "gptj", "falcon", "phi", "phi3", "cohere", "gemma2", "gemma3_text", "qwen2", "qwen3",
+    "qwen3_moe", "olmo2", "olmoe", "mistral", "starcoder2", "stablelm", "mpt", "gpt_bigcode", "deepseek_v3", "mamba",
+    "mamba2", "granite",
+]  # fmt: skip
+
+
+def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> list[float]:
+    """The losses that `launch/train.py` writes down."""
+    whole = tiny_model(model_type, vocab_size=VOCABULARY)
+    model = whole.to_diff_dict() | {key: 0.0 for key, v in vars(whole).items() if "drop" in key and v and v is not True}
+    model = {key: value for key, value in model.items() if value is not None and key not in UNWANTED}
+    config = json.loads(json.dumps(base))
+    config["model"] = {"config": model | {"model_type": model_type}}
+    config["run"]["output_dir"] = str(folder)
+    config["training"] = {"max_steps": STEPS, "log_every_steps": 1}
+    config["parallel"] = {"tensor": world, **parallel}
+    config["deepspeed"]["zero_optimization"] = {"stage": 1}
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(config))
+    ended = run_command(TRAIN, "--config", str(path), world=world)
+    assert ended.status == 0, ended.err + ended.out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "train"]
+
+
+def compare(model_type: str, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
+    alone = run(model_type, 1, {}, base, folder / "one")
+    cut = run(model_type, 2, parallel, base, folder / "two")
+    assert len(alone) == len(cut) == STEPS
+    assert cut == pytest.approx(alone, rel=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(folder / name / "final").eval() for name in ("one", "two")]
+    ids = torch.arange(5, 29)[None]
+    with torch.no_grad():
+        one, two = (model(input_ids=ids).logits for model in models)
+    assert one.shape[-1] == VOCABULARY
+    torch.testing.assert_close(two, one, rtol=0, atol=2e-3 * float(one.abs().max()))
+
+
+@pytest.fixture
+def base(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
+    return tiny_config(corpus, shared_cache, tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "parallel"), IN_TEST, ids=str)
+def test_same_curve(model_type: str, parallel: dict[str, Any], base: dict[str, Any], tmp_path: Path) -> None:
+    compare(model_type, parallel, base, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model_type", IN_MATRIX)
+def test_same_curve_for_more_families(model_type: str, base: dict[str, Any], tmp_path: Path) -> None:
+    compare(model_type, {}, base, tmp_path)

@@ -1,0 +1,348 @@
+"""Cut layers against whole ones, and vocabularies that do not divide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tests.cut import cut, one_tensor_group
+from tests.harness import run_ranks
+from tools.parity.shrink import tiny
+from trainer.parallel import (
+    IGNORED,
+    Joiner,
+    TensorMapper,
+    shard_of,
+)
+
+WIDTH, HEADS, HEAD = 16, 4, 4
+
+
+class Feedforward(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "conv":
+            self.up, self.down = Conv1D(32, WIDTH), Conv1D(WIDTH, 32)
+        else:
+            self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH, bias=kind != "no bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Gated(nn.Module):
+    """Gate and up in one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(WIDTH, 64), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Joined(nn.Module):
+    """A row layer over two cut activations side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.down = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 24), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.cat([self.first(x), self.second(x)], -1).sin())
+
+
+class There(nn.Module):
+    """A column layer whose result is joined, and a row layer of a whole input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).softmax(-1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Heads (B, T, heads x size); every `groups` query heads share a key/value head."""
+    q, k, v = (t.unflatten(-1, (-1, HEAD)).transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Four query heads, two key/value heads; a norm over each head, and one over all queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_key_value_groups = 2
+        self.q, self.k, self.v = nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8, bias=False)
+        self.head_norm, self.wide_norm = nn.LayerNorm(HEAD), RMSNorm(16)
+        self.o = nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.head_norm(self.wide_norm(self.q(x)).unflatten(-1, (-1, HEAD))).flatten(2)
+        return self.o(attend(q, self.k(x), self.v(x), self.num_key_value_groups))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * hidden_states * (hidden_states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class Fused(nn.Module):
+    """Queries | keys | values in one matrix."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv, self.kind = HEADS, 2, kind
+        self.qkv = Conv1D(32, WIDTH) if kind == "conv" else nn.Linear(WIDTH, 32)
+        self.o = nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split([HEAD * self.num_heads, HEAD * self.num_kv, HEAD * self.num_kv], -1)
+        return self.o(attend(q, k, v, self.num_heads // self.num_kv))
+
+
+class Experts(nn.Module):
+    """Three experts in bare parameters (expert, out, in)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(3, 16, WIDTH))
+        self.down_proj = nn.Parameter(torch.empty(3, WIDTH, 8))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        gate, up = torch.einsum("btd,eod->bteo", x, self.gate_up_proj).chunk(2, -1)
+        return torch.einsum("bteo,edo,bte->btd", F.silu(gate) * up, self.down_proj, weights)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 3), Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.router(x).softmax(-1))
+
+
+class Tables(nn.Module):
+    """Embeddings looked up with ids made of the input."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.table, self.wide = nn.Embedding(count, WIDTH, padding_idx=count - 2), nn.Embedding(count, WIDTH)
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x.detach()[..., 0] * 1000).long() % self.count
+        ids[0, :2] = self.count - 2
+        return x + self.table(ids) + self.wide(ids)
+
+
+class Toy(PreTrainedModel):
+    """One layer, its input and its output whole."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "model"
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(PreTrainedConfig())
+        self.layers = nn.ModuleList([layer])
+
+    def get_input_embeddings(self) -> Any:
+        return None
+
+    def get_output_embeddings(self) -> Any:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+_UP_DOWN = {"up": "colwise", "down": "rowwise"}
+_FUSED = {"": "divide:num_heads,num_kv", "qkv": "packed_colwise:16/4,~8/4,~8/4", "o": "rowwise"}
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "linear": (lambda: Feedforward("linear"), _UP_DOWN),
+    "linear without a bias in the row": (lambda: Feedforward("no bias"), _UP_DOWN),
+    "Conv1D": (lambda: Feedforward("conv"), _UP_DOWN),
+    "packed": (Gated, {"gate_up": "packed_colwise", "down": "rowwise"}),
+    "packed row": (Joined, {"first": "colwise", "second": "colwise", "down": "packed_rowwise:8,24"}),
+    "gathered and split": (There, {"up": "colwise_gather_output", "down": "rowwise_split_input"}),
+    "shared heads": (
+        Attention,
+        {"q": "colwise:4", "k": "kv_colwise:4", "v": "kv_colwise:4", "o": "rowwise", "wide_norm": "rms_norm",
+         "head_norm": "replicated_with_grad_allreduce"},
+    ),
+    "fused, shared heads": (lambda: Fused("linear"), _FUSED),
+    "fused, shared heads, Conv1D": (lambda: Fused("conv"), _FUSED),
+    "experts": (
+        Mixture,
+        {"router": "replicate", "experts": "moe_tp_experts", "experts.gate_up_proj": "packed_colwise",
+         "experts.down_proj": "rowwise"},
+    ),
+    "embeddings of 11": (lambda: Tables(11), {"table": "embedding_rowwise", "wide": "embedding_colwise"}),
+    "embeddings of 9, a rank with padding only": (
+        lambda: Tables(9),
+        {"table": "embedding_rowwise", "wide": "embedding_colwise"},
+    ),
+}  # fmt: skip
+"""What a layer is made by, and its rows, counted from the layer."""
+
+
+def layers_agree(names: list[str]) -> list[str]:
+    """Which layers' outputs or gradients differ from the whole layer's."""
+    wrong = []
+    with one_tensor_group() as world:
+        for name in names:
+            make, rows = LAYERS[name]
+            torch.manual_seed(3)
+            whole = Toy(make()).double()
+            with torch.no_grad():
+                for parameter in whole.parameters():
+                    parameter.copy_(torch.randn_like(parameter) / 2)
+            mine = copy.deepcopy(whole)
+            cut(mine, world, {f"layers.*.{key}".removesuffix("."): style for key, style in rows.items()})
+            x = torch.randn(2, 6, WIDTH, dtype=torch.double)
+            inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+            outputs = [whole(inputs[0]), mine(inputs[1])]
+            slope = torch.randn_like(outputs[0])
+            for output in outputs:
+                output.backward(slope)
+            found = {"output": (outputs[0], outputs[1]), "input": (inputs[0].grad, inputs[1].grad)}
+            expected = dict(whole.named_parameters())
+            for key, parameter in mine.named_parameters():
+                shard = shard_of(parameter)
+                assert shard is not None
+                found[key] = shard.take(expected[shard.name].grad), parameter.grad
+            wrong += [
+                f"{name}: {key} on rank {world.topology.rank}"
+                for key, (a, b) in found.items()
+                if b is None or a.shape != b.shape or not torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+            ]
+    return wrong
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_cut_layers_compute_what_whole_ones_do(ranks: int) -> None:
+    assert run_ranks(layers_agree, ranks, list(LAYERS)) == [[]] * ranks
+
+
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"vocab_size": 259, "pad_token_id": 200, "tie_word_embeddings": False}),
+    "llama tied": ("llama", {"vocab_size": 259, "pad_token_id": 200, "tie_word_embeddings": True}),
+    "gpt2 tied": ("gpt2", {"vocab_size": 257}),
+    "gptj, a bias in the head": ("gptj", {"vocab_size": 259}),
+    "llama of 5 words": ("llama", {"vocab_size": 5, "pad_token_id": 4, "tie_word_embeddings": True}),
+}
+"""Models with vocabularies that do not divide; the last one leaves the fourth of four ranks nothing but padding."""
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def _odd_model(name: str) -> PreTrainedModel:
+    model_type, fields = ODD[name]
+    config = _without_dropout(tiny(model_type, num_hidden_layers=2, **fields))
+    torch.manual_seed(5)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.train()
+
+
+def _behind(parameter: nn.Parameter) -> Tensor:
+    """The elements of a part that lie behind the end of the whole weight; none in one that is whole."""
+    shard = shard_of(parameter)
+    assert shard is not None
+    if shard.is_whole:
+        return parameter.new_empty(0)
+    inside = torch.zeros(shard.local_shape(), dtype=torch.bool)
+    for here, _ in shard.ranges():
+        inside.narrow(shard.dim, here.start, here.stop - here.start).fill_(True)
+    return torch.stack([parameter.detach(), parameter.grad])[:, ~inside]  # type: ignore[list-item]
+
+
+def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMapper, draw: torch.Generator) -> None:
+    """Compares loss and every gradient, which stay on the parameters."""
+    words = whole.config.vocab_size
+    ids, labels = (torch.randint(0, words, (2, 12), generator=draw) for _ in range(2))
+    ids[0, :3], ids[1, :2] = words - 1, whole.config.pad_token_id or 0
+    labels[:, ::5] = IGNORED
+    loss = F.cross_entropy(whole(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    sums = mapper.cross_entropy(0.0, 0.0, None)(mine(ids).logits, labels)
+    torch.testing.assert_close(sums.cross_entropy, loss.detach(), rtol=1e-6, atol=1e-6)
+    loss.backward()
+    sums.objective.backward()
+    expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, parameter in mine.named_parameters():
+        shard = shard_of(parameter)
+        assert shard is not None
+        said = f"{whole.config.model_type} of {words}: {name}"
+        torch.testing.assert_close(
+            parameter.grad, shard.take(expected[shard.name]), rtol=1e-6, atol=floor, msg=lambda m, s=said: f"{s}: {m}"
+        )
+        assert not _behind(parameter).any(), f"{said} is trained where it is padding"
+
+
+def odd_vocabularies(names: list[str]) -> dict[str, int]:
+    """Losses, gradients and joined weights over two steps of AdamW; the number of padded elements by name."""
+    padded = {}
+    with one_tensor_group() as world:
+        for name in names:
+            whole = _odd_model(name)
+            mine = copy.deepcopy(whole)
+            mapper, draw = cut(mine, world), torch.Generator().manual_seed(2)
+            for _ in range(2):
+                _one_step(whole, mine, mapper, draw)
+                for model in (whole, mine):
+                    _train(model)
+            padded[name] = 0
+            for parameter in mine.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+                assert not _behind(parameter).any()
+                padded[name] += _behind(parameter).numel() // 2
+            joiner = Joiner(world.groups["tensor"], world.topology.tensor)
+            joined = dict(item for n, p in mine.named_parameters() for item in joiner.add(n, p.data, shard_of(p)))
+            assert joined.keys() == dict(whole.named_parameters()).keys()
+            for key, parameter in whole.named_parameters():
+                assert joined[key].shape == parameter.shape
+                torch.testing.assert_close(joined[key], parameter.data, rtol=0, atol=1e-6)
+    return padded
+
+
+def _train(model: nn.Module) -> None:
+    """The first step of AdamW, on every parameter."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, weight_decay=0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(2, (2, 1, 1, 1, 1)), (4, (2, 1, 3, 1, 2))])
+def test_vocabularies_that_do_not_divide(ranks: int, rows: tuple[int, ...]) -> None:
+    """`rows` of padding in each model's embedding and head on the last rank; GPT-J's head is counted below."""
+    padded = run_ranks(odd_vocabularies, ranks, list(ODD))[-1]
+    head = 64 + 1  # GPT-J has an untied head with a bias
+    expected = dict(zip(ODD, (64 * n for n in rows), strict=True))
+    expected["gptj, a bias in the head"] += head
+    assert padded == expected

@@ -1,0 +1,191 @@
+"""`python -m tools.parity`: agreement, differences that it must find and place, and mistakes of its user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.configs import with_values
+from tests.harness import run_command
+from tools.parity import matrix, sides
+from tools.parity.__main__ import main
+from tools.parity.families import Family
+from tools.parity.proof import Verdict
+from tools.parity.subject import parse_layout, prepare
+from trainer.errors import ConfigError
+
+layout = sides.layout
+"""The real one, where a test puts another in its place."""
+
+
+@pytest.fixture
+def config(tiny: dict[str, Any], tmp_path: Path) -> Path:
+    """A tiny Llama with dropout and data that is not there."""
+    path = tmp_path / "config.json"
+    data = tiny["data"] | {"train": [{"path": "/no/such/corpus.jsonl"}], "validation": []}
+    model = {"config": tiny["model"]["config"] | {"attention_dropout": 0.1}}
+    path.write_text(json.dumps(tiny | {"data": data, "model": model}))
+    return path
+
+
+def test_layouts_agree(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["--config", str(config), "--layouts", "tensor=2", "tensor=2,sequence_parallel=true"])
+    said = capsys.readouterr().out
+    assert status == 0, said
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("tensor=2") and "..." not in line] == [
+        "equal",
+        "equal",
+    ]
+    assert "dropout set to 0 (attention_dropout 0.1)" in said
+
+
+SIDE_BY_SIDE = {
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 4, "n_positions": 64},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8},
+}
+
+
+@pytest.mark.parametrize("model_type", SIDE_BY_SIDE)
+def test_branches_that_share_a_sum_agree_under_zero_3(model_type: str, config: Path) -> None:
+    """ZeRO-3 gathers weights when the backward pass comes by: also by a branch that hands its sum to the other."""
+    values = json.loads(config.read_text())
+    values["model"] = {"config": {"model_type": model_type, "vocab_size": 259, **SIDE_BY_SIDE[model_type]}}
+    config.write_text(json.dumps(values))
+    assert main(["--config", str(config), "--layouts", "tensor=2,zero=3"]) == 0
+
+
+def test_pretrained_weights_data_ranks_and_zero_agree(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = json.loads(config.read_text())
+    LlamaForCausalLM(LlamaConfig(**raw["model"]["config"])).save_pretrained(tmp_path / "model")
+    config.write_text(json.dumps(raw | {"model": {"path": str(tmp_path / "model")}}))
+    status = main(["--config", str(config), "--layouts", "tensor=2,data=2,zero=1"])
+    assert status == 0, capsys.readouterr().out
+
+
+def test_wrong_plan_is_placed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan that passes the audit: GPT-2's fused q|k|v cut as if it were one matrix of heads."""
+    raw = json.loads(config.read_text())
+    model = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    plan = {"h.*.attn.c_attn": "colwise:head_dim"}
+    config.write_text(json.dumps(with_values(raw, model={"config": model}, parallel={"tensor_plan": plan})))
+    status = main(["--config", str(config), "--layouts", "tensor=2"])
+    said = capsys.readouterr().out
+    assert status == 1, said
+    assert "first block that differs: transformer.h.0, by its output" in said
+    assert "worst parameter: transformer." in said
+
+
+def one_gradient_doubled(job: sides.Job, expected: sides.Reference) -> sides.Found | sides.Refusal:
+    start = sides.start_engine
+
+    def started(*arguments: Any) -> Any:
+        engine = start(*arguments)
+        engine.model.get_submodule("model.layers.1.mlp.down_proj").weight.register_hook(lambda gradient: 2 * gradient)
+        return engine
+
+    sides.start_engine = started  # type: ignore[assignment]
+    return layout(job, expected)
+
+
+def test_wrong_gradient_is_placed(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the first step is exact, and so is every output."""
+    monkeypatch.setattr(sides, "layout", one_gradient_doubled)
+    status = main(["--config", str(config), "--layouts", "tensor=2"])
+    said = capsys.readouterr().out
+    assert status == 1, said
+    assert "worst parameter: model.layers.1.mlp.down_proj.weight, gradient off by 1 of" in said
+    assert "(1 of 21 gradients differ)" in said
+    assert "first block that differs: model.layers.1, by its gradients" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layouts", "tensr=2"], "--layouts tensr=2: unknown key 'tensr'; did you mean 'tensor'?"),
+        (["--layouts", "tensor=3"], "--layouts tensor=3: parallel.tensor: 3 ranks cannot share the 4 attention heads"),
+        (["--layouts", "tensor=2", "--set", "model.config.hiden_size=8"], "model.config.hiden_size: unknown key"),
+    ],
+)
+def test_mistakes_end_with_2(config: Path, arguments: list[str], message: str) -> None:
+    ended = run_command("tools/parity/__main__.py", "--config", str(config), *arguments)
+    assert (ended.status, message in ended.err, "Traceback" in ended.err) == (2, True, False), ended.err
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "text", ["tensor", "tensor=0", "tensor=two", "zero=4", "sequence_parallel=yes", "tensor=2,tensor=2", "pipeline=2"]
+)
+def test_bad_layouts(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--layouts {text}"):
+        parse_layout(text)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--config", "x.json"],
+        ["--families", "llama", "--shrink"],
+        ["--families", "llama", "--write"],
+        ["--families", "llama", "lllama"],
+        ["--config", "x.json", "--layouts", "tensor=2", "--tensor", "4"],
+        ["--families", "llama", "--tensor", "1"],
+    ],
+)
+def test_bad_command_lines(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        main(arguments)
+
+
+LLAMA = {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 32,
+         "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
+GEMMA = {"model_type": "gemma2", "final_logit_softcapping": None}
+FALCON = {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 128,
+          "hidden_size": 8192}  # fmt: skip
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("model", "kept", "small"),
+    [
+        (LLAMA, {"tie_word_embeddings": True, "attention_bias": True, "rope_parameters": LLAMA["rope_parameters"]},
+         {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4}),
+        (GEMMA, {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0},
+         {"hidden_size": 64, "num_key_value_heads": 4}),
+        (FALCON, {"new_decoder_architecture": True}, {"num_kv_heads": 4, "num_attention_heads": 8}),
+    ],
+    ids=lambda value: value.get("model_type"),
+)  # fmt: skip
+def test_shrink_keeps_what_is_built(
+    config: Path, model: dict[str, Any], kept: dict[str, Any], small: dict[str, Any]
+) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model": {"config": model}}))
+    subject = prepare(config, [], shrink=True)
+    found = subject.raw["model"]["config"]
+    assert {key: found[key] for key in kept | small} == kept | small
+    assert subject.raw["data"]["sequence_length"] == 32
+
+
+def crash(family: Family, sequence_parallel: bool) -> Verdict:
+    raise RuntimeError("the size of a tensor")
+
+
+def test_a_crash_is_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(matrix, "_prove", crash)
+    assert main(["--families", "llama"]) == 1
+    assert "failed  RuntimeError: the size of a tensor" in capsys.readouterr().out
+
+
+def test_families_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--families", "gpt_neox", "--tensor", "2"]) == 0
+    assert "tensor=2: 2 right" in capsys.readouterr().out

@@ -1,0 +1,149 @@
+"""Cross entropy over a cut vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cut import one_tensor_group
+from tests.harness import run_ranks
+from tools.bench.traffic import Recorder
+from trainer.errors import TesseraError
+from trainer.parallel import (
+    IGNORED,
+    VocabularyCrossEntropy,
+)
+
+TOKENS = 20
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _reference(logits: Tensor, labels: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(cross entropy, objective), summed, by torch's own functions."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    plain = F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
+    smooth = F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    return plain, smooth + z_loss * wide.logsumexp(-1)[labels != IGNORED].square().sum()
+
+
+def _own_columns(whole: Tensor, ranks: int, rank: int, behind: float) -> Tensor:
+    """A rank's columns, with `behind` in those that are padding."""
+    width = -(-whole.shape[1] // ranks)
+    padded = F.pad(whole, (0, width * ranks - whole.shape[1]), value=behind)
+    return padded[:, rank * width : (rank + 1) * width].clone()
+
+
+def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequence[torch.dtype]) -> int:
+    """Values and gradients of every variant against torch's; the number of variants."""
+    width = -(-vocabulary // ranks)
+    count = 0
+    for dtype, smoothing, z_loss, chunk, behind in itertools.product(
+        types, (0.0, 0.1), (0.0, 1e-2), (1, 3, None), (7.0, -torch.inf)
+    ):
+        draw = torch.Generator().manual_seed(vocabulary)
+        whole = (3 * torch.randn(TOKENS, vocabulary, generator=draw)).to(dtype)
+        labels = torch.randint(0, vocabulary, (TOKENS,), generator=draw)
+        labels[:2], labels[::6] = vocabulary - 1, IGNORED
+        logits = whole.clone().requires_grad_()
+        expected = _reference(logits, labels, smoothing, z_loss)
+        (3 * expected[1]).backward()
+        own = _own_columns(whole, ranks, rank, behind)
+        kept = own.clone()
+        own.requires_grad_()
+        loss = VocabularyCrossEntropy(smoothing, z_loss, chunk, vocabulary, width, group, rank, ranks)
+        got = loss(own.view(2, -1, width), labels.view(2, -1))
+        (3 * got.objective).backward()
+        wanted = _own_columns(logits.grad, ranks, rank, 0.0)  # type: ignore[arg-type]
+        exact = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
+        torch.testing.assert_close(got.cross_entropy, expected[0].detach(), rtol=exact, atol=exact)
+        torch.testing.assert_close(got.objective, expected[1].detach(), rtol=exact, atol=exact)
+        exact = 8e-3 if dtype == torch.bfloat16 else 5 * exact
+        torch.testing.assert_close(own.grad, wanted, rtol=exact, atol=exact)
+        assert got.cross_entropy.dtype == torch.promote_types(dtype, torch.float32)
+        assert not got.cross_entropy.requires_grad
+        assert torch.equal(own.detach(), kept), "the logits were changed"
+        count += 1
+    return count
+
+
+class Widest(TorchDispatchMode):
+    """The largest number of tokens whose logits are in fp32 in one tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.tokens, self._width = 0, width
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.float32 and made.shape[-1:] == (self._width,):
+            self.tokens = max(self.tokens, made.numel() // self._width)
+        return made
+
+
+def loss_agrees(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
+    """`check_loss`, and how many collectives, how many tokens at a time, and nothing to predict."""
+    with one_tensor_group() as world:
+        ranks, rank, group = world.topology.world, world.topology.rank, world.groups["tensor"]
+        count = sum(check_loss(ranks, rank, group, vocabulary, types) for vocabulary in vocabularies)
+        width = 7
+        for smoothing, chunk in itertools.product((0.0, 0.1), (None, 3)):
+            loss = VocabularyCrossEntropy(smoothing, 1e-3, chunk, ranks * width - 2, width, group, rank, ranks)
+            logits = torch.randn(TOKENS, width, dtype=torch.bfloat16, requires_grad=True)
+            labels = torch.arange(TOKENS) % (ranks * width - 2)
+            recorder, widest = Recorder(), Widest(width)
+            with recorder, widest:
+                objective = loss(logits, labels).objective
+                objective.backward()
+            assert sum(recorder.counts.values()) == 3
+            assert {word for _, word, _ in recorder.counts} == {"all-reduce"}
+            assert max(size for _, _, size in recorder.counts) <= (2 if smoothing else 1) * TOKENS * 4
+            assert widest.tokens == (chunk or TOKENS)
+            logits.grad = None
+            nothing = loss(logits, torch.full((TOKENS,), IGNORED))
+            nothing.objective.backward()
+            assert (float(nothing.cross_entropy), float(nothing.objective.detach())) == (0.0, 0.0)
+            assert logits.grad is not None
+            assert not logits.grad.any()
+            empty = loss(logits[:0], labels[:0])
+            empty.objective.backward()
+            assert float(empty.objective.detach()) == 0.0
+    return count
+
+
+def test_loss_over_two_ranks() -> None:
+    assert run_ranks(loss_agrees, 2, [13, 12], TYPES) == [2 * 72] * 2
+
+
+def test_loss_where_ranks_have_only_padding() -> None:
+    assert run_ranks(loss_agrees, 8, [10], [torch.float32]) == [24] * 8
+
+
+@pytest.mark.fast
+def test_loss_of_whole_logits() -> None:
+    assert check_loss(1, 0, None, 13, TYPES) == 72
+
+
+def loss_that_counts_padding() -> int:
+    chunks = VocabularyCrossEntropy._chunks
+    VocabularyCrossEntropy._chunks = lambda self, x: chunks(replace(self, vocabulary=None), x)  # type: ignore[method-assign]
+    return loss_agrees([13], [torch.float32])
+
+
+def test_a_loss_that_counts_padding_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        run_ranks(loss_that_counts_padding, 2)
+
+
+@pytest.mark.fast
+def test_loss_of_logits_that_another_module_made() -> None:
+    loss = VocabularyCrossEntropy(vocabulary=13, width=7, ranks=2)
+    with pytest.raises(TesseraError, match="13 columns where this rank's part of the head has 7"):
+        loss(torch.zeros(2, 13), torch.zeros(2, dtype=torch.long))

@@ -1,0 +1,104 @@
+"""Compares layouts with one process: your own configuration, or every family of transformers.
+
+    python -m tools.parity --config X.json --layouts tensor=2 tensor=4,sequence_parallel=true tensor=2,data=2,zero=1
+    python -m tools.parity --config X.json --layouts tensor=8 --shrink
+    python -m tools.parity --families all --write
+
+Runs on CPUs, each rank a process of this machine; no data is read. Exit status: 0 all agree, 1 one differs,
+2 a mistake in the configuration or the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from trainer.distributed import Launch, prepare_environment
+
+prepare_environment()
+
+from tools.parity import layouts, matrix, subject
+from trainer.exit import Arguments, exit_on_errors
+
+_LAYOUTS = """layouts:
+  Each is a list of key=value: tensor (ranks that share each weight), data (ranks that share the batch), both 1 by
+  default; sequence_parallel (true or false); zero (ZeRO stage 0 to 3; default: the file's); accumulation
+  (micro-batches of a data rank; default: so that all layouts have the same micro-batches).
+  It needs tensor x data processes. The file's parallel.tensor, pipeline and sequence_parallel are not read, and its
+  parallel.tensor_plan is.
+
+what is compared:
+  Three steps of SGD with clipping, in fp32, without dropout, on random tokens of data.sequence_length; the weights
+  are the file's (pretrained where model.path says so). The reference is a plain Hugging Face model in a plain torch
+  loop. A gradient is held against its own largest element, a parameter against its largest change.
+"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Arguments(
+        prog="python -m tools.parity", description=__doc__, epilog=_LAYOUTS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    own = parser.add_argument_group("your configuration")
+    own.add_argument("--config", type=Path, metavar="X.json", help="a configuration as for launch/train.py")
+    own.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="what to compare with one process; see below")
+    own.add_argument("--shrink", action="store_true",
+                     help="compare a tiny model with the same kinds of layers and random weights, on sequences of "
+                     f"{subject.SHORT} tokens: seconds instead of minutes, and no weights needed")  # fmt: skip
+    own.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value of the file")
+    families = parser.add_argument_group("families")
+    families.add_argument("--families", nargs="+", metavar="NAME",
+                          help="model types of tools/parity/families.py, or 'all' (minutes)")  # fmt: skip
+    families.add_argument("--tensor", type=int, default=None, metavar="N", help="tensor ranks (default: 2)")
+    families.add_argument("--sequence_parallel", action="store_true", help="with the sequence cut")
+    families.add_argument(
+        "--write",
+        action="store_true",
+        help=f"with --families all: prove with and without sequence_parallel, write {matrix.PAGE}",
+    )
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    return options
+
+
+def _check(parser: Arguments, options: argparse.Namespace) -> None:
+    """Refuses options that would have no effect."""
+    if (options.config is None) == (options.families is None):
+        parser.error("give either --config with --layouts, or --families")
+    own = {"--layouts": options.layouts, "--shrink": options.shrink, "--set": options.set}
+    of_families = {"--tensor": options.tensor, "--sequence_parallel": options.sequence_parallel,
+                   "--write": options.write}  # fmt: skip
+    if options.config is not None and options.layouts is None:
+        parser.error("--config needs --layouts, for example --layouts tensor=2")
+    for name, value in (of_families if options.config is not None else own).items():
+        if value:
+            parser.error(f"{name} does not go with {'--config' if options.config is not None else '--families'}")
+    if options.tensor is not None and options.tensor < 2:
+        parser.error(f"--tensor: {options.tensor} ranks share nothing; give 2 or more")
+    if options.write and (options.families != ["all"] or options.sequence_parallel):
+        parser.error("--write goes with --families all, and proves both with and without --sequence_parallel")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for; returns 0 if all agree, 1 if not.
+
+    Raises:
+        ConfigError: a mistake in the command line, the configuration or a layout.
+    """
+    options = parse(arguments)
+    if options.families is not None:
+        return matrix.run(options.families, options.tensor or 2, sequence_parallel=options.sequence_parallel,
+                          write=options.write)  # fmt: skip
+    wanted = subject.parse_layouts(options.layouts)
+    return layouts.compare(options.config, wanted, options.set, shrink=options.shrink)
+
+
+if __name__ == "__main__":
+    with exit_on_errors(Launch()):
+        sys.exit(main())

@@ -1,0 +1,246 @@
+"""A user's own configuration in several layouts, against one process that never saw our engine.
+
+Compared are the losses and gradient norms of three steps, every gradient of the first one, and every parameter after
+the last one; for a layout that differs, the blocks' outputs say where it begins.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools import ranks
+from tools.parity import sides
+from tools.parity.matrix import last_line
+from tools.parity.proof import TOLERANCE
+from tools.parity.sides import Found, Job, Reference, Refusal
+from tools.parity.subject import STEPS, Layout, Subject, deepspeed_section, prepare
+from trainer.config.load import check
+from trainer.errors import ConfigError, Problem
+from trainer.model import build_model_shape
+
+SECONDS = 24 * 3600.0
+"""How long a layout may take: a model may be large and a machine slow."""
+
+
+@dataclass
+class Line:
+    """A row of the table."""
+
+    layout: Layout
+    verdict: str
+    """`equal`, `differs`, `refused` or `failed`."""
+
+    loss: float = math.nan
+    norm: float = math.nan
+    gradients: float = math.nan
+    parameters: float = math.nan
+    remarks: list[str] = field(default_factory=list)
+    refusal: list[Problem] = field(default_factory=list)
+
+
+def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: bool) -> int:
+    """Compares `layouts` of the configuration at `path` with one process, and says what it finds.
+
+    Returns:
+        0 if all agree, 1 if one differs.
+
+    Raises:
+        ConfigError: a mistake in the file or a layout; a layout that the model cannot have.
+    """
+    subject = prepare(path, overrides, shrink=shrink)
+    whole = math.lcm(*(one.data * (one.accumulation or 1) for one in layouts))
+    jobs = [_job(subject, one, whole, (1.0, 1.0)) for one in layouts]
+    _refuse_early(jobs)
+    lines = []
+    known: dict[int, tuple[Job, Reference]] = {}
+    with tempfile.TemporaryDirectory(prefix="tessera-parity-") as folder:
+        for job in jobs:
+            if job.micro_batches not in known:
+                known[job.micro_batches] = _run_reference(job, Path(folder), subject, first=not known)
+            lines.append(_run_layout(job, *known[job.micro_batches], subject, whole))
+    _print_table(lines)
+    refused = [problem for line in lines for problem in line.refusal]
+    if refused:
+        raise ConfigError(refused)
+    return int(any(line.verdict != "equal" for line in lines))
+
+
+def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float], folder: str = "") -> Job:
+    """The layout's part of a global batch of `whole` micro-batches, which it may divide into fewer."""
+    count = layout.data * layout.accumulation if layout.accumulation else whole
+    samples = subject.samples * whole // count
+    raw = deepcopy(subject.raw)
+    raw["parallel"] |= {"tensor": layout.tensor, "sequence_parallel": layout.sequence_parallel}
+    zero = raw["deepspeed"]["zero_optimization"] | ({} if layout.zero is None else {"stage": layout.zero})
+    raw["deepspeed"] = deepspeed_section(zero, count, count // layout.data, samples, sgd)
+    return Job(raw, layout, count, samples, folder)
+
+
+def _refuse_early(jobs: list[Job]) -> None:
+    """Whether every layout fits the model, before anything is computed."""
+    problems: list[Problem] = []
+    for job in jobs:
+        try:
+            build_model_shape(check(job.raw, world=job.layout.world, device="cpu"))
+        except ConfigError as error:
+            problems += [_of_layout(job.layout, problem) for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _of_layout(layout: Layout, problem: Problem) -> Problem:
+    where = f"--layouts {layout.text}"
+    return Problem(f"{where}: {problem.path}" if problem.path else where, problem.reason, problem.remedy)
+
+
+def _run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
+    """`run_ranks` with more patience."""
+    usual, ranks.SECONDS = ranks.SECONDS, SECONDS
+    try:
+        return ranks.run_ranks(function, world, *arguments)
+    finally:
+        ranks.SECONDS = usual
+
+
+def _run_reference(job: Job, folder: Path, subject: Subject, *, first: bool) -> tuple[Job, Reference]:
+    below = folder / str(job.micro_batches)
+    below.mkdir()
+    raw = deepcopy(job.raw)
+    raw["parallel"] = {}
+    raw["deepspeed"] = deepspeed_section({}, job.micro_batches, job.micro_batches, job.samples, (1.0, 1.0))
+    own = Job(raw, Layout("one process"), job.micro_batches, job.samples, str(below))
+    for note in subject.notes if first else ():
+        print(f"note: {note}")
+    rows, length = job.micro_batches * job.samples, raw["data"]["sequence_length"]
+    print(f"one process, plain torch: {STEPS} steps on {rows} x {length} random tokens, "
+          f"{job.micro_batches} micro-batch{'es' * (job.micro_batches > 1)} ...", flush=True)  # fmt: skip
+    try:
+        result = _run(sides.reference, 1, own)[0]
+    except AssertionError as error:
+        raise ConfigError(
+            Problem("model", f"the plain Hugging Face model fails by itself: {last_line(str(error))}",
+                    f"The whole report is in {_report(str(error))}")
+        ) from None  # fmt: skip
+    if isinstance(result, Refusal):
+        raise ConfigError(result.problems)
+    if first and result.dropout:
+        print(f"note: dropout set to 0 ({', '.join(result.dropout)})")
+    print(f"  {result.parameters:,} parameters; losses {', '.join(f'{loss:.4f}' for loss in result.losses)}; SGD at "
+          f"{result.rate:.2g}, clipped at {result.clipping:.3g}; {result.seconds:.1f} s", flush=True)  # fmt: skip
+    return own, result
+
+
+def _report(text: str) -> str:
+    """Where the whole of a rank's report is left."""
+    descriptor, path = tempfile.mkstemp(prefix="tessera-parity-", suffix=".log")
+    os.write(descriptor, text.encode())
+    os.close(descriptor)
+    return path
+
+
+def _run_layout(job: Job, bare: Job, expected: Reference, subject: Subject, whole: int) -> Line:
+    job = _job(subject, job.layout, whole, (expected.rate, expected.clipping), bare.folder)
+    accumulation = job.micro_batches // job.layout.data
+    extra = f", accumulation {accumulation}" if accumulation > 1 else ""
+    print(f"{job.layout.text}: {job.layout.world} process{'es' * (job.layout.world > 1)}{extra} ...", flush=True)
+    began = time.monotonic()
+    try:
+        results = _run(sides.layout, job.layout.world, job, expected)
+    except AssertionError as error:
+        line = Line(job.layout, "failed")
+        line.remarks = [last_line(str(error)), f"the whole report is in {_report(str(error))}"]
+    else:
+        line = _judge(job.layout, results, expected)
+    print(f"  {line.verdict}; {time.monotonic() - began:.1f} s", flush=True)
+    return line
+
+
+def _judge(layout: Layout, results: list[Found | Refusal], expected: Reference) -> Line:
+    refusals = [problem for result in results if isinstance(result, Refusal) for problem in result.problems]
+    found = [result for result in results if isinstance(result, Found)]
+    if refusals:
+        return Line(layout, "refused", refusal=[_of_layout(layout, p) for p in dict.fromkeys(refusals)])
+    gradients = _worst([result.gradients for result in found])
+    parameters = _worst([result.parameters for result in found])
+    outputs = _worst([result.outputs for result in found])
+    line = Line(layout, "equal")
+    line.loss = max(max(result.losses) for result in found)
+    line.norm = max(max(result.norms) for result in found)
+    line.gradients, line.parameters = max(gradients.values()), max(parameters.values())
+    if all(value <= TOLERANCE for value in (line.loss, line.norm, line.gradients, line.parameters)):
+        return line
+    line.verdict = "differs"
+    line.remarks = _remarks(gradients, parameters, outputs, expected)
+    return line
+
+
+def _worst(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for errors in by_rank:
+        for key, error in errors.items():
+            worst[key] = max(worst.get(key, 0.0), error)
+    return worst
+
+
+def _remarks(
+    gradients: dict[str, float], parameters: dict[str, float], outputs: dict[str, float], expected: Reference
+) -> list[str]:
+    remarks = []
+    name, worst = max(gradients.items(), key=lambda item: item[1])
+    if worst > TOLERANCE:
+        wrong = sum(error > TOLERANCE for error in gradients.values())
+        remarks.append(f"worst parameter: {name}, gradient off by {worst:.2g} of its largest element "
+                       f"({wrong} of {len(gradients)} gradients differ)")  # fmt: skip
+    else:
+        name, worst = max(parameters.items(), key=lambda item: item[1])
+        if worst > TOLERANCE:
+            remarks.append(f"worst parameter: {name}, off by {worst:.2g} of what it changed in {STEPS} steps; the "
+                           "first step's gradients agree")  # fmt: skip
+    return [*remarks, f"first block that differs: {_first_block(gradients, parameters, outputs, expected)}"]
+
+
+def _first_block(
+    gradients: dict[str, float], parameters: dict[str, float], outputs: dict[str, float], expected: Reference
+) -> str:
+    """The first step's outputs, then its gradients from the end, then the second step's outputs."""
+    later = [key for key in expected.outputs if outputs.get(key, math.inf) > TOLERANCE]
+    if later and later[0].startswith("1/"):
+        return f"{later[0].split('/', 2)[2]}, by its output"
+    for errors, what in ((gradients, "by its gradients; all outputs agree, and backward runs from the end"),
+                         (parameters if not later else {}, "by its parameters after the last step")):  # fmt: skip
+        wrong = [name for name in expected.scales if errors.get(name, 0.0) > TOLERANCE]
+        if wrong:
+            inside = [n for n in wrong if any(n.startswith(f"{block}.") for block in expected.blocks)]
+            last = (inside or wrong)[-1]
+            block = next((b for b in expected.blocks if last.startswith(f"{b}.")), last.rpartition(".")[0])
+            return f"{block}, {what}"
+    if later:
+        return f"{later[0].split('/', 2)[2]}, by its output in the second step; the first step's gradients agree"
+    return "none; the loss or the norm is computed otherwise"
+
+
+def _print_table(lines: list[Line]) -> None:
+    columns = ("layout", "processes", "loss", "norm", "gradients", "parameters", "verdict")
+    numbers = [[line.loss, line.norm, line.gradients, line.parameters] for line in lines]
+    cells = [
+        [line.layout.text, str(line.layout.world), *("" if math.isnan(n) else f"{n:.1e}" for n in row), line.verdict]
+        for line, row in zip(lines, numbers, strict=True)
+    ]
+    widths = [max(len(row[n]) for row in [list(columns), *cells]) for n in range(len(columns))]
+    print(
+        "\nLargest relative differences from one process "
+        f"(of gradients and parameters: of an element, as a share of the tensor's largest; at most {TOLERANCE:g}):\n"
+    )
+    print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
+    for line, row in zip(lines, cells, strict=True):
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        for remark in line.remarks:
+            print(f"    {remark}", flush=True)

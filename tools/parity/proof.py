@@ -1,0 +1,261 @@
+"""Every gradient of a family's cut model, compared with a plain Hugging Face model that never saw our code."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tools.parity.families import Family
+from tools.parity.shrink import MINIMAL, tiny
+from trainer.distributed import Launch, joined_world
+from trainer.errors import PlanError
+from trainer.model.tasks import AUXILIARY_COEFFICIENTS
+from trainer.parallel import Plan, TensorMapper, read_plan, shard_of, starred
+from trainer.topology import Topology
+
+CLASSES: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+}
+BATCH, LENGTH = 2, 24
+LARGEST = 20_000_000
+"""Parameters that a tiny model may have at most."""
+
+TOLERANCE = 1e-4
+"""Largest difference of a gradient, as a share of the largest element of the reference's."""
+
+NOISE = 1e-3
+"""A gradient smaller than this share of the model's largest is held against that: where the true gradient is zero
+(a key's bias), all of it is rounding."""
+
+
+@dataclass
+class Verdict:
+    """What was found about one family."""
+
+    family: str
+    ranks: int
+    outcome: str
+    """`right`; `partly` (right, and less than 90 % of the matrices in blocks cut, or over 5 % without a gradient);
+    `wrong`; `refused` (by the plan); `not built`."""
+
+    reason: str = ""
+    """Of a refusal or a wrong gradient."""
+
+    share_cut: float = 0.0
+    share_without_gradient: float = 0.0
+    worst: float = 0.0
+    worst_name: str = ""
+    loss: tuple[float, float] = (0.0, 0.0)
+    """Of the plain model and of the cut one."""
+
+    whole: dict[str, str] = field(default_factory=dict)
+    """Matrices in blocks that stay whole, with the reason."""
+
+
+class _NotBuilt(Exception):
+    """Why there is no tiny model."""
+
+
+def _without_dropout(config: Any) -> None:
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+    for part in (config, *parts):
+        for key, value in list(vars(part).items()) if part is not None else []:
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+            if key == "output_router_logits":
+                setattr(part, key, True)
+            if key == "use_cache":
+                setattr(part, key, False)
+
+
+def _signature(model: nn.Module) -> tuple[set[str], set[tuple[str, str]]]:
+    names = {starred(name) for name, _ in model.named_parameters()}
+    return names, {(starred(name), type(module).__name__) for name, module in model.named_modules()}
+
+
+def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedModel:
+    """The family's tiny model, with random weights that leave no bias at zero; the same on every rank.
+
+    Args:
+        like_default: refuse one whose parameters and module classes are not those of the family's default.
+    """
+    try:
+        config = tiny(family.model_type, **family.fields)
+        _without_dropout(config)
+        kind = CLASSES[family.task]
+        with torch.device("meta"):
+            shape = kind.from_config(config)
+            default = CONFIG_MAPPING[family.model_type](**(MINIMAL.get(family.model_type, {}) | family.fields))
+            whole = kind.from_config(default) if like_default else None
+    except Exception as error:
+        raise _NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+    if whole is not None and _signature(whole) != _signature(shape):
+        differ = [a ^ b for a, b in zip(_signature(whole), _signature(shape), strict=True)]
+        raise _NotBuilt(f"differs from the default: {sorted(map(str, differ[0] | differ[1]))[:3]}")
+    count = sum(parameter.numel() for parameter in shape.parameters())
+    if count > LARGEST:
+        raise _NotBuilt(f"{count:,} parameters")
+    torch.manual_seed(0)
+    model: PreTrainedModel = kind.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # DeepSeek-V4's table from tokens to experts, which is read from a checkpoint
+                buffer.copy_(torch.randint_like(buffer, config.n_routed_experts))
+    return model.train()
+
+
+def _inputs(family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Tensor]:
+    """What the model is given, and the labels: random ids, and what a decoder attends to beside its own."""
+    config = model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    draw = torch.Generator().manual_seed(1)
+    ids, more, labels = (torch.randint(5, vocabulary, (BATCH, LENGTH), generator=draw) for _ in range(3))
+    inputs: dict[str, Any] = {"input_ids": ids}
+    takes = inspect.signature(model.forward).parameters
+    if family.task == "seq2seq_lm":
+        inputs["decoder_input_ids"] = more
+    if family.task == "causal_lm":
+        crosses = any(part in name for name, _ in model.named_modules() for part in ("encoder_attn", "crossattention"))
+        width = getattr(config, "cross_attention_hidden_size", None) or getattr(config, "hidden_size", 0)
+        if "encoder_outputs" in takes:
+            inputs["encoder_outputs"] = (torch.randn((BATCH, LENGTH, width), generator=draw),)
+        elif "encoder_hidden_states" in takes and crosses:
+            inputs["encoder_hidden_states"] = torch.randn((BATCH, LENGTH, width), generator=draw)
+        if "pixel_values" in takes and family.model_type == "git":
+            size = config.vision_config.image_size
+            inputs["pixel_values"] = torch.randn((BATCH, 3, size, size), generator=draw)
+    return inputs, labels
+
+
+def _auxiliary(model: PreTrainedModel, output: Any) -> Tensor | float:
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return 0.0
+    config = model.config.get_text_config(decoder=True)
+    return loss * next((getattr(config, name) for name in AUXILIARY_COEFFICIENTS if hasattr(config, name)), 0.01)
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's blocks: what lies in a list of modules."""
+    return {
+        f"{name}.{key}": block
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList)
+        for key, block in stack.named_children()
+    }
+
+
+def _compare(
+    family: Family, plain: PreTrainedModel, cut: PreTrainedModel, mapper: TensorMapper, plan: Plan, ranks: int
+) -> Verdict:
+    """Runs both models forward and backward; on every rank, its own part of each gradient against the plain one."""
+    inputs, labels = _inputs(family, plain)
+    torch.manual_seed(2)  # a family may sample experts while it trains
+    output = plain(**inputs)
+    logits = output.logits[:, -LENGTH:]  # behind those of an image
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()) + _auxiliary(plain, output)
+    loss.backward()
+    torch.manual_seed(2)
+    output = cut(**inputs)
+    cross_entropy = mapper.cross_entropy(0.0, 0.0, None)
+    own = cross_entropy(output.logits[:, -LENGTH:], labels).objective / labels.numel() + _auxiliary(cut, output)
+    own.backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    floor = NOISE * max(float(g.abs().max()) for g in expected.values() if g is not None)
+    names, errors = [], []
+    for _, parameter in cut.named_parameters():
+        shard = shard_of(parameter)
+        assert shard is not None
+        if not parameter.requires_grad:
+            continue
+        wanted = expected[shard.name]
+        wanted = torch.zeros(shard.whole_shape) if wanted is None else wanted
+        got = torch.zeros(shard.local_shape()) if parameter.grad is None else parameter.grad
+        error = float((got - shard.take(wanted)).abs().max())
+        names.append(shard.name)
+        errors.append(error / max(float(wanted.abs().max()), floor))
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, dict(zip(names, errors, strict=True)))
+    worst: dict[str, float] = {}
+    for found in gathered:
+        for name, error in found.items():
+            worst[name] = max(worst.get(name, 0.0), error)
+    verdict = Verdict(str(family), ranks, "right", loss=(float(loss.detach()), float(own.detach())))
+    verdict.worst_name, verdict.worst = max(worst.items(), key=lambda item: item[1])
+    blocks = blocks_of(plain)
+    verdict.share_cut = plan.share_cut(blocks)
+    verdict.share_without_gradient = _share_without_gradient(plain)
+    verdict.whole = {
+        starred(p.name): p.style.argument or str(p.style)
+        for p in plan.placements
+        if len(p.shape) > 1 and not p.is_cut and any(p.name.startswith(f"{block}.") for block in blocks)
+    }
+    wrong = {starred(name) for name, error in worst.items() if not error <= TOLERANCE}
+    if wrong or not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
+        verdict.outcome, verdict.reason = "wrong", ", ".join(sorted(wrong)[:4])
+    elif verdict.share_cut < 0.9 or verdict.share_without_gradient > 0.05:
+        verdict.outcome = "partly"
+    return verdict
+
+
+def _share_without_gradient(model: nn.Module) -> float:
+    """Share of parameter elements whose gradient is None or all zero; experts that no token chose do not count."""
+    counted = {n: p for n, p in model.named_parameters() if p.grad is not None or not re.search(r"experts\.\d+\.", n)}
+    none = sum(p.numel() for p in counted.values() if p.grad is None or not bool(p.grad.any()))
+    return none / max(1, sum(p.numel() for p in counted.values()))
+
+
+def prove(
+    families: list[Family],
+    user: dict[str, str] | None = None,
+    *,
+    like_default: bool = True,
+    sequence_parallel: bool = False,
+) -> list[Verdict]:
+    """What this rank's world, all of it one tensor group, finds about each family. Runs on every rank.
+
+    Args:
+        user: rows of a tensor plan, as in `parallel.tensor_plan`.
+    """
+    launch = Launch.from_environment()
+    place = Topology.of(launch.world, launch.rank, tensor=launch.world)
+    with joined_world(launch, place, seed=1) as world:
+        found = []
+        for family in families:
+            try:
+                plain = reference_model(family, like_default=like_default)
+                cut = copy.deepcopy(plain)
+                plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
+                group, rank = world.groups["tensor"], place.tensor_rank
+                mapper = TensorMapper(
+                    cut, plan, group, place.tensor, rank, world.tensor_neighbours, sequence_parallel=sequence_parallel
+                )
+                mapper.cut(cut.parameters())
+                mapper.install()
+                found.append(_compare(family, plain, cut, mapper, plan, place.tensor))
+            except _NotBuilt as error:
+                found.append(Verdict(str(family), place.tensor, "not built", str(error)))
+            except PlanError as error:
+                found.append(Verdict(str(family), place.tensor, "refused", str(error.problems[0])))
+        return found
+
+
+def counted(verdicts: list[Verdict]) -> Iterator[str]:
+    """How many families came out how, in words."""
+    for outcome in ("right", "partly", "wrong", "refused", "not built"):
+        yield f"{sum(v.outcome == outcome for v in verdicts)} {outcome}"

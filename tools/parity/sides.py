@@ -1,0 +1,416 @@
+"""The two sides of a comparison, as ranks run them: plain torch in one process, and a layout in the real engine.
+
+Both take three steps of SGD with clipping on the same random tokens; SGD, because an adaptive optimizer divides by
+small numbers and makes rounding visible. The reference leaves its tensors in a folder, from which the ranks of a layout
+read one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tools.parity.proof import NOISE, blocks_of
+from tools.parity.subject import STEPS, Layout, Raw
+from trainer.config.load import LoadedConfig, check
+from trainer.config.model_facts import model_config
+from trainer.data.batches import IGNORED, MicroBatch, StepBatch
+from trainer.distributed import Launch, World, configure_logging, joined_world
+from trainer.engine import start_engine
+from trainer.engine.plain import PlainEngine
+from trainer.errors import ConfigError, Problem, TesseraError
+from trainer.model import build_model, initialize_weights
+from trainer.model.tasks import AUXILIARY_COEFFICIENTS
+from trainer.parallel import shard_of
+from trainer.parallel.collectives import all_gather
+from trainer.topology import Topology
+
+_SEED = 2026
+_LARGE = 10_000_000
+"""From so many parameters on the reference takes more than one thread."""
+
+_FIRST_ID = 5
+"""Random ids begin here: those below are special ones in most vocabularies."""
+
+_RESOLUTION = 1e-2
+"""A change of a parameter is held against at least this share of its largest element: fp32 has 24 bits."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a rank needs; plain values, as it travels to other processes."""
+
+    raw: Raw
+    layout: Layout
+    micro_batches: int
+    """Of a global batch, over all data ranks."""
+
+    samples: int
+    """Of a micro-batch."""
+
+    folder: str
+    """Where the reference leaves its tensors."""
+
+    def batch(self, step: int, loaded: LoadedConfig) -> list[MicroBatch]:
+        """The micro-batches of one step: random ids, of rows that predict unequal numbers of tokens."""
+        length, vocabulary = loaded.config.data.sequence_length, loaded.facts.vocabulary
+        draw = torch.Generator().manual_seed(_SEED + step)
+        rows = self.micro_batches * self.samples
+        ids = torch.randint(min(_FIRST_ID, vocabulary - 1), vocabulary, (rows, length + 1), generator=draw)
+        predicted = torch.randint((length + 1) // 2, length + 1, (rows, 1), generator=draw)
+        labels = ids[:, 1:].masked_fill(torch.arange(length) >= predicted, IGNORED)
+        pairs = zip(ids[:, :-1].split(self.samples), labels.split(self.samples), strict=True)
+        return [MicroBatch(one.contiguous(), other.contiguous(), None) for one, other in pairs]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one process computes; its tensors lie in the job's folder."""
+
+    losses: list[float]
+    norms: list[float]
+    rate: float
+    clipping: float
+    floor: float
+    """Gradients are held against at least this size."""
+
+    scales: dict[str, float]
+    """What a difference of each parameter is held against, in the model's order."""
+
+    blocks: list[str]
+    outputs: list[str]
+    """Keys of the blocks' outputs, in order of computation."""
+
+    parameters: int
+    dropout: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One of our errors, on its way to the parent."""
+
+    problems: list[Problem]
+
+
+@dataclass
+class Found:
+    """What a rank of a layout found: relative differences, by name."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, float]
+    parameters: dict[str, float]
+    outputs: dict[str, float]
+
+
+def without_dropout(model: PreTrainedModel) -> list[str]:
+    """Sets every rate of dropout (and of a router's noise) in the model to 0. Returns those that were not."""
+    found = []
+    parts = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", None) or {}]
+    holders: list[Any] = [model.config, *(part for part in parts if part is not None), *model.modules()]
+    for holder in holders:
+        for key, value in list(vars(holder).items()):
+            is_rate = key == "p" and isinstance(holder, nn.modules.dropout._DropoutNd)
+            drops = is_rate or "drop" in key or "jitter" in key
+            if drops and isinstance(value, float) and value > 0:
+                setattr(holder, key, 0.0)
+                if not isinstance(holder, nn.Module):
+                    found.append(f"{key} {value:g}")
+    return list(dict.fromkeys(found))
+
+
+class Outputs:
+    """Keeps what the outermost blocks put out in the first forward pass of a step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        names = blocks_of(model)
+        self.blocks = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
+        self.seen: list[tuple[str, Tensor]] = []
+        self._state = "waits"
+        for name in self.blocks:
+            names[name].register_forward_hook(self._keeper(name))
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end)
+
+    def _keeper(self, name: str) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            first = next(iter(_real(output)), None)
+            if self._state == "keeps" and first is not None:
+                self.seen.append((name, first.detach().clone()))
+
+        return keep
+
+    def _begin(self, *_: Any) -> None:
+        torch.manual_seed(_SEED)  # a family may draw while it trains
+        self._state = "keeps" if self._state == "waits" else "over"
+
+    def _end(self, *_: Any) -> None:
+        self._state = "over"
+
+    def of_step(self, step: int) -> Iterator[tuple[str, Tensor]]:
+        """(key, output) in order of computation; forgets them."""
+        for number, (name, tensor) in enumerate(self.seen):
+            yield f"{step}/{number:05d}/{name}", tensor
+        self.seen, self._state = [], "waits"
+
+
+def _real(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in what a module returns."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        yield from _real(list(output.values()))
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from _real(item)
+
+
+def _bare_model(loaded: LoadedConfig) -> PreTrainedModel:
+    """The model with its weights; pretrained ones read by transformers itself."""
+    if loaded.initialize == "random":
+        model = build_model(loaded)
+        initialize_weights(model, loaded.config.run.seed)
+        return model
+    path = loaded.config.model.path
+    assert path is not None
+    folder = Path(path).expanduser()
+    read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder) if folder.is_dir() else path,
+        config=model_config(loaded.config.model),
+        attn_implementation=loaded.attention,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return read
+
+
+def _bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed cross entropy, summed objective, auxiliary loss) in the words of torch."""
+    options = loaded.config.training
+    output = model(input_ids=micro.input_ids_BT, use_cache=False)
+    logits, labels = output.logits.float().flatten(0, 1), micro.labels_BT.flatten()
+    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    objective = F.cross_entropy(
+        logits, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=options.label_smoothing
+    )
+    if options.z_loss:
+        objective = objective + options.z_loss * logits[labels != IGNORED].logsumexp(-1).square().sum()
+    auxiliary = getattr(output, "aux_loss", None)
+    if not isinstance(auxiliary, Tensor):
+        return cross_entropy.detach(), objective, torch.zeros(())
+    config = model.config.get_text_config(decoder=True)
+    weight = next((getattr(config, name) for name in AUXILIARY_COEFFICIENTS if hasattr(config, name)), 0.0)
+    return cross_entropy.detach(), objective, auxiliary.float() * weight
+
+
+def reference(job: Job) -> Reference | Refusal:
+    """One process, plain torch and Hugging Face: no engine of any kind."""
+    try:
+        return _reference(job)
+    except TesseraError as error:
+        return _refusal(error)
+
+
+def _refusal(error: TesseraError) -> Refusal:
+    return Refusal(error.problems if isinstance(error, ConfigError) else [Problem("", str(error))])
+
+
+def _reference(job: Job) -> Reference:
+    began = time.monotonic()
+    loaded = check(job.raw, world=1, device="cpu")
+    model = _bare_model(loaded)
+    if sum(p.numel() for p in model.parameters()) > _LARGE:
+        torch.set_num_threads(os.cpu_count() or 1)
+    dropout = without_dropout(model)
+    model.train()
+    kept, folder = Outputs(model), Path(job.folder)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses, norms, outputs = [], [], {}
+    rate = clipping = floor = 0.0
+    for step in range(1, STEPS + 1):
+        micro_batches = job.batch(step, loaded)
+        tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+        loss = 0.0
+        for micro in micro_batches:
+            cross_entropy, objective, auxiliary = _bare_losses(model, micro, loaded)
+            (objective / tokens + auxiliary / len(micro_batches)).backward()
+            loss += float(cross_entropy) / tokens
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        norm = float(nn.utils.get_total_norm(list(gradients.values())))
+        if not (math.isfinite(loss) and math.isfinite(norm) and norm > 0):
+            raise ConfigError(Problem("model", f"in step {step} one process computes a loss of {loss} and a gradient "
+                                      f"norm of {norm}, on random tokens", "Nothing can be compared"))  # fmt: skip
+        if step == 1:
+            # Clipping bites, and a step lowers the loss by a tenth, to first order.
+            clipping = norm / 2
+            rate = 0.1 * loss / (clipping * norm)
+            floor = NOISE * max(float(g.abs().max()) for g in gradients.values())
+            save_file({name: g.contiguous() for name, g in gradients.items()}, folder / "gradients.safetensors")
+        if step < STEPS:
+            outputs |= {key: tensor.contiguous() for key, tensor in kept.of_step(step)}
+        nn.utils.clip_grad_norm_(trained.values(), clipping)
+        with torch.no_grad():
+            for p in trained.values():
+                if p.grad is not None:
+                    p -= rate * p.grad
+                p.grad = None
+        losses.append(loss)
+        norms.append(norm)
+    after = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    persistent = model.state_dict()
+    buffers = {name: b.detach().clone().contiguous() for name, b in model.named_buffers() if name in persistent}
+    save_file(after | buffers, folder / "parameters.safetensors")
+    save_file(outputs, folder / "outputs.safetensors")
+    scales = _scales(before, after)
+    count = sum(p.numel() for p in after.values())
+    seconds = time.monotonic() - began
+    return Reference(losses, norms, rate, clipping, floor, scales, kept.blocks, list(outputs), count, dropout, seconds)
+
+
+def _scales(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
+    """The largest change of each parameter; more where that is lost in rounding."""
+    changes = {name: float((after[name] - before[name]).abs().max()) for name in after}
+    floor = NOISE * max(changes.values())
+    return {
+        name: max(change, floor, _RESOLUTION * float(after[name].abs().max())) or 1.0
+        for name, change in changes.items()
+    }
+
+
+def layout(job: Job, expected: Reference) -> Found | Refusal:
+    """One rank of a layout: the real engine, compared with what the reference left."""
+    try:
+        return _layout(job, expected)
+    except TesseraError as error:
+        return _refusal(error)
+
+
+def _layout(job: Job, expected: Reference) -> Found:
+    launch = Launch.from_environment()
+    configure_logging(launch.rank)
+    place = Topology.of(launch.world, launch.rank, tensor=job.layout.tensor)
+    with joined_world(launch, place, seed=_SEED) as world:
+        loaded = check(job.raw, world=launch.world, device="cpu")
+        model = build_model(loaded)
+        without_dropout(model)
+        engine = start_engine(model, loaded, world)
+        kept = Outputs(engine.model)
+        found = Found([], [], {}, {}, {})
+        _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, found))
+        for step in range(1, STEPS + 1):
+            micro_batches = job.batch(step, loaded)
+            own = tuple(micro_batches[place.data_rank :: place.data])
+            tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+            result = engine.train_step(StepBatch(own, tokens, job.micro_batches * job.samples))
+            total = sum(row[0] for row in engine.exchange([result.loss_sum]))
+            norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
+            found.losses.append(_relative(total / tokens, expected.losses[step - 1]))
+            found.norms.append(_relative(norm, expected.norms[step - 1]))
+            if step < STEPS and place.data_rank == 0:
+                _compare_outputs(list(kept.of_step(step)), job, world, found)
+        _compare_parameters(engine, job, expected, found)
+        return found
+
+
+def _relative(got: float, wanted: float) -> float:
+    return abs(got - wanted) / abs(wanted) if math.isfinite(got) else math.inf
+
+
+def _difference(got: Tensor, wanted: Tensor, scale: float) -> float:
+    """Largest difference of an element as a share of `scale`; infinite where shapes differ or a number is none."""
+    if got.shape != wanted.shape:
+        return math.inf
+    if not got.numel():
+        return 0.0
+    worst = float((got - wanted).abs().max()) / scale
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _after_first_backward(engine: PlainEngine, look: Callable[[], None]) -> None:
+    """Calls `look` when the gradients of the first optimizer step are complete, and not yet clipped."""
+    backward = engine._engine.backward
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        result = backward(*args, **kwargs)
+        if engine._engine.is_gradient_accumulation_boundary():
+            engine._engine.backward = backward
+            look()
+        return result
+
+    engine._engine.backward = looking
+
+
+@torch.no_grad()
+def _compare_gradients(engine: PlainEngine, job: Job, expected: Reference, found: Found) -> None:
+    """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
+    with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
+        known = set(file.keys())
+        for name, parameter in engine._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            shard = shard_of(parameter)
+            whole_name = name.removeprefix("model.") if shard is None else shard.name
+            got = safe_get_full_grad(parameter)
+            wanted = file.get_tensor(whole_name) if whole_name in known else None
+            size = max(0.0 if wanted is None else float(wanted.abs().max()), expected.floor)
+            if wanted is not None and shard is not None:
+                wanted = shard.take(wanted)
+            if got is None or wanted is None:
+                one = got if wanted is None else wanted
+                error = 0.0 if one is None else _difference(one, torch.zeros_like(one), size)
+            else:
+                error = _difference(got.view_as(wanted) if got.numel() == wanted.numel() else got, wanted, size)
+            found.gradients[whole_name] = max(found.gradients.get(whole_name, 0.0), error)
+
+
+@torch.no_grad()
+def _compare_parameters(engine: PlainEngine, job: Job, expected: Reference, found: Found) -> None:
+    """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
+    module = engine._engine.module
+    elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
+    with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
+        known = set(file.keys())
+        for name, got in engine.whole_weights():
+            if name in elsewhere and not engine._speaks:
+                continue
+            if name not in known:
+                found.parameters[name] = math.inf
+                continue
+            wanted = file.get_tensor(name)
+            scale = expected.scales.get(name) or _RESOLUTION * float(wanted.abs().max()) or 1.0  # a buffer has none
+            found.parameters[name] = _difference(got.float(), wanted.float(), scale)
+    for name in expected.scales.keys() - found.parameters.keys() - elsewhere:
+        found.parameters[name] = math.inf
+
+
+@torch.no_grad()
+def _compare_outputs(outputs: list[tuple[str, Tensor]], job: Job, world: World, found: Found) -> None:
+    """The blocks' outputs on the first micro-batch; a cut sequence is joined."""
+    with safe_open(Path(job.folder) / "outputs.safetensors", "pt") as file:
+        known = set(file.keys())
+        for key, got in outputs:
+            if key not in known:
+                found.outputs[key] = math.inf
+                continue
+            wanted = file.get_tensor(key)
+            if got.shape != wanted.shape and got.ndim == wanted.ndim and "tensor" in world.groups:
+                dim = next(n for n in range(got.ndim) if got.shape[n] != wanted.shape[n])
+                got = torch.cat(list(all_gather(got.unsqueeze(0), 0, world.groups["tensor"])), dim)
+            found.outputs[key] = _difference(got, wanted, float(wanted.abs().max()) or 1.0)

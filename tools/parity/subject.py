@@ -1,0 +1,259 @@
+"""What is compared: the layouts as they are typed, and the user's configuration as it is left for it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tools.parity.matrix import shortened
+from tools.parity.proof import LARGEST, _signature
+from tools.parity.shrink import shrunk
+from trainer.config import strict_json
+from trainer.config.load import LoadedConfig, apply_override, check, read_config_file
+from trainer.config.model_facts import model_config, scrub
+from trainer.errors import ConfigError, Problem
+from trainer.model import build_model_shape, initialize_weights
+
+STEPS = 3
+"""Optimizer steps of a comparison."""
+
+SHORT = 32
+"""Tokens of a sequence with `--shrink`."""
+
+FEW = 2
+"""Samples of a micro-batch with `--shrink`."""
+
+SMALL = 1_000_000
+"""A model of so many parameters is not made smaller."""
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One item of `--layouts`."""
+
+    text: str
+    tensor: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    zero: int | None = None
+    """ZeRO stage; None for the file's."""
+
+    accumulation: int | None = None
+    """Micro-batches of one data rank; None for as many as keep the micro-batches those of the other layouts."""
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.data
+
+
+_KEYS = ("tensor", "data", "sequence_parallel", "zero", "accumulation")
+
+
+def parse_layout(text: str) -> Layout:
+    """Reads `tensor=4,data=2,sequence_parallel=true,zero=1,accumulation=2`, of which each key may be left out.
+
+    Raises:
+        ConfigError: with every mistake in it.
+    """
+    values: dict[str, Any] = {}
+    problems = []
+    where = f"--layouts {text}"
+    for item in text.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        near = get_close_matches(key, _KEYS, n=1)
+        if not equals:
+            problems.append(Problem(where, f"expected key=value, got '{item}'", "For example tensor=2,data=2,zero=1"))
+        elif key not in _KEYS:
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(Problem(where, f"unknown key '{key}'{hint}", "" if near else f"Known: {', '.join(_KEYS)}"))
+        elif key in values:
+            problems.append(Problem(where, f"'{key}' is given twice"))
+        elif key == "sequence_parallel":
+            values[key] = value == "true"
+            if value not in ("true", "false"):
+                problems.append(Problem(where, f"sequence_parallel: expected true or false, got '{value}'"))
+        else:
+            lowest, highest = (0, 3) if key == "zero" else (1, 4096)
+            values[key] = int(value) if value.isdecimal() else -1
+            if not lowest <= values[key] <= highest:
+                expected = "0, 1, 2 or 3" if key == "zero" else "a whole number >= 1"
+                problems.append(Problem(where, f"{key}: expected {expected}, got '{value}'"))
+    if problems:
+        raise ConfigError(problems)
+    return Layout(text, **values)
+
+
+def parse_layouts(texts: list[str]) -> list[Layout]:
+    """All of `--layouts`.
+
+    Raises:
+        ConfigError: with every mistake in any of them.
+    """
+    found, problems = [], []
+    for text in texts:
+        try:
+            found.append(parse_layout(text))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+@dataclass
+class Subject:
+    """The user's configuration as it is compared, and what was changed in it."""
+
+    raw: Raw
+    samples: int
+    """Of a micro-batch, where a layout says nothing else."""
+
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(path: Path, overrides: list[str], *, shrink: bool) -> Subject:
+    """Reads the user's file and leaves in it what the comparison needs: model, plan, loss, ZeRO.
+
+    Raises:
+        ConfigError: with every mistake in the model and the sections that are used; for a model that `shrink` cannot
+            make small.
+    """
+    raw = read_config_file(path)
+    for assignment in overrides:
+        apply_override(raw, assignment)
+    if isinstance(raw.get("deepspeed"), str):
+        raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
+    notes = _only_what_is_used(raw)
+    given = raw.get("deepspeed")
+    section = given if isinstance(given, dict) else {}
+    notes += _in_fp32(section)
+    micro = section.get("train_micro_batch_size_per_gpu")
+    samples = FEW if shrink else micro if isinstance(micro, int) and micro > 0 else 1
+    raw["deepspeed"] = deepspeed_section(_zero(section, notes), 1, 1, samples, (1.0, 1.0))
+    loaded = check(raw, world=1, device="cpu")
+    shape = build_model_shape(loaded)
+    if shrink:
+        notes.append(_shrink(raw, loaded, shape))
+    return Subject(raw, samples, notes)
+
+
+def _only_what_is_used(raw: Raw) -> list[str]:
+    for name in ("tracking", "evaluation"):
+        if isinstance(raw.get(name), dict):
+            del raw[name]
+    if isinstance(raw.get("data"), dict):  # the files need not be on this machine
+        for key in ("validation", "tokenizer", "cache_dir"):
+            raw["data"].pop(key, None)
+        raw["data"]["train"] = [{"path": "builtin:python-stdlib"}]
+    if isinstance(raw.setdefault("run", {}), dict):
+        raw["run"]["output_dir"] = tempfile.gettempdir()
+    if isinstance(raw.setdefault("training", {}), dict):
+        raw["training"]["max_steps"] = STEPS
+    if isinstance(raw.setdefault("parallel", {}), dict):
+        for key in ("tensor", "pipeline", "sequence_parallel"):
+            raw["parallel"].pop(key, None)
+    model = raw.get("model")
+    attention = model.get("attention") if isinstance(model, dict) else None
+    if isinstance(attention, str) and attention.startswith("fl"):  # kernels of GPUs, or slow to compile
+        del raw["model"]["attention"]
+        return [f"attention: the default of the family instead of {attention}, which is for GPUs"]
+    return []
+
+
+def _in_fp32(section: Raw) -> list[str]:
+    half = [key for key in ("bf16", "fp16") if isinstance(part := section.get(key), dict) and part.get("enabled")]
+    return [f"precision: fp32 instead of {half[0]}, in which rounding would hide differences"] if half else []
+
+
+def _zero(section: Raw, notes: list[str]) -> Raw:
+    """The file's `zero_optimization` without offload, which is about memory."""
+    given = section.get("zero_optimization")
+    zero = dict(given) if isinstance(given, dict) else {}
+    left_out = [key for key in ("offload_optimizer", "offload_param") if zero.pop(key, None)]
+    if left_out:
+        notes.append(f"left out: {', '.join(left_out)}")
+    return zero
+
+
+def deepspeed_section(zero: Raw, micro_batches: int, accumulation: int, samples: int, sgd: tuple[float, float]) -> Raw:
+    """What DeepSpeed is told.
+
+    Args:
+        samples: of a micro-batch. sgd: learning rate, and the norm to clip at.
+    """
+    rate, clipping = sgd
+    return {
+        "train_batch_size": micro_batches * samples,
+        "train_micro_batch_size_per_gpu": samples,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "SGD", "params": {"lr": rate}},
+        "gradient_clipping": clipping,
+        "zero_optimization": zero,
+    }
+
+
+def _shrink(raw: Raw, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
+    """Puts a small model in the place of the user's, and says what it did."""
+    own, kind = sum(p.numel() for p in shape.parameters()), shape.config.model_type
+    raw["data"]["sequence_length"] = min(SHORT, loaded.facts.positions or SHORT)
+    raw["model"]["initialize"] = "random"
+    if own <= SMALL:
+        return f"shrink: {kind} with {own:,} parameters is small already"
+    config, small = _smallest(model_config(loaded.config.model), shape, loaded)
+    raw["model"] = {key: value for key, value in raw["model"].items() if key not in ("path", "config")}
+    raw["model"]["config"] = config
+    return f"shrink: {kind} with {small:,} parameters instead of {own:,}, and the same kinds of layers"
+
+
+def _fails(model: PreTrainedModel, loaded: LoadedConfig) -> str:
+    """Why the model, which is on the meta device, cannot compute; empty if it can."""
+    initialize_weights(model, loaded.config.run.seed)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.arange(SHORT).unsqueeze(0) % loaded.facts.vocabulary, use_cache=False)
+    except Exception as error:  # sizes that do not fit together fail in as many ways as there are families
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tuple[Raw, int]:
+    """A small model's configuration, with the same modules and parameters but for their numbers and sizes.
+
+    An infinity, which is none of JSON's numbers, is left to the family's default.
+    """
+    reasons = []
+    try:
+        for candidate in shrunk(config):
+            whole = json.loads(candidate.to_json_string(use_diff=False))
+            inline = scrub({key: value for key, value in whole.items() if "__float__" not in json.dumps(value)})
+            section = loaded.config.model.model_copy(update={"path": None, "config": inline, "initialize": "random"})
+            small_config = loaded.config.model_copy(update={"model": section})
+            try:
+                small = build_model_shape(LoadedConfig(small_config, loaded.facts, loaded.batch, 1, {}))
+            except ConfigError as refusal:
+                reasons.append(str(refusal.problems[0]))
+                continue
+            count = sum(parameter.numel() for parameter in small.parameters())
+            if _signature(small) != _signature(shape):
+                reasons.append("the small model has other layers")
+            elif count > LARGEST:
+                reasons.append(f"the small model still has {count:,} parameters")
+            elif reason := _fails(small, loaded):
+                reasons.append(reason)
+            else:
+                return inline, count
+    except Exception as error:  # the families' constructors raise what they like
+        reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+    raise ConfigError(
+        Problem("--shrink", f"'{shape.config.model_type}' cannot be made small: {shortened(reasons[0], 200)}",
+                "Leave --shrink out, and set smaller sizes with --set model.config.KEY=N")
+    )  # fmt: skip

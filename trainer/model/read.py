@@ -1,0 +1,277 @@
+"""Reads pretrained weights, one after the other, and of each no more than this rank holds.
+
+The model is on the meta device. Files are mapped, not loaded; a cut weight's parts are copied straight from their
+places in the file. Names and shapes in the file may differ from the model's (experts one by one, older names):
+transformers says how, and its tables are used here as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from trainer.errors import ConfigError, Problem
+from trainer.model.initialize import Complete, initialize_buffers, initialize_module
+from trainer.parallel import Shard, shard_of
+
+log = logging.getLogger(__name__)
+
+
+class _Files:
+    """The tensors of a folder or of a hub repository, by name, in files that are mapped into memory."""
+
+    def __init__(self, path: str) -> None:
+        self._handles = [safe_open(file, framework="pt") for file in self._find(path)]
+        self._of: dict[str, Any] = {}
+        for handle in self._handles:
+            names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
+            self._of.update(dict.fromkeys(names, handle))
+
+    @staticmethod
+    def _find(path: str) -> list[str]:
+        folder = Path(path).expanduser()
+        where = str(folder) if folder.is_dir() else path
+        quiet = {"_raise_exceptions_for_missing_entries": False}
+        if (single := cached_file(where, SAFE_WEIGHTS_NAME, **quiet)) is not None:
+            return [single]
+        index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **quiet)
+        if index is None:
+            raise FileNotFoundError(f"it holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        if folder.is_dir():
+            names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            return [str(folder / name) for name in names]
+        files: list[str] = get_checkpoint_shard_files(where, index)[0]
+        return files
+
+    def names(self) -> list[str]:
+        return sorted(self._of, key=dot_natural_key)
+
+    def slice(self, name: str) -> Any:
+        """A view of a tensor in its file, of which any box can be copied out."""
+        view: Any = self._of[name].get_slice(name)
+        return view
+
+    def whole(self, name: str) -> Tensor:
+        tensor: Tensor = self._of[name].get_tensor(name)
+        return tensor
+
+
+@dataclass
+class _Target:
+    """A tensor of the model, and the tensors in the files that it is made of."""
+
+    name: str
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    """(name in the files, pattern of the converter that it matches, if any)."""
+
+    converter: WeightConverter | None = None
+
+    def boxes(self, files: _Files) -> dict[str, tuple[int, ...]] | None:
+        """Where each source begins in the target, if the target is nothing but its sources side by side."""
+        if self.converter is None:
+            return {self.sources[0][0]: (0,) * len(files.slice(self.sources[0][0]).get_shape())}
+        match self.converter.operations:
+            case [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
+                pass
+            case _:
+                return None
+        patterns = list(self.converter.source_patterns)
+        places, counts, offsets = {}, dict.fromkeys(patterns, 0), dict.fromkeys(patterns, 0)
+        for before, pattern in itertools.pairwise(patterns):
+            first = next(name for name, matched in self.sources if matched == before)
+            offsets[pattern] = offsets[before] + files.slice(first).get_shape()[0]
+        for name, pattern in self.sources:
+            rest = len(files.slice(name).get_shape()) - 1
+            places[name] = (counts[pattern], offsets[pattern], *(0,) * rest)
+            counts[pattern] += 1
+        return places
+
+
+def _targets(model: PreTrainedModel, files: _Files) -> tuple[dict[str, _Target], list[str]]:
+    """The model's tensors by name with their sources, and the names in the files that match none."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    shapes = model.state_dict()
+    targets: dict[str, _Target] = {}
+    strangers = []
+    for name in files.names():
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
+        if renamed not in shapes and name in shapes:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, shapes)
+        if renamed not in shapes:
+            strangers.append(name)
+            continue
+        target = targets.setdefault(renamed, _Target(renamed))
+        target.sources.append((name, pattern or ""))
+        target.converter = None if pattern is None else by_pattern[pattern]
+    used: Any = [transform for transform in transforms if transform.was_used()]
+    model._weight_conversions = used  # what `save_pretrained` reverts
+    return targets, strangers
+
+
+def _converted(target: _Target, files: _Files, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Whole tensors by name, by transformers' own operations; one converter may make several."""
+    converter = copy.deepcopy(target.converter)
+    assert converter is not None
+    for name, pattern in target.sources:
+        converter.add_tensor(target.name, name, pattern, files.whole(name))  # type: ignore[arg-type]
+    made = converter.convert(target.name, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _copy_boxes(local: Tensor, shard: Shard, boxes: dict[str, tuple[int, ...]], files: _Files) -> None:
+    """Copies this rank's part of a target from the files, source by source."""
+    for name, start in boxes.items():
+        source = files.slice(name)
+        shape = (1,) * (len(start) - len(source.get_shape())) + tuple(source.get_shape())
+        for here, there in shard.ranges():
+            first = max(there.start, start[shard.dim])
+            last = min(there.stop, start[shard.dim] + shape[shard.dim])
+            if first >= last:
+                continue
+            inner = [slice(0, size) for size in shape]
+            inner[shard.dim] = slice(first - start[shard.dim], last - start[shard.dim])
+            outer = [slice(begin, begin + size) for begin, size in zip(start, shape, strict=True)]
+            outer[shard.dim] = slice(here.start + first - there.start, here.start + last - there.start)
+            read = source[tuple(inner[len(shape) - len(source.get_shape()) :])]
+            local[tuple(outer)].copy_(read.reshape(local[tuple(outer)].shape))
+
+
+def _taking(whole: Tensor) -> Callable[[Tensor, Shard], object]:
+    return lambda local, shard: local.copy_(shard.take(whole))
+
+
+class _Reader:
+    """Fills a model on the meta device."""
+
+    def __init__(self, model: PreTrainedModel, files: _Files, complete: Complete) -> None:
+        self._model, self._files, self._complete = model, files, complete
+        self._holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._holders.setdefault(parameter, []).append((module, key))
+        self._waiting = dict(model.named_parameters(remove_duplicate=False))
+        self._buffers = dict(model.named_buffers())
+        self.mismatched: list[str] = []
+
+    def fill(self, target: _Target) -> None:
+        """Gives the target, or all that its converter makes, its value."""
+        boxes = target.boxes(self._files)
+        if boxes is None:
+            for name, whole in _converted(target, self._files, self._model).items():
+                self._give(name, tuple(whole.shape), _taking(whole))
+            return
+        shapes = [((1,) * (len(at) - len(s)) + s, at) for n, at in boxes.items() for s in [self._shape(n)]]
+        whole_shape = tuple(max(a + b for a, b in zip(*pair, strict=True)) for pair in self._ends(shapes))
+        self._give(target.name, whole_shape, lambda local, shard: _copy_boxes(local, shard, boxes, self._files))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files.slice(name).get_shape())
+
+    @staticmethod
+    def _ends(shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Iterable[tuple[list[int], list[int]]]:
+        for dim in range(len(shapes[0][0])):
+            yield [shape[dim] for shape, _ in shapes], [at[dim] for _, at in shapes]
+
+    def _give(self, name: str, shape: tuple[int, ...], copy_into: Callable[[Tensor, Shard], object]) -> None:
+        if name in self._buffers:
+            copy_into(self._buffers[name], Shard.whole(name, shape, owner=True))
+            return
+        parameter = self._waiting.pop(name, None)
+        if parameter is None or parameter not in self._holders:  # another name of a weight that is there already
+            return
+        if tuple(parameter.shape) != shape:
+            self.mismatched.append(f"{name} {list(shape)} instead of {list(parameter.shape)}")
+            return
+        shard = shard_of(parameter)
+        if shard is None or not shard.covers_all_packed:
+            shard = Shard.whole(name, shape, owner=True)
+        real = nn.Parameter(torch.zeros(shard.local_shape(), dtype=parameter.dtype), parameter.requires_grad)
+        real.__dict__.update(parameter.__dict__)
+        with torch.no_grad():
+            copy_into(real, shard)
+        for module, key in self._holders.pop(parameter):
+            module._parameters[key] = real
+        self._complete([real])
+
+    def missing(self) -> list[str]:
+        """Names of parameters that nothing has filled, and that the family does not compute itself."""
+        computed = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
+        missing = []
+        for name, parameter in list(self._model.named_parameters()):
+            if parameter not in self._holders:
+                continue
+            if any(pattern.search(name) for pattern in computed):
+                initialize_module(self._model, name.rpartition(".")[0], self._complete)
+            else:
+                missing.append(name)
+        return sorted(missing)
+
+
+def read_weights(model: PreTrainedModel, path: str, complete: Complete = lambda parameters: None) -> None:
+    """Fills `model`, which is on the meta device, from `path`: a folder, or a name on the hub.
+
+    A parameter that carries the record of a shard gets that part only. Peak memory beside what this rank holds: the
+    largest single tensor.
+
+    Args:
+        complete: called with each parameter once it has its value; it may take it away (ZeRO-3).
+
+    Raises:
+        ConfigError: if the files cannot be read, or do not hold the model's weights.
+    """
+    log.info("reading weights from %s", path)
+    try:
+        files = _Files(path)
+        initialize_buffers(model)
+        targets, strangers = _targets(model, files)
+        reader = _Reader(model, files, complete)
+        for target in targets.values():
+            reader.fill(target)
+    except Exception as error:  # hub, network, safetensors and conversion errors alike
+        if isinstance(error, ConfigError):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            Problem("model.path", f"'{path}' cannot be read: {first}", "Check the folder, the name, the network")
+        ) from None
+    for kind, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ConfigError(
+                Problem("model.path", f"weights in '{path}' do not fit the model: {kind} {shown}",
+                        "Check that config.json and the weights belong together")
+            )  # fmt: skip
+    if strangers:
+        log.warning("%d weights of %s have no place in the model: %s", len(strangers), path, ", ".join(strangers[:5]))
+    if model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except OSError:
+            log.info("%s has no generation_config.json; generation takes the defaults of the configuration", path)

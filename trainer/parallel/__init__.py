@@ -1,0 +1,27 @@
+"""Tensor parallelism: a plan for each weight, cut layers, and the record of what a rank holds."""
+
+from trainer.parallel.join import Joiner
+from trainer.parallel.loss import IGNORED, VocabularyCrossEntropy
+from trainer.parallel.mapper import Mapper, TensorMapper, drops, tensor_mapper
+from trainer.parallel.plan import Plan, read_plan
+from trainer.parallel.sequence import refuse_sequence_parallel
+from trainer.parallel.shard import Shard, counts, shard_of
+from trainer.parallel.styles import Style, starred
+
+__all__ = [
+    "IGNORED",
+    "Joiner",
+    "Mapper",
+    "Plan",
+    "Shard",
+    "Style",
+    "TensorMapper",
+    "VocabularyCrossEntropy",
+    "counts",
+    "drops",
+    "read_plan",
+    "refuse_sequence_parallel",
+    "shard_of",
+    "starred",
+    "tensor_mapper",
+]

@@ -1,0 +1,34 @@
+"""Puts cut weights together again, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from trainer.parallel.collectives import Group, all_gather
+from trainer.parallel.shard import Shard
+
+
+class Joiner:
+    """Joins the parts of a tensor group's ranks. All its ranks add the same parameters in the same order."""
+
+    def __init__(self, group: Group, ranks: int) -> None:
+        self._group, self._ranks = group, ranks
+        self._started: dict[str, tuple[Tensor, int]] = {}
+        """Weights of which some pieces are there: the tensor, and how far it is filled."""
+
+    def add(self, name: str, part: Tensor, shard: Shard | None) -> Iterator[tuple[str, Tensor]]:
+        """Gives (Hugging Face name, whole weight), once its last piece is there."""
+        if shard is None or shard.is_whole:
+            yield (name if shard is None else shard.name), part
+            return
+        whole, filled = self._started.pop(shard.name, (part.new_empty(shard.whole_shape), 0))
+        for rank, held in enumerate(all_gather(part.unsqueeze(0), 0, self._group)):
+            replace(shard, index=rank * shard.of // self._ranks).put(held, whole)
+        filled += sum(shard.packed)
+        if filled == shard.whole_shape[shard.dim]:
+            yield shard.name, whole
+        else:
+            self._started[shard.name] = whole, filled

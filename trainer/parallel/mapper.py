@@ -1,0 +1,255 @@
+"""Cuts a model by its plan: parameters first, as their values arrive, then the modules around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from trainer.distributed import World
+from trainer.parallel.collectives import Group
+from trainer.parallel.join import Joiner
+from trainer.parallel.layers import INSTALL, resize, share_pieces, sum_gradient
+from trainer.parallel.loss import VocabularyCrossEntropy
+from trainer.parallel.plan import Placement, Plan, read_plan
+from trainer.parallel.region import Region
+from trainer.parallel.sequence import SequenceParallel, refuse_sequence_parallel
+from trainer.parallel.shard import Shard, mark, shard_of
+from trainer.parallel.watch import GradientWatch
+
+
+class Mapper(Protocol):
+    """What stands between a model that is being made and the engine that trains it."""
+
+    def cut(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Leaves each parameter, which holds its whole value, this rank's part.
+
+        Returns them, and with them those that had to be made for parts that several ranks share.
+        """
+
+    def install(self) -> None:
+        """Changes the modules to compute with their parts."""
+
+    def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
+        """The loss over the logits that the model gives on this rank."""
+
+    def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
+        """The whole of a buffer of which each rank has a part. On all ranks."""
+
+    def verify_gradients(self) -> None:
+        """After the first backward pass, on all ranks: whether whole weights have the same gradient everywhere.
+
+        Raises:
+            PlanError: naming the weight that has not.
+        """
+
+
+Replicas = Callable[[int], Group]
+"""From a number of neighbouring tensor ranks that share a part to this rank's group of them."""
+
+
+_OF_OTHER_HEADS = re.compile("classif|summary|qa_|pooler")
+"""In the names of dropout rates that a language model does not use, and has: GPT-NeoX's classifier_dropout is 0.1."""
+
+
+def drops(model: PreTrainedModel) -> bool:
+    """Whether some dropout is active in the model, be it a module or a rate that a module or a configuration holds."""
+    modules = list(model.modules())
+    holders = [*modules, *(m.config for m in modules if isinstance(getattr(m, "config", None), PreTrainedConfig))]
+    named = [(key, value) for holder in holders for key, value in vars(holder).items() if "drop" in key]
+    rates = [value for key, value in named if isinstance(value, float) and not _OF_OTHER_HEADS.search(key)]
+    rates += [module.p for module in modules if isinstance(module, nn.Dropout)]
+    return any(rate > 0 for rate in rates)
+
+
+class TensorMapper:
+    """Cuts one model for one rank.
+
+    1. On construction every parameter gets its record (`shard_of`), while it is still whole or on the meta device.
+    2. `cut` takes parameters that have their whole value and leaves them this rank's part of it.
+    3. `install` changes the modules, once all parameters are cut.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        group: Group,
+        ranks: int,
+        rank: int,
+        replicas: Replicas,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
+        self._model, self._plan = model, plan
+        self._region = Region(group, ranks, rank, draws=drops(model), is_training=lambda: model.training)
+        self._replicas = replicas
+        self._sequence_parallel = sequence_parallel
+        self._pieces: dict[str, tuple[Shard, ...]] = {}
+        self._first_rank_only = {p.name for p in plan.placements if p.style.word == "first_rank"}
+        for placement in plan.placements:
+            mark(placement.parameter, placement.pieces[0])
+            self._pieces[placement.name] = placement.pieces
+
+    def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
+        """See `Mapper.cross_entropy`."""
+        head = self._model.get_output_embeddings()
+        shard = None if head is None else shard_of(head.weight)
+        if shard is None or shard.is_whole:
+            return VocabularyCrossEntropy(smoothing, z_loss, chunk_tokens)
+        return VocabularyCrossEntropy(
+            smoothing,
+            z_loss,
+            chunk_tokens,
+            vocabulary=shard.whole_shape[0],
+            width=shard.local_shape()[0],
+            group=self._region.group,
+            rank=self._region.rank,
+            ranks=self._region.ranks,
+        )
+
+    @torch.no_grad()
+    def cut(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """See `Mapper.cut`."""
+        made = []
+        for parameter in list(parameters):
+            shard = shard_of(parameter)
+            assert shard is not None
+            made.append(parameter)
+            pieces = self._pieces[shard.name]
+            if shard.name in self._first_rank_only and self._region.rank:
+                parameter.requires_grad_(False).zero_()
+            if parameter.shape != shard.whole_shape or all(piece.is_whole for piece in pieces):
+                continue
+            whole = parameter.data
+            parameter.data = pieces[0].take(whole)
+            owner, _, key = shard.name.rpartition(".")
+            for number, piece in enumerate(pieces[1:], start=1):
+                extra = nn.Parameter(piece.take(whole), parameter.requires_grad)
+                mark(extra, piece)
+                self._model.get_submodule(owner).register_parameter(f"{key}_piece{number}", extra)
+                made.append(extra)
+        return made
+
+    def install(self) -> None:
+        """See `Mapper.install`."""
+        for placement in self._plan.placements:
+            self._finish(placement)
+        self._cut_buffers()
+        resized = [at.module for at in self._plan.modules if any(s.word != "divide" for s in at.styles)]
+        blocks_first = sorted(self._plan.modules, key=lambda at: at.name.count("."))
+        for at in blocks_first:
+            for style in at.styles:
+                INSTALL[style.word](self._region, at, style)
+        for module in resized:
+            resize(module)
+        if self._sequence_parallel:
+            refuse_sequence_parallel(self._model, self._plan, drops=self._region.draws)
+            SequenceParallel(self._model, self._plan, self._region).install()
+        self._model.register_forward_hook(lambda *_: self._region.forget())
+        self._watch = GradientWatch(self._model, self._plan, self._region.group)
+
+    def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
+        """See `Mapper.whole_buffer`."""
+        pieces = self._plan.buffers.get(name, ())
+        joiner, begin = Joiner(self._region.group, self._region.ranks), 0
+        whole = buffer
+        for piece in pieces:
+            length = piece.local_shape()[piece.dim]
+            for _, joined in joiner.add(name, buffer.narrow(piece.dim, begin, length), piece):
+                whole = joined
+            begin += length
+        return whole
+
+    def verify_gradients(self) -> None:
+        """See `Mapper.verify_gradients`."""
+        self._watch.verify()
+
+    def _finish(self, placement: Placement) -> None:
+        """Sums the gradients of what several ranks hold."""
+        owner, _, key = placement.name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        region = self._region
+        if placement.style.word == "replicated_with_grad_allreduce":
+            sum_gradient(module._parameters[key], region.group)  # type: ignore[arg-type]
+        if len(placement.pieces) > 1 and key == "weight":
+            share_pieces(module, len(placement.pieces))
+        for number, piece in enumerate(placement.pieces):
+            if 1 <= piece.of < region.ranks and not piece.is_whole:
+                held = module._parameters[f"{key}_piece{number}" if number else key]
+                assert held is not None
+                sum_gradient(held, self._replicas(region.ranks // piece.of))
+                if groups := getattr(self._parent(owner), "num_key_value_groups", None):
+                    self._kv_groups(owner, groups, piece.of)
+
+    def _parent(self, name: str) -> nn.Module:
+        return self._model.get_submodule(name.rpartition(".")[0])
+
+    def _kv_groups(self, owner: str, groups: int, units: int) -> None:
+        """Fewer query heads now share each key/value head."""
+        parent = self._parent(owner)
+        if not hasattr(parent, "_whole_key_value_groups"):
+            parent._whole_key_value_groups = groups  # type: ignore[assignment]
+        whole: int = parent._whole_key_value_groups  # type: ignore[assignment]
+        parent.num_key_value_groups = max(1, whole * units // self._region.ranks)  # type: ignore[assignment]
+
+    def _cut_buffers(self) -> None:
+        for buffer_name, pieces in self._plan.buffers.items():
+            owner, _, key = buffer_name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            whole = module._buffers[key]
+            assert whole is not None
+            module._buffers[key] = torch.cat([piece.take(whole) for piece in pieces], dim=pieces[0].dim)
+
+
+class WholeModel:
+    """The mapper where there is one tensor rank: nothing is cut."""
+
+    def cut(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """See `Mapper.cut`."""
+        return list(parameters)
+
+    def install(self) -> None:
+        """See `Mapper.install`."""
+
+    def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
+        """See `Mapper.cross_entropy`."""
+        return VocabularyCrossEntropy(smoothing, z_loss, chunk_tokens)
+
+    def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
+        """See `Mapper.whole_buffer`."""
+        return buffer
+
+    def verify_gradients(self) -> None:
+        """See `Mapper.verify_gradients`."""
+
+
+def tensor_mapper(
+    model: PreTrainedModel, user: Mapping[str, str], world: World, *, sequence_parallel: bool = False
+) -> Mapper:
+    """What cuts `model` for this rank.
+
+    Args:
+        user: `parallel.tensor_plan`.
+        sequence_parallel: `parallel.sequence_parallel`.
+
+    Raises:
+        PlanError: if the plan and the model do not fit together.
+    """
+    place = world.topology
+    if place.tensor == 1:
+        return WholeModel()
+    plan = read_plan(model, user, place.tensor, place.tensor_rank)
+    return TensorMapper(
+        model,
+        plan,
+        world.groups["tensor"],
+        place.tensor,
+        place.tensor_rank,
+        world.tensor_neighbours,
+        sequence_parallel=sequence_parallel,
+    )
