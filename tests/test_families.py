@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.harness import run_ranks
@@ -46,6 +47,10 @@ COUNTED = {"causal_lm": 140, "built": 150, "others": 25}
 """At least so many families are right."""
 
 
+def in_float64(families: list[Family]) -> list[Verdict]:
+    return prove(families, dtype=torch.float64)
+
+
 def in_sequence_parallel(families: list[Family]) -> list[Verdict]:
     return prove(families, sequence_parallel=True)
 
@@ -61,6 +66,13 @@ def test_every_gradient(ranks: int) -> None:
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
+def test_every_gradient_in_float64() -> None:
+    """Of families that compute nothing in float32 by themselves."""
+    names = ("gpt2", "opt", "bloom", "gpt_neox", "codegen", "falcon", "bert", "bart")
+    found = run_ranks(in_float64, 2, [f for f in REPRESENTATIVE if f.model_type in names])[0]
+    assert [describe(v) for v in found if not v.worst <= 1e-9 or v.outcome != "right"] == []
+
+
 def test_every_gradient_with_the_sequence_cut() -> None:
     kinds = (
         "llama",
@@ -74,6 +86,7 @@ def test_every_gradient_with_the_sequence_cut() -> None:
         "mixtral",
         "deepseek_v3",
         "mamba2",
+        "bart",
     )
     found = run_ranks(in_sequence_parallel, 2, [f for f in REPRESENTATIVE if f.model_type in kinds])[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []

@@ -168,7 +168,8 @@ def _compare(
     torch.manual_seed(2)  # a family may sample experts while it trains
     output = plain(**inputs)
     logits = output.logits[:, -LENGTH:]  # behind those of an image
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()) + _auxiliary(plain, output)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten()) + _auxiliary(plain, output)
     loss.backward()
     torch.manual_seed(2)
     output = cut(**inputs)
@@ -226,11 +227,13 @@ def prove(
     *,
     like_default: bool = True,
     sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Verdict]:
     """What this rank's world, all of it one tensor group, finds about each family. Runs on every rank.
 
     Args:
         user: rows of a tensor plan, as in `parallel.tensor_plan`.
+        dtype: in float64 a family that computes nothing in float32 by itself agrees to 1e-9.
     """
     launch = Launch.from_environment()
     place = Topology.of(launch.world, launch.rank, tensor=launch.world)
@@ -238,7 +241,7 @@ def prove(
         found = []
         for family in families:
             try:
-                plain = reference_model(family, like_default=like_default)
+                plain = reference_model(family, like_default=like_default).to(dtype)
                 cut = copy.deepcopy(plain)
                 plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
                 group, rank = world.groups["tensor"], place.tensor_rank
