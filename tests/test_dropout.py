@@ -157,17 +157,17 @@ def test_dropout() -> None:
 
 
 def one_stream_for_all(names: list[str]) -> list[str]:
-    Region.draw_apart = lambda self, like: None  # type: ignore[method-assign]
+    Region.draw_apart = lambda self, device: None  # type: ignore[method-assign]
     return dropout_is_drawn_right(names)
 
 
 def numbers_that_do_not_come_again(names: list[str]) -> list[str]:
-    def draw_apart(self: Region, like: Tensor) -> None:
+    def draw_apart(self: Region, device: torch.device) -> None:
         if self._state is None:
             self._state = torch.get_rng_state()
             torch.seed()
 
-    def draw_together(self: Region, like: Tensor) -> None:
+    def draw_together(self: Region, device: torch.device) -> None:
         if self._state is not None:
             torch.set_rng_state(self._state)
             self._state = None

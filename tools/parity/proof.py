@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +13,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tools.parity.families import Family
 from tools.parity.shrink import MINIMAL, tiny
-from trainer.distributed import Launch, joined_world
+from trainer.distributed import Launch, World, joined_world
 from trainer.errors import PlanError
 from trainer.model.tasks import AUXILIARY_COEFFICIENTS
-from trainer.parallel import Plan, TensorMapper, read_plan, shard_of, starred
+from trainer.parallel import (
+    Mapper,
+    Plan,
+    Shard,
+    TensorMapper,
+    WholeModel,
+    fill_elsewhere,
+    read_plan,
+    shard_of,
+    starred,
+)
+from trainer.pipeline import Stage, balance, follow
 from trainer.topology import Topology
 
 CLASSES: dict[str, Any] = {
@@ -160,8 +172,83 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+class _OneStage:
+    """The whole model on every tensor rank."""
+
+    is_last = True
+
+    def loss(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Forward and backward; the loss, detached."""
+        loss = compute()
+        loss.backward()
+        return loss.detach()
+
+    def reports(self, report: Any) -> list[Any]:
+        """What the stages have to say, each its own."""
+        return [report]
+
+
+class _Stages:
+    """One stage of a model, which speaks with its neighbours."""
+
+    def __init__(self, model: PreTrainedModel, stage: Stage, shared: Iterator[nn.Parameter], world: World) -> None:
+        self._model, self._stage, self._shared, self._world = model, stage, list(shared), world
+        self._ranks = world.topology.group("pipeline")
+        self.is_last = stage.is_last
+
+    def loss(self, compute: Callable[[], Tensor]) -> Tensor:
+        received = () if self._stage.is_first else self._receive(self._stage.number - 1)
+        result = self._stage.run(compute, tuple(tensor.clone() for tensor in received))  # as DeepSpeed does
+        if isinstance(result, Tensor):
+            result.backward()
+        else:
+            self._send(result, self._stage.number + 1)
+            torch.autograd.backward(result, self._receive(self._stage.number + 1))
+        if received:
+            gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in received)
+            self._send(gradients, self._stage.number - 1)
+        for parameter in self._shared:
+            dist.all_reduce(parameter.grad, group=self._world.groups["pipeline"])
+        return result.detach() if isinstance(result, Tensor) else torch.zeros(())
+
+    def reports(self, report: Any) -> list[Any]:
+        found: list[Any] = [None] * len(self._ranks)
+        dist.all_gather_object(found, report, group=self._world.groups["pipeline"])
+        return found
+
+    def _send(self, tensors: tuple[Tensor, ...], stage: int) -> None:
+        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        dist.send_object_list([shapes], self._ranks[stage])
+        for tensor in tensors:
+            dist.send(tensor.detach().contiguous(), self._ranks[stage])
+
+    def _receive(self, stage: int) -> tuple[Tensor, ...]:
+        box: list[Any] = [None]
+        dist.recv_object_list(box, self._ranks[stage])
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in box[0]]
+        for tensor in tensors:
+            dist.recv(tensor, self._ranks[stage])
+        return tuple(tensor.requires_grad_() for tensor in tensors)
+
+
+def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, set[str]]:
+    """This rank's stage of a model, its weights elsewhere gone; and the weights that other stages have as well."""
+    with torch.device("meta"):
+        shape = type(cut)._from_config(copy.deepcopy(cut.config), attn_implementation="eager")
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), _inputs(family, shape)[0])
+    flow = follow(shape, inputs)
+    stage = Stage(cut, flow, balance([1.0] * len(flow.units), world.topology.pipeline), world.topology.stage)
+    return stage, {name for name, stages in stage.leave_weights().items() if len(stages) > 1}
+
+
 def _compare(
-    family: Family, plain: PreTrainedModel, cut: PreTrainedModel, mapper: TensorMapper, plan: Plan, ranks: int
+    family: Family,
+    plain: PreTrainedModel,
+    cut: PreTrainedModel,
+    mapper: Mapper,
+    plan: Plan,
+    place: Topology,
+    pipe: _OneStage | _Stages,
 ) -> Verdict:
     """Runs both models forward and backward; on every rank, its own part of each gradient against the plain one."""
     inputs, labels = _inputs(family, plain)
@@ -172,16 +259,19 @@ def _compare(
     loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten()) + _auxiliary(plain, output)
     loss.backward()
     torch.manual_seed(2)
-    output = cut(**inputs)
     cross_entropy = mapper.cross_entropy(0.0, 0.0, None)
-    own = cross_entropy(output.logits[:, -LENGTH:], labels).objective / labels.numel() + _auxiliary(cut, output)
-    own.backward()
+
+    def compute() -> Tensor:
+        output = cut(**inputs)
+        own = cross_entropy(output.logits[:, -LENGTH:], labels).objective / labels.numel()
+        return own + _auxiliary(cut, output)
+
+    own = pipe.loss(compute)
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     floor = NOISE * max(float(g.abs().max()) for g in expected.values() if g is not None)
     names, errors = [], []
-    for _, parameter in cut.named_parameters():
-        shard = shard_of(parameter)
-        assert shard is not None
+    for name, parameter in cut.named_parameters():
+        shard = shard_of(parameter) or Shard.whole(name, parameter.shape, owner=True)
         if not parameter.requires_grad:
             continue
         wanted = expected[shard.name]
@@ -190,13 +280,14 @@ def _compare(
         error = float((got - shard.take(wanted)).abs().max())
         names.append(shard.name)
         errors.append(error / max(float(wanted.abs().max()), floor))
-    gathered: list[Any] = [None] * ranks
+    gathered: list[Any] = [None] * place.world
     dist.all_gather_object(gathered, dict(zip(names, errors, strict=True)))
+    own = sum(pipe.reports(own))
     worst: dict[str, float] = {}
     for found in gathered:
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)
-    verdict = Verdict(str(family), ranks, "right", loss=(float(loss.detach()), float(own.detach())))
+    verdict = Verdict(str(family), place.world, "right", loss=(float(loss.detach()), float(own)))
     verdict.worst_name, verdict.worst = max(worst.items(), key=lambda item: item[1])
     blocks = blocks_of(plain)
     verdict.share_cut = plan.share_cut(blocks)
@@ -206,10 +297,11 @@ def _compare(
         for p in plan.placements
         if len(p.shape) > 1 and not p.is_cut and any(p.name.startswith(f"{block}.") for block in blocks)
     }
-    wrong = {starred(name) for name, error in worst.items() if not error <= TOLERANCE}
+    missing = {name for name, parameter in plain.named_parameters() if parameter.requires_grad} - worst.keys()
+    wrong = {starred(name) for name, error in worst.items() if not error <= TOLERANCE} | set(missing)
     if wrong or not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", ", ".join(sorted(wrong)[:4])
-    elif verdict.share_cut < 0.9 or verdict.share_without_gradient > 0.05:
+    elif (place.tensor > 1 and verdict.share_cut < 0.9) or verdict.share_without_gradient > 0.05:
         verdict.outcome = "partly"
     return verdict
 
@@ -227,16 +319,18 @@ def prove(
     *,
     like_default: bool = True,
     sequence_parallel: bool = False,
+    pipeline: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> list[Verdict]:
-    """What this rank's world, all of it one tensor group, finds about each family. Runs on every rank.
+    """What this rank's world finds about each family. Runs on every rank.
 
     Args:
         user: rows of a tensor plan, as in `parallel.tensor_plan`.
+        pipeline: stages; the ranks of a stage are one tensor group.
         dtype: in float64 a family that computes nothing in float32 by itself agrees to 1e-9.
     """
     launch = Launch.from_environment()
-    place = Topology.of(launch.world, launch.rank, tensor=launch.world)
+    place = Topology.of(launch.world, launch.rank, tensor=launch.world // pipeline, pipeline=pipeline)
     with joined_world(launch, place, seed=1) as world:
         found = []
         for family in families:
@@ -244,17 +338,27 @@ def prove(
                 plain = reference_model(family, like_default=like_default).to(dtype)
                 cut = copy.deepcopy(plain)
                 plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
-                group, rank = world.groups["tensor"], place.tensor_rank
-                mapper = TensorMapper(
-                    cut, plan, group, place.tensor, rank, world.tensor_neighbours, sequence_parallel=sequence_parallel
-                )
+                mapper: Mapper = WholeModel()
+                if place.tensor > 1:
+                    group, rank = world.groups["tensor"], place.tensor_rank
+                    mapper = TensorMapper(
+                        cut, plan, group, place.tensor, rank, world.tensor_neighbours,
+                        sequence_parallel=sequence_parallel,
+                    )  # fmt: skip
+                stage, shared = _staged(family, cut, world) if pipeline > 1 else (None, set())
                 mapper.cut(cut.parameters())
                 mapper.install()
-                found.append(_compare(family, plain, cut, mapper, plan, place.tensor))
+                pipe: _OneStage | _Stages = _OneStage()
+                if stage is not None:
+                    stage.install()
+                    fill_elsewhere(cut, torch.device("cpu"), dtype)
+                    own = (p for n, p in cut.named_parameters() if n in shared)
+                    pipe = _Stages(cut, stage, own, world)
+                found.append(_compare(family, plain, cut, mapper, plan, place, pipe))
             except _NotBuilt as error:
-                found.append(Verdict(str(family), place.tensor, "not built", str(error)))
+                found.append(Verdict(str(family), place.world, "not built", str(error)))
             except PlanError as error:
-                found.append(Verdict(str(family), place.tensor, "refused", str(error.problems[0])))
+                found.append(Verdict(str(family), place.world, "refused", str(error.problems[0])))
         return found
 
 

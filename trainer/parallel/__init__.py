@@ -1,8 +1,9 @@
 """Tensor parallelism: a plan for each weight, cut layers, and the record of what a rank holds."""
 
+from trainer.parallel.elsewhere import all_parameters, fill_elsewhere, lies_elsewhere, put_elsewhere
 from trainer.parallel.join import Joiner
 from trainer.parallel.loss import IGNORED, VocabularyCrossEntropy
-from trainer.parallel.mapper import Mapper, TensorMapper, drops, tensor_mapper
+from trainer.parallel.mapper import Mapper, TensorMapper, WholeModel, drops, tensor_mapper
 from trainer.parallel.plan import Plan, read_plan
 from trainer.parallel.sequence import refuse_sequence_parallel
 from trainer.parallel.shard import Shard, counts, shard_of
@@ -17,8 +18,13 @@ __all__ = [
     "Style",
     "TensorMapper",
     "VocabularyCrossEntropy",
+    "WholeModel",
+    "all_parameters",
     "counts",
     "drops",
+    "fill_elsewhere",
+    "lies_elsewhere",
+    "put_elsewhere",
     "read_plan",
     "refuse_sequence_parallel",
     "shard_of",

@@ -34,6 +34,9 @@ class Mapper(Protocol):
     def install(self) -> None:
         """Changes the modules to compute with their parts."""
 
+    def leave(self, device: torch.device) -> None:
+        """The model's forward pass has ended before its end, on a pipeline's stage."""
+
     def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
         """The loss over the logits that the model gives on this rank."""
 
@@ -137,6 +140,7 @@ class TensorMapper:
 
     def install(self) -> None:
         """See `Mapper.install`."""
+        self._plan = self._plan.here(self._model)
         for placement in self._plan.placements:
             self._finish(placement)
         self._cut_buffers()
@@ -152,6 +156,11 @@ class TensorMapper:
             SequenceParallel(self._model, self._plan, self._region).install()
         self._model.register_forward_hook(lambda *_: self._region.forget())
         self._watch = GradientWatch(self._model, self._plan, self._region.group)
+
+    def leave(self, device: torch.device) -> None:
+        """See `Mapper.leave`."""
+        self._region.forget()
+        self._region.draw_together(device)
 
     def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
         """See `Mapper.whole_buffer`."""
@@ -215,6 +224,9 @@ class WholeModel:
 
     def install(self) -> None:
         """See `Mapper.install`."""
+
+    def leave(self, device: torch.device) -> None:
+        """See `Mapper.leave`."""
 
     def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
         """See `Mapper.cross_entropy`."""

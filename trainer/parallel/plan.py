@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import PlanError, Problem
+from trainer.parallel.elsewhere import lies_elsewhere
 from trainer.parallel.parts import Part, Refused, Scope, in_units, parse_parts
 from trainer.parallel.rows import Rows
 from trainer.parallel.shard import Shard
@@ -60,6 +61,15 @@ class Plan:
     modules: list[ModuleStyle]
     buffers: dict[str, tuple[Shard, ...]]
     """Buffers that are cut, by name."""
+
+    def here(self, model: nn.Module) -> Plan:
+        """The part of the plan about what lies in `model` and not on another pipeline stage."""
+        held = dict(model.named_parameters(remove_duplicate=False))
+        return Plan(
+            [placement for placement in self.placements if placement.name in held],
+            [at for at in self.modules if not lies_elsewhere(at.module)],
+            {n: s for n, s in self.buffers.items() if not lies_elsewhere(model.get_submodule(n.rpartition(".")[0]))},
+        )
 
     @property
     def held(self) -> int:

@@ -76,7 +76,7 @@ class Region:
         """How the input of a column layer enters."""
 
         def change(x: Tensor) -> Tensor:
-            self.draw_apart(x)
+            self.draw_apart(x.device)
             return x if column in self._silent else self.enter(x)
 
         return change
@@ -108,7 +108,7 @@ class Region:
         def alone(x: Tensor) -> Tensor:
             if row in self._scattering:  # a row layer may be given all tokens in one dimension
                 return collectives.scatter_sequence(x, min(self._scattering[row], x.ndim - 2), self.group)
-            self.draw_together(x)
+            self.draw_together(x.device)
             return self.leave(x)
 
         def hand_over(x: Tensor) -> Tensor:
@@ -126,21 +126,21 @@ class Region:
         self._rows.add(row)
         return hand_over if row in self._firsts else for_both if row in self._seconds else alone
 
-    def draw_apart(self, like: Tensor) -> None:
+    def draw_apart(self, device: torch.device) -> None:
         """From here on each rank draws its own random numbers, until `draw_together`."""
         if not (self.draws and self._is_training()):
             return
-        generator = _generator(like.device)
+        generator = _generator(device)
         if _is_apart(generator):
             return
-        torch.empty(1, device=like.device).uniform_()  # else two regions in a row would draw alike
+        torch.empty(1, device=device).uniform_()  # else two regions in a row would draw alike
         self._state = generator.get_state()
         own = zlib.crc32(self._state.numpy().tobytes(), self.rank) << 16 | self.rank
         generator.manual_seed(_APART << 48 | own)
 
-    def draw_together(self, like: Tensor) -> None:
+    def draw_together(self, device: torch.device) -> None:
         """All ranks draw the same random numbers again, as if none had been drawn in between."""
-        generator = _generator(like.device)
+        generator = _generator(device)
         if self._state is not None and _is_apart(generator):
             generator.set_state(self._state)
 

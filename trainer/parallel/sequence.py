@@ -88,11 +88,11 @@ class SequenceParallel:
                 self._layer(f"{name}.{key}", layer)
 
     def _begin(self, x: Tensor) -> Tensor:
-        self._region.draw_apart(x)
+        self._region.draw_apart(x.device)
         return collectives.split(x, SEQUENCE, self._region.group)
 
     def _end(self, x: Tensor) -> Tensor:
-        self._region.draw_together(x)
+        self._region.draw_together(x.device)
         return collectives.gather(x, SEQUENCE, self._region.group)
 
     def _layer(self, name: str, layer: nn.Module) -> None:

@@ -1,0 +1,254 @@
+"""One stage of a model: the Hugging Face model itself, which computes with its own layers only.
+
+Its forward pass is the family's own, from masks and positions to the head. Layers of earlier stages do not compute:
+they return what has been received in their place. Where the first layer of a later stage would run, the pass ends, and
+the values that later stages read are what is sent. Which values these are is known from following the model
+(`trace.Flow`), not from its family: the hidden state as a rule, with it a mixture's router logits, which the family's
+own load-balancing loss reads on the last stage, an encoder's output, a position bias, or an embedding that layers use
+again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from trainer.errors import PlanError, Problem
+from trainer.parallel import put_elsewhere, starred
+from trainer.pipeline.trace import BATCH, LENGTH, Call, Flow, Value
+
+T = TypeVar("T")
+
+Record = tuple[Tensor, ...]
+"""What crosses a boundary: the values of `Flow.crossing`, those of one kind (of every layer, say) stacked."""
+
+
+class _EndOfStage(Exception):
+    """The first layer of the next stage was reached."""
+
+
+class Stage:
+    """Makes a model one stage of itself.
+
+    1. `leave_weights` takes away the weights of other stages, while all are on the meta device.
+    2. `install` changes what the modules of other stages compute, once the own ones are complete.
+    3. `run` computes one micro-batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, flow: Flow, bounds: Sequence[int], number: int) -> None:
+        """Stage `number` has the units from bounds[number] up to bounds[number + 1] of `flow`.
+
+        Raises:
+            PlanError: if a value crosses one of its boundaries that cannot be sent.
+        """
+        self._model, self._flow, self._bounds, self.number = model, flow, tuple(bounds), number
+        self._first, self._end = bounds[number], bounds[number + 1]
+        self.is_first, self.is_last = number == 0, number == len(bounds) - 2
+        self.incoming = [] if self.is_first else _sendable(flow, self._first)
+        self.outgoing = [] if self.is_last else _sendable(flow, self._end)
+        self._received: dict[Value, Tensor] = {}
+        self._made: dict[Value, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+        self._runs = False
+
+    def stages_of(self) -> dict[str, tuple[int, ...]]:
+        """Stages that hold each parameter, by its first name; more than one where several use it (tied embeddings).
+
+        A weight that the forward pass does not use, such as an expert's that no token chose, lies with the layer it is
+        in, and outside all layers on the first stage.
+        """
+        units = {name: number for number, unit in enumerate(self._flow.units) for name in unit}
+        found = {}
+        for name, _ in self._model.named_parameters():
+            path = name.split(".")
+            inside = (units[prefix] for n in range(1, len(path)) if (prefix := ".".join(path[:n])) in units)
+            used = self._flow.uses(name) or set(inside) or {0}
+            found[name] = tuple(sorted({self._stage_of(unit) for unit in used}))
+        return found
+
+    def _stage_of(self, unit: int) -> int:
+        return sum(bound <= unit for bound in self._bounds) - 1
+
+    def leave_weights(self) -> dict[str, tuple[int, ...]]:
+        """Puts the weights of other stages elsewhere. Returns `stages_of`."""
+        stages = self.stages_of()
+        foreign = {
+            id(parameter) for name, parameter in self._model.named_parameters() if self.number not in stages[name]
+        }
+        for module in self._model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if id(parameter) in foreign:
+                    put_elsewhere(module, key)
+        return stages
+
+    def install(self) -> None:
+        """Replaces what modules of other stages compute, and listens to those whose outputs are sent."""
+        calls = self._flow.calls
+        given: dict[tuple[str, int], dict[int, Value]] = defaultdict(dict)
+        for value in self.incoming:
+            given[value.module, value.nth][value.leaf] = value
+        for call in calls:
+            if call.place.inside and self._flow.unit(call.place) < self._first:
+                self._replace_layer(call, given)
+        beside = {calls[v.call].module for v in self.incoming if not calls[v.call].place.inside}
+        for name in beside:
+            self._replay_beside(name, given)
+        if not self.is_last:
+            self._model.get_submodule(self._flow.units[self._end][0]).forward = _stop
+        made_here: dict[str, list[Value]] = defaultdict(list)
+        for value in self.outgoing:
+            if self._flow.unit(calls[value.call].place) >= self._first:
+                made_here[value.module].append(value)
+        for name, values in made_here.items():
+            self._listen(name, values)
+
+    def _replace_layer(self, call: Call, given: dict[tuple[str, int], dict[int, Value]]) -> None:
+        """A layer of an earlier stage: calls what it has to give from inside, and returns what is read of it."""
+        layer = self._model.get_submodule(call.module)
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+        own = [value for value in self.incoming if value.call == call.number and value.module != call.module]
+        heard = dict.fromkeys((value.module, value.nth) for value in own)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            for name, nth in heard:  # Hugging Face's recorders listen to them
+                inner = self._model.get_submodule(name)
+                inner.forward = partial(self._give, *self._flow.structures[name, nth], given[name, nth])
+                inner()
+            return self._give(call.output, call.shapes, given.get((call.module, call.nth), {}))
+
+        layer.forward = forward
+
+    def _replay_beside(self, name: str, given: dict[tuple[str, int], dict[int, Value]]) -> None:
+        """A module beside the layers: returns what was received in the calls whose outputs were, else computes."""
+        module = self._model.get_submodule(name)
+        computes = module.forward
+        calls = {call.nth: call for call in self._flow.calls if call.module == name}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nth = self._counts[name]
+            self._counts[name] += 1
+            if (name, nth) not in given:
+                return computes(*args, **kwargs)
+            return self._give(calls[nth].output, calls[nth].shapes, given[name, nth])
+
+        module.forward = forward
+
+    def _give(
+        self, structure: Any, shapes: tuple[tuple[int, ...] | None, ...], leaves: dict[int, Value], *_: Any, **__: Any
+    ) -> Any:
+        """An output of this structure: what was received; where nobody reads, something of that shape."""
+        by_shape = {self._shape(value): tensor for value, tensor in self._received.items()}
+        blank = [by_shape.get(shape) if shape is not None else None for shape in shapes]
+        return pytree.tree_unflatten(
+            [self._received[leaves[n]] if n in leaves else blank[n] for n in range(len(shapes))], structure
+        )
+
+    def _shape(self, value: Value) -> tuple[int, ...] | None:
+        return _shape_of(self._flow, value)
+
+    def _listen(self, name: str, values: list[Value]) -> None:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if not self._runs:  # computed again in the backward pass
+                return
+            nth = self._counts[f"{name}()"]
+            self._counts[f"{name}()"] += 1
+            leaves = pytree.tree_leaves(output) if any(value.nth == nth for value in values) else []
+            self._made.update({value: leaves[value.leaf] for value in values if value.nth == nth})
+
+        self._model.get_submodule(name).register_forward_hook(keep)
+
+    def run(self, compute: Callable[[], T], received: Record = ()) -> T | Record:
+        """Computes one micro-batch.
+
+        Args:
+            compute: calls the model with the whole micro-batch, as on one device.
+            received: what the stage before has returned; nothing on the first.
+
+        Returns:
+            On the last stage what `compute` returns; on the others, what the next one has to receive.
+        """
+        self._counts.clear()
+        self._received = dict(_unpack(self.incoming, received))
+        self._made = {value: tensor for value, tensor in self._received.items() if value in self.outgoing}
+        self._runs = True
+        try:
+            result = compute()
+        except _EndOfStage:
+            return tuple(_differentiable(tensor) for tensor in _pack(self.outgoing, self._made))
+        finally:
+            self._runs = False
+            self._received, self._made = {}, {}
+        assert self.is_last, f"{self._flow.units[self._end][0]} was not reached"
+        return result
+
+
+def numbers_sent(flow: Flow, cut: int, batch: int, length: int) -> dict[str, int]:
+    """How many numbers cross the boundary before unit `cut`, by the modules that give them (`*` for numbers).
+
+    Args:
+        batch: samples of a micro-batch. length: tokens of each.
+    """
+    sizes = {BATCH: batch, LENGTH: length, BATCH * LENGTH: batch * length}
+    sent: dict[str, int] = defaultdict(int)
+    for value in _sendable(flow, cut):
+        shape = _shape_of(flow, value) or ()
+        sent[starred(value.module)] += prod(sizes.get(size, size) for size in shape)
+    return dict(sent)
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise _EndOfStage
+
+
+def _shape_of(flow: Flow, value: Value) -> tuple[int, ...] | None:
+    call = flow.calls[value.call]
+    shapes = call.shapes if value.module == call.module else flow.structures[value.module, value.nth][1]
+    return shapes[value.leaf]
+
+
+def _sendable(flow: Flow, cut: int) -> list[Value]:
+    values = flow.crossing(cut)
+    for value in values:
+        if _shape_of(flow, value) is None:
+            raise PlanError(
+                Problem("parallel.pipeline", f"behind layer {cut} whole numbers are read that {value.module} returns, "
+                        "and only real ones can be sent", "Set parallel.pipeline to 1")
+            )  # fmt: skip
+    return sorted(values, key=_kind)
+
+
+def _kind(value: Value) -> tuple[str, int]:
+    """Values of one kind travel as one tensor: all layers' router logits."""
+    return starred(value.module), value.leaf
+
+
+def _groups(values: Sequence[Value]) -> Iterator[list[Value]]:
+    for _, group in groupby(values, _kind):
+        yield list(group)
+
+
+def _pack(values: Sequence[Value], tensors: dict[Value, Tensor]) -> Iterator[Tensor]:
+    for group in _groups(values):
+        yield tensors[group[0]] if len(group) == 1 else torch.stack([tensors[value] for value in group])
+
+
+def _unpack(values: Sequence[Value], record: Record) -> Iterator[tuple[Value, Tensor]]:
+    for group, tensor in zip(_groups(values), record, strict=True):
+        yield from zip(group, [tensor] if len(group) == 1 else tensor.unbind(), strict=True)
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """A gradient is received for everything that is sent, also where no weight behind it is trained."""
+    if torch.is_grad_enabled() and not tensor.requires_grad:
+        return tensor.detach().requires_grad_()
+    return tensor

@@ -1,0 +1,402 @@
+"""Follows a model through one forward pass without computing it: which layers there are, and what goes between them.
+
+The model runs on the meta device, where tensors have shapes and no values. What is noted is all that a cut into stages
+has to know of a family: in which order its layers run, which modules with weights run before, between and behind them,
+where each weight is used, and which values that one layer makes are read by which later ones. Nobody writes it down by
+family.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
+
+from trainer.errors import PlanError, Problem
+
+BATCH, LENGTH = 3, 13
+"""Of the ids that are followed: sizes that are hardly any of a model's own, so that they are known again in shapes."""
+
+
+class Place(NamedTuple):
+    """Where in the forward pass something happens."""
+
+    begun: int
+    """Layers that have begun by then."""
+
+    inside: bool
+    """Whether inside the last of them, or behind it."""
+
+
+@dataclass
+class Call:
+    """A module that has weights was called: a layer, or one beside the layers."""
+
+    number: int
+    module: str
+    nth: int
+    """How many times it had been called before."""
+
+    place: Place
+    output: Any = None
+    """What it returned: a pytree's structure."""
+
+    shapes: tuple[tuple[int, ...] | None, ...] = ()
+    """Of the leaves; None for what is no tensor of real numbers."""
+
+    flops: int = 0
+    """Of its matrix products."""
+
+
+class Value(NamedTuple):
+    """A tensor that a call made, as the others know it."""
+
+    call: int
+    module: str
+    """The called module, or one inside it."""
+
+    nth: int
+    leaf: int
+    """Its number among the leaves of what the module returned."""
+
+
+@dataclass
+class Flow:
+    """What one forward pass does; read by unit: a layer, or several modules that make one together."""
+
+    units: list[tuple[str, ...]]
+    """Names of the modules of each unit, in the order in which they run."""
+
+    calls: list[Call]
+    structures: dict[tuple[str, int], tuple[Any, tuple[tuple[int, ...] | None, ...]]]
+    """What a module inside a layer returned in its nth call, where others read it: structure, and shapes of leaves."""
+
+    _layers: list[int]
+    """Unit of each layer call."""
+
+    _reads: dict[Value, set[Place]]
+    _uses: dict[str, set[Place]]
+    _unknown: dict[str, set[tuple[Place, Place]]]
+    """Values that no module gives, by what they are: where made, and where read."""
+
+    def unit(self, place: Place) -> int:
+        """The unit that something is part of; what is beside the layers belongs with the next one, or the last."""
+        number = place.begun - 1 if place.inside else place.begun
+        return self._layers[min(number, len(self._layers) - 1)]
+
+    def costs(self, length: int, longer: Flow) -> list[float]:
+        """FLOPs of each unit's forward pass, and of what belongs with it, for one sequence of `length` tokens.
+
+        Those of one length grow with it, or with its square (attention); a second flow over twice the length tells
+        them apart.
+        """
+        costs = [0.0] * len(self.units)
+        for short, long in zip(self.calls, longer.calls, strict=True):
+            squared = (long.flops - 2 * short.flops) / 2
+            share = length / LENGTH
+            costs[self.unit(short.place)] += ((short.flops - squared) * share + squared * share**2) / BATCH
+        return costs
+
+    def uses(self, parameter: str) -> set[int]:
+        """Units that use a parameter, by its first name; none where nothing does."""
+        return {self.unit(place) for place in self._uses.get(parameter, ())}
+
+    def crossing(self, cut: int) -> list[Value]:
+        """Values that are made before unit `cut` and read at it or behind it, in the order in which they are made.
+
+        Raises:
+            PlanError: if one is among them that no module gives.
+        """
+        for what, ways in self._unknown.items():
+            if any(self.unit(made) < cut <= self.unit(read) for made, read in ways):
+                raise PlanError(
+                    Problem("parallel.pipeline", f"{what} is read behind layer {cut}, and cannot travel there",
+                            "Set parallel.pipeline to 1")
+                )  # fmt: skip
+        crossing = (
+            value
+            for value, places in self._reads.items()
+            if self.unit(self.calls[value.call].place) < cut and any(self.unit(place) >= cut for place in places)
+        )
+        return sorted(crossing)
+
+
+class _Guess(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers what the meta device cannot: a number is 1, a truth is true, and nothing is chosen.
+
+    So a mask hides nothing and no token is sent to an expert; shapes and order stay what they are.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is aten.nonzero.default and args[0].is_meta:
+            return torch.empty((0, args[0].ndim), dtype=torch.long, device="meta")
+        if func is aten.where.default and args[0].is_meta:
+            return [torch.empty(0, dtype=torch.long, device="meta") for _ in range(args[0].ndim)]
+        if func is aten._grouped_mm.default:  # whose shapes are checked for the kernels of one device
+            return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """A source that no module gives."""
+
+    what: str
+    made: Place
+
+
+_Sources = frozenset[Value | _Unknown]
+
+
+class _Follower(_Guess):  # type: ignore[no-untyped-call]
+    """Notes every operation: what it reads, and where its result comes from."""
+
+    def __init__(self, model: nn.Module, layers: set[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._layers = layers
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
+        self._sources: dict[int, _Sources] = {}
+        self._made_in: dict[int, Call] = {}
+        self._given_by: dict[int, list[tuple[Value, bool]]] = {}
+        """Modules inside a layer that gave a tensor, innermost first, and whether somebody else listens to them."""
+
+        self._kept: list[Any] = []
+        """Every tensor, so that no identity is used twice."""
+
+        self._counts: Counter[str] = Counter()
+        self._begun = 0
+        self._active: list[Call] = []
+        self._returned: dict[tuple[str, int], Any] = {}
+        self.calls: list[Call] = []
+        self.layer_calls: list[str] = []
+        self.reads: dict[Value, set[Place]] = {}
+        self.uses: dict[str, set[Place]] = {}
+        self.unknown: dict[str, set[tuple[Place, Place]]] = {}
+        self.structures: dict[tuple[str, int], Any] = {}
+
+    # Modules ---------------------------------------------------------------------------------------------------------
+
+    def enters(self, name: str, module: nn.Module) -> None:
+        """A module is called."""
+        if self._active or not (name in self._layers or _owns_weights(module)):
+            return
+        is_layer = name in self._layers
+        self._begun += is_layer
+        call = Call(len(self.calls), name, self._counts[name], Place(self._begun, is_layer))
+        self.calls.append(call)
+        self._active.append(call)
+        if is_layer:
+            self.layer_calls.append(name)
+
+    def returns(self, name: str, module: nn.Module, output: Any, *, heard: bool) -> None:
+        """A module returns `output`; `heard` if hooks of others, such as Hugging Face's recorders, listen to it."""
+        nth = self._counts[name]
+        self._counts[name] += 1
+        if not self._active:
+            return
+        call = self._active[-1]
+        leaves, structure = pytree.tree_flatten(output)
+        tensors = [(number, leaf) for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if name != call.module:
+            self._returned[name, nth] = structure, _shapes(leaves)
+            for number, tensor in tensors:
+                self._given_by.setdefault(id(tensor), []).append((Value(call.number, name, nth, number), heard))
+            return
+        for _, tensor in tensors:
+            if self._made_in.get(id(tensor)) is not call:  # it hands through what it was given
+                self._note(self._of(tensor))
+        self._active.pop()
+        call.output, call.shapes = structure, _shapes(leaves)
+        for number, tensor in tensors:
+            self._kept.append(tensor)
+            self._made_in.pop(id(tensor), None)
+            self._sources[id(tensor)] = frozenset({Value(call.number, name, nth, number)})
+
+    def ends(self, output: Any) -> None:
+        """The model returns; whoever asked for its output reads it behind the last layer."""
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._note(self._of(tensor))
+
+    # Operations ------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in given))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._active:
+            self._active[-1].flops += _flops(func, args, kwargs or {}, result)
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                changed = any(tensor is one for one in given)  # in place, maybe through a view
+                self._make(tensor, sources)
+                if changed and tensor._base is not None:
+                    self._make(tensor._base, sources | self._sources.get(id(tensor._base), frozenset()))
+        return result
+
+    def _read(self, tensor: Tensor) -> _Sources:
+        """Notes that an operation reads `tensor`. Returns what its result then comes from."""
+        if (name := self._parameters.get(id(tensor))) is not None:
+            self.uses.setdefault(name, set()).add(self._here())
+            return frozenset() if self._active else frozenset({_Unknown(f"a value made with {name}", self._here())})
+        sources = self._of(tensor)
+        if not self._active:
+            return sources
+        self._note(sources)
+        return frozenset()
+
+    def _of(self, tensor: Tensor) -> _Sources:
+        """Where a tensor comes from; from nowhere, where no weights are behind it or the call at work has made it."""
+        made_in = self._made_in.get(id(tensor))
+        if made_in is None:
+            return self._sources.get(id(tensor), frozenset())
+        if self._active and self._active[-1] is made_in:
+            return frozenset()
+        given_by = self._given_by.get(id(tensor))
+        if not given_by:
+            return frozenset({_Unknown(f"a value made inside {made_in.module}", made_in.place)})
+        value = next((value for value, heard in given_by if heard), given_by[-1][0])
+        self.structures[value.module, value.nth] = self._returned[value.module, value.nth]
+        return frozenset({value})
+
+    def _note(self, sources: _Sources) -> None:
+        for source in sources:
+            if isinstance(source, _Unknown):
+                self.unknown.setdefault(source.what, set()).add((source.made, self._here()))
+            else:
+                self.reads.setdefault(source, set()).add(self._here())
+
+    def _make(self, tensor: Tensor, sources: _Sources) -> None:
+        self._kept.append(tensor)
+        if self._active:
+            self._made_in[id(tensor)] = self._active[-1]
+            self._sources.pop(id(tensor), None)
+        else:
+            self._made_in.pop(id(tensor), None)
+            self._sources[id(tensor)] = sources
+
+    def _here(self) -> Place:
+        return self._active[-1].place if self._active else Place(self._begun, inside=False)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Of a matrix product; 0 for anything else."""
+    if func is torch.ops.aten._grouped_mm.default:
+        return int(2 * args[0].numel() * result.shape[-1])
+    formula = flop_registry.get(func._overloadpacket)
+    return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+
+
+def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(tuple(x.shape) if isinstance(x, Tensor) and x.is_floating_point() else None for x in leaves)
+
+
+def _owns_weights(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Modules that are layers, with their (list, key): those in the outermost lists of modules with several matrices,
+    and in lists beside these of the same length."""
+    outermost: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = module
+    large = {name for name, stack in outermost.items() if len(stack) and _matrices(stack) >= 2 * len(stack)}
+    beside = {(name.rpartition(".")[0], len(outermost[name])) for name in large}
+    return {
+        f"{name}.{key}": (name, key)
+        for name, stack in outermost.items()
+        if (name.rpartition(".")[0], len(stack)) in beside
+        for key, child in stack.named_children()
+        if any(True for _ in child.parameters())
+    }
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _units(layer_calls: list[str], layers: dict[str, tuple[str, str]]) -> Iterator[list[str]]:
+    """Groups the layers that have run: those of the same number in several lists make one."""
+    unit: list[str] = []
+    for name in layer_calls:
+        stack, key = layers[name]
+        if unit and (layers[unit[-1]][1] != key or any(layers[other][0] == stack for other in unit)):
+            yield unit
+            unit = []
+        unit.append(name)
+    if unit:
+        yield unit
+
+
+def example_inputs(model: PreTrainedModel, length: int = LENGTH) -> dict[str, Tensor]:
+    """Ids on the meta device, as the model's task takes them."""
+    ids = torch.zeros((BATCH, length), dtype=torch.long, device="meta")
+    takes = inspect.signature(model.forward).parameters
+    two_sided = model.config.is_encoder_decoder and "decoder_input_ids" in takes
+    return {"input_ids": ids} | ({"decoder_input_ids": ids.clone()} if two_sided else {})
+
+
+def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Flow:
+    """Follows one forward pass of a model whose tensors are on the meta device.
+
+    Args:
+        inputs: on the meta device; `example_inputs` by default.
+
+    Raises:
+        PlanError: if the model cannot be followed, has no layers that run one after the other, or runs one twice.
+    """
+    layers = _layers(model)
+    follower = _Follower(model, set(layers))
+    handles = []
+    for name, module in model.named_modules():
+        handles += _listen(follower, name, module)
+    kind = model.config.model_type
+    given: dict[str, Any] = dict(inputs or example_inputs(model))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        given["use_cache"] = False
+    training = model.training
+    try:
+        with torch.no_grad(), follower:
+            output = model.eval()(**given)
+            follower.ends(output)
+    except Exception as error:  # whatever an operation without values raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PlanError(
+            Problem("parallel.pipeline", f"{kind} cannot be followed without computing it: {first}",
+                    "Set parallel.pipeline to 1")
+        ) from None  # fmt: skip
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    twice = [name for name, count in Counter(follower.layer_calls).items() if count > 1]
+    units = [tuple(unit) for unit in _units(follower.layer_calls, layers)]
+    if twice or len(units) < 2:
+        reason = f"{kind} runs {twice[0]} several times" if twice else f"{kind} has no list of layers that run in a row"
+        raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))
+    numbers = [number for number, unit in enumerate(units) for _ in unit]
+    return Flow(units, follower.calls, follower.structures, numbers, follower.reads, follower.uses, follower.unknown)
+
+
+def _listen(follower: _Follower, name: str, module: nn.Module) -> list[Any]:
+    def enters(module: nn.Module, args: Any) -> None:
+        follower.enters(name, module)
+
+    def returns(module: nn.Module, args: Any, output: Any) -> None:
+        follower.returns(name, module, output, heard=len(module._forward_hooks) > 1)
+
+    return [module.register_forward_pre_hook(enters), module.register_forward_hook(returns)]
