@@ -22,6 +22,7 @@ from trainer.engine import start_engine
 from trainer.exit import Arguments, exit_on_errors
 from trainer.loop import fit
 from trainer.model import build_model, build_model_shape, model_cost, write_model
+from trainer.pipeline import divide_layers
 from trainer.topology import Topology
 from trainer.tracking import Meter, RunDirectory, open_trackers
 
@@ -52,7 +53,8 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     for problem in loaded.warnings:
         log.warning("%s", problem)
     config = loaded.config
-    cost = model_cost(build_model_shape(loaded))
+    shape = build_model_shape(loaded)
+    cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
     configure_logging(launch.rank, directory.path / "logs")
@@ -61,7 +63,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
             directory.write_config(loaded)
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
-        engine = start_engine(model, loaded, world)
+        engine = start_engine(model, loaded, world, stages)
         meter = Meter(engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt)
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
             fit(config, engine, batches, meter, trackers)

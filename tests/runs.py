@@ -19,7 +19,8 @@ from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
-from trainer.model import build_model, initialize_weights, model_cost
+from trainer.model import build_model, build_model_shape, initialize_weights, model_cost
+from trainer.pipeline import divide_layers
 from trainer.topology import Topology
 from trainer.tracking import Meter
 
@@ -33,6 +34,12 @@ def _loaded(config: dict[str, Any], world: int) -> LoadedConfig:
     return check(config, world=world, device="cpu")
 
 
+def _place(config: dict[str, Any], launch: Launch) -> Topology:
+    parallel = config.get("parallel", {})
+    tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", 1)
+    return Topology.of(launch.world, launch.rank, tensor=tensor, pipeline=pipeline)
+
+
 Outcome = tuple[Curve, Weights, float | None]
 """The curve, the final weights, and the held-out loss before training."""
 
@@ -40,8 +47,7 @@ Outcome = tuple[Curve, Weights, float | None]
 def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Outcome]:
     """Our engine in this rank's world, once for each (configuration, steps)."""
     launch = Launch.from_environment()
-    tensor = jobs[0][0].get("parallel", {}).get("tensor", 1)
-    topology = Topology.of(launch.world, launch.rank, tensor=tensor)
+    topology = _place(jobs[0][0], launch)
     with joined_world(launch, topology, seed=jobs[0][0]["run"]["seed"]) as world:
         return [_train(config, steps, launch, topology, world, sabotage) for config, steps in jobs]
 
@@ -52,7 +58,8 @@ def _train(
     loaded = _loaded(config, launch.world)
     prepared = prepare_data(loaded, builder=launch.rank == 0)
     batches = open_batches(loaded, prepared, topology)
-    engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world)
+    division = divide_layers(build_model_shape(loaded), loaded)
+    engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
     before = engine.evaluate(batches.validation).loss if batches.validation else None
     if sabotage:
         _sabotage(engine, sabotage)
@@ -163,7 +170,7 @@ def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainB
     prepared = prepare_data(loaded, builder=launch.rank == 0)
     model = build_model(loaded, prepared.tokenizer)
     cost = model_cost(model)
-    engine = start_engine(model, loaded, world)
+    engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
     meter = Meter(engine, world.device, launch.world, cost, loaded.config.data.sequence_length, attempt=1)
     return open_batches(loaded, prepared, world.topology).train, engine, meter
 
@@ -182,8 +189,7 @@ def rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
 def auxiliary(config: dict[str, Any]) -> float:
     """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
     launch = Launch.from_environment()
-    tensor = config.get("parallel", {}).get("tensor", 1)
-    with joined_world(launch, Topology.of(launch.world, launch.rank, tensor=tensor), seed=1) as world:
+    with joined_world(launch, _place(config, launch), seed=1) as world:
         batches, engine, meter = _start(config, launch, world)
         batch = batches.at(1)
         result = engine.train_step(batch)

@@ -29,9 +29,11 @@ class Layout:
     checkpointing: str = "none"
     tensor: int = 1
     sequence_parallel: bool = False
+    pipeline: int = 1
 
     def __str__(self) -> str:
         extra = "-offload" * self.offload + "-recompute" * (self.checkpointing == "full")
+        extra += f"-pipeline{self.pipeline}" * (self.pipeline > 1)
         extra += f"-tensor{self.tensor}" * (self.tensor > 1) + "-sequence" * self.sequence_parallel
         return f"world{self.world}-zero{self.stage}-accumulate{self.accumulation}-{self.packing}{extra}"
 
@@ -74,6 +76,15 @@ LAYOUTS = [
     Layout(2, 0, 2, tensor=2, sequence_parallel=True),
     Layout(4, 1, 2, tensor=2, sequence_parallel=True, checkpointing="full"),
     Layout(4, 3, 1, "concatenate", tensor=4, sequence_parallel=True),
+    Layout(2, 0, 4, pipeline=2),
+    Layout(2, 1, 4, "concatenate", pipeline=2),
+    Layout(2, 0, 1, pipeline=2),
+    Layout(4, 0, 2, "concatenate", pipeline=2),
+    Layout(4, 1, 2, pipeline=2, checkpointing="full"),
+    Layout(4, 0, 2, pipeline=2, tensor=2),
+    Layout(4, 1, 4, pipeline=2, tensor=2, sequence_parallel=True),
+    Layout(8, 1, 2, pipeline=2, tensor=2),
+    Layout(8, 0, 2, "concatenate", pipeline=2, tensor=2, sequence_parallel=True),
 ]
 
 
@@ -86,6 +97,7 @@ def config_of(layout: Layout, base: dict[str, Any], **values: Any) -> dict[str, 
         data__packing=layout.packing,
         model__activation_checkpointing=layout.checkpointing,
         parallel__tensor=layout.tensor,
+        parallel__pipeline=layout.pipeline,
         parallel__sequence_parallel=layout.sequence_parallel,
         deepspeed__train_batch_size=BATCH,
         deepspeed__train_micro_batch_size_per_gpu=None,

@@ -86,6 +86,7 @@ class World:
     """The process group of this rank along each axis of more than one rank; None stands for all ranks."""
 
     _neighbours: dict[int, Any] = field(default_factory=dict, repr=False)
+    _of_stages: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -103,6 +104,20 @@ class World:
                     if self.topology.rank in ranks[start : start + count]:
                         self._neighbours[count] = group
         return self._neighbours[count]
+
+    def stages_group(self, stages: tuple[int, ...]) -> Any:
+        """The group of the ranks at this rank's place in `stages`; None on a rank of another stage.
+
+        Every rank of the world must ask for the same stages in the same order.
+        """
+        if stages not in self._of_stages:
+            self._of_stages[stages] = None
+            for ranks in self.topology.groups("pipeline"):
+                members = [ranks[stage] for stage in stages]
+                group = dist.new_group(members)
+                if self.topology.rank in members:
+                    self._of_stages[stages] = group
+        return self._of_stages[stages]
 
 
 class _Console(logging.StreamHandler[TextIO]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import extension_of
 from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
 from trainer.parallel import drops, read_plan, starred
+from trainer.pipeline import Division, bubble, divide_layers
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
@@ -52,6 +54,34 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
         yield "  attention and MLP are summed apart, because dropout is active between them"
 
 
+def _pipeline_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
+    if division.flow is None:
+        return
+    size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
+    stages, micro_batches = division.stages, loaded.batch.accumulation
+    yield (f"pipeline     {stages} stages, {micro_batches} micro-batches: a stage waits for "
+           f"{bubble(stages, micro_batches):.1%} of the time")  # fmt: skip
+    yield "  stage  layers  share of FLOPs  parameters of a rank  sent of each micro-batch"
+    held = _held_by_stage(loaded, model, division)
+    for stage, first, end, share, sent in division.table(loaded.batch.micro, loaded.config.data.sequence_length, size):
+        said = ", ".join(f"{_gib(count)} ({name})" for name, count in sent.items()) or "-"
+        yield f"  {stage:5}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {held[stage]:20,}  {said}"
+
+
+def _held_by_stage(loaded: LoadedConfig, model: Any, division: Division) -> list[int]:
+    """Parameters that a rank of each stage holds; the first tensor rank's, padding included."""
+    parallel = loaded.config.parallel
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if parallel.tensor > 1:
+        plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+        sizes = {p.name: sum(prod(piece.local_shape()) for piece in p.pieces) for p in plan.placements}
+    held = [0] * division.stages
+    for name, stages in division.holders(model).items():
+        for stage in stages:
+            held[stage] += sizes[name]
+    return held
+
+
 def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     batch, config = loaded.batch, loaded.config
     tokens = batch.train * config.data.sequence_length
@@ -62,11 +92,11 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield f"tokens       {most}{tokens:,} a step, {most}{tokens * steps:,} in {steps:,} steps"
 
 
-def _memory_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
-    section, parallel = loaded.config.deepspeed, loaded.config.parallel
-    held = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0).held if parallel.tensor > 1 else None
+def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
+    section = loaded.config.deepspeed
+    held = _held_by_stage(loaded, model, division)
     states = state_bytes(
-        model_cost(model).parameters if held is None else held,
+        max(held),
         stage=section.zero_stage,
         data_ranks=loaded.data_ranks,
         half=section.precision != "fp32",
@@ -78,7 +108,8 @@ def _memory_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
     on_device = sum(size for name, size in states.items() if name not in offloaded)
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in states.items() if size)
     yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
-    yield f"memory       {_gib(on_device)} of model states on each rank's device ({parts}); activations come on top"
+    whose = "each rank's device" if len(held) == 1 else f"the devices of stage {held.index(max(held))}, the largest"
+    yield f"memory       {_gib(on_device)} of model states on {whose} ({parts}); activations come on top"
     if offloaded:
         yield f"offloaded    {', '.join(offloaded)}"
 
@@ -99,10 +130,10 @@ def describe(loaded: LoadedConfig) -> str:
     """The rank grid, parameters, batch arithmetic, memory of model states, tokens a step.
 
     Raises:
-        ConfigError: if transformers refuses to build the model.
+        ConfigError: if transformers refuses to build the model, or its layers cannot be divided.
     """
     model = build_model_shape(loaded)
-    cost = model_cost(model)
+    cost, division = model_cost(model), divide_layers(model, loaded)
     optimizer = loaded.deepspeed_json["optimizer"]
     lines = [
         f"{loaded.name}: the configuration is sound; nothing was started",
@@ -110,8 +141,9 @@ def describe(loaded: LoadedConfig) -> str:
         *_batch_lines(loaded),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
         + (f" (DeepSpeed's {extension_of(loaded.deepspeed_json)})" if extension_of(loaded.deepspeed_json) else ""),
-        *_memory_lines(loaded, model),
+        *_memory_lines(loaded, model, division),
         *_tensor_lines(loaded, model),
+        *_pipeline_lines(loaded, model, division),
         *_rank_lines(loaded),
         *(f"warning: {problem}" for problem in loaded.warnings),
     ]

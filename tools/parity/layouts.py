@@ -25,6 +25,7 @@ from tools.parity.subject import STEPS, Layout, Subject, deepspeed_section, prep
 from trainer.config.load import check
 from trainer.errors import ConfigError, Problem
 from trainer.model import build_model_shape
+from trainer.pipeline import divide_layers
 
 SECONDS = 24 * 3600.0
 """How long a layout may take: a model may be large and a machine slow."""
@@ -78,7 +79,9 @@ def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float],
     count = layout.data * layout.accumulation if layout.accumulation else whole
     samples = subject.samples * whole // count
     raw = deepcopy(subject.raw)
-    raw["parallel"] |= {"tensor": layout.tensor, "sequence_parallel": layout.sequence_parallel}
+    raw["parallel"] |= {
+        "tensor": layout.tensor, "pipeline": layout.pipeline, "sequence_parallel": layout.sequence_parallel
+    }  # fmt: skip
     zero = raw["deepspeed"]["zero_optimization"] | ({} if layout.zero is None else {"stage": layout.zero})
     raw["deepspeed"] = deepspeed_section(zero, count, count // layout.data, samples, sgd)
     return Job(raw, layout, count, samples, folder)
@@ -89,7 +92,8 @@ def _refuse_early(jobs: list[Job]) -> None:
     problems: list[Problem] = []
     for job in jobs:
         try:
-            build_model_shape(check(job.raw, world=job.layout.world, device="cpu"))
+            loaded = check(job.raw, world=job.layout.world, device="cpu")
+            divide_layers(build_model_shape(loaded), loaded)
         except ConfigError as error:
             problems += [_of_layout(job.layout, problem) for problem in error.problems]
     if problems:

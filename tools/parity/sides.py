@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.schedule import OptimizerStep
 from deepspeed.utils import safe_get_full_grad
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,12 +32,14 @@ from trainer.config.model_facts import model_config
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.engine import start_engine
+from trainer.engine.pipeline import PipelineEngine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
-from trainer.model import build_model, initialize_weights
+from trainer.model import build_model, build_model_shape, initialize_weights
 from trainer.model.tasks import AUXILIARY_COEFFICIENTS
 from trainer.parallel import shard_of
 from trainer.parallel.collectives import all_gather
+from trainer.pipeline import divide_layers
 from trainer.topology import Topology
 
 _SEED = 2026
@@ -138,7 +142,8 @@ class Outputs:
 
     def __init__(self, model: PreTrainedModel) -> None:
         names = blocks_of(model)
-        self.blocks = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
+        outermost = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
+        self.blocks = [name for name in outermost if any(True for _ in names[name].parameters())]  # others: elsewhere
         self.seen: list[tuple[str, Tensor]] = []
         self._state = "waits"
         for name in self.blocks:
@@ -163,8 +168,10 @@ class Outputs:
 
     def of_step(self, step: int) -> Iterator[tuple[str, Tensor]]:
         """(key, output) in order of computation; forgets them."""
-        for number, (name, tensor) in enumerate(self.seen):
-            yield f"{step}/{number:05d}/{name}", tensor
+        counts: Counter[str] = Counter()
+        for name, tensor in self.seen:
+            yield f"{step}/{counts[name]}/{name}", tensor
+            counts[name] += 1
         self.seen, self._state = [], "waits"
 
 
@@ -305,12 +312,12 @@ def layout(job: Job, expected: Reference) -> Found | Refusal:
 def _layout(job: Job, expected: Reference) -> Found:
     launch = Launch.from_environment()
     configure_logging(launch.rank)
-    place = Topology.of(launch.world, launch.rank, tensor=job.layout.tensor)
+    place = Topology.of(launch.world, launch.rank, tensor=job.layout.tensor, pipeline=job.layout.pipeline)
     with joined_world(launch, place, seed=_SEED) as world:
         loaded = check(job.raw, world=launch.world, device="cpu")
         model = build_model(loaded)
         without_dropout(model)
-        engine = start_engine(model, loaded, world)
+        engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
         kept = Outputs(engine.model)
         found = Found([], [], {}, {}, {})
         _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, found))
@@ -343,30 +350,41 @@ def _difference(got: Tensor, wanted: Tensor, scale: float) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def _after_first_backward(engine: PlainEngine, look: Callable[[], None]) -> None:
+def _after_first_backward(engine: PlainEngine | PipelineEngine, look: Callable[[], None]) -> None:
     """Calls `look` when the gradients of the first optimizer step are complete, and not yet clipped."""
+    if isinstance(engine, PipelineEngine):
+        instructions = engine._engine._INSTRUCTION_MAP
+        step = instructions[OptimizerStep]
+
+        def looking(*args: Any, **kwargs: Any) -> Any:
+            instructions[OptimizerStep] = step
+            look()
+            return step(*args, **kwargs)
+
+        instructions[OptimizerStep] = looking
+        return
     backward = engine._engine.backward
 
-    def looking(*args: Any, **kwargs: Any) -> Any:
+    def looking_behind(*args: Any, **kwargs: Any) -> Any:
         result = backward(*args, **kwargs)
         if engine._engine.is_gradient_accumulation_boundary():
             engine._engine.backward = backward
             look()
         return result
 
-    engine._engine.backward = looking
+    engine._engine.backward = looking_behind
 
 
 @torch.no_grad()
-def _compare_gradients(engine: PlainEngine, job: Job, expected: Reference, found: Found) -> None:
+def _compare_gradients(engine: PlainEngine | PipelineEngine, job: Job, expected: Reference, found: Found) -> None:
     """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
         known = set(file.keys())
-        for name, parameter in engine._engine.module.named_parameters():
+        for name, parameter in engine.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             shard = shard_of(parameter)
-            whole_name = name.removeprefix("model.") if shard is None else shard.name
+            whole_name = name if shard is None else shard.name
             got = safe_get_full_grad(parameter)
             wanted = file.get_tensor(whole_name) if whole_name in known else None
             size = max(0.0 if wanted is None else float(wanted.abs().max()), expected.floor)
@@ -381,14 +399,14 @@ def _compare_gradients(engine: PlainEngine, job: Job, expected: Reference, found
 
 
 @torch.no_grad()
-def _compare_parameters(engine: PlainEngine, job: Job, expected: Reference, found: Found) -> None:
+def _compare_parameters(engine: PlainEngine | PipelineEngine, job: Job, expected: Reference, found: Found) -> None:
     """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
     module = engine._engine.module
     elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
         known = set(file.keys())
         for name, got in engine.whole_weights():
-            if name in elsewhere and not engine._speaks:
+            if name in elsewhere and engine._world.topology.tensor_rank:
                 continue
             if name not in known:
                 found.parameters[name] = math.inf

@@ -42,6 +42,7 @@ class Layout:
 
     text: str
     tensor: int = 1
+    pipeline: int = 1
     data: int = 1
     sequence_parallel: bool = False
     zero: int | None = None
@@ -52,14 +53,14 @@ class Layout:
 
     @property
     def world(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.pipeline * self.data
 
 
-_KEYS = ("tensor", "data", "sequence_parallel", "zero", "accumulation")
+_KEYS = ("tensor", "pipeline", "data", "sequence_parallel", "zero", "accumulation")
 
 
 def parse_layout(text: str) -> Layout:
-    """Reads `tensor=4,data=2,sequence_parallel=true,zero=1,accumulation=2`, of which each key may be left out.
+    """Reads `tensor=4,pipeline=2,data=2,sequence_parallel=true,zero=1,accumulation=2`; each key may be left out.
 
     Raises:
         ConfigError: with every mistake in it.
@@ -159,7 +160,7 @@ def _only_what_is_used(raw: Raw) -> list[str]:
     if isinstance(raw.setdefault("training", {}), dict):
         raw["training"]["max_steps"] = STEPS
     if isinstance(raw.setdefault("parallel", {}), dict):
-        for key in ("tensor", "pipeline", "sequence_parallel"):
+        for key in ("tensor", "pipeline", "pipeline_layers", "pipeline_weights", "sequence_parallel"):
             raw["parallel"].pop(key, None)
     model = raw.get("model")
     attention = model.get("attention") if isinstance(model, dict) else None

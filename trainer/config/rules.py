@@ -104,11 +104,31 @@ def model_is_named_once(draft: Draft) -> Iterator[Problem]:
         )
 
 
-@rule("parallel")
-def axes_that_are_built(draft: Draft) -> Iterator[Problem]:
+@rule("parallel", "deepspeed.zero_optimization.stage")
+def pipeline_keeps_gradients(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
-    if draft.parallel.pipeline > 1:
-        yield Problem("parallel.pipeline", f"{draft.parallel.pipeline}: not built yet", "Set it to 1")
+    assert draft.deepspeed is not None
+    stage = draft.deepspeed.zero_stage
+    if draft.parallel.pipeline > 1 and stage > 1:
+        yield Problem(
+            "deepspeed.zero_optimization.stage",
+            f"{stage}, and parallel.pipeline is {draft.parallel.pipeline}: a stage adds up the gradients of all its "
+            "micro-batches before they are reduced, so they cannot be divided",
+            "Set it to 0 or 1, or parallel.pipeline to 1",
+        )
+
+
+@rule("parallel")
+def stages_are_described_once(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    stages = draft.parallel.pipeline
+    layers, weights = draft.parallel.pipeline_layers, draft.parallel.pipeline_weights
+    for key, given in (("pipeline_layers", layers), ("pipeline_weights", weights)):
+        if given is not None and len(given) != stages:
+            yield Problem(f"parallel.{key}", f"{given} names {len(given)} stages, and parallel.pipeline is {stages}")
+    if layers is not None and weights is not None:
+        yield Problem("parallel.pipeline_weights", "pipeline_layers says already how many layers each stage has",
+                      "Leave one of the two out")  # fmt: skip
 
 
 @rule("parallel", "model")
@@ -454,3 +474,17 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
                 f"{total} is less than training.max_steps ({training.max_steps}): the last steps have the lowest rate",
                 'Write "auto"',
             )
+    yield from _pipeline_waits(draft)
+
+
+def _pipeline_waits(draft: Draft) -> Iterator[Problem]:
+    if draft.parallel is None or draft.deepspeed is None or draft.data_ranks is None:
+        return
+    batch, stages = batch_arithmetic(draft.deepspeed, draft.data_ranks), draft.parallel.pipeline
+    if isinstance(batch, Batch) and batch.accumulation < stages:
+        share = (stages - 1) / (batch.accumulation + stages - 1)
+        yield Problem(
+            "deepspeed.gradient_accumulation_steps",
+            f"{batch.accumulation} micro-batches on {stages} stages: each stage waits for {share:.0%} of the time",
+            "Make micro-batches smaller, so that there are at least 4 for each stage",
+        )

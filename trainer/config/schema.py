@@ -51,7 +51,13 @@ class ParallelSection(Section):
     """Ranks that share every weight matrix between them."""
 
     pipeline: Annotated[int, Field(ge=1)] = 1
-    """Stages that the layers are divided into."""
+    """Stages that the layers are divided into; micro-batches pass through them one after the other."""
+
+    pipeline_layers: list[Annotated[int, Field(ge=1)]] | None = None
+    """How many layers each stage has. Default: divided so that the slowest stage is as fast as it can be."""
+
+    pipeline_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """How fast each stage's devices are, relative to each other: `[1, 1, 0.5]` gives the third half of the work."""
 
     sequence_parallel: bool = False
     """Between the cut parts of a layer each tensor rank holds its stretch of every sequence: activations outside

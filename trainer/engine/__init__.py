@@ -1,6 +1,6 @@
 """One interface over DeepSpeed's engines."""
 
 from trainer.engine.interface import Engine, Evaluation, StepResult
-from trainer.engine.plain import start_engine
+from trainer.engine.start import start_engine
 
 __all__ = ["Engine", "Evaluation", "StepResult", "start_engine"]

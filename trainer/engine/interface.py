@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,9 @@ class StepResult:
     micro_batches: int
     applied: bool
     """False where DeepSpeed skipped the update because a gradient was not finite."""
+
+    idle_share: Callable[[], float] | None = None
+    """Asks what share of the step this rank has waited for other stages; None without a pipeline."""
 
 
 @dataclass(frozen=True)

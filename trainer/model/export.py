@@ -18,6 +18,8 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from trainer.parallel import all_parameters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +31,7 @@ SHARD_BYTES = 2 * 2**30
 def _stored_names(model: PreTrainedModel) -> dict[str, str]:
     """For each parameter's first name, the name it is stored under: of tied ones, that which the family keeps."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in all_parameters(model):
         groups.setdefault(id(parameter), []).append(name)
     aliases = set(model.all_tied_weights_keys)
     return {

@@ -35,7 +35,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
-from trainer.parallel import Shard, shard_of
+from trainer.parallel import Shard, all_parameters, shard_of
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _targets(model: PreTrainedModel, files: _Files) -> tuple[dict[str, _Target],
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    shapes = model.state_dict()
+    shapes = model.state_dict() | dict(all_parameters(model))
     targets: dict[str, _Target] = {}
     strangers = []
     for name in files.names():
@@ -178,10 +178,13 @@ class _Reader:
                     self._holders.setdefault(parameter, []).append((module, key))
         self._waiting = dict(model.named_parameters(remove_duplicate=False))
         self._buffers = dict(model.named_buffers())
+        self._elsewhere = {name for name, _ in all_parameters(model)} - self._waiting.keys()
         self.mismatched: list[str] = []
 
     def fill(self, target: _Target) -> None:
-        """Gives the target, or all that its converter makes, its value."""
+        """Gives the target, or all that its converter makes, its value; nothing of another pipeline stage's."""
+        if target.name in self._elsewhere:
+            return
         boxes = target.boxes(self._files)
         if boxes is None:
             for name, whole in _converted(target, self._files, self._model).items():

@@ -1,7 +1,19 @@
 """Pipeline parallelism: a model is followed, its layers are divided into stages, and each stage is the model itself."""
 
-from trainer.pipeline.balance import balance, bubble, divide, shares
+from trainer.pipeline.balance import balance, bubble
+from trainer.pipeline.division import ONE_STAGE, Division, divide_layers
 from trainer.pipeline.stage import Record, Stage
 from trainer.pipeline.trace import Flow, example_inputs, follow
 
-__all__ = ["Flow", "Record", "Stage", "balance", "bubble", "divide", "example_inputs", "follow", "shares"]
+__all__ = [
+    "ONE_STAGE",
+    "Division",
+    "Flow",
+    "Record",
+    "Stage",
+    "balance",
+    "bubble",
+    "divide_layers",
+    "example_inputs",
+    "follow",
+]

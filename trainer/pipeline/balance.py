@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from trainer.errors import ConfigError, Problem
 
@@ -37,12 +37,6 @@ def balance(costs: Sequence[float], stages: int, speeds: Sequence[float] | None 
             )
         best = found
     return list(best[count][2])
-
-
-def shares(costs: Sequence[float], bounds: Sequence[int]) -> list[float]:
-    """Each stage's share of all costs."""
-    whole = sum(costs)
-    return [sum(costs[start:end]) / whole for start, end in pairwise(bounds)]
 
 
 def divide(

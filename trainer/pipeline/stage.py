@@ -10,6 +10,7 @@ again.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -60,27 +61,9 @@ class Stage:
         self._counts: Counter[str] = Counter()
         self._runs = False
 
-    def stages_of(self) -> dict[str, tuple[int, ...]]:
-        """Stages that hold each parameter, by its first name; more than one where several use it (tied embeddings).
-
-        A weight that the forward pass does not use, such as an expert's that no token chose, lies with the layer it is
-        in, and outside all layers on the first stage.
-        """
-        units = {name: number for number, unit in enumerate(self._flow.units) for name in unit}
-        found = {}
-        for name, _ in self._model.named_parameters():
-            path = name.split(".")
-            inside = (units[prefix] for n in range(1, len(path)) if (prefix := ".".join(path[:n])) in units)
-            used = self._flow.uses(name) or set(inside) or {0}
-            found[name] = tuple(sorted({self._stage_of(unit) for unit in used}))
-        return found
-
-    def _stage_of(self, unit: int) -> int:
-        return sum(bound <= unit for bound in self._bounds) - 1
-
     def leave_weights(self) -> dict[str, tuple[int, ...]]:
-        """Puts the weights of other stages elsewhere. Returns `stages_of`."""
-        stages = self.stages_of()
+        """Puts the weights of other stages elsewhere. Returns `holders`."""
+        stages = holders(self._model, self._flow, self._bounds)
         foreign = {
             id(parameter) for name, parameter in self._model.named_parameters() if self.number not in stages[name]
         }
@@ -204,6 +187,22 @@ def numbers_sent(flow: Flow, cut: int, batch: int, length: int) -> dict[str, int
         shape = _shape_of(flow, value) or ()
         sent[starred(value.module)] += prod(sizes.get(size, size) for size in shape)
     return dict(sent)
+
+
+def holders(model: nn.Module, flow: Flow, bounds: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Stages that hold each parameter, by its first name; more than one where several use it (tied embeddings).
+
+    A weight that the forward pass does not use, such as an expert's that no token chose, lies with the layer it is in,
+    and outside all layers on the first stage.
+    """
+    units = {name: number for number, unit in enumerate(flow.units) for name in unit}
+    found = {}
+    for name, _ in model.named_parameters():
+        path = name.split(".")
+        inside = (units[prefix] for n in range(1, len(path)) if (prefix := ".".join(path[:n])) in units)
+        used = flow.uses(name) or set(inside) or {0}
+        found[name] = tuple(sorted({bisect_right(bounds, unit) - 1 for unit in used}))
+    return found
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:

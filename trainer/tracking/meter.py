@@ -82,6 +82,7 @@ class Meter:
             float(result.micro_batches),
             float(memory_bytes_max(self.device)),
             self._wait / self._steps,
+            0.0 if result.idle_share is None else result.idle_share(),
         ]
         ranks = self.engine.exchange(own)
         seconds = (time.perf_counter() - self._since - self._paused) / self._steps
@@ -106,6 +107,8 @@ class Meter:
         }
         if auxiliary:
             row["auxiliary_loss"] = auxiliary
+        if result.idle_share is not None:
+            row["pipeline_bubble"] = sum(r[5] for r in ranks) / len(ranks)
         self._wait = self._paused = 0.0
         self._steps = self._tokens_since = 0
         self._since = time.perf_counter()

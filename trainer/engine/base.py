@@ -1,0 +1,92 @@
+"""What DeepSpeed's two engines have in common here: norms, exchanges, and whether ranks read what they should."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.data.batches import MicroBatch
+from trainer.distributed import World
+from trainer.errors import DataError
+from trainer.parallel import Joiner, Mapper, counts
+from trainer.topology import Axis
+
+PREFIX = "model."
+"""Of parameter names in a task module, before the Hugging Face name."""
+
+
+class BaseEngine:
+    """An engine of DeepSpeed with the model of this rank.
+
+    The loss of a micro-batch is its summed cross entropy times data ranks / tokens of the global batch. DeepSpeed
+    averages gradients over the data ranks, so their sum is the gradient of the token-weighted mean over the
+    global batch, whatever the layout and however unevenly the tokens are spread.
+    """
+
+    def __init__(self, engine: Any, world: World, mapper: Mapper, clipping: float | None) -> None:
+        self._engine = engine
+        self._world, self._mapper = world, mapper
+        self._clipping = clipping
+        """The norm to clip at where this engine clips; None where DeepSpeed does."""
+
+        self._verifies = True
+        """Until the first backward pass is through."""
+
+        self._joiner = Joiner(world.groups.get("tensor"), world.topology.tensor)
+        self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        self._counted = [p for p in self._parameters if counts(p)]
+        place = world.topology
+        self._speaks = place.tensor_rank == 0 and place.stage == place.pipeline - 1
+        """Whether this rank speaks for the ranks that work on the same samples."""
+
+    def _rate(self) -> float:
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    def _model_axes(self) -> list[Axis]:
+        """Axes along which ranks hold different weights and read the same samples."""
+        axes: tuple[Axis, ...] = ("tensor", "pipeline")
+        return [axis for axis in axes if axis in self._world.groups]
+
+    def _refuse_different_samples(self, micro: MicroBatch) -> None:
+        """Looks whether the ranks that share a model were given the same samples, as all they compute supposes."""
+        own = zlib.crc32(micro.input_ids_BT.numpy().tobytes())
+        for axis in self._model_axes():
+            ranks = self._world.topology.group(axis)
+            sums: list[int | None] = [None] * len(ranks)
+            dist.all_gather_object(sums, own, group=self._world.groups[axis])
+            if len(set(sums)) > 1:
+                raise DataError(
+                    f"rank {self._world.topology.rank}: the ranks {ranks} of a {axis} group read different samples. "
+                    "They must see the same data: is data.cache_dir, or a data file, another one on some host?"
+                )
+
+    def _clip(self, largest: float) -> Tensor:
+        """Norm of all gradients, which are then scaled down to `largest`; stays on the device."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._counted if p.grad is not None])
+        squared = norm.square().to(self._world.device)
+        for axis in self._model_axes():
+            dist.all_reduce(squared, group=self._world.groups[axis])
+        norm = squared.sqrt()
+        if largest > 0:
+            nn.utils.clip_grads_with_norm_(self._parameters, largest, norm)
+        return norm
+
+    def _norm(self, own: Tensor | None) -> Tensor | float | None:
+        """The gradient's norm, by whoever has computed it."""
+        if own is not None:
+            return own
+        norm: Tensor | float | None = self._engine.get_global_grad_norm()
+        return norm
+
+    def exchange(self, values: list[Tensor | float]) -> list[list[float]]:
+        """See `Engine.exchange`."""
+        device = self._world.device
+        own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
+        rows = [torch.empty_like(own) for _ in range(self._world.topology.world)]
+        dist.all_gather(rows, own)
+        table: list[list[float]] = torch.stack(rows).tolist()
+        return table

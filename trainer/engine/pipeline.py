@@ -1,0 +1,335 @@
+"""The engine over DeepSpeed's pipeline engine: stages, with data and tensor parallelism and ZeRO 0 or 1.
+
+DeepSpeed runs the schedule (1F1B), sends and receives, reduces and steps. Every stage reads the micro-batches itself,
+since they are a function of the step: so only activations cross a boundary, and a label can meet no other
+micro-batch's activations. What DeepSpeed's instructions would get wrong for such stages is replaced below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from trainer.data.batches import IGNORED, MicroBatch, StepBatch
+from trainer.distributed import World
+from trainer.engine.base import BaseEngine
+from trainer.engine.interface import Evaluation, StepResult
+from trainer.model import TaskLoss
+from trainer.parallel import Mapper, Shard, all_parameters, counts, shard_of
+from trainer.pipeline import Record, Stage
+
+EVALUATED_TOGETHER = 4
+"""Micro-batches for each stage that are evaluated in one schedule: enough that the pipeline is mostly full."""
+
+
+class StageModule(nn.Module):
+    """What DeepSpeed sees of a stage: from what is received to what is sent, micro-batch after micro-batch."""
+
+    def __init__(self, task: nn.Module, stage: Stage, leave: Callable[[], None], device: torch.device) -> None:
+        super().__init__()
+        self.task = task
+        self._stage, self._leave, self._device = stage, leave, device
+        self._waiting: deque[MicroBatch] = deque()
+        self._weights = (0.0, 0.0)
+        self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def feed(self, micro_batches: Iterable[MicroBatch], weight: float = 0.0, auxiliary_weight: float = 0.0) -> None:
+        """Gives the micro-batches of the next schedule, and what their objective and auxiliary loss are weighted by."""
+        assert not self._waiting, "a schedule has not computed all of its micro-batches"
+        self._waiting.extend(micro_batches)
+        self._weights = weight, auxiliary_weight
+        self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+
+    def forward(self, received: Record | Tensor) -> Record | Tensor:
+        micro = self._waiting.popleft().to(self._device)
+
+        def compute() -> TaskLoss:
+            loss: TaskLoss = self.task(micro.input_ids_BT, micro.labels_BT, attention_mask_BT=micro.attention_mask_BT)
+            return loss
+
+        result = self._stage.run(compute, received if isinstance(received, tuple) else (received,))
+        if not isinstance(result, TaskLoss):
+            self._leave()
+            return result[0] if len(result) == 1 else result
+        self.loss_sum = self.loss_sum + result.loss_sum.detach()
+        self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
+        weight, auxiliary_weight = self._weights
+        return result.objective * weight + result.auxiliary * auxiliary_weight
+
+
+class _Module(PipelineModule):  # type: ignore[misc]
+    """One module a stage; and the weights that several stages hold, whose gradients DeepSpeed sums between them."""
+
+    def __init__(self, own: nn.Module, world: World, shared: list[tuple[nn.Parameter, Any]], *, even: bool) -> None:
+        place = world.topology
+        self._shared = shared
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                layers=[own if stage == place.stage else _on_another_stage for stage in range(place.pipeline)],
+                topology=PipeModelDataParallelTopology(place.pipeline, place.tensor, place.data),
+                partition_method="uniform",
+                dynamic_shape=not even,
+            )
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        return self._shared
+
+
+def _on_another_stage(received: Any) -> Any:
+    raise AssertionError("a stage was asked to compute another one")
+
+
+class PipelineEngine(BaseEngine):
+    """Every rank holds one stage, or its tensor rank's part of it."""
+
+    def __init__(
+        self, engine: DeepSpeedPipeline, world: World, mapper: Mapper, clipping: float | None, stage: StageModule,
+        held_by: dict[str, tuple[int, ...]],
+    ) -> None:  # fmt: skip
+        super().__init__(engine, world, mapper, clipping)
+        self._stage, self._held_by = stage, held_by
+        self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
+        self._own_norm: Tensor | None = None
+        self._clock = _Clock(world.device)
+        instructions = {
+            schedule.LoadMicroBatch: _load_micro_batch,
+            schedule.ForwardPass: self._clock.timed(DeepSpeedPipeline._exec_forward_pass),
+            schedule.BackwardPass: self._clock.timed(self._backward),
+            schedule.SendGrad: _send_grads,
+            schedule.OptimizerStep: self._step,
+        }
+        engine._INSTRUCTION_MAP = DeepSpeedPipeline._INSTRUCTION_MAP | instructions
+
+    @property
+    def model(self) -> nn.Module:
+        """The Hugging Face model, of which this stage's layers compute."""
+        model: nn.Module = self._stage.task.model  # type: ignore[assignment]
+        return model
+
+    def _backward(self, engine: Any, buffer_id: int) -> None:
+        """As DeepSpeed's, but all that was sent goes backward at once."""
+        outputs = engine.pipe_buffers["outputs"][buffer_id]
+        if engine.is_last_stage() or isinstance(outputs, Tensor):
+            DeepSpeedPipeline._exec_backward_pass(engine, buffer_id)
+        else:
+            if engine.using_bf16_optimizer:
+                engine.optimizer.clear_lp_grads()
+            engine._running_engine_backward = True
+            try:
+                torch.autograd.backward(outputs, tuple(engine.grad_layer))
+            finally:
+                engine._running_engine_backward = False
+            if engine.using_bf16_optimizer and not engine._config.bfloat16_config.immediate_grad_update:
+                engine.optimizer.update_hp_grads(clear_lp_grads=False)
+            engine.pipe_buffers["output_tensors"][buffer_id] = None
+            engine.pipe_buffers["outputs"][buffer_id] = None
+        if self._verifies:
+            self._mapper.verify_gradients()
+            self._verifies = False
+
+    def _step(self, engine: Any, lr_kwargs: Any = None) -> None:
+        if self._clipping is not None:
+            self._own_norm = self._clip(self._clipping)
+        DeepSpeedPipeline._exec_optimizer_step(engine, lr_kwargs)
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """See `Engine.train_step`."""
+        rate = self._rate()
+        if self._verifies:
+            self._refuse_different_samples(batch.micro_batches[0])
+        count = len(batch.micro_batches)
+        # DeepSpeed divides what the last stage returns by the number of micro-batches.
+        self._stage.feed(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
+        self._clock.begin()
+        self._engine.train_batch(iter(()))
+        self._clock.end()
+        loss_sum, auxiliary_sum = self._stage.loss_sum, self._stage.auxiliary_sum
+        if not self._speaks:
+            loss_sum, auxiliary_sum, count = torch.zeros_like(loss_sum), torch.zeros_like(auxiliary_sum), 0
+        norm, applied = self._norm(self._own_norm), bool(self._engine.was_step_applied())
+        return StepResult(loss_sum, auxiliary_sum, norm, rate, count, applied, self._clock.idle_share)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
+        """See `Engine.evaluate`."""
+        engine = self._engine
+        loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
+        even, engine.dynamic_shape = engine.dynamic_shape, True
+        engine.reset_activation_shape()
+        waiting, count = iter(batches), EVALUATED_TOGETHER * self._world.topology.pipeline
+        while together := tuple(islice(waiting, count)):
+            tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in together)
+            self._stage.feed(together)
+            engine.eval_batch(
+                iter(()), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(together)
+            )
+            loss_sum = loss_sum + self._stage.loss_sum
+        engine.dynamic_shape = even
+        engine.reset_activation_shape()
+        engine.train()
+        rows = self.exchange([loss_sum, float(tokens)] if self._speaks else [torch.zeros_like(loss_sum), 0.0])
+        whole = int(sum(row[1] for row in rows))
+        return Evaluation(sum(row[0] for row in rows) / max(1, whole), whole)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.whole_weights`. Of several stages that hold a weight the first gives it."""
+        place = self._world.topology
+        ranks, group = place.group("pipeline"), self._world.groups["pipeline"]
+        pieces = _pieces(self.model)
+        for name, shape in self._names():
+            giver = self._held_by[name][0]
+            if place.stage == giver:
+                given = [w for part, shard in pieces[name] for _, w in self._joiner.add(name, part.detach(), shard)]
+                whole = given[-1].contiguous()
+            else:
+                whole = torch.empty(shape, dtype=self._dtype, device=self._world.device)
+            dist.broadcast(whole, ranks[giver], group=group)
+            yield name, whole
+        persistent = self.model.state_dict(keep_vars=True)
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                yield name, self._mapper.whole_buffer(name, buffer)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(iter(self._engine.module.parameters())).dtype
+        return dtype
+
+    def _names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every parameter's first name and whole shape, in the same order on all stages."""
+        seen = set()
+        for name, parameter in all_parameters(self.model):
+            shard = shard_of(parameter)
+            first = name if shard is None else shard.name
+            if first in self._held_by and first not in seen:
+                seen.add(first)
+                yield first, tuple(parameter.shape) if shard is None else shard.whole_shape
+
+
+def _pieces(model: nn.Module) -> dict[str, list[tuple[nn.Parameter, Shard | None]]]:
+    """What this rank holds of each weight."""
+    found: dict[str, list[tuple[nn.Parameter, Shard | None]]] = {}
+    for name, parameter in model.named_parameters():
+        shard = shard_of(parameter)
+        found.setdefault(name if shard is None else shard.name, []).append((parameter, shard))
+    return found
+
+
+class _Clock:
+    """How long a rank computes of the time that a step's schedule takes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+        self._whole: list[Any] = []
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def timed(self, execute: Callable[..., None]) -> Callable[..., None]:
+        """The instruction, with its time counted as work."""
+
+        def executes(engine: Any, **kwargs: Any) -> None:
+            began = self._now()
+            execute(engine, **kwargs)
+            self._marks.append((began, self._now()))
+
+        return executes
+
+    def begin(self) -> None:
+        self._marks, self._whole = [], [self._now()]
+
+    def end(self) -> None:
+        self._whole.append(self._now())
+
+    def idle_share(self) -> float:
+        """Share of the last step's time in which this rank did not compute. On a GPU it waits for the step's end."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        whole = self._between(*self._whole)
+        return 1 - sum(self._between(began, ended) for began, ended in self._marks) / whole
+
+    def _between(self, began: Any, ended: Any) -> float:
+        return float(began.elapsed_time(ended)) if self._on_gpu else float(ended - began)
+
+
+def _load_micro_batch(engine: Any, buffer_id: int) -> None:
+    """The stages have their micro-batches; the first one receives nothing."""
+    if engine.is_first_stage():
+        engine.pipe_buffers["inputs"][buffer_id] = ()
+
+
+def _send_grads(engine: Any, buffer_id: int) -> None:
+    """As DeepSpeed's, for a value that was received and has not been used as well."""
+    received = engine.pipe_buffers["inputs"][buffer_id]
+    for tensor in received if isinstance(received, tuple) else (received,):
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    DeepSpeedPipeline._exec_send_grads(engine, buffer_id)
+
+
+def start_pipeline(
+    task: nn.Module,
+    stage: Stage,
+    held_by: dict[str, tuple[int, ...]],
+    settings: dict[str, Any],
+    world: World,
+    mapper: Mapper,
+    clipping: float | None,
+    *,
+    even: bool,
+) -> PipelineEngine:
+    """Hands a complete stage to DeepSpeed.
+
+    Args:
+        task: the module with the stage's model. held_by: stages that hold each weight.
+        even: whether all micro-batches have the same shape.
+    """
+    own = StageModule(task, stage, lambda: mapper.leave(world.device), world.device)
+    shared = _shared_weights(task, held_by, world)
+    module = _Module(own, world, shared, even=even)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
+    # and gathering it knows only records of one tensor, all of the same shape.
+    parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings | parts)
+    return PipelineEngine(engine, world, mapper, clipping, own, held_by)
+
+
+def _shared_weights(
+    task: nn.Module, held_by: dict[str, tuple[int, ...]], world: World
+) -> list[tuple[nn.Parameter, Any]]:
+    """Weights that several stages hold, with the group to sum their gradients in; the first stage counts them.
+
+    Every rank of the world makes every group, in the same order.
+    """
+    place = world.topology
+    pieces = _pieces(task.model)  # type: ignore[arg-type]
+    shared = []
+    for stages, names in groupby(sorted(held_by, key=lambda name: (held_by[name], name)), held_by.__getitem__):
+        if len(stages) == 1:
+            continue
+        group = world.stages_group(stages)
+        for name in names if place.stage in stages else ():
+            for parameter, _ in pieces[name]:
+                parameter.ds_pipe_replicated = place.stage != stages[0]  # type: ignore[attr-defined]
+                shared += [(parameter, group)] if parameter.requires_grad else []
+    return shared

@@ -1,0 +1,109 @@
+"""From a model without weights to an engine that trains it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from trainer.config import LoadedConfig
+from trainer.config.deepspeed import clips_itself, extension_of, for_engine
+from trainer.distributed import World, load_extension
+from trainer.engine.grid import Grid
+from trainer.engine.pipeline import PipelineEngine, start_pipeline
+from trainer.engine.plain import PlainEngine
+from trainer.model import TASKS, give_weights
+from trainer.parallel import Mapper, fill_elsewhere, tensor_mapper
+from trainer.pipeline import ONE_STAGE, Division, Stage
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _zero3_partitioner(settings: dict[str, Any], dtype: torch.dtype, grid: Grid) -> Any:
+    """A function that takes whole parameters away to where ZeRO-3 keeps their parts, as soon as they are made."""
+    context: Any = None
+
+    def partition(parameters: list[nn.Parameter]) -> None:
+        nonlocal context
+        if context is None:
+            context = deepspeed.zero.Init(
+                config_dict_or_path=settings,
+                dtype=dtype,
+                mpu=grid,
+                data_parallel_group=grid.get_data_parallel_group(),
+            )
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
+        context._convert_to_zero_parameters(parameters)
+
+    return partition
+
+
+def start_engine(
+    model: Any, loaded: LoadedConfig, world: World, division: Division = ONE_STAGE
+) -> PlainEngine | PipelineEngine:
+    """Gives the model its weights and hands it to DeepSpeed.
+
+    Args:
+        model: from `build_model`, on the meta device. division: its layers over the stages, from `divide_layers`.
+    """
+    settings = for_engine(loaded.deepspeed_json)
+    extension = extension_of(settings)
+    if extension is not None:
+        load_extension(extension)
+    parallel = loaded.config.parallel
+    mapper = tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel)
+    assert division.stages == world.topology.pipeline
+    if division.stages == 1:
+        return _start_plain(model, loaded, world, mapper, settings)
+    return _start_stage(model, division, loaded, world, mapper, settings)
+
+
+def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:
+    options = loaded.config.training
+    cross_entropy = mapper.cross_entropy(options.label_smoothing, options.z_loss, options.loss_chunk_tokens)
+    task: nn.Module = TASKS[loaded.config.model.task](model.train(), cross_entropy)
+    return task
+
+
+def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
+    return None if clips_itself(settings) else float(loaded.deepspeed_json["gradient_clipping"])
+
+
+def _start_plain(
+    model: Any, loaded: LoadedConfig, world: World, mapper: Mapper, settings: dict[str, Any]
+) -> PlainEngine:
+    grid = Grid(world)
+    dtype = _DTYPES[loaded.config.deepspeed.precision]
+    partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
+
+    def complete(parameters: list[nn.Parameter]) -> None:
+        cut = mapper.cut(parameters)
+        if partition is not None:
+            partition(cut)
+
+    give_weights(model, loaded, complete)
+    mapper.install()
+    task = _task(model, loaded, mapper)
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=task, model_parameters=trained, config=settings, mpu=grid)
+    engine.train()
+    return PlainEngine(engine, world, mapper, _clipping(loaded, settings))
+
+
+def _start_stage(
+    model: Any, division: Division, loaded: LoadedConfig, world: World, mapper: Mapper, settings: dict[str, Any]
+) -> PipelineEngine:
+    assert division.flow is not None
+    stage = Stage(model, division.flow, division.bounds, world.topology.stage)
+    held_by = stage.leave_weights()
+    give_weights(model, loaded, mapper.cut)
+    mapper.install()
+    stage.install()
+    fill_elsewhere(model, world.device, _DTYPES[loaded.config.deepspeed.precision])
+    return start_pipeline(
+        _task(model, loaded, mapper), stage, held_by, settings, world, mapper, _clipping(loaded, settings),
+        even=loaded.config.data.packing == "concatenate",
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Which layers of the user's model each stage gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.errors import PlanError, Problem
+from trainer.pipeline.balance import divide
+from trainer.pipeline.stage import holders, numbers_sent
+from trainer.pipeline.trace import LENGTH, Flow, example_inputs, follow
+
+if TYPE_CHECKING:
+    from trainer.config import LoadedConfig
+
+
+@dataclass(frozen=True)
+class Division:
+    """The layers of a model over the stages of a pipeline."""
+
+    flow: Flow | None = None
+    """None for one stage, whose model nobody has to follow."""
+
+    bounds: tuple[int, ...] = (0, 0)
+    """Stage s has the layers from bounds[s] up to bounds[s + 1]."""
+
+    costs: tuple[float, ...] = ()
+    """FLOPs of each layer's forward pass for one sequence, with what belongs to it beside the layers."""
+
+    @property
+    def stages(self) -> int:
+        return len(self.bounds) - 1
+
+    def holders(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Stages that hold each parameter, by its first name."""
+        if self.flow is None:
+            return {name: (0,) for name, _ in model.named_parameters()}
+        return holders(model, self.flow, self.bounds)
+
+    def table(self, micro_batch: int, length: int, size: int) -> Iterator[tuple[int, int, int, float, dict[str, int]]]:
+        """(stage, first layer, end, share of the cost, bytes sent of each micro-batch by what is sent).
+
+        Args:
+            size: bytes of a number.
+        """
+        assert self.flow is not None
+        for stage, (first, end) in enumerate(pairwise(self.bounds)):
+            share = sum(self.costs[first:end]) / (sum(self.costs) or 1.0)
+            last = stage == self.stages - 1
+            sent = {} if last else numbers_sent(self.flow, end, micro_batch, length)
+            yield stage, first, end, share, {name: numbers * size for name, numbers in sent.items()}
+
+
+ONE_STAGE = Division()
+"""Where there is no pipeline."""
+
+
+def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
+    """Divides the layers of a model on the meta device over `parallel.pipeline` stages.
+
+    Raises:
+        PlanError: if the model has no layers that can be divided, or something else than real numbers would have to
+            cross a boundary.
+        ConfigError: for more stages than layers, or `parallel.pipeline_layers` that do not add up.
+    """
+    parallel, length = loaded.config.parallel, loaded.config.data.sequence_length
+    if parallel.pipeline == 1:
+        return ONE_STAGE
+    _refuse_layers_left_out(model)
+    flow = follow(model)
+    costs = flow.costs(length, follow(model, example_inputs(model, 2 * LENGTH)))
+    bounds = divide(costs, parallel.pipeline, parallel.pipeline_layers, parallel.pipeline_weights)
+    for cut in bounds[1:-1]:
+        numbers_sent(flow, cut, 1, length)  # refuses what cannot be sent
+    return Division(flow, tuple(bounds), tuple(costs))
+
+
+def _refuse_layers_left_out(model: PreTrainedModel) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        for key, value in vars(config).items():
+            if key.endswith("layerdrop") and value:
+                raise PlanError(
+                    Problem("model", f"{config.model_type} leaves out layers at random ({key} {value}), and stages "
+                            "must run them all", f"Set {key} to 0, or parallel.pipeline to 1")
+                )  # fmt: skip
