@@ -281,3 +281,22 @@ def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
                 engine._engine.step()
         steps.close()
     return quiet, logging, plain
+
+
+def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What this rank's stage holds, after some steps, of the weights that several stages hold."""
+    launch = Launch.from_environment()
+    with joined_world(launch, _place(config, launch), seed=1) as world:
+        batches, engine, _ = _start(config, launch, world)
+        for batch in batches.steps(1, steps):
+            engine.train_step(batch)
+        shared = {name for name, stages in engine._held_by.items() if len(stages) > 1}
+        return {name: p.detach().float().numpy() for name, p in engine.model.named_parameters() if name in shared}
+
+
+def dropping_losses(config: dict[str, Any], steps: int) -> list[float]:
+    """This rank's sums of the loss."""
+    launch = Launch.from_environment()
+    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+        batches, engine, _ = _start(config, launch, world)
+        return [float(engine.train_step(batch).loss_sum) for batch in batches.steps(1, steps)]

@@ -138,6 +138,8 @@ def test_bad_layouts(text: str) -> None:
         ["--families", "llama", "lllama"],
         ["--config", "x.json", "--layouts", "tensor=2", "--tensor", "4"],
         ["--families", "llama", "--tensor", "1"],
+        ["--families", "llama", "--pipeline", "2", "--sequence_parallel"],
+        ["--families", "all", "--write", "--pipeline", "2"],
     ],
 )
 def test_bad_command_lines(arguments: list[str]) -> None:
@@ -175,7 +177,7 @@ def test_shrink_keeps_what_is_built(
     assert subject.raw["data"]["sequence_length"] == 32
 
 
-def crash(family: Family, sequence_parallel: bool) -> Verdict:
+def crash(family: Family, column: matrix.Column) -> Verdict:
     raise RuntimeError("the size of a tensor")
 
 
@@ -187,4 +189,4 @@ def test_a_crash_is_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_families_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--families", "gpt_neox", "--tensor", "2"]) == 0
-    assert "tensor=2: 2 right" in capsys.readouterr().out
+    assert "tensor 2: 2 right" in capsys.readouterr().out

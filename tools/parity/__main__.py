@@ -27,11 +27,10 @@ from tools.parity import layouts, matrix, subject
 from trainer.exit import Arguments, exit_on_errors
 
 _LAYOUTS = """layouts:
-  Each is a list of key=value: tensor (ranks that share each weight), data (ranks that share the batch), both 1 by
-  default; sequence_parallel (true or false); zero (ZeRO stage 0 to 3; default: the file's); accumulation
-  (micro-batches of a data rank; default: so that all layouts have the same micro-batches).
-  It needs tensor x data processes. The file's parallel.tensor, pipeline and sequence_parallel are not read, and its
-  parallel.tensor_plan is.
+  Each is a list of key=value: tensor (ranks that share each weight), pipeline (stages), data (ranks that share the
+  batch), all 1 by default; sequence_parallel (true or false); zero (ZeRO stage 0 to 3; default: the file's);
+  accumulation (micro-batches of a data rank; default: so that all layouts have the same micro-batches).
+  It needs tensor x pipeline x data processes. Of the file's parallel section only tensor_plan is read.
 
 what is compared:
   Three steps of SGD with clipping, in fp32, without dropout, on random tokens of data.sequence_length; the weights
@@ -55,12 +54,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     families = parser.add_argument_group("families")
     families.add_argument("--families", nargs="+", metavar="NAME",
                           help="model types of tools/parity/families.py, or 'all' (minutes)")  # fmt: skip
-    families.add_argument("--tensor", type=int, default=None, metavar="N", help="tensor ranks (default: 2)")
+    families.add_argument("--tensor", type=int, default=None, metavar="N", help="tensor ranks (default: 2, or 1 with "
+                          "--pipeline)")  # fmt: skip
+    families.add_argument("--pipeline", type=int, default=None, metavar="N", help="stages (default: 1)")
     families.add_argument("--sequence_parallel", action="store_true", help="with the sequence cut")
     families.add_argument(
         "--write",
         action="store_true",
-        help=f"with --families all: prove with and without sequence_parallel, write {matrix.PAGE}",
+        help=f"with --families all: prove tensor, sequence and pipeline parallelism, write {matrix.PAGE}",
     )
     options = parser.parse_args(arguments)
     _check(parser, options)
@@ -72,17 +73,21 @@ def _check(parser: Arguments, options: argparse.Namespace) -> None:
     if (options.config is None) == (options.families is None):
         parser.error("give either --config with --layouts, or --families")
     own = {"--layouts": options.layouts, "--shrink": options.shrink, "--set": options.set}
-    of_families = {"--tensor": options.tensor, "--sequence_parallel": options.sequence_parallel,
-                   "--write": options.write}  # fmt: skip
+    of_families = {"--tensor": options.tensor, "--pipeline": options.pipeline,
+                   "--sequence_parallel": options.sequence_parallel, "--write": options.write}  # fmt: skip
     if options.config is not None and options.layouts is None:
         parser.error("--config needs --layouts, for example --layouts tensor=2")
     for name, value in (of_families if options.config is not None else own).items():
         if value:
             parser.error(f"{name} does not go with {'--config' if options.config is not None else '--families'}")
-    if options.tensor is not None and options.tensor < 2:
-        parser.error(f"--tensor: {options.tensor} ranks share nothing; give 2 or more")
-    if options.write and (options.families != ["all"] or options.sequence_parallel):
-        parser.error("--write goes with --families all, and proves both with and without --sequence_parallel")
+    for name, size in (("--tensor", options.tensor), ("--pipeline", options.pipeline)):
+        if size is not None and size < 2:
+            parser.error(f"{name}: {size} ranks share nothing; give 2 or more")
+    if options.sequence_parallel and options.pipeline and not options.tensor:
+        parser.error("--sequence_parallel needs --tensor: tensor ranks share a sequence")
+    chosen = options.sequence_parallel or options.tensor or options.pipeline
+    if options.write and (options.families != ["all"] or chosen):
+        parser.error("--write goes with --families all alone, and proves all of its columns")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     if options.families is not None:
-        return matrix.run(options.families, options.tensor or 2, sequence_parallel=options.sequence_parallel,
-                          write=options.write)  # fmt: skip
+        tensor = options.tensor or (1 if options.pipeline else 2)
+        column = matrix.Column(tensor, options.pipeline or 1, options.sequence_parallel)
+        return matrix.run(options.families, column, write=options.write)
     wanted = subject.parse_layouts(options.layouts)
     return layouts.compare(options.config, wanted, options.set, shrink=options.shrink)
 

@@ -7,7 +7,7 @@ import platform
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from difflib import get_close_matches
@@ -29,16 +29,36 @@ _REASON = 150
 
 
 @dataclass(frozen=True)
+class Column:
+    """One way of dividing a model, of which the matrix has a column."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline
+
+    def __str__(self) -> str:
+        axes = [f"{axis} {size}" for axis, size in (("tensor", self.tensor), ("pipeline", self.pipeline)) if size > 1]
+        return " x ".join(axes) + ", sequence parallel" * self.sequence_parallel
+
+
+PAGES_COLUMNS = (Column(2), Column(2, sequence_parallel=True), Column(pipeline=2), Column(2, 2))
+"""What the page shows; the first one says how much of a model is cut."""
+
+
+@dataclass(frozen=True)
 class Row:
-    """What was found about one family: with the sequence whole, and with it cut; None where that was not asked."""
+    """What was found about one family, by way of dividing it."""
 
     family: Family
-    whole: Verdict | None
-    cut: Verdict | None
+    found: dict[Column, Verdict]
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return [verdict for verdict in (self.whole, self.cut) if verdict is not None]
+        return list(self.found.values())
 
 
 def chosen(names: list[str]) -> list[Family]:
@@ -67,16 +87,16 @@ def chosen(names: list[str]) -> list[Family]:
     return [family for family in FAMILIES if family.model_type in names or str(family) in names]
 
 
-def _prove(family: Family, sequence_parallel: bool) -> Verdict:
-    return prove([family], sequence_parallel=sequence_parallel)[0]
+def _prove(family: Family, column: Column) -> Verdict:
+    return prove([family], sequence_parallel=column.sequence_parallel, pipeline=column.pipeline)[0]
 
 
-def _verdict(family: Family, tensor: int, sequence_parallel: bool) -> Verdict:
+def _verdict(family: Family, column: Column) -> Verdict:
     """The proof of one family in ranks of its own; a rank that crashes is the family's verdict."""
     try:
-        verdict: Verdict = run_ranks(_prove, tensor, family, sequence_parallel)[0]
+        verdict: Verdict = run_ranks(_prove, column.world, family, column)[0]
     except AssertionError as error:
-        return Verdict(str(family), tensor, "failed", last_line(str(error)))
+        return Verdict(str(family), column.world, "failed", last_line(str(error)))
     return verdict
 
 
@@ -88,18 +108,12 @@ def last_line(report: str) -> str:
     return (after or lines or ["no message"])[0].strip()
 
 
-def prove_all(families: list[Family], tensor: int, columns: list[bool]) -> Iterator[Row]:
-    """Proves the families one by one, with a line each.
-
-    Args:
-        tensor: ranks that share each model.
-        columns: values of `sequence_parallel` to prove under.
-    """
+def prove_all(families: list[Family], columns: Sequence[Column]) -> Iterator[Row]:
+    """Proves the families one by one, each divided in every way, with a line each."""
     began = time.monotonic()
     width = max(len(str(family)) for family in families)
     for number, family in enumerate(families, start=1):
-        found = {sequence: _verdict(family, tensor, sequence) for sequence in columns}
-        row = Row(family, found.get(False), found.get(True))
+        row = Row(family, {column: _verdict(family, column) for column in columns})
         spent = time.monotonic() - began
         left = spent / number * (len(families) - number)
         outcomes = " / ".join(v.outcome for v in row.verdicts)
@@ -139,19 +153,20 @@ def totals(verdicts: list[Verdict]) -> str:
 
 def _explained(row: Row) -> str:
     """What stays whole and why, or why there is no proof; on one line."""
-    whole = row.whole
-    assert whole is not None
-    if whole.outcome not in ("right", "partly"):
-        return _reason(whole)
+    first = row.verdicts[0]
+    if first.outcome not in ("right", "partly"):
+        return _reason(first)
     parts = []
-    if row.cut is not None and row.cut.outcome not in ("right", "partly"):
-        parts.append(f"sequence_parallel: {_reason(row.cut)}")
+    for column, verdict in list(row.found.items())[1:]:
+        reason = _reason(verdict)
+        if verdict.outcome not in ("right", "partly") and not any(reason in part for part in parts):
+            parts.append(f"{column}: {reason}")
     reasons: dict[str, list[str]] = {}
-    for name, reason in whole.whole.items():
+    for name, reason in first.whole.items():
         reasons.setdefault(reason, []).append(name.rpartition("*.")[2].removesuffix(".weight"))
     parts += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    if whole.share_without_gradient > 0.05:
-        parts.append(f"{whole.share_without_gradient:.0%} of the parameters get no gradient in this proof")
+    if first.share_without_gradient > 0.05:
+        parts.append(f"{first.share_without_gradient:.0%} of the parameters get no gradient in this proof")
     return "; ".join(parts)
 
 
@@ -166,56 +181,54 @@ def _line(row: Row) -> str:
         _cell(name),
         _cell(row.family.task),
         *(v.outcome for v in row.verdicts),
-        f"{proven[0].share_cut:.0%}" if proven else "",
+        f"{row.verdicts[0].share_cut:.0%}" if row.verdicts[0] in proven else "",
         f"{max(v.worst for v in proven):.0e}" if proven else "",
         _cell(shortened(_explained(row), _REASON)),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def page(rows: list[Row], tensor: int) -> str:
-    """The support matrix as Markdown; every row has been proven under both columns."""
+def page(rows: list[Row]) -> str:
+    """The support matrix as Markdown; every row has been proven under all of `PAGES_COLUMNS`."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
     rows = sorted(rows, key=lambda row: (row.family.model_type, row.family.task, row.family.variant))
     lines = [
         "# Support matrix",
         "",
-        f"What tensor parallelism does with each family of transformers, on {tensor} tensor ranks. A small model of",
-        "the family, with every kind of layer that its default configuration has, is cut over the ranks; its loss and",
-        "**every gradient** are compared with the plain Hugging Face model in one process. Written by",
+        "What tensor and pipeline parallelism do with each family of transformers. A small model of the family, with",
+        "every kind of layer that its default configuration has, is divided over the ranks; its loss and **every",
+        "gradient** are compared with the plain Hugging Face model in one process. Written by",
         "",
-        f"    python -m tools.parity --families all --tensor {tensor} --write",
+        "    python -m tools.parity --families all --write",
         "",
         f"on {_date()} with {versions}, in fp32 on {os.cpu_count()} CPU cores "
         f"({platform.system()} {platform.machine()}).",
         "For your own model, with its own sizes: `python -m tools.parity --config X.json --layouts tensor=2`.",
         "",
-        "- **right**: all gradients agree (to 1e-4 of the largest element), and at least 90 % of the elements of",
-        "  the blocks' matrices are cut.",
+        "- **right**: all gradients agree (to 1e-4 of the largest element); under tensor parallelism at least 90 % of",
+        "  the elements of the blocks' matrices are cut, and every stage of a pipeline has layers of its own.",
         "- **partly**: all gradients agree; more than 10 % of the matrices stay whole on every rank, or over 5 %",
         "  of the parameters get no gradient from this proof's inputs.",
-        "- **refused**: the plan does not fit the model, and training says so before it starts.",
+        "- **refused**: the family cannot be divided so, and training says so before it starts.",
         "- **not built**: transformers cannot build a small model of the family here, or not one with the default's",
         "  layers. Nothing is claimed about it.",
         "- **wrong**, **failed**: a gradient differs; a rank crashed. Faults of ours.",
         "",
-        "*Cut* is the share of the elements of the blocks' matrices that is divided among the ranks. *Difference* is",
-        "the largest one of a gradient, as a share of that gradient's largest element, under either column.",
+        "*Cut* is the share of the elements of the blocks' matrices that is divided among tensor ranks. *Difference*",
+        "is the largest one of a gradient, as a share of that gradient's largest element, under any column.",
         "",
         "| | families | outcomes |",
         "| --- | --: | --- |",
     ]
-    for column, verdicts in (
-        (f"tensor {tensor}", [row.whole for row in rows]),
-        (f"tensor {tensor}, sequence_parallel", [row.cut for row in rows]),
-    ):
+    for column in PAGES_COLUMNS:
         for task in dict.fromkeys(row.family.task for row in rows):
-            own = [v for row, v in zip(rows, verdicts, strict=True) if v is not None and row.family.task == task]
-            lines.append(f"| {_cell(f'{column}: {task}')} | {len(own)} | {totals(own)} |")
+            own = [row.found[column] for row in rows if row.family.task == task]
+            lines.append(f"| {column}: {_cell(task)} | {len(own)} | {totals(own)} |")
+    titles = " | ".join(str(column) for column in PAGES_COLUMNS)
     lines += [
         "",
-        f"| family | task | tensor {tensor} | with sequence\\_parallel | cut | difference | whole, or why not |",
-        "| --- | --- | --- | --- | --: | --: | --- |",
+        f"| family | task | {titles} | cut | difference | whole, or why not |",
+        f"| --- | --- |{' --- |' * len(PAGES_COLUMNS)} --: | --: | --- |",
         *map(_line, rows),
     ]
     return "\n".join(lines) + "\n"
@@ -226,16 +239,15 @@ def _date() -> str:
     return f"{today.day} {today:%B %Y}"
 
 
-def run(names: list[str], tensor: int, *, sequence_parallel: bool, write: bool) -> int:
-    """Proves the families called `names`; with `write`, under both columns, and writes the page. 1 if any is wrong."""
-    families = chosen(names)
-    columns = [False, True] if write else [sequence_parallel]
-    rows = list(prove_all(families, tensor, columns))
-    for sequence in columns:
-        found = [verdict for row in rows if (verdict := row.cut if sequence else row.whole) is not None]
-        print(f"tensor={tensor}{',sequence_parallel=true' if sequence else ''}: {totals(found)}")
+def run(names: list[str], column: Column, *, write: bool) -> int:
+    """Proves the families called `names` divided as `column` says; with `write`, in all ways of the page, and writes
+    that. 1 if any is wrong."""
+    columns = PAGES_COLUMNS if write else (column,)
+    rows = list(prove_all(chosen(names), columns))
+    for one in columns:
+        print(f"{one}: {totals([row.found[one] for row in rows])}")
     if write:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows, tensor))
+        PAGE.write_text(page(rows))
         print(f"written: {PAGE}")
     return int(any(v.outcome in BAD for row in rows for v in row.verdicts))

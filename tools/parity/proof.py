@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tools.parity.families import Family
 from tools.parity.shrink import MINIMAL, tiny
 from trainer.distributed import Launch, World, joined_world
-from trainer.errors import PlanError
+from trainer.errors import ConfigError
 from trainer.model.tasks import AUXILIARY_COEFFICIENTS
 from trainer.parallel import (
     Mapper,
@@ -33,7 +34,7 @@ from trainer.parallel import (
     shard_of,
     starred,
 )
-from trainer.pipeline import Stage, balance, follow
+from trainer.pipeline import Stage, divide, follow, refuse_other_uses, shared_weights
 from trainer.topology import Topology
 
 CLASSES: dict[str, Any] = {
@@ -172,6 +173,19 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _seed_every_block(model: nn.Module) -> None:
+    """Lets each block draw the same numbers wherever it runs: a family may sample experts while it trains."""
+
+    def seeded(seed: int) -> Callable[..., None]:
+        def seeds(*_: Any) -> None:
+            torch.manual_seed(seed)
+
+        return seeds
+
+    for name, block in blocks_of(model).items():
+        block.register_forward_pre_hook(seeded(zlib.crc32(name.encode())))
+
+
 class _OneStage:
     """The whole model on every tensor rank."""
 
@@ -191,8 +205,9 @@ class _OneStage:
 class _Stages:
     """One stage of a model, which speaks with its neighbours."""
 
-    def __init__(self, model: PreTrainedModel, stage: Stage, shared: Iterator[nn.Parameter], world: World) -> None:
-        self._model, self._stage, self._shared, self._world = model, stage, list(shared), world
+    def __init__(self, model: PreTrainedModel, stage: Stage, held_by: dict[str, tuple[int, ...]], world: World) -> None:
+        self._stage, self._world = stage, world
+        self._shared = list(shared_weights(model, held_by, world))
         self._ranks = world.topology.group("pipeline")
         self.is_last = stage.is_last
 
@@ -207,8 +222,8 @@ class _Stages:
         if received:
             gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in received)
             self._send(gradients, self._stage.number - 1)
-        for parameter in self._shared:
-            dist.all_reduce(parameter.grad, group=self._world.groups["pipeline"])
+        for parameter, group in self._shared:
+            dist.all_reduce(parameter.grad, group=group)
         return result.detach() if isinstance(result, Tensor) else torch.zeros(())
 
     def reports(self, report: Any) -> list[Any]:
@@ -231,14 +246,15 @@ class _Stages:
         return tuple(tensor.requires_grad_() for tensor in tensors)
 
 
-def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, set[str]]:
-    """This rank's stage of a model, its weights elsewhere gone; and the weights that other stages have as well."""
+def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, dict[str, tuple[int, ...]]]:
+    """This rank's stage of a model, its weights elsewhere gone; and the stages that hold each weight."""
     with torch.device("meta"):
         shape = type(cut)._from_config(copy.deepcopy(cut.config), attn_implementation="eager")
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), _inputs(family, shape)[0])
     flow = follow(shape, inputs)
-    stage = Stage(cut, flow, balance([1.0] * len(flow.units), world.topology.pipeline), world.topology.stage)
-    return stage, {name for name, stages in stage.leave_weights().items() if len(stages) > 1}
+    refuse_other_uses(shape, flow, follow(shape, inputs, training=False))
+    stage = Stage(cut, flow, divide([1.0] * len(flow.units), world.topology.pipeline), world.topology.stage)
+    return stage, stage.leave_weights()
 
 
 def _compare(
@@ -249,16 +265,18 @@ def _compare(
     plan: Plan,
     place: Topology,
     pipe: _OneStage | _Stages,
+    more: dict[str, Tensor],
 ) -> Verdict:
     """Runs both models forward and backward; on every rank, its own part of each gradient against the plain one."""
     inputs, labels = _inputs(family, plain)
-    torch.manual_seed(2)  # a family may sample experts while it trains
+    inputs |= more
+    for model in (plain, cut):
+        _seed_every_block(model)
     output = plain(**inputs)
     logits = output.logits[:, -LENGTH:]  # behind those of an image
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten()) + _auxiliary(plain, output)
     loss.backward()
-    torch.manual_seed(2)
     cross_entropy = mapper.cross_entropy(0.0, 0.0, None)
 
     def compute() -> Tensor:
@@ -321,43 +339,45 @@ def prove(
     sequence_parallel: bool = False,
     pipeline: int = 1,
     dtype: torch.dtype = torch.float32,
+    more: dict[str, Tensor] | None = None,
 ) -> list[Verdict]:
     """What this rank's world finds about each family. Runs on every rank.
 
     Args:
         user: rows of a tensor plan, as in `parallel.tensor_plan`.
         pipeline: stages; the ranks of a stage are one tensor group.
+        more: inputs of the models beside the usual ones.
         dtype: in float64 a family that computes nothing in float32 by itself agrees to 1e-9.
     """
     launch = Launch.from_environment()
     place = Topology.of(launch.world, launch.rank, tensor=launch.world // pipeline, pipeline=pipeline)
     with joined_world(launch, place, seed=1) as world:
         found = []
+        mapper: Mapper
         for family in families:
             try:
                 plain = reference_model(family, like_default=like_default).to(dtype)
                 cut = copy.deepcopy(plain)
-                plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
-                mapper: Mapper = WholeModel()
+                plan, mapper = Plan([], [], {}), WholeModel()
                 if place.tensor > 1:
+                    plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
                     group, rank = world.groups["tensor"], place.tensor_rank
                     mapper = TensorMapper(
                         cut, plan, group, place.tensor, rank, world.tensor_neighbours,
                         sequence_parallel=sequence_parallel,
                     )  # fmt: skip
-                stage, shared = _staged(family, cut, world) if pipeline > 1 else (None, set())
+                stage, held_by = _staged(family, cut, world) if pipeline > 1 else (None, {})
                 mapper.cut(cut.parameters())
                 mapper.install()
                 pipe: _OneStage | _Stages = _OneStage()
                 if stage is not None:
                     stage.install()
                     fill_elsewhere(cut, torch.device("cpu"), dtype)
-                    own = (p for n, p in cut.named_parameters() if n in shared)
-                    pipe = _Stages(cut, stage, own, world)
-                found.append(_compare(family, plain, cut, mapper, plan, place, pipe))
+                    pipe = _Stages(cut, stage, held_by, world)
+                found.append(_compare(family, plain, cut, mapper, plan, place, pipe, more or {}))
             except _NotBuilt as error:
                 found.append(Verdict(str(family), place.world, "not built", str(error)))
-            except PlanError as error:
+            except ConfigError as error:
                 found.append(Verdict(str(family), place.world, "refused", str(error.problems[0])))
         return found
 

@@ -12,7 +12,7 @@ import io
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import deepspeed
@@ -29,8 +29,8 @@ from trainer.distributed import World
 from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
-from trainer.parallel import Mapper, Shard, all_parameters, counts, shard_of
-from trainer.pipeline import Record, Stage
+from trainer.parallel import Mapper, all_parameters, counts, shard_of
+from trainer.pipeline import Record, Stage, pieces_of, shared_weights
 
 EVALUATED_TOGETHER = 4
 """Micro-batches for each stage that are evaluated in one schedule: enough that the pipeline is mostly full."""
@@ -189,7 +189,7 @@ class PipelineEngine(BaseEngine):
         """See `Engine.whole_weights`. Of several stages that hold a weight the first gives it."""
         place = self._world.topology
         ranks, group = place.group("pipeline"), self._world.groups["pipeline"]
-        pieces = _pieces(self.model)
+        pieces = pieces_of(self.model)
         for name, shape in self._names():
             giver = self._held_by[name][0]
             if place.stage == giver:
@@ -218,15 +218,6 @@ class PipelineEngine(BaseEngine):
             if first in self._held_by and first not in seen:
                 seen.add(first)
                 yield first, tuple(parameter.shape) if shard is None else shard.whole_shape
-
-
-def _pieces(model: nn.Module) -> dict[str, list[tuple[nn.Parameter, Shard | None]]]:
-    """What this rank holds of each weight."""
-    found: dict[str, list[tuple[nn.Parameter, Shard | None]]] = {}
-    for name, parameter in model.named_parameters():
-        shard = shard_of(parameter)
-        found.setdefault(name if shard is None else shard.name, []).append((parameter, shard))
-    return found
 
 
 class _Clock:
@@ -304,32 +295,14 @@ def start_pipeline(
         even: whether all micro-batches have the same shape.
     """
     own = StageModule(task, stage, lambda: mapper.leave(world.device), world.device)
-    shared = _shared_weights(task, held_by, world)
+    shared = list(shared_weights(task.model, held_by, world))  # type: ignore[arg-type]
     module = _Module(own, world, shared, even=even)
+    for name, pieces in pieces_of(task.model).items():  # type: ignore[arg-type]
+        for parameter, _ in pieces:  # DeepSpeed's flag for "another stage counts it in the norm"
+            parameter.ds_pipe_replicated = world.topology.stage != held_by[name][0]  # type: ignore[attr-defined]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
     # and gathering it knows only records of one tensor, all of the same shape.
     parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings | parts)
     return PipelineEngine(engine, world, mapper, clipping, own, held_by)
-
-
-def _shared_weights(
-    task: nn.Module, held_by: dict[str, tuple[int, ...]], world: World
-) -> list[tuple[nn.Parameter, Any]]:
-    """Weights that several stages hold, with the group to sum their gradients in; the first stage counts them.
-
-    Every rank of the world makes every group, in the same order.
-    """
-    place = world.topology
-    pieces = _pieces(task.model)  # type: ignore[arg-type]
-    shared = []
-    for stages, names in groupby(sorted(held_by, key=lambda name: (held_by[name], name)), held_by.__getitem__):
-        if len(stages) == 1:
-            continue
-        group = world.stages_group(stages)
-        for name in names if place.stage in stages else ():
-            for parameter, _ in pieces[name]:
-                parameter.ds_pipe_replicated = place.stage != stages[0]  # type: ignore[attr-defined]
-                shared += [(parameter, group)] if parameter.requires_grad else []
-    return shared

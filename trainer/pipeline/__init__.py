@@ -1,7 +1,8 @@
 """Pipeline parallelism: a model is followed, its layers are divided into stages, and each stage is the model itself."""
 
-from trainer.pipeline.balance import balance, bubble
-from trainer.pipeline.division import ONE_STAGE, Division, divide_layers
+from trainer.pipeline.balance import balance, bubble, divide
+from trainer.pipeline.division import ONE_STAGE, Division, divide_layers, refuse_other_uses
+from trainer.pipeline.shared import pieces_of, shared_weights
 from trainer.pipeline.stage import Record, Stage
 from trainer.pipeline.trace import Flow, example_inputs, follow
 
@@ -13,7 +14,11 @@ __all__ = [
     "Stage",
     "balance",
     "bubble",
+    "divide",
     "divide_layers",
     "example_inputs",
     "follow",
+    "pieces_of",
+    "refuse_other_uses",
+    "shared_weights",
 ]

@@ -72,8 +72,9 @@ def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
     if parallel.pipeline == 1:
         return ONE_STAGE
     _refuse_layers_left_out(model)
-    flow = follow(model)
-    costs = flow.costs(length, follow(model, example_inputs(model, 2 * LENGTH)))
+    flow, evaluated = follow(model), follow(model, example_inputs(model, 2 * LENGTH), training=False)
+    refuse_other_uses(model, flow, evaluated)
+    costs = flow.costs(length, evaluated)
     bounds = divide(costs, parallel.pipeline, parallel.pipeline_layers, parallel.pipeline_weights)
     for cut in bounds[1:-1]:
         numbers_sent(flow, cut, 1, length)  # refuses what cannot be sent
@@ -88,3 +89,15 @@ def _refuse_layers_left_out(model: PreTrainedModel) -> None:
                     Problem("model", f"{config.model_type} leaves out layers at random ({key} {value}), and stages "
                             "must run them all", f"Set {key} to 0, or parallel.pipeline to 1")
                 )  # fmt: skip
+
+
+def refuse_other_uses(model: PreTrainedModel, trained: Flow, evaluated: Flow) -> None:
+    """Looks whether evaluation uses each weight where training does.
+
+    Raises:
+        PlanError: naming a weight that it uses elsewhere: its stage would not have it.
+    """
+    for name, _ in model.named_parameters():
+        if trained.uses(name) and not evaluated.uses(name) <= trained.uses(name):
+            reason = f"{model.config.model_type} uses {name} elsewhere when it is evaluated than when it is trained"
+            raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))

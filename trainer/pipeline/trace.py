@@ -27,6 +27,12 @@ BATCH, LENGTH = 3, 13
 """Of the ids that are followed: sizes that are hardly any of a model's own, so that they are known again in shapes."""
 
 
+NEVER_DIVIDED = {
+    "reformer": "runs its layers in an autograd function of its own, which computes them again from the last one",
+}
+"""Families that can be followed and yet not divided, and why."""
+
+
 class Place(NamedTuple):
     """Where in the forward pass something happens."""
 
@@ -350,28 +356,31 @@ def example_inputs(model: PreTrainedModel, length: int = LENGTH) -> dict[str, Te
     return {"input_ids": ids} | ({"decoder_input_ids": ids.clone()} if two_sided else {})
 
 
-def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Flow:
+def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, training: bool = True) -> Flow:
     """Follows one forward pass of a model whose tensors are on the meta device.
 
     Args:
         inputs: on the meta device; `example_inputs` by default.
+        training: whether it is followed as in training, or as in evaluation.
 
     Raises:
         PlanError: if the model cannot be followed, has no layers that run one after the other, or runs one twice.
     """
+    kind = model.config.model_type
+    if kind in NEVER_DIVIDED:
+        raise PlanError(Problem("parallel.pipeline", f"{kind} {NEVER_DIVIDED[kind]}", "Set parallel.pipeline to 1"))
     layers = _layers(model)
     follower = _Follower(model, set(layers))
     handles = []
     for name, module in model.named_modules():
         handles += _listen(follower, name, module)
-    kind = model.config.model_type
     given: dict[str, Any] = dict(inputs or example_inputs(model))
     if "use_cache" in inspect.signature(model.forward).parameters:
         given["use_cache"] = False
-    training = model.training
+    before = model.training
     try:
         with torch.no_grad(), follower:
-            output = model.eval()(**given)
+            output = model.train(training)(**given)
             follower.ends(output)
     except Exception as error:  # whatever an operation without values raises
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -380,7 +389,7 @@ def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> F
                     "Set parallel.pipeline to 1")
         ) from None  # fmt: skip
     finally:
-        model.train(training)
+        model.train(before)
         for handle in handles:
             handle.remove()
     twice = [name for name, count in Counter(follower.layer_calls).items() if count > 1]

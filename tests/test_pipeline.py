@@ -1,0 +1,350 @@
+"""Stages: what following a model finds, how layers are divided, and every gradient of divided families."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedModel
+
+from tests.configs import with_values
+from tests.harness import run_command, run_ranks
+from tests.runs import dropping_losses, shared_weights_after
+from tests.test_families import REPRESENTATIVE, describe
+from tools.parity import proof
+from tools.parity.__main__ import main
+from tools.parity.families import Family
+from tools.parity.proof import Verdict, prove
+from tools.parity.shrink import tiny as tiny_model
+from trainer.errors import ConfigError, PlanError
+from trainer.pipeline import balance, bubble, example_inputs, follow
+from trainer.pipeline.balance import divide
+from trainer.pipeline.stage import Stage, holders, numbers_sent
+from trainer.pipeline.trace import LENGTH
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+
+
+def meta(model_type: str, **fields: Any) -> PreTrainedModel:
+    config = tiny_model(model_type, **fields)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(config, attn_implementation="eager")
+    return model
+
+
+# Following a model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("model_type", "fields", "crossing"),
+    [
+        ("llama", {}, ["model.layers.1"]),
+        ("gpt2", {}, ["transformer.h.1"]),
+        ("mixtral", {"output_router_logits": False}, ["model.layers.1"]),
+        (
+            "mixtral",
+            {"output_router_logits": True},
+            ["model.layers.0.mlp.gate", "model.layers.1", "model.layers.1.mlp.gate"],
+        ),
+        ("zamba2", {}, ["model.embed_tokens", "model.layers.2"]),
+        ("gemma4_text", {}, ["model.embed_tokens_per_layer", "model.per_layer_projection_norm", "model.layers.1"]),
+        ("roformer", {"is_decoder": True}, ["roformer.encoder.embed_positions", "roformer.encoder.layer.1"]),
+        ("t5", {}, ["encoder.final_layer_norm", "decoder.block.0", "decoder.block.0", "decoder.block.0"]),
+        ("bart", {}, ["model.encoder.layers.2"]),
+    ],
+)
+def test_what_crosses_the_middle(model_type: str, fields: dict[str, Any], crossing: list[str]) -> None:
+    flow = follow(meta(model_type, **fields))
+    assert [value.module for value in flow.crossing(len(flow.units) // 2)] == crossing
+
+
+@pytest.mark.fast
+def test_layers_in_several_lists_are_one() -> None:
+    flow = follow(meta("xlm"))
+    assert flow.units[0] == (
+        "transformer.attentions.0",
+        "transformer.layer_norm1.0",
+        "transformer.ffns.0",
+        "transformer.layer_norm2.0",
+    )
+    assert [value.module for value in flow.crossing(1)] == ["transformer.layer_norm2.0"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "bloom", "mamba2", "zamba2", "t5", "deepseek_v3"])
+def test_stages_hold_every_weight_and_share_no_layers(model_type: str) -> None:
+    model = meta(model_type)
+    flow = follow(model)
+    bounds = balance([1.0] * len(flow.units), 2)
+    held = holders(model, flow, bounds)
+    assert held.keys() == {name for name, _ in model.named_parameters()}
+    for stage in range(2):
+        own = flow.units[bounds[stage] : bounds[stage + 1]]
+        assert own
+        assert any(name.startswith(f"{unit[0]}.") for unit in own for name in held if stage in held[name])
+    if model_type != "zamba2":  # whose layers share a transformer
+        inside = [name for name in held if any(name.startswith(f"{m}.") for unit in flow.units for m in unit)]
+        shared = {name for name in inside if len(held[name]) > 1}
+        assert shared <= {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}
+    if model.config.get_text_config(decoder=True).tie_word_embeddings:
+        tied = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+        assert held[tied] == (0, 1)
+
+
+@pytest.mark.fast
+def test_costs_are_flops() -> None:
+    config = LlamaConfig(num_hidden_layers=3)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    length = 2048
+    costs = follow(model).costs(length, follow(model, example_inputs(model, 2 * LENGTH)))
+    layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
+    plain = 2 * layer * length + 4 * length**2 * config.hidden_size
+    head = 2 * config.hidden_size * config.vocab_size * length
+    rotary = costs[0] - plain  # a product of positions and frequencies
+    assert 0 <= rotary < 1e-4 * plain
+    assert costs == pytest.approx([plain, plain, plain + head], rel=1e-4)
+
+
+@pytest.mark.fast
+def test_numbers_sent() -> None:
+    flow = follow(meta("mixtral", output_router_logits=True))
+    experts = meta("mixtral").config.num_local_experts
+    assert numbers_sent(flow, 2, batch=5, length=32) == {
+        "model.layers.*": 5 * 32 * 64,
+        "model.layers.*.mlp.gate": 2 * 5 * 32 * experts,
+    }
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("gemma3n_text", {}, "a value made inside model.layers.0 is read behind layer 2"),
+        ("hrm_text", {}, "hrm_text has no list of layers that run in a row"),
+        ("xlnet", {}, "xlnet cannot be followed without computing it"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(model_type: str, fields: dict[str, Any], reason: str) -> None:
+    model = meta(model_type, **fields)
+    with pytest.raises(PlanError, match=reason):
+        Stage(model, follow(model), [0, 2, 4], 1)
+
+
+# Dividing layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_balance_is_the_best_there_is() -> None:
+    draw = random.Random(5)
+    for _ in range(60):
+        costs = [draw.choice([0.0, 1.0, 2.0, 7.5]) + draw.random() for _ in range(draw.randint(2, 9))]
+        stages = draw.randint(1, len(costs))
+        speeds = [draw.choice([0.5, 1.0, 2.0]) for _ in range(stages)]
+
+        def slowest(bounds: Any, costs: list[float] = costs, speeds: list[float] = speeds) -> float:
+            return max(sum(costs[a:b]) / speed for a, b, speed in zip(bounds, bounds[1:], speeds, strict=False))
+
+        inner = itertools.combinations(range(1, len(costs)), stages - 1)
+        best = min(slowest((0, *cuts, len(costs))) for cuts in inner)
+        found = balance(costs, stages, speeds)
+        assert (found[0], found[-1], len(found)) == (0, len(costs), stages + 1)
+        assert all(a < b for a, b in itertools.pairwise(found))
+        assert slowest(found) == pytest.approx(best)
+
+
+@pytest.mark.fast
+def test_divide() -> None:
+    assert divide([1.0] * 8, 4) == [0, 2, 4, 6, 8]
+    assert divide([1.0] * 7 + [2.0], 4) == [0, 2, 4, 6, 8]  # a head as heavy as a layer
+    assert divide([1.0] * 6, 2, speeds=[2.0, 1.0]) == [0, 4, 6]
+    assert divide([1.0] * 6, 2, layers=[1, 5]) == [0, 1, 6]
+    with pytest.raises(ConfigError, match=r"parallel.pipeline: 7 stages, and the model has 6 layers. Set it to 6"):
+        divide([1.0] * 6, 7)
+    with pytest.raises(ConfigError, match=r"parallel.pipeline_layers: \[2, 3\] are 5 layers, and the model has 6"):
+        divide([1.0] * 6, 2, layers=[2, 3])
+
+
+@pytest.mark.fast
+def test_bubble() -> None:
+    assert bubble(1, 8) == 0
+    assert bubble(4, 12) == pytest.approx(3 / 15)
+
+
+def dry_run(config: dict[str, Any], folder: Path, *arguments: str) -> Any:
+    (folder / "config.json").write_text(json.dumps(config))
+    return run_command(TRAIN, "--config", str(folder / "config.json"), "--dry_run", *arguments)
+
+
+def test_dry_run_shows_the_stages(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = with_values(tiny, parallel__pipeline=2, parallel__tensor=2)
+    ended = dry_run(config, tmp_path, "--world", "8")
+    assert ended.status == 0, ended.err
+    assert "processes    8 = pipeline 2 x data 2 x tensor 2" in ended.out
+    assert "pipeline     2 stages, 2 micro-batches: a stage waits for 33.3% of the time" in ended.out
+    rows = [line.split() for line in ended.out.splitlines() if line.split()[1:2] in (["0-0"], ["1-1"])]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert "0.0 MiB (model.layers.*)" in ended.out
+    assert "warning" not in ended.out
+
+
+def test_a_pipeline_that_waits_is_warned_of(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = with_values(tiny, parallel__pipeline=2, deepspeed__train_micro_batch_size_per_gpu=8)
+    said = dry_run(config, tmp_path).out
+    assert "1 micro-batches on 2 stages: each stage waits for 50% of the time" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"parallel__pipeline": 3}, "parallel.pipeline: 3 stages, and the model has 2 layers"),
+        ({"parallel__pipeline": 2, "parallel__pipeline_layers": [2, 1]}, "are 3 layers, and the model has 2"),
+        (
+            {"parallel__pipeline": 2, "model__config": {"model_type": "opt", "layerdrop": 0.1, "vocab_size": 320}},
+            "opt leaves out layers at random (layerdrop 0.1)",
+        ),
+        (
+            {"parallel__pipeline": 2, "model__config": {"model_type": "hrm_text", "vocab_size": 320}},
+            "hrm_text has no list of layers",
+        ),
+        (
+            {"parallel__pipeline": 2, "model__config": {"model_type": "rwkv", "vocab_size": 320}},
+            "rwkv uses rwkv.blocks.1.attention.output.weight elsewhere when it is evaluated",
+        ),
+    ],
+)
+def test_divisions_that_are_refused(values: dict[str, Any], reason: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+    ended = dry_run(with_values(tiny, deepspeed__train_batch_size=None,
+                                deepspeed__gradient_accumulation_steps=4, **values), tmp_path)  # fmt: skip
+    assert ended.status == 2, ended.out
+    assert reason in ended.err
+    assert "Traceback" not in ended.err
+
+
+# Every gradient -------------------------------------------------------------------------------------------------------
+
+
+def in_stages(families: list[Family], pipeline: int, sequence_parallel: bool = False) -> list[Verdict]:
+    return prove(families, pipeline=pipeline, sequence_parallel=sequence_parallel)
+
+
+def test_every_gradient_in_two_stages() -> None:
+    found = run_ranks(in_stages, 2, REPRESENTATIVE, 2)[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "sequence_parallel"), [(1, 4, False), (2, 2, False), (2, 2, True)])
+def test_every_gradient_in_a_hybrid(tensor: int, pipeline: int, sequence_parallel: bool) -> None:
+    kinds = ("llama", "gpt2", "mixtral", "bloom", "gpt_neox", "falcon", "t5" if pipeline == 4 else "bart")
+    families = [family for family in REPRESENTATIVE if family.model_type in kinds]
+    found = run_ranks(in_stages, tensor * pipeline, families, pipeline, sequence_parallel)[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+def packed(families: list[Family]) -> list[Verdict]:
+    """Documents side by side in one sequence, told apart by their positions."""
+    positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    return prove(families, pipeline=2, more={"position_ids": positions})
+
+
+def test_every_gradient_of_packed_documents() -> None:
+    found = run_ranks(packed, 2, [Family("llama"), Family("qwen3"), Family("mixtral"), Family("gpt_neox")])[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+def no_sum_of_shared_gradients(families: list[Family]) -> list[Verdict]:
+    proof.shared_weights = lambda model, held_by, world: iter(())
+    return prove(families, pipeline=2)
+
+
+def no_auxiliary_loss_of_the_first_stage(families: list[Family]) -> list[Verdict]:
+    from trainer.pipeline import stage
+
+    unpack = stage._unpack
+
+    def forgetting(values: Any, record: Any) -> Any:
+        for value, tensor in unpack(values, record):
+            yield value, torch.zeros_like(tensor) if value.module.endswith("gate") else tensor
+
+    stage._unpack = forgetting
+    return prove(families, pipeline=2)
+
+
+def stages_swapped(families: list[Family]) -> list[Verdict]:
+    """The first stage computes with the last one's layers."""
+    staged = proof._staged
+
+    def swapped(family: Family, cut: PreTrainedModel, world: Any) -> Any:
+        layers = cut.get_submodule("model.layers")
+        first, last = layers[0].state_dict(), layers[-1].state_dict()
+        layers[0].load_state_dict({name: tensor.clone() for name, tensor in last.items()})
+        layers[-1].load_state_dict({name: tensor.clone() for name, tensor in first.items()})
+        return staged(family, cut, world)
+
+    proof._staged = swapped  # type: ignore[assignment]
+    return prove(families, pipeline=2)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "model_type"),
+    [
+        (no_sum_of_shared_gradients, "gpt2"),
+        (no_auxiliary_loss_of_the_first_stage, "mixtral"),
+        (stages_swapped, "llama"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_sabotage_is_noticed(sabotage: Any, model_type: str) -> None:
+    (verdict,) = run_ranks(sabotage, 2, [Family(model_type)])[0]
+    assert verdict.outcome == "wrong"
+
+
+# In DeepSpeed's engine ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layouts"),
+    [
+        ("gpt2", ["pipeline=2,zero=0,accumulation=4", "pipeline=2,data=2,zero=1,accumulation=2"]),  # tied
+        ("mixtral", ["pipeline=2,zero=1,accumulation=4", "pipeline=2,tensor=2,zero=0,accumulation=4"]),
+    ],
+)
+def test_layouts_agree(
+    model_type: str, layouts: list[str], tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses, norms with clipping at work, every gradient, and parameters after three steps."""
+    small = tiny_model(model_type, vocab_size=323, num_hidden_layers=3)
+    wanted = {k: v for k, v in small.to_diff_dict().items() if v is not None and k not in ("dtype", "architectures")}
+    wanted.pop("transformers_version", None)
+    if model_type == "mixtral":
+        wanted["output_router_logits"] = True
+    config = with_values(tiny, model__config=wanted)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status = main(["--config", str(tmp_path / "config.json"), "--layouts", *layouts])
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_shared_weights_stay_the_same_in_bf16(stage: int, tiny: dict[str, Any]) -> None:
+    config = with_values(
+        tiny, model__config__tie_word_embeddings=True, parallel__pipeline=2, deepspeed__bf16={"enabled": True},
+        deepspeed__zero_optimization={"stage": stage},
+    )  # fmt: skip
+    first, last = run_ranks(shared_weights_after, 2, config, 3)
+    assert first.keys() == last.keys() == {"model.embed_tokens.weight"}
+    assert (first["model.embed_tokens.weight"] == last["model.embed_tokens.weight"]).all()
+
+
+def test_dropout_comes_again_from_the_seed(tiny: dict[str, Any]) -> None:
+    config = with_values(tiny, parallel__pipeline=2, model__config__attention_dropout=0.2)
+    one, again = (run_ranks(dropping_losses, 2, config, 3)[1] for _ in range(2))
+    other = run_ranks(dropping_losses, 2, with_values(config, run__seed=12), 3)[1]
+    assert one == again
+    assert one != other
