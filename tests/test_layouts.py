@@ -32,7 +32,7 @@ class Layout:
     pipeline: int = 1
 
     def __str__(self) -> str:
-        extra = "-offload" * self.offload + "-recompute" * (self.checkpointing == "full")
+        extra = "-offload" * self.offload + f"-{self.checkpointing}" * (self.checkpointing != "none")
         extra += f"-pipeline{self.pipeline}" * (self.pipeline > 1)
         extra += f"-tensor{self.tensor}" * (self.tensor > 1) + "-sequence" * self.sequence_parallel
         return f"world{self.world}-zero{self.stage}-accumulate{self.accumulation}-{self.packing}{extra}"
@@ -58,6 +58,8 @@ LAYOUTS = [
     Layout(2, 3, 2, offload=True),
     Layout(2, 0, 2, checkpointing="full"),
     Layout(2, 3, 2, checkpointing="full"),
+    Layout(2, 3, 1, checkpointing="selective"),
+    Layout(4, 1, 2, pipeline=2, tensor=2, sequence_parallel=True, checkpointing="selective"),
     Layout(1, 0, 2, "concatenate"),
     Layout(2, 1, 2, "concatenate"),
     Layout(4, 3, 1, "concatenate"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from tools.parity.__main__ import main
 from tools.parity.families import Family
 from tools.parity.proof import Verdict, prove
 from tools.parity.shrink import tiny as tiny_model
+from trainer.config.load import check
 from trainer.errors import ConfigError, PlanError
-from trainer.pipeline import balance, bubble, example_inputs, follow
+from trainer.model import build_model, initialize_weights
+from trainer.pipeline import balance, bubble, divide_layers, example_inputs, follow, recompute
 from trainer.pipeline.balance import divide
 from trainer.pipeline.stage import Stage, holders, numbers_sent
 from trainer.pipeline.trace import LENGTH
@@ -117,10 +120,11 @@ def test_costs_are_flops() -> None:
 def test_numbers_sent() -> None:
     flow = follow(meta("mixtral", output_router_logits=True))
     experts = meta("mixtral").config.num_local_experts
-    assert numbers_sent(flow, 2, batch=5, length=32) == {
-        "model.layers.*": 5 * 32 * 64,
-        "model.layers.*.mlp.gate": 2 * 5 * 32 * experts,
-    }
+    for ranks in (1, 2):
+        assert numbers_sent(flow, 2, batch=5, length=32, sequence_ranks=ranks) == {
+            "model.layers.*": 5 * 32 * 64 // ranks,
+            "model.layers.*.mlp.gate": 2 * 5 * 32 * experts,
+        }
 
 
 @pytest.mark.fast
@@ -226,6 +230,36 @@ def test_divisions_that_are_refused(values: dict[str, Any], reason: str, tiny: d
     assert ended.status == 2, ended.out
     assert reason in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_selective_recomputation(tiny: dict[str, Any]) -> None:
+    """Attention runs again in the backward pass, up to the last input that is needed; nothing else does."""
+    config = check(with_values(tiny, model__activation_checkpointing="selective"), world=1, device="cpu")
+    gradients = []
+    for again in (False, True):
+        model = build_model(config)
+        names = divide_layers(model, config).recomputed
+        assert names == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+        initialize_weights(model, seed=1)
+        recompute(model, names if again else ())
+        calls: Counter[str] = Counter()
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda *_, name=name, calls=calls: calls.update([name]))  # type: ignore[misc]
+        model.train()(input_ids=torch.arange(20)[None]).logits.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        twice = {name for name, count in calls.items() if count > 1}
+        assert twice == ({f"{name}.{p}_proj" for name in names for p in "qkv"} if again else set())
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_no_attention_to_recompute(tiny: dict[str, Any], tmp_path: Path) -> None:
+    values = {
+        "model__activation_checkpointing": "selective",
+        "model__config": {"model_type": "mamba", "vocab_size": 320},
+    }
+    ended = dry_run(with_values(tiny, **values), tmp_path)
+    assert ended.status == 2, ended.out
+    assert "model.activation_checkpointing: 'selective' computes attention again, and mamba has no modules" in ended.err
 
 
 # Every gradient -------------------------------------------------------------------------------------------------------

@@ -63,7 +63,9 @@ def _pipeline_lines(loaded: LoadedConfig, model: Any, division: Division) -> Ite
            f"{bubble(stages, micro_batches):.1%} of the time")  # fmt: skip
     yield "  stage  layers  share of FLOPs  parameters of a rank  sent of each micro-batch"
     held = _held_by_stage(loaded, model, division)
-    for stage, first, end, share, sent in division.table(loaded.batch.micro, loaded.config.data.sequence_length, size):
+    ranks = loaded.config.parallel.tensor if loaded.config.parallel.sequence_parallel else 1
+    length = loaded.config.data.sequence_length
+    for stage, first, end, share, sent in division.table(loaded.batch.micro, length, size, ranks):
         said = ", ".join(f"{_gib(count)} ({name})" for name, count in sent.items()) or "-"
         yield f"  {stage:5}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {held[stage]:20,}  {said}"
 

@@ -42,8 +42,9 @@ class ModelSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     """The attention implementation of transformers. Default: `sdpa`, or `eager` for the families that have no sdpa."""
 
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` keeps only each block's input and computes the block again in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """`full` keeps only each layer's input and computes the layer again in the backward pass; `selective` does so with
+    attention alone."""
 
 
 class ParallelSection(Section):

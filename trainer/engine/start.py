@@ -16,7 +16,7 @@ from trainer.engine.pipeline import PipelineEngine, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights
 from trainer.parallel import Mapper, fill_elsewhere, tensor_mapper
-from trainer.pipeline import ONE_STAGE, Division, Stage
+from trainer.pipeline import ONE_STAGE, Division, Stage, recompute
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,7 +57,7 @@ def start_engine(
     mapper = tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel)
     assert division.stages == world.topology.pipeline
     if division.stages == 1:
-        return _start_plain(model, loaded, world, mapper, settings)
+        return _start_plain(model, division, loaded, world, mapper, settings)
     return _start_stage(model, division, loaded, world, mapper, settings)
 
 
@@ -73,7 +73,7 @@ def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
 
 
 def _start_plain(
-    model: Any, loaded: LoadedConfig, world: World, mapper: Mapper, settings: dict[str, Any]
+    model: Any, division: Division, loaded: LoadedConfig, world: World, mapper: Mapper, settings: dict[str, Any]
 ) -> PlainEngine:
     grid = Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
@@ -86,6 +86,7 @@ def _start_plain(
 
     give_weights(model, loaded, complete)
     mapper.install()
+    recompute(model, division.recomputed)
     task = _task(model, loaded, mapper)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=task, model_parameters=trained, config=settings, mpu=grid)
@@ -102,6 +103,7 @@ def _start_stage(
     give_weights(model, loaded, mapper.cut)
     mapper.install()
     stage.install()
+    recompute(model, division.recomputed)
     fill_elsewhere(model, world.device, _DTYPES[loaded.config.deepspeed.precision])
     return start_pipeline(
         _task(model, loaded, mapper), stage, held_by, settings, world, mapper, _clipping(loaded, settings),

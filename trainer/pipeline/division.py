@@ -32,6 +32,9 @@ class Division:
     costs: tuple[float, ...] = ()
     """FLOPs of each layer's forward pass for one sequence, with what belongs to it beside the layers."""
 
+    recomputed: tuple[str, ...] = ()
+    """Modules that are computed again in the backward pass: attention, where that is asked for."""
+
     @property
     def stages(self) -> int:
         return len(self.bounds) - 1
@@ -42,17 +45,19 @@ class Division:
             return {name: (0,) for name, _ in model.named_parameters()}
         return holders(model, self.flow, self.bounds)
 
-    def table(self, micro_batch: int, length: int, size: int) -> Iterator[tuple[int, int, int, float, dict[str, int]]]:
-        """(stage, first layer, end, share of the cost, bytes sent of each micro-batch by what is sent).
+    def table(
+        self, micro_batch: int, length: int, size: int, sequence_ranks: int
+    ) -> Iterator[tuple[int, int, int, float, dict[str, int]]]:
+        """(stage, first layer, end, share of the cost, bytes that a rank sends of each micro-batch by what is sent).
 
         Args:
-            size: bytes of a number.
+            size: bytes of a number. sequence_ranks: ranks that share what lies between layers.
         """
         assert self.flow is not None
         for stage, (first, end) in enumerate(pairwise(self.bounds)):
             share = sum(self.costs[first:end]) / (sum(self.costs) or 1.0)
             last = stage == self.stages - 1
-            sent = {} if last else numbers_sent(self.flow, end, micro_batch, length)
+            sent = {} if last else numbers_sent(self.flow, end, micro_batch, length, sequence_ranks)
             yield stage, first, end, share, {name: numbers * size for name, numbers in sent.items()}
 
 
@@ -61,24 +66,40 @@ ONE_STAGE = Division()
 
 
 def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
-    """Divides the layers of a model on the meta device over `parallel.pipeline` stages.
+    """Divides the layers of a model on the meta device over `parallel.pipeline` stages, and finds its attention where
+    that is to be recomputed.
 
     Raises:
         PlanError: if the model has no layers that can be divided, or something else than real numbers would have to
-            cross a boundary.
+            cross a boundary; if there is no attention to recompute.
         ConfigError: for more stages than layers, or `parallel.pipeline_layers` that do not add up.
     """
     parallel, length = loaded.config.parallel, loaded.config.data.sequence_length
-    if parallel.pipeline == 1:
+    selective = loaded.config.model.activation_checkpointing == "selective"
+    if parallel.pipeline == 1 and not selective:
         return ONE_STAGE
-    _refuse_layers_left_out(model)
+    if parallel.pipeline > 1:
+        _refuse_layers_left_out(model)
     flow, evaluated = follow(model), follow(model, example_inputs(model, 2 * LENGTH), training=False)
+    recomputed = tuple(_attention(model, flow, evaluated)) if selective else ()
+    if parallel.pipeline == 1:
+        return Division(recomputed=recomputed)
     refuse_other_uses(model, flow, evaluated)
     costs = flow.costs(length, evaluated)
     bounds = divide(costs, parallel.pipeline, parallel.pipeline_layers, parallel.pipeline_weights)
     for cut in bounds[1:-1]:
         numbers_sent(flow, cut, 1, length)  # refuses what cannot be sent
-    return Division(flow, tuple(bounds), tuple(costs))
+    return Division(flow, tuple(bounds), tuple(costs), recomputed)
+
+
+def _attention(model: PreTrainedModel, flow: Flow, longer: Flow) -> list[str]:
+    found = flow.attention(longer)
+    if not found:
+        reason = (
+            f"'selective' computes attention again, and {model.config.model_type} has no modules of it in its layers"
+        )
+        raise PlanError(Problem("model.activation_checkpointing", reason, "Set it to 'full' or 'none'"))
+    return found
 
 
 def _refuse_layers_left_out(model: PreTrainedModel) -> None:

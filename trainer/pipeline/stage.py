@@ -175,17 +175,20 @@ class Stage:
         return result
 
 
-def numbers_sent(flow: Flow, cut: int, batch: int, length: int) -> dict[str, int]:
-    """How many numbers cross the boundary before unit `cut`, by the modules that give them (`*` for numbers).
+def numbers_sent(flow: Flow, cut: int, batch: int, length: int, sequence_ranks: int = 1) -> dict[str, int]:
+    """How many numbers a rank sends over the boundary before unit `cut`, by the modules that give them.
 
     Args:
-        batch: samples of a micro-batch. length: tokens of each.
+        batch: samples of a micro-batch. length: tokens of each. sequence_ranks: ranks that share what lies between
+            layers (sequence parallelism).
     """
     sizes = {BATCH: batch, LENGTH: length, BATCH * LENGTH: batch * length}
+    layers = {name for unit in flow.units for name in unit}
     sent: dict[str, int] = defaultdict(int)
     for value in _sendable(flow, cut):
         shape = _shape_of(flow, value) or ()
-        sent[starred(value.module)] += prod(sizes.get(size, size) for size in shape)
+        shared_by = sequence_ranks if value.module in layers else 1
+        sent[starred(value.module)] += prod(sizes.get(size, size) for size in shape) // shared_by
     return dict(sent)
 
 

@@ -86,6 +86,9 @@ class Flow:
     structures: dict[tuple[str, int], tuple[Any, tuple[tuple[int, ...] | None, ...]]]
     """What a module inside a layer returned in its nth call, where others read it: structure, and shapes of leaves."""
 
+    inner_flops: dict[str, int]
+    """FLOPs of the matrix products of each module inside a layer."""
+
     _layers: list[int]
     """Unit of each layer call."""
 
@@ -111,6 +114,15 @@ class Flow:
             share = length / LENGTH
             costs[self.unit(short.place)] += ((short.flops - squared) * share + squared * share**2) / BATCH
         return costs
+
+    def attention(self, longer: Flow) -> list[str]:
+        """The outermost modules inside the layers whose work grows with the square of the sequence: attention.
+
+        Args:
+            longer: over twice the length.
+        """
+        squared = [name for name, flops in self.inner_flops.items() if longer.inner_flops.get(name, 0) > 2 * flops]
+        return [name for name in squared if not any(name.startswith(f"{outer}.") for outer in squared)]
 
     def uses(self, parameter: str) -> set[int]:
         """Units that use a parameter, by its first name; none where nothing does."""
@@ -185,6 +197,10 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
         self._begun = 0
         self._active: list[Call] = []
         self._returned: dict[tuple[str, int], Any] = {}
+        self._inside: list[str] = []
+        """Modules at work inside the layer, outermost first."""
+
+        self.inner_flops: Counter[str] = Counter()
         self.calls: list[Call] = []
         self.layer_calls: list[str] = []
         self.reads: dict[Value, set[Place]] = {}
@@ -196,6 +212,8 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
 
     def enters(self, name: str, module: nn.Module) -> None:
         """A module is called."""
+        if self._active and self._active[-1].place.inside:
+            self._inside.append(name)
         if self._active or not (name in self._layers or _owns_weights(module)):
             return
         is_layer = name in self._layers
@@ -213,6 +231,8 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
         if not self._active:
             return
         call = self._active[-1]
+        if name != call.module and call.place.inside:
+            assert self._inside.pop() == name
         leaves, structure = pytree.tree_flatten(output)
         tensors = [(number, leaf) for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if name != call.module:
@@ -243,7 +263,10 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
         sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in given))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self._active:
-            self._active[-1].flops += _flops(func, args, kwargs or {}, result)
+            flops = _flops(func, args, kwargs or {}, result)
+            self._active[-1].flops += flops
+            for name in self._inside:
+                self.inner_flops[name] += flops
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 changed = any(tensor is one for one in given)  # in place, maybe through a view
@@ -398,7 +421,10 @@ def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, t
         reason = f"{kind} runs {twice[0]} several times" if twice else f"{kind} has no list of layers that run in a row"
         raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))
     numbers = [number for number, unit in enumerate(units) for _ in unit]
-    return Flow(units, follower.calls, follower.structures, numbers, follower.reads, follower.uses, follower.unknown)
+    return Flow(
+        units, follower.calls, follower.structures, dict(follower.inner_flops), numbers, follower.reads, follower.uses,
+        follower.unknown,
+    )  # fmt: skip
 
 
 def _listen(follower: _Follower, name: str, module: nn.Module) -> list[Any]:
