@@ -1,4 +1,4 @@
-"""The command line: a family cut over tensor ranks has the loss curve and the final model of one process."""
+"""The command line: a family divided over ranks has the loss curve and the final model of one process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ VOCABULARY = 323
 
 UNWANTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "time_step_limit")
 
-IN_TEST = [("llama", {}), ("gpt2", {}), ("mixtral", {"sequence_parallel": True})]
+IN_TEST = [
+    ("llama", {"tensor": 2}),
+    ("gpt2", {"tensor": 2}),
+    ("mixtral", {"tensor": 2, "sequence_parallel": True}),
+    ("gpt2", {"pipeline": 2}),
+]
 IN_MATRIX = [
     "bloom", "opt", "gpt_neox", "gptj", "falcon", "phi", "phi3", "cohere", "gemma2", "gemma3_text", "qwen2", "qwen3",
     "qwen3_moe", "olmo2", "olmoe", "mistral", "starcoder2", "stablelm", "mpt", "gpt_bigcode", "deepseek_v3", "mamba",
     "mamba2", "granite",
 ]  # fmt: skip
+IN_STAGES = ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba2", "falcon", "qwen3_next"]
 
 
 def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> list[float]:
@@ -38,7 +44,7 @@ def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, A
     config["model"] = {"config": model | {"model_type": model_type}}
     config["run"]["output_dir"] = str(folder)
     config["training"] = {"max_steps": STEPS, "log_every_steps": 1}
-    config["parallel"] = {"tensor": world, **parallel}
+    config["parallel"] = parallel
     config["deepspeed"]["zero_optimization"] = {"stage": 1}
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(config))
@@ -50,7 +56,8 @@ def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, A
 
 def compare(model_type: str, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
     alone = run(model_type, 1, {}, base, folder / "one")
-    cut = run(model_type, 2, parallel, base, folder / "two")
+    ranks = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    cut = run(model_type, ranks, parallel, base, folder / "two")
     assert len(alone) == len(cut) == STEPS
     assert cut == pytest.approx(alone, rel=1e-4)
     models = [AutoModelForCausalLM.from_pretrained(folder / name / "final").eval() for name in ("one", "two")]
@@ -74,4 +81,11 @@ def test_same_curve(model_type: str, parallel: dict[str, Any], base: dict[str, A
 @pytest.mark.matrix
 @pytest.mark.parametrize("model_type", IN_MATRIX)
 def test_same_curve_for_more_families(model_type: str, base: dict[str, Any], tmp_path: Path) -> None:
-    compare(model_type, {}, base, tmp_path)
+    compare(model_type, {"tensor": 2}, base, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
+@pytest.mark.parametrize("model_type", IN_STAGES)
+def test_same_curve_in_stages(model_type: str, parallel: dict[str, Any], base: dict[str, Any], tmp_path: Path) -> None:
+    compare(model_type, parallel, base, tmp_path)

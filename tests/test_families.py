@@ -8,6 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.harness import run_ranks
 from tools.parity.families import FAMILIES, Family
+from tools.parity.matrix import Column, prove_all
 from tools.parity.proof import Verdict, prove
 from trainer.parallel import collectives, layers
 from trainer.parallel.families import FAMILIES as PLANS
@@ -43,7 +44,7 @@ REPRESENTATIVE = [
 ]
 """What attention, experts and recurrences there are, each at least once."""
 
-COUNTED = {"causal_lm": 140, "built": 150, "others": 25}
+COUNTED = {"causal_lm": 140, "built": 150, "others": 25, "pipeline": 130, "hybrid": 120}
 """At least so many families are right."""
 
 
@@ -168,3 +169,13 @@ def test_the_whole_population() -> None:
     assert sum(v.outcome != "not built" for v in causal) >= COUNTED["built"]
     assert sum(v.outcome == "right" for v in causal) >= COUNTED["causal_lm"]
     assert len(others) >= COUNTED["others"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("column", "count"), [(Column(pipeline=2), "pipeline"), (Column(2, 2), "hybrid")], ids=str)
+def test_the_whole_population_in_stages(column: Column, count: str) -> None:
+    rows = list(prove_all(FAMILIES, [column]))
+    found = [row.found[column] for row in rows]
+    assert [describe(v) for v in found if v.outcome in ("wrong", "failed")] == []
+    causal = [row.found[column] for row in rows if row.family.task == "causal_lm" and not row.family.variant]
+    assert sum(v.outcome == "right" for v in causal) >= COUNTED[count]

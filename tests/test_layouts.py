@@ -174,7 +174,14 @@ def test_held_out_loss_is_the_same(base: dict[str, Any]) -> None:
     """45 documents in micro-batches of 1 to 8 on 1, 2 and 4 ranks: the last batch is partial, ranks run dry."""
     found = [
         run_ranks(train, lay.world, [(config_of(lay, base), 0)])[0][0][2]
-        for lay in (Layout(1, 0, 1), Layout(2, 1, 2), Layout(4, 3, 1), Layout(1, 0, 8))
+        for lay in (
+            Layout(1, 0, 1),
+            Layout(2, 1, 2),
+            Layout(4, 3, 1),
+            Layout(1, 0, 8),
+            Layout(2, 1, 4, pipeline=2),
+            Layout(4, 0, 2, pipeline=2),
+        )
     ]
     assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
 

@@ -11,24 +11,30 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedModel
 
 from tests.configs import with_values
 from tests.harness import run_command, run_ranks
 from tests.runs import dropping_losses, shared_weights_after
 from tests.test_families import REPRESENTATIVE, describe
+from tools.bench import pipeline
 from tools.parity import proof
 from tools.parity.__main__ import main
 from tools.parity.families import Family
 from tools.parity.proof import Verdict, prove
 from tools.parity.shrink import tiny as tiny_model
 from trainer.config.load import check
+from trainer.data import open_batches, prepare_data
+from trainer.distributed import Launch, joined_world
+from trainer.engine import start_engine
 from trainer.errors import ConfigError, PlanError
-from trainer.model import build_model, initialize_weights
+from trainer.model import build_model, build_model_shape, initialize_weights, read
 from trainer.pipeline import balance, bubble, divide_layers, example_inputs, follow, recompute
 from trainer.pipeline.balance import divide
 from trainer.pipeline.stage import Stage, holders, numbers_sent
 from trainer.pipeline.trace import LENGTH
+from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
@@ -265,8 +271,8 @@ def test_no_attention_to_recompute(tiny: dict[str, Any], tmp_path: Path) -> None
 # Every gradient -------------------------------------------------------------------------------------------------------
 
 
-def in_stages(families: list[Family], pipeline: int, sequence_parallel: bool = False) -> list[Verdict]:
-    return prove(families, pipeline=pipeline, sequence_parallel=sequence_parallel)
+def in_stages(families: list[Family], stages: int, sequence_parallel: bool = False) -> list[Verdict]:
+    return prove(families, pipeline=stages, sequence_parallel=sequence_parallel)
 
 
 def test_every_gradient_in_two_stages() -> None:
@@ -382,3 +388,81 @@ def test_dropout_comes_again_from_the_seed(tiny: dict[str, Any]) -> None:
     other = run_ranks(dropping_losses, 2, with_values(config, run__seed=12), 3)[1]
     assert one == again
     assert one != other
+
+
+def most_in_flight(config: dict[str, Any]) -> int:
+    """Micro-batches that this rank's stage has computed forward and not yet backward, at most."""
+    launch = Launch.from_environment()
+    place = Topology.of(launch.world, launch.rank, pipeline=config["parallel"]["pipeline"])
+    with joined_world(launch, place, seed=1) as world:
+        loaded = check(config, world=launch.world, device="cpu")
+        prepared = prepare_data(loaded, builder=launch.rank == 0)
+        division = divide_layers(build_model_shape(loaded), loaded)
+        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
+        now = most = 0
+        instructions = engine._engine._INSTRUCTION_MAP
+        for kind, change in ((ForwardPass, 1), (BackwardPass, -1)):
+
+            def executes(*args: Any, run: Any = instructions[kind], change: int = change, **kwargs: Any) -> None:
+                nonlocal now, most
+                run(*args, **kwargs)
+                now += change
+                most = max(now, most)
+
+            instructions[kind] = executes
+        engine.train_step(open_batches(loaded, prepared, place).train.at(1))
+        assert now == 0
+        return most
+
+
+def test_micro_batches_in_flight(tiny: dict[str, Any]) -> None:
+    config = with_values(tiny, model__config__num_hidden_layers=3, parallel__pipeline=3,
+                         deepspeed__train_micro_batch_size_per_gpu=1)  # fmt: skip
+    assert run_ranks(most_in_flight, 3, config) == [3, 2, 1]
+
+
+def test_schedule_waits_no_longer_than_it_must() -> None:
+    ranks = run_ranks(pipeline.measure, 2, [pipeline.Case("llama", 2, 6, sleeps=True)])
+    assert sum(rank[0].idle for rank in ranks) / 2 < bubble(2, 6) + 0.05  # 0.02 on a machine that does nothing else
+
+
+def test_bytes_over_a_boundary_and_parameters_of_a_rank() -> None:
+    case = pipeline.Case("mixtral", 2, 3, layers=2)
+    hidden, routers = 2 * 32 * 64 * 4, 2 * 2 * 32 * tiny_model("mixtral").num_local_experts * 4
+    first, last = (rank[0] for rank in run_ranks(pipeline.measure, 2, [case]))
+    assert first.sent == {(0, 1): 3 * (hidden + routers)}
+    assert last.sent == {(1, 0): 3 * (hidden + routers)}
+    assert (first.held, last.held) == (first.share, last.share)
+
+
+# Reading and writing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
+def test_a_stage_reads_its_weights_only(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(tiny_model(model_type))
+    whole.save_pretrained(tmp_path)
+    asked: list[str] = []
+    for name in ("whole", "slice"):
+        plain = getattr(read._Files, name)
+
+        def noting(self: Any, key: str, plain: Any = plain) -> Any:
+            asked.append(key)
+            return plain(self, key)
+
+        monkeypatch.setattr(read._Files, name, noting)
+    flow = follow(meta(model_type))
+    bounds = [0, 2, len(flow.units)]
+    for number in range(2):
+        asked.clear()
+        model = meta(model_type)
+        stage = Stage(model, flow, bounds, number)
+        held_by = stage.leave_weights()
+        read.read_weights(model, str(tmp_path))
+        assert {name for name, _ in model.named_parameters()} == {n for n, s in held_by.items() if number in s}
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, whole.get_parameter(name))
+        other = flow.units[bounds[1 - number]][0]
+        assert not [key for key in asked if key.startswith(f"{other}.")]

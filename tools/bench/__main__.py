@@ -4,6 +4,7 @@ python -m tools.bench overhead    CPU time a step, against a plain DeepSpeed loo
 python -m tools.bench states      bytes of model states on a rank, against the formula, ZeRO 0 to 3
 python -m tools.bench data        time a step waits for data; cost of starting at any position
 python -m tools.bench traffic     collectives and bytes a layer under tensor parallelism, against DeepSpeed's AutoTP
+python -m tools.bench pipeline    idle share of the schedule, bytes over each boundary, parameters of a rank
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
-from tools.bench import data, overhead, states, traffic
+from tools.bench import data, overhead, pipeline, states, traffic
 
-BENCHMARKS = {"overhead": overhead, "states": states, "data": data, "traffic": traffic}
+BENCHMARKS = {"overhead": overhead, "states": states, "data": data, "traffic": traffic, "pipeline": pipeline}
 
 
 def machine() -> dict[str, Any]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from tools.bench.common import configuration, rank_environment, table, write_tokens
 from trainer.config.load import LoadedConfig
 from trainer.distributed import Launch, free_port, joined_world
-from trainer.engine.plain import PlainEngine, start_engine
+from trainer.engine.plain import PlainEngine
+from trainer.engine.start import start_engine
 from trainer.model import build_model, state_bytes
 from trainer.topology import Topology
 

@@ -1,0 +1,210 @@
+"""Idle share of the pipeline's schedule with stages that sleep, bytes over each boundary, parameters of a rank."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed.runtime.pipe.engine as deepspeed_pipe
+import torch
+from torch import Tensor, nn
+
+from tools.bench.common import table
+from tools.parity.shrink import tiny
+from tools.ranks import run_ranks
+from trainer.config.load import LoadedConfig, check
+from trainer.data.batches import MicroBatch, StepBatch
+from trainer.distributed import Launch, joined_world
+from trainer.engine import start_engine
+from trainer.model import build_model, build_model_shape
+from trainer.pipeline import bubble, divide_layers
+from trainer.topology import Topology
+
+FORWARD_SECONDS = 0.05
+"""What a stage sleeps in a forward pass; twice that in a backward one."""
+
+BATCH, LENGTH, HIDDEN = 2, 32, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pipeline."""
+
+    model_type: str
+    stages: int
+    micro_batches: int
+    tensor: int = 1
+    sequence_parallel: bool = False
+    layers: int = 1
+    """Of each stage."""
+
+    sleeps: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank found in the second step."""
+
+    stage: int
+    idle: float
+    sent: dict[tuple[int, int], int]
+    """Bytes by (from, to) stage."""
+
+    held: int
+    share: int
+    """Parameters that this rank has, and those it should have."""
+
+
+class _Sleep(torch.autograd.Function):
+    """Takes time in both passes and changes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        time.sleep(FORWARD_SECONDS)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        time.sleep(2 * FORWARD_SECONDS)
+        return gradient
+
+
+def _loaded(case: Case, world: int) -> LoadedConfig:
+    config = tiny(case.model_type, num_hidden_layers=case.stages * case.layers, hidden_size=HIDDEN)
+    if case.model_type == "mixtral":
+        config.output_router_logits = True
+    inline = {key: value for key, value in config.to_diff_dict().items() if value is not None}
+    for key in ("dtype", "architectures", "transformers_version"):
+        inline.pop(key, None)
+    raw = {
+        "run": {"output_dir": "/tmp/unused"},
+        "model": {"config": inline},
+        "parallel": {
+            "tensor": case.tensor, "pipeline": case.stages, "sequence_parallel": case.sequence_parallel,
+            "pipeline_layers": [case.layers] * case.stages,
+        },
+        "data": {"train": [{"path": "builtin:python-stdlib"}], "sequence_length": LENGTH},
+        "training": {"max_steps": 2},
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": case.micro_batches,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        },
+    }  # fmt: skip
+    return check(raw, world=world, device="cpu")
+
+
+def _batch(case: Case, vocabulary: int) -> StepBatch:
+    draw = torch.Generator().manual_seed(1)
+    micro = []
+    for _ in range(case.micro_batches):
+        ids = torch.randint(5, vocabulary, (BATCH, LENGTH + 1), generator=draw)
+        micro.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None))
+    return StepBatch(tuple(micro), case.micro_batches * BATCH * LENGTH, case.micro_batches * BATCH)
+
+
+def _sleep_in(model: nn.Module, names: list[str]) -> None:
+    """Once for each stage: in the last one of its layers."""
+    own = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+    last = model.get_submodule(own[-1])
+    last.register_forward_hook(lambda module, args, output: _Sleep.apply(output), prepend=True)
+
+
+def measure(cases: list[Case]) -> list[Measured]:
+    """Runs on every rank; all cases have the same number of stages and tensor ranks."""
+    launch = Launch.from_environment()
+    place = Topology.of(launch.world, launch.rank, pipeline=cases[0].stages, tensor=cases[0].tensor)
+    with joined_world(launch, place, seed=1) as world:
+        return [_measure(case, launch, world) for case in cases]
+
+
+def _measure(case: Case, launch: Launch, world: Any) -> Measured:
+    loaded = _loaded(case, launch.world)
+    shape = build_model_shape(loaded)
+    division = divide_layers(shape, loaded)
+    engine = start_engine(build_model(loaded), loaded, world, division)
+    assert division.flow is not None
+    if case.sleeps:
+        _sleep_in(engine.model, [name for unit in division.flow.units for name in unit])
+    stage = world.topology.stage
+    batch = _batch(case, loaded.facts.vocabulary)
+    engine.train_step(batch)
+    sent: Counter[tuple[int, int]] = Counter()
+    send = deepspeed_pipe.p2p.send
+
+    def counting(tensor: Tensor, to: int, *args: Any, **kwargs: Any) -> Any:
+        sent[stage, to] += tensor.nbytes
+        return send(tensor, to, *args, **kwargs)
+
+    deepspeed_pipe.p2p.send = counting
+    try:
+        result = engine.train_step(batch)
+    finally:
+        deepspeed_pipe.p2p.send = send
+    assert result.idle_share is not None
+    holders = division.holders(shape)
+    whole = {name: parameter.numel() for name, parameter in shape.named_parameters()}
+    share = sum(count for name, count in whole.items() if stage in holders[name]) // case.tensor
+    held = sum(parameter.numel() for parameter in engine.model.parameters())
+    return Measured(stage, result.idle_share(), dict(sent), held, share)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4], help="pipelines (default 2 3 4)")
+    parser.add_argument("--micro_batches", type=int, nargs="+", default=[4, 8, 16, 32], help="default 4 8 16 32")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    figures: dict[str, Any] = {"forward_seconds": FORWARD_SECONDS, "idle": [], "boundaries": [], "parameters": []}
+    rows = []
+    for stages in options.stages:
+        cases = [Case("llama", stages, count, sleeps=True) for count in options.micro_batches]
+        by_rank = run_ranks(measure, stages, cases)
+        for number, case in enumerate(cases):
+            idle = sum(rank[number].idle for rank in by_rank) / stages
+            theory = bubble(stages, case.micro_batches)
+            rows.append((stages, case.micro_batches, f"{theory:.2%}", f"{idle:.2%}", f"{100 * (idle - theory):+.2f}"))
+            figures["idle"].append(
+                {"stages": stages, "micro_batches": case.micro_batches, "theory": theory, "measured": idle}
+            )
+    print(f"Idle share of a step, stages that sleep {1000 * FORWARD_SECONDS:.0f} ms forward, "
+          f"{2000 * FORWARD_SECONDS:.0f} ms backward.\n")  # fmt: skip
+    print(table(("stages", "micro-batches", "theory", "measured", "points more"), rows))
+    rows, parameters = [], []
+    hidden = BATCH * LENGTH * HIDDEN * 4
+    for case in (
+        Case("llama", 4, 8, layers=2),
+        Case("mixtral", 4, 8, layers=2),
+        Case("llama", 2, 8, tensor=2, layers=2),
+        Case("llama", 2, 8, tensor=2, sequence_parallel=True, layers=2),
+    ):
+        ranks = run_ranks(measure, case.stages * case.tensor, [case])
+        name = (
+            f"{case.model_type}{f', tensor {case.tensor}' * (case.tensor > 1)}{', sequence' * case.sequence_parallel}"
+        )
+        for found in (rank[0] for rank in ranks[:: case.tensor]):
+            for (source, to), count in sorted(found.sent.items()):
+                each = count / case.micro_batches
+                what = "activations" if to > source else "gradients"
+                rows.append((name, f"{source} to {to}", what, f"{each:.0f}", f"{each / hidden:.4f}"))
+                figures["boundaries"].append(
+                    {
+                        "case": name,
+                        "from": source,
+                        "to": to,
+                        "bytes_of_a_micro_batch": each,
+                        "hidden_states": each / hidden,
+                    }
+                )
+            over = found.held / found.share - 1
+            parameters.append((name, found.stage, f"{found.share:,}", f"{found.held:,}", f"{over:+.2%}"))
+            figures["parameters"].append({"case": name, "stage": found.stage, "share": found.share, "held": found.held})
+    print(
+        f"\nSent of a micro-batch by a rank. A hidden state: {BATCH} x {LENGTH} x {HIDDEN} in fp32, {hidden} bytes.\n"
+    )
+    print(table(("model", "stages", "what", "bytes", "hidden states"), rows))
+    print("\nParameters of a stage's first rank.\n")
+    print(table(("model", "stage", "share", "held", "more"), parameters))
+    return figures
