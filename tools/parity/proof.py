@@ -218,9 +218,11 @@ class _Stages:
             result.backward()
         else:
             self._send(result, self._stage.number + 1)
-            torch.autograd.backward(result, self._receive(self._stage.number + 1))
+            real = tuple(tensor for tensor in result if tensor.is_floating_point())
+            torch.autograd.backward(real, self._receive(self._stage.number + 1))
         if received:
-            gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in received)
+            real = tuple(tensor for tensor in received if tensor.is_floating_point())
+            gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in real)
             self._send(gradients, self._stage.number - 1)
         for parameter, group in self._shared:
             dist.all_reduce(parameter.grad, group=group)
@@ -243,7 +245,7 @@ class _Stages:
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in box[0]]
         for tensor in tensors:
             dist.recv(tensor, self._ranks[stage])
-        return tuple(tensor.requires_grad_() for tensor in tensors)
+        return tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in tensors)
 
 
 def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, dict[str, tuple[int, ...]]]:

@@ -130,7 +130,8 @@ class PipelineEngine(BaseEngine):
                 engine.optimizer.clear_lp_grads()
             engine._running_engine_backward = True
             try:
-                torch.autograd.backward(outputs, tuple(engine.grad_layer))
+                real = tuple(tensor for tensor in outputs if tensor.is_floating_point())
+                torch.autograd.backward(real, tuple(engine.grad_layer))
             finally:
                 engine._running_engine_backward = False
             if engine.using_bf16_optimizer and not engine._config.bfloat16_config.immediate_grad_update:
@@ -272,7 +273,7 @@ def _send_grads(engine: Any, buffer_id: int) -> None:
     """As DeepSpeed's, for a value that was received and has not been used as well."""
     received = engine.pipe_buffers["inputs"][buffer_id]
     for tensor in received if isinstance(received, tuple) else (received,):
-        if tensor.grad is None:
+        if tensor.grad is None and tensor.is_floating_point():
             tensor.grad = torch.zeros_like(tensor)
     DeepSpeedPipeline._exec_send_grads(engine, buffer_id)
 

@@ -70,7 +70,7 @@ def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
     that is to be recomputed.
 
     Raises:
-        PlanError: if the model has no layers that can be divided, or something else than real numbers would have to
+        PlanError: if the model has no layers that can be divided, or something that no module returns would have to
             cross a boundary; if there is no attention to recompute.
         ConfigError: for more stages than layers, or `parallel.pipeline_layers` that do not add up.
     """
@@ -88,7 +88,7 @@ def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
     costs = flow.costs(length, evaluated)
     bounds = divide(costs, parallel.pipeline, parallel.pipeline_layers, parallel.pipeline_weights)
     for cut in bounds[1:-1]:
-        numbers_sent(flow, cut, 1, length)  # refuses what cannot be sent
+        flow.crossing(cut)  # refuses what cannot be sent
     return Division(flow, tuple(bounds), tuple(costs), recomputed)
 
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from trainer.errors import PlanError, Problem
 from trainer.parallel import put_elsewhere, starred
-from trainer.pipeline.trace import BATCH, LENGTH, Call, Flow, Value
+from trainer.pipeline.trace import BATCH, LENGTH, Call, Flow, Leaf, Value
 
 T = TypeVar("T")
 
@@ -54,8 +53,8 @@ class Stage:
         self._model, self._flow, self._bounds, self.number = model, flow, tuple(bounds), number
         self._first, self._end = bounds[number], bounds[number + 1]
         self.is_first, self.is_last = number == 0, number == len(bounds) - 2
-        self.incoming = [] if self.is_first else _sendable(flow, self._first)
-        self.outgoing = [] if self.is_last else _sendable(flow, self._end)
+        self.incoming = [] if self.is_first else sorted(flow.crossing(self._first), key=_kind)
+        self.outgoing = [] if self.is_last else sorted(flow.crossing(self._end), key=_kind)
         self._received: dict[Value, Tensor] = {}
         self._made: dict[Value, Tensor] = {}
         self._counts: Counter[str] = Counter()
@@ -107,7 +106,7 @@ class Stage:
                 inner = self._model.get_submodule(name)
                 inner.forward = partial(self._give, *self._flow.structures[name, nth], given[name, nth])
                 inner()
-            return self._give(call.output, call.shapes, given.get((call.module, call.nth), {}))
+            return self._give(call.output, call.leaves, given.get((call.module, call.nth), {}))
 
         layer.forward = forward
 
@@ -122,22 +121,18 @@ class Stage:
             self._counts[name] += 1
             if (name, nth) not in given:
                 return computes(*args, **kwargs)
-            return self._give(calls[nth].output, calls[nth].shapes, given[name, nth])
+            return self._give(calls[nth].output, calls[nth].leaves, given[name, nth])
 
         module.forward = forward
 
     def _give(
-        self, structure: Any, shapes: tuple[tuple[int, ...] | None, ...], leaves: dict[int, Value], *_: Any, **__: Any
+        self, structure: Any, leaves: tuple[Leaf | None, ...], given: dict[int, Value], *_: Any, **__: Any
     ) -> Any:
         """An output of this structure: what was received; where nobody reads, something of that shape."""
-        by_shape = {self._shape(value): tensor for value, tensor in self._received.items()}
-        blank = [by_shape.get(shape) if shape is not None else None for shape in shapes]
+        alike: dict[Leaf | None, Tensor] = {self._flow.leaf(value): tensor for value, tensor in self._received.items()}
         return pytree.tree_unflatten(
-            [self._received[leaves[n]] if n in leaves else blank[n] for n in range(len(shapes))], structure
+            [self._received[given[n]] if n in given else alike.get(leaf) for n, leaf in enumerate(leaves)], structure
         )
-
-    def _shape(self, value: Value) -> tuple[int, ...] | None:
-        return _shape_of(self._flow, value)
 
     def _listen(self, name: str, values: list[Value]) -> None:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -185,10 +180,9 @@ def numbers_sent(flow: Flow, cut: int, batch: int, length: int, sequence_ranks: 
     sizes = {BATCH: batch, LENGTH: length, BATCH * LENGTH: batch * length}
     layers = {name for unit in flow.units for name in unit}
     sent: dict[str, int] = defaultdict(int)
-    for value in _sendable(flow, cut):
-        shape = _shape_of(flow, value) or ()
+    for value in flow.crossing(cut):
         shared_by = sequence_ranks if value.module in layers else 1
-        sent[starred(value.module)] += prod(sizes.get(size, size) for size in shape) // shared_by
+        sent[starred(value.module)] += prod(sizes.get(size, size) for size in flow.leaf(value).shape) // shared_by
     return dict(sent)
 
 
@@ -210,23 +204,6 @@ def holders(model: nn.Module, flow: Flow, bounds: Sequence[int]) -> dict[str, tu
 
 def _stop(*args: Any, **kwargs: Any) -> Any:
     raise _EndOfStage
-
-
-def _shape_of(flow: Flow, value: Value) -> tuple[int, ...] | None:
-    call = flow.calls[value.call]
-    shapes = call.shapes if value.module == call.module else flow.structures[value.module, value.nth][1]
-    return shapes[value.leaf]
-
-
-def _sendable(flow: Flow, cut: int) -> list[Value]:
-    values = flow.crossing(cut)
-    for value in values:
-        if _shape_of(flow, value) is None:
-            raise PlanError(
-                Problem("parallel.pipeline", f"behind layer {cut} whole numbers are read that {value.module} returns, "
-                        "and only real ones can be sent", "Set parallel.pipeline to 1")
-            )  # fmt: skip
-    return sorted(values, key=_kind)
 
 
 def _kind(value: Value) -> tuple[str, int]:
@@ -251,6 +228,6 @@ def _unpack(values: Sequence[Value], record: Record) -> Iterator[tuple[Value, Te
 
 def _differentiable(tensor: Tensor) -> Tensor:
     """A gradient is received for everything that is sent, also where no weight behind it is trained."""
-    if torch.is_grad_enabled() and not tensor.requires_grad:
+    if torch.is_grad_enabled() and tensor.is_floating_point() and not tensor.requires_grad:
         return tensor.detach().requires_grad_()
     return tensor

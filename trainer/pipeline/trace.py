@@ -43,6 +43,14 @@ class Place(NamedTuple):
     """Whether inside the last of them, or behind it."""
 
 
+class Leaf(NamedTuple):
+    """A tensor among what a module returns."""
+
+    shape: tuple[int, ...]
+    is_real: bool
+    """Floating point, so that it has a gradient."""
+
+
 @dataclass
 class Call:
     """A module that has weights was called: a layer, or one beside the layers."""
@@ -56,8 +64,8 @@ class Call:
     output: Any = None
     """What it returned: a pytree's structure."""
 
-    shapes: tuple[tuple[int, ...] | None, ...] = ()
-    """Of the leaves; None for what is no tensor of real numbers."""
+    leaves: tuple[Leaf | None, ...] = ()
+    """Of that; None for what is no tensor."""
 
     flops: int = 0
     """Of its matrix products."""
@@ -83,8 +91,8 @@ class Flow:
     """Names of the modules of each unit, in the order in which they run."""
 
     calls: list[Call]
-    structures: dict[tuple[str, int], tuple[Any, tuple[tuple[int, ...] | None, ...]]]
-    """What a module inside a layer returned in its nth call, where others read it: structure, and shapes of leaves."""
+    structures: dict[tuple[str, int], tuple[Any, tuple[Leaf | None, ...]]]
+    """What a module inside a layer returned in its nth call, where others read it: structure, and leaves."""
 
     inner_flops: dict[str, int]
     """FLOPs of the matrix products of each module inside a layer."""
@@ -127,6 +135,14 @@ class Flow:
     def uses(self, parameter: str) -> set[int]:
         """Units that use a parameter, by its first name; none where nothing does."""
         return {self.unit(place) for place in self._uses.get(parameter, ())}
+
+    def leaf(self, value: Value) -> Leaf:
+        """Shape and kind of a value."""
+        call = self.calls[value.call]
+        leaves = call.leaves if value.module == call.module else self.structures[value.module, value.nth][1]
+        leaf = leaves[value.leaf]
+        assert leaf is not None
+        return leaf
 
     def crossing(self, cut: int) -> list[Value]:
         """Values that are made before unit `cut` and read at it or behind it, in the order in which they are made.
@@ -236,7 +252,7 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
         leaves, structure = pytree.tree_flatten(output)
         tensors = [(number, leaf) for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if name != call.module:
-            self._returned[name, nth] = structure, _shapes(leaves)
+            self._returned[name, nth] = structure, _leaves(leaves)
             for number, tensor in tensors:
                 self._given_by.setdefault(id(tensor), []).append((Value(call.number, name, nth, number), heard))
             return
@@ -244,7 +260,7 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
             if self._made_in.get(id(tensor)) is not call:  # it hands through what it was given
                 self._note(self._of(tensor))
         self._active.pop()
-        call.output, call.shapes = structure, _shapes(leaves)
+        call.output, call.leaves = structure, _leaves(leaves)
         for number, tensor in tensors:
             self._kept.append(tensor)
             self._made_in.pop(id(tensor), None)
@@ -328,8 +344,8 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 
 
-def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple(tuple(x.shape) if isinstance(x, Tensor) and x.is_floating_point() else None for x in leaves)
+def _leaves(leaves: list[Any]) -> tuple[Leaf | None, ...]:
+    return tuple(Leaf(tuple(x.shape), x.is_floating_point()) if isinstance(x, Tensor) else None for x in leaves)
 
 
 def _owns_weights(module: nn.Module) -> bool:
