@@ -39,10 +39,11 @@ check: $(VENV)/.installed-dev  ## lint, types, import rules, spelling, fast test
 matrix: $(VENV)/.installed-test  ## the long tests
 	$(PY) -m pytest -m matrix
 
-bench: $(VENV)/.installed-dev  ## overhead, model states, data (about a quarter of an hour on 2 cores)
+bench: $(VENV)/.installed-dev  ## overhead, model states, data, pipeline (about a quarter of an hour on 2 cores)
 	$(PY) -m pip install -q -c constraints.txt -e '.[bench]'
 	$(PY) -m tools.bench data
 	$(PY) -m tools.bench states
+	$(PY) -m tools.bench pipeline
 	$(PY) -m tools.bench overhead
 
 schema: $(VENV)/.installed  ## write ds_configs/schema.json anew
