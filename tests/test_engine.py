@@ -125,6 +125,19 @@ def test_bf16_follows_fp32(base: dict[str, Any]) -> None:
         np.testing.assert_allclose(np.array(curve)[:, 1], np.array(reference)[:, 1], rtol=0.1)
 
 
+def test_bf16_takes_the_same_first_steps_at_every_zero_stage(base: dict[str, Any]) -> None:
+    """As far as rounding allows: no stage may begin with a step of its own."""
+    config = with_values(base, deepspeed__bf16={"enabled": True},
+                         deepspeed__optimizer=optimizer("AdamW", lr=0.01, weight_decay=0.1))  # fmt: skip
+    stages = [with_values(config, deepspeed__zero_optimization={"stage": stage}) for stage in (0, 1, 2)]
+    jobs = [(stages[0], 0), *((stage, 2) for stage in stages)]
+    before, *after = [weights for _, weights, _ in run_ranks(train, 1, jobs)[0]]
+    for other in (after[0], after[2]):
+        for name, expected in after[1].items():
+            change = np.linalg.norm(expected - before[name])
+            assert np.linalg.norm(other[name] - expected) < 0.05 * change, name
+
+
 def test_bf16_follows_fp32_on_tensor_ranks(base: dict[str, Any]) -> None:
     reference = run_ranks(train_bare, 1, [(base, 8)])[0][0][0]
     half = with_values(base, deepspeed__bf16={"enabled": True}, parallel__tensor=2)

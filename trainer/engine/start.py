@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from torch import nn
 
 from trainer.config import LoadedConfig
@@ -90,8 +91,22 @@ def _start_plain(
     task = _task(model, loaded, mapper)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=task, model_parameters=trained, config=settings, mpu=grid)
+    _undo_first_step(engine.optimizer)
     engine.train()
     return PlainEngine(engine, world, mapper, _clipping(loaded, settings))
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """Forgets the step without gradients with which DeepSpeed 0.19's optimizer of ZeRO 0 in half precision begins.
+
+    It counts in Adam's bias correction, so that the first real update would be a quarter too small, and it decays the
+    weights once too often.
+    """
+    if isinstance(optimizer, FP16_Optimizer):
+        optimizer.optimizer.state.clear()
+        with torch.no_grad():
+            for master, weights in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups_flat, strict=True):
+                master.copy_(weights)
 
 
 def _start_stage(
