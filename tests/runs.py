@@ -291,7 +291,8 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
         shared = {name for name, stages in engine._held_by.items() if len(stages) > 1}
-        return {name: p.detach().float().numpy() for name, p in engine.model.named_parameters() if name in shared}
+        held = (pair for own in engine.models for pair in own.named_parameters())
+        return {name: parameter.detach().float().numpy() for name, parameter in held if name in shared}
 
 
 def dropping_losses(config: dict[str, Any], steps: int) -> list[float]:

@@ -85,7 +85,9 @@ def one_gradient_doubled(job: sides.Job, expected: sides.Reference) -> sides.Fou
 
     def started(*arguments: Any) -> Any:
         engine = start(*arguments)
-        engine.model.get_submodule("model.layers.1.mlp.down_proj").weight.register_hook(lambda gradient: 2 * gradient)
+        engine.models[0].get_submodule("model.layers.1.mlp.down_proj").weight.register_hook(
+            lambda gradient: 2 * gradient
+        )
         return engine
 
     sides.start_engine = started  # type: ignore[assignment]

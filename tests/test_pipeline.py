@@ -198,11 +198,23 @@ def test_dry_run_shows_the_stages(tiny: dict[str, Any], tmp_path: Path) -> None:
     ended = dry_run(config, tmp_path, "--world", "8")
     assert ended.status == 0, ended.err
     assert "processes    8 = pipeline 2 x data 2 x tensor 2" in ended.out
-    assert "pipeline     2 stages, 2 micro-batches: a stage waits for 33.3% of the time" in ended.out
-    rows = [line.split() for line in ended.out.splitlines() if line.split()[1:2] in (["0-0"], ["1-1"])]
-    assert [row[0] for row in rows] == ["0", "1"]
+    assert "pipeline     2 stages on 2 ranks (1f1b), 2 micro-batches: a rank waits for 33.3% of the time" in ended.out
+    rows = [line.split() for line in ended.out.splitlines() if line.split()[2:3] in (["0-0"], ["1-1"])]
+    assert [row[:2] for row in rows] == [["0", "0"], ["1", "1"]]
     assert "0.0 MiB (model.layers.*)" in ended.out
     assert "warning" not in ended.out
+
+
+def test_dry_run_shows_two_stages_a_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = with_values(
+        tiny, parallel__pipeline=2, parallel__pipeline_schedule="dualpipev", model__config__num_hidden_layers=5,
+        parallel__pipeline_layers=[1, 1, 2, 1],
+    )  # fmt: skip
+    said = dry_run(config, tmp_path).out
+    assert "pipeline     4 stages on 2 ranks (dualpipev), 4 micro-batches: a rank waits for 11.1% of the time" in said
+    rows = [line.split() for line in said.splitlines() if line.split()[2:3] in (["0-0"], ["1-1"], ["2-3"], ["4-4"])]
+    assert [row[:2] for row in rows] == [["0", "0"], ["1", "1"], ["2", "1"], ["3", "0"]]
+    assert rows[0][4] == rows[3][4]
 
 
 def test_a_pipeline_that_waits_is_warned_of(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -300,7 +312,7 @@ def test_every_gradient_of_packed_documents() -> None:
 
 
 def no_sum_of_shared_gradients(families: list[Family]) -> list[Verdict]:
-    proof.shared_weights = lambda model, held_by, world: iter(())
+    proof.shared_weights = lambda models, held_by, world: iter(())
     return prove(families, pipeline=2)
 
 
@@ -352,15 +364,30 @@ def test_sabotage_is_noticed(sabotage: Any, model_type: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "layouts"),
     [
-        ("gpt2", ["pipeline=2,zero=0,accumulation=4", "pipeline=2,data=2,zero=1,accumulation=2"]),  # tied
-        ("mixtral", ["pipeline=2,zero=1,accumulation=4", "pipeline=2,tensor=2,zero=0,accumulation=4"]),
+        (
+            "gpt2",  # tied
+            [
+                "pipeline=2,zero=0,accumulation=4",
+                "pipeline=2,data=2,zero=1,accumulation=2",
+                "pipeline=2,tensor=2,zero=1,accumulation=4",
+                "pipeline=2,zero=1,accumulation=4,dualpipev=true",
+            ],
+        ),
+        (
+            "mixtral",
+            [
+                "pipeline=2,zero=1,accumulation=4",
+                "pipeline=2,tensor=2,zero=0,accumulation=4",
+                "pipeline=2,tensor=2,sequence_parallel=true,zero=0,accumulation=4,dualpipev=true",
+            ],
+        ),
     ],
 )
 def test_layouts_agree(
     model_type: str, layouts: list[str], tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Losses, norms with clipping at work, every gradient, and parameters after three steps."""
-    small = tiny_model(model_type, vocab_size=323, num_hidden_layers=3)
+    small = tiny_model(model_type, vocab_size=323, num_hidden_layers=4)
     wanted = {k: v for k, v in small.to_diff_dict().items() if v is not None and k not in ("dtype", "architectures")}
     wanted.pop("transformers_version", None)
     if model_type == "mixtral":

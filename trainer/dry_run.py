@@ -57,30 +57,32 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
 def _pipeline_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
     if division.flow is None:
         return
+    parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation
     size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
-    stages, micro_batches = division.stages, loaded.batch.accumulation
-    yield (f"pipeline     {stages} stages, {micro_batches} micro-batches: a stage waits for "
-           f"{bubble(stages, micro_batches):.1%} of the time")  # fmt: skip
-    yield "  stage  layers  share of FLOPs  parameters of a rank  sent of each micro-batch"
-    held = _held_by_stage(loaded, model, division)
-    ranks = loaded.config.parallel.tensor if loaded.config.parallel.sequence_parallel else 1
+    waits = bubble(division.ranks, micro_batches, each=division.stages // division.ranks)
+    yield (f"pipeline     {division.stages} stages on {division.ranks} ranks ({parallel.pipeline_schedule}), "
+           f"{micro_batches} micro-batches: a rank waits for {waits:.1%} of the time")  # fmt: skip
+    yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent of each micro-batch"
+    held = _held_by_rank(loaded, model, division)
+    ranks = parallel.tensor if parallel.sequence_parallel else 1
     length = loaded.config.data.sequence_length
     for stage, first, end, share, sent in division.table(loaded.batch.micro, length, size, ranks):
         said = ", ".join(f"{_gib(count)} ({name})" for name, count in sent.items()) or "-"
-        yield f"  {stage:5}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {held[stage]:20,}  {said}"
+        rank = division.rank_of(stage)
+        yield f"  {stage:5}  {rank:4}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {held[rank]:22,}  {said}"
 
 
-def _held_by_stage(loaded: LoadedConfig, model: Any, division: Division) -> list[int]:
-    """Parameters that a rank of each stage holds; the first tensor rank's, padding included."""
+def _held_by_rank(loaded: LoadedConfig, model: Any, division: Division) -> list[int]:
+    """Parameters that each rank of the pipeline holds; the first tensor rank's, padding included."""
     parallel = loaded.config.parallel
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         sizes = {p.name: sum(prod(piece.local_shape()) for piece in p.pieces) for p in plan.placements}
-    held = [0] * division.stages
-    for name, stages in division.holders(model).items():
-        for stage in stages:
-            held[stage] += sizes[name]
+    held = [0] * division.ranks
+    for name, ranks in division.holding_ranks(model).items():
+        for rank in ranks:
+            held[rank] += sizes[name]
     return held
 
 
@@ -96,7 +98,7 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
 
 def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
     section = loaded.config.deepspeed
-    held = _held_by_stage(loaded, model, division)
+    held = _held_by_rank(loaded, model, division)
     states = state_bytes(
         max(held),
         stage=section.zero_stage,
@@ -110,7 +112,9 @@ def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Itera
     on_device = sum(size for name, size in states.items() if name not in offloaded)
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in states.items() if size)
     yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
-    whose = "each rank's device" if len(held) == 1 else f"the devices of stage {held.index(max(held))}, the largest"
+    whose = (
+        "each rank's device" if len(held) == 1 else f"the devices of pipeline rank {held.index(max(held))}, the most"
+    )
     yield f"memory       {_gib(on_device)} of model states on {whose} ({parts}); activations come on top"
     if offloaded:
         yield f"offloaded    {', '.join(offloaded)}"

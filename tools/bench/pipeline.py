@@ -20,7 +20,7 @@ from trainer.data.batches import MicroBatch, StepBatch
 from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.model import build_model, build_model_shape
-from trainer.pipeline import bubble, divide_layers
+from trainer.pipeline import bubble, divide_layers, pieces_of
 from trainer.topology import Topology
 
 FORWARD_SECONDS = 0.05
@@ -40,6 +40,8 @@ class Case:
     sequence_parallel: bool = False
     layers: int = 1
     """Of each stage."""
+
+    schedule: str = "1f1b"
 
     sleeps: bool = False
 
@@ -73,7 +75,8 @@ class _Sleep(torch.autograd.Function):
 
 
 def _loaded(case: Case, world: int) -> LoadedConfig:
-    config = tiny(case.model_type, num_hidden_layers=case.stages * case.layers, hidden_size=HIDDEN)
+    stages = case.stages * (2 if case.schedule == "dualpipev" else 1)
+    config = tiny(case.model_type, num_hidden_layers=stages * case.layers, hidden_size=HIDDEN)
     if case.model_type == "mixtral":
         config.output_router_logits = True
     inline = {key: value for key, value in config.to_diff_dict().items() if value is not None}
@@ -84,7 +87,7 @@ def _loaded(case: Case, world: int) -> LoadedConfig:
         "model": {"config": inline},
         "parallel": {
             "tensor": case.tensor, "pipeline": case.stages, "sequence_parallel": case.sequence_parallel,
-            "pipeline_layers": [case.layers] * case.stages,
+            "pipeline_layers": [case.layers] * stages, "pipeline_schedule": case.schedule,
         },
         "data": {"train": [{"path": "builtin:python-stdlib"}], "sequence_length": LENGTH},
         "training": {"max_steps": 2},
@@ -105,11 +108,12 @@ def _batch(case: Case, vocabulary: int) -> StepBatch:
     return StepBatch(tuple(micro), case.micro_batches * BATCH * LENGTH, case.micro_batches * BATCH)
 
 
-def _sleep_in(model: nn.Module, names: list[str]) -> None:
+def _sleep_in(models: list[nn.Module], names: list[str]) -> None:
     """Once for each stage: in the last one of its layers."""
-    own = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
-    last = model.get_submodule(own[-1])
-    last.register_forward_hook(lambda module, args, output: _Sleep.apply(output), prepend=True)
+    for model in models:
+        own = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+        last = model.get_submodule(own[-1])
+        last.register_forward_hook(lambda module, args, output: _Sleep.apply(output), prepend=True)
 
 
 def measure(cases: list[Case]) -> list[Measured]:
@@ -127,7 +131,7 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     engine = start_engine(build_model(loaded), loaded, world, division)
     assert division.flow is not None
     if case.sleeps:
-        _sleep_in(engine.model, [name for unit in division.flow.units for name in unit])
+        _sleep_in(engine.models, [name for unit in division.flow.units for name in unit])
     stage = world.topology.stage
     batch = _batch(case, loaded.facts.vocabulary)
     engine.train_step(batch)
@@ -144,10 +148,10 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     finally:
         deepspeed_pipe.p2p.send = send
     assert result.idle_share is not None
-    holders = division.holders(shape)
+    holders = division.holding_ranks(shape)
     whole = {name: parameter.numel() for name, parameter in shape.named_parameters()}
     share = sum(count for name, count in whole.items() if stage in holders[name]) // case.tensor
-    held = sum(parameter.numel() for parameter in engine.model.parameters())
+    held = sum(parameter.numel() for pieces in pieces_of(engine.models).values() for parameter, _ in pieces)
     return Measured(stage, result.idle_share(), dict(sent), held, share)
 
 
@@ -160,18 +164,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"forward_seconds": FORWARD_SECONDS, "idle": [], "boundaries": [], "parameters": []}
     rows = []
     for stages in options.stages:
-        cases = [Case("llama", stages, count, sleeps=True) for count in options.micro_batches]
+        kinds = {"1f1b": 1, "dualpipev": 2}
+        cases = [
+            Case("llama", stages, count, sleeps=True, schedule=schedule)
+            for schedule, each in kinds.items()
+            for count in options.micro_batches
+            if each == 1 or count >= 2 * stages
+        ]
         by_rank = run_ranks(measure, stages, cases)
         for number, case in enumerate(cases):
             idle = sum(rank[number].idle for rank in by_rank) / stages
-            theory = bubble(stages, case.micro_batches)
-            rows.append((stages, case.micro_batches, f"{theory:.2%}", f"{idle:.2%}", f"{100 * (idle - theory):+.2f}"))
+            theory = bubble(stages, case.micro_batches, kinds[case.schedule])
+            more = f"{100 * (idle - theory):+.2f}"
+            rows.append((case.schedule, stages, case.micro_batches, f"{theory:.2%}", f"{idle:.2%}", more))
             figures["idle"].append(
-                {"stages": stages, "micro_batches": case.micro_batches, "theory": theory, "measured": idle}
-            )
+                {"schedule": case.schedule, "ranks": stages, "micro_batches": case.micro_batches, "theory": theory,
+                 "measured": idle}
+            )  # fmt: skip
     print(f"Idle share of a step, stages that sleep {1000 * FORWARD_SECONDS:.0f} ms forward, "
           f"{2000 * FORWARD_SECONDS:.0f} ms backward.\n")  # fmt: skip
-    print(table(("stages", "micro-batches", "theory", "measured", "points more"), rows))
+    print(table(("schedule", "ranks", "micro-batches", "theory", "measured", "points more"), rows))
     rows, parameters = [], []
     hidden = BATCH * LENGTH * HIDDEN * 4
     for case in (

@@ -28,8 +28,8 @@ from trainer.exit import Arguments, exit_on_errors
 
 _LAYOUTS = """layouts:
   Each is a list of key=value: tensor (ranks that share each weight), pipeline (stages), data (ranks that share the
-  batch), all 1 by default; sequence_parallel (true or false); zero (ZeRO stage 0 to 3; default: the file's);
-  accumulation (micro-batches of a data rank; default: so that all layouts have the same micro-batches).
+  batch), all 1 by default; sequence_parallel and dualpipev (true or false); zero (ZeRO stage 0 to 3; default: the
+  file's); accumulation (micro-batches of a data rank; default: so that all layouts have the same micro-batches).
   It needs tensor x pipeline x data processes. Of the file's parallel section only tensor_plan is read.
 
 what is compared:

@@ -80,7 +80,8 @@ def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float],
     samples = subject.samples * whole // count
     raw = deepcopy(subject.raw)
     raw["parallel"] |= {
-        "tensor": layout.tensor, "pipeline": layout.pipeline, "sequence_parallel": layout.sequence_parallel
+        "tensor": layout.tensor, "pipeline": layout.pipeline, "sequence_parallel": layout.sequence_parallel,
+        "pipeline_schedule": "dualpipev" if layout.two_ways else "1f1b",
     }  # fmt: skip
     zero = raw["deepspeed"]["zero_optimization"] | ({} if layout.zero is None else {"stage": layout.zero})
     raw["deepspeed"] = deepspeed_section(zero, count, count // layout.data, samples, sgd)

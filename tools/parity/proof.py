@@ -207,7 +207,7 @@ class _Stages:
 
     def __init__(self, model: PreTrainedModel, stage: Stage, held_by: dict[str, tuple[int, ...]], world: World) -> None:
         self._stage, self._world = stage, world
-        self._shared = list(shared_weights(model, held_by, world))
+        self._shared = list(shared_weights([model], held_by, world))
         self._ranks = world.topology.group("pipeline")
         self.is_last = stage.is_last
 

@@ -318,7 +318,7 @@ def _layout(job: Job, expected: Reference) -> Found:
         model = build_model(loaded)
         without_dropout(model)
         engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
-        kept = Outputs(engine.model)
+        kept = [Outputs(own) for own in engine.models]
         found = Found([], [], {}, {}, {})
         _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, found))
         for step in range(1, STEPS + 1):
@@ -331,7 +331,7 @@ def _layout(job: Job, expected: Reference) -> Found:
             found.losses.append(_relative(total / tokens, expected.losses[step - 1]))
             found.norms.append(_relative(norm, expected.norms[step - 1]))
             if step < STEPS and place.data_rank == 0:
-                _compare_outputs(list(kept.of_step(step)), job, world, found)
+                _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, found)
         _compare_parameters(engine, job, expected, found)
         return found
 
@@ -380,7 +380,7 @@ def _compare_gradients(engine: PlainEngine | PipelineEngine, job: Job, expected:
     """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
         known = set(file.keys())
-        for name, parameter in engine.model.named_parameters():
+        for name, parameter in (pair for own in engine.models for pair in own.named_parameters()):
             if not parameter.requires_grad:
                 continue
             shard = shard_of(parameter)

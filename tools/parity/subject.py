@@ -43,6 +43,9 @@ class Layout:
     text: str
     tensor: int = 1
     pipeline: int = 1
+    two_ways: bool = False
+    """DualPipeV instead of 1F1B."""
+
     data: int = 1
     sequence_parallel: bool = False
     zero: int | None = None
@@ -56,7 +59,7 @@ class Layout:
         return self.tensor * self.pipeline * self.data
 
 
-_KEYS = ("tensor", "pipeline", "data", "sequence_parallel", "zero", "accumulation")
+_KEYS = ("tensor", "pipeline", "dualpipev", "data", "sequence_parallel", "zero", "accumulation")
 
 
 def parse_layout(text: str) -> Layout:
@@ -78,10 +81,10 @@ def parse_layout(text: str) -> Layout:
             problems.append(Problem(where, f"unknown key '{key}'{hint}", "" if near else f"Known: {', '.join(_KEYS)}"))
         elif key in values:
             problems.append(Problem(where, f"'{key}' is given twice"))
-        elif key == "sequence_parallel":
-            values[key] = value == "true"
+        elif key in ("sequence_parallel", "dualpipev"):
+            values["two_ways" if key == "dualpipev" else key] = value == "true"
             if value not in ("true", "false"):
-                problems.append(Problem(where, f"sequence_parallel: expected true or false, got '{value}'"))
+                problems.append(Problem(where, f"{key}: expected true or false, got '{value}'"))
         else:
             lowest, highest = (0, 3) if key == "zero" else (1, 4096)
             values[key] = int(value) if value.isdecimal() else -1
@@ -108,6 +111,10 @@ def parse_layouts(texts: list[str]) -> list[Layout]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+_OF_LAYOUTS = ("tensor", "pipeline", "pipeline_schedule", "pipeline_layers", "pipeline_weights", "sequence_parallel")
+"""Keys of the parallel section that the layouts say."""
 
 
 @dataclass
@@ -160,7 +167,14 @@ def _only_what_is_used(raw: Raw) -> list[str]:
     if isinstance(raw.setdefault("training", {}), dict):
         raw["training"]["max_steps"] = STEPS
     if isinstance(raw.setdefault("parallel", {}), dict):
-        for key in ("tensor", "pipeline", "pipeline_layers", "pipeline_weights", "sequence_parallel"):
+        for key in (
+            "tensor",
+            "pipeline",
+            "pipeline_schedule",
+            "pipeline_layers",
+            "pipeline_weights",
+            "sequence_parallel",
+        ):
             raw["parallel"].pop(key, None)
     model = raw.get("model")
     attention = model.get("attention") if isinstance(model, dict) else None

@@ -121,14 +121,39 @@ def pipeline_keeps_gradients(draft: Draft) -> Iterator[Problem]:
 @rule("parallel")
 def stages_are_described_once(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
-    stages = draft.parallel.pipeline
-    layers, weights = draft.parallel.pipeline_layers, draft.parallel.pipeline_weights
-    for key, given in (("pipeline_layers", layers), ("pipeline_weights", weights)):
-        if given is not None and len(given) != stages:
-            yield Problem(f"parallel.{key}", f"{given} names {len(given)} stages, and parallel.pipeline is {stages}")
+    parallel = draft.parallel
+    layers, weights = parallel.pipeline_layers, parallel.pipeline_weights
+    if layers is not None and len(layers) != parallel.stages:
+        yield Problem("parallel.pipeline_layers", f"{layers} names {len(layers)} stages, and with parallel.pipeline = "
+                      f"{parallel.pipeline} there are {parallel.stages}")  # fmt: skip
+    if weights is not None and len(weights) != parallel.pipeline:
+        yield Problem("parallel.pipeline_weights", f"{weights} names {len(weights)} ranks, and parallel.pipeline is "
+                      f"{parallel.pipeline}")  # fmt: skip
     if layers is not None and weights is not None:
         yield Problem("parallel.pipeline_weights", "pipeline_layers says already how many layers each stage has",
                       "Leave one of the two out")  # fmt: skip
+
+
+@rule("parallel", "data.packing", "deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu",
+      "deepspeed.gradient_accumulation_steps")  # fmt: skip
+def two_ways_need_micro_batches(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    assert draft.data is not None
+    assert draft.deepspeed is not None
+    stages = draft.parallel.pipeline
+    if draft.parallel.pipeline_schedule != "dualpipev":
+        return
+    if stages == 1:
+        yield Problem("parallel.pipeline_schedule", "'dualpipev', and parallel.pipeline is 1: nothing is divided",
+                      "Set parallel.pipeline")  # fmt: skip
+    if draft.data.packing == "none":
+        yield Problem("parallel.pipeline_schedule", "'dualpipev' sends micro-batches of one shape, and with "
+                      "data.packing 'none' they have many", "Set packing to 'concatenate', or take '1f1b'")  # fmt: skip
+    batch = batch_arithmetic(draft.deepspeed, draft.data_ranks) if draft.data_ranks else None
+    if isinstance(batch, Batch) and batch.accumulation < 2 * stages:
+        reason = f"'dualpipev' on {stages} ranks takes at least {2 * stages} micro-batches"
+        reason += f", and there are {batch.accumulation}"
+        yield Problem("parallel.pipeline_schedule", reason, "Make them smaller, or take '1f1b'")
 
 
 @rule("parallel", "model")

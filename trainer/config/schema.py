@@ -52,13 +52,24 @@ class ParallelSection(Section):
     """Ranks that share every weight matrix between them."""
 
     pipeline: Annotated[int, Field(ge=1)] = 1
-    """Stages that the layers are divided into; micro-batches pass through them one after the other."""
+    """Ranks that the layers are divided over, in stages; micro-batches pass through them one after the other."""
+
+    pipeline_schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """`1f1b`: each rank has one stage, and does one forward and one backward pass in turn. `dualpipev`: each has two,
+    one on the way out and one on the way back, and waits less; it takes at least 2 x `pipeline` micro-batches, all of
+    one shape, and keeps all their activations."""
 
     pipeline_layers: list[Annotated[int, Field(ge=1)]] | None = None
-    """How many layers each stage has. Default: divided so that the slowest stage is as fast as it can be."""
+    """How many layers each stage has (2 x `pipeline` numbers under `dualpipev`). Default: divided so that the slowest
+    stage is as fast as it can be."""
 
     pipeline_weights: list[Annotated[float, Field(gt=0)]] | None = None
-    """How fast each stage's devices are, relative to each other: `[1, 1, 0.5]` gives the third half of the work."""
+    """How fast each rank of the pipeline is, relative to the others: `[1, 1, 0.5]` gives the third half of the work."""
+
+    @property
+    def stages(self) -> int:
+        """Stages that the layers are divided into."""
+        return self.pipeline * (2 if self.pipeline_schedule == "dualpipev" else 1)
 
     sequence_parallel: bool = False
     """Between the cut parts of a layer each tensor rank holds its stretch of every sequence: activations outside

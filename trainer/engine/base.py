@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer.data.batches import MicroBatch
 from trainer.distributed import World
 from trainer.errors import DataError
-from trainer.parallel import Joiner, Mapper, counts
+from trainer.parallel import Joiner, counts
 from trainer.topology import Axis
 
 PREFIX = "model."
@@ -27,9 +27,8 @@ class BaseEngine:
     global batch, whatever the layout and however unevenly the tokens are spread.
     """
 
-    def __init__(self, engine: Any, world: World, mapper: Mapper, clipping: float | None) -> None:
-        self._engine = engine
-        self._world, self._mapper = world, mapper
+    def __init__(self, engine: Any, world: World, clipping: float | None, *, loss_stage: int = 0) -> None:
+        self._engine, self._world = engine, world
         self._clipping = clipping
         """The norm to clip at where this engine clips; None where DeepSpeed does."""
 
@@ -39,8 +38,7 @@ class BaseEngine:
         self._joiner = Joiner(world.groups.get("tensor"), world.topology.tensor)
         self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
         self._counted = [p for p in self._parameters if counts(p)]
-        place = world.topology
-        self._speaks = place.tensor_rank == 0 and place.stage == place.pipeline - 1
+        self._speaks = world.topology.tensor_rank == 0 and world.topology.stage == loss_stage
         """Whether this rank speaks for the ranks that work on the same samples."""
 
     def _rate(self) -> float:

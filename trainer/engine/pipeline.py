@@ -11,7 +11,8 @@ import contextlib
 import io
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -19,10 +20,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine, DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import World
@@ -30,7 +33,7 @@ from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
 from trainer.parallel import Mapper, all_parameters, counts, shard_of
-from trainer.pipeline import Record, Stage, pieces_of, shared_weights
+from trainer.pipeline import Division, Record, Stage, pieces_of, shared_weights
 
 EVALUATED_TOGETHER = 4
 """Micro-batches for each stage that are evaluated in one schedule: enough that the pipeline is mostly full."""
@@ -39,13 +42,22 @@ EVALUATED_TOGETHER = 4
 class StageModule(nn.Module):
     """What DeepSpeed sees of a stage: from what is received to what is sent, micro-batch after micro-batch."""
 
-    def __init__(self, task: nn.Module, stage: Stage, leave: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, task: nn.Module, stage: Stage, mapper: Mapper, device: torch.device) -> None:
         super().__init__()
-        self.task = task
-        self._stage, self._leave, self._device = stage, leave, device
+        self.task, self.mapper = task, mapper
+        self._stage, self._device = stage, device
         self._waiting: deque[MicroBatch] = deque()
         self._weights = (0.0, 0.0)
+        self._verifies = True
+        """Until the first backward pass is through."""
+
         self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def model(self) -> nn.Module:
+        """The Hugging Face model, of which this stage's layers compute."""
+        model: nn.Module = self.task.model  # type: ignore[assignment]
+        return model
 
     def feed(self, micro_batches: Iterable[MicroBatch], weight: float = 0.0, auxiliary_weight: float = 0.0) -> None:
         """Gives the micro-batches of the next schedule, and what their objective and auxiliary loss are weighted by."""
@@ -63,84 +75,78 @@ class StageModule(nn.Module):
 
         result = self._stage.run(compute, received if isinstance(received, tuple) else (received,))
         if not isinstance(result, TaskLoss):
-            self._leave()
+            self.mapper.leave(self._device)
             return result[0] if len(result) == 1 else result
         self.loss_sum = self.loss_sum + result.loss_sum.detach()
         self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
         weight, auxiliary_weight = self._weights
         return result.objective * weight + result.auxiliary * auxiliary_weight
 
+    def verify_gradients(self) -> None:
+        """After the stage's first backward pass; see `Mapper.verify_gradients`."""
+        if self._verifies:
+            self.mapper.verify_gradients()
+            self._verifies = False
 
-class _Module(PipelineModule):  # type: ignore[misc]
-    """One module a stage; and the weights that several stages hold, whose gradients DeepSpeed sums between them."""
 
-    def __init__(self, own: nn.Module, world: World, shared: list[tuple[nn.Parameter, Any]], *, even: bool) -> None:
-        place = world.topology
-        self._shared = shared
-        with contextlib.redirect_stdout(io.StringIO()):
-            super().__init__(
-                layers=[own if stage == place.stage else _on_another_stage for stage in range(place.pipeline)],
-                topology=PipeModelDataParallelTopology(place.pipeline, place.tensor, place.data),
-                partition_method="uniform",
-                dynamic_shape=not even,
-            )
+class _SharedWeights:
+    """Mixed into DeepSpeed's modules: it sums the gradients of weights that several ranks hold."""
+
+    shared: list[tuple[nn.Parameter, Any]]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        return self._shared
+        return self.shared
 
 
-def _on_another_stage(received: Any) -> Any:
-    raise AssertionError("a stage was asked to compute another one")
+class _OneWay(_SharedWeights, PipelineModule):  # type: ignore[misc]
+    """One stage a rank."""
+
+
+class _TwoWays(_SharedWeights, DualPipeVModule):  # type: ignore[misc]
+    """Two stages a rank, one on the way out and one on the way back."""
+
+
+def _on_another_rank(received: Any) -> Any:
+    raise AssertionError("a rank was asked to compute another one's stage")
 
 
 class PipelineEngine(BaseEngine):
-    """Every rank holds one stage, or its tensor rank's part of it."""
+    """Every rank holds one stage or two, or its tensor rank's part of them."""
 
     def __init__(
-        self, engine: DeepSpeedPipeline, world: World, mapper: Mapper, clipping: float | None, stage: StageModule,
+        self, engine: DeepSpeedPipeline, world: World, clipping: float | None, stages: list[StageModule],
         held_by: dict[str, tuple[int, ...]],
     ) -> None:  # fmt: skip
-        super().__init__(engine, world, mapper, clipping)
-        self._stage, self._held_by = stage, held_by
+        two_ways = isinstance(engine, DualPipeVEngine)
+        super().__init__(engine, world, clipping, loss_stage=0 if two_ways else world.topology.pipeline - 1)
+        self._stages, self._held_by = stages, held_by
         self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
         self._own_norm: Tensor | None = None
         self._clock = _Clock(world.device)
-        instructions = {
+        self._least = 2 * world.topology.pipeline if two_ways else 1
+        """Micro-batches that a schedule takes at least."""
+
+        theirs = type(engine)._INSTRUCTION_MAP
+        backward = _backward_two_ways if two_ways else _backward
+        engine._INSTRUCTION_MAP = theirs | {
             schedule.LoadMicroBatch: _load_micro_batch,
-            schedule.ForwardPass: self._clock.timed(DeepSpeedPipeline._exec_forward_pass),
-            schedule.BackwardPass: self._clock.timed(self._backward),
-            schedule.SendGrad: _send_grads,
+            schedule.ForwardPass: self._clock.timed(theirs[schedule.ForwardPass]),
+            schedule.BackwardPass: self._clock.timed(self._verifying(backward)),
+            schedule.SendGrad: _completing(theirs[schedule.SendGrad]),
             schedule.OptimizerStep: self._step,
         }
-        engine._INSTRUCTION_MAP = DeepSpeedPipeline._INSTRUCTION_MAP | instructions
 
     @property
-    def model(self) -> nn.Module:
-        """The Hugging Face model, of which this stage's layers compute."""
-        model: nn.Module = self._stage.task.model  # type: ignore[assignment]
-        return model
+    def models(self) -> list[nn.Module]:
+        """The Hugging Face model of each of this rank's stages."""
+        return [stage.model for stage in self._stages]
 
-    def _backward(self, engine: Any, buffer_id: int) -> None:
-        """As DeepSpeed's, but all that was sent goes backward at once."""
-        outputs = engine.pipe_buffers["outputs"][buffer_id]
-        if engine.is_last_stage() or isinstance(outputs, Tensor):
-            DeepSpeedPipeline._exec_backward_pass(engine, buffer_id)
-        else:
-            if engine.using_bf16_optimizer:
-                engine.optimizer.clear_lp_grads()
-            engine._running_engine_backward = True
-            try:
-                real = tuple(tensor for tensor in outputs if tensor.is_floating_point())
-                torch.autograd.backward(real, tuple(engine.grad_layer))
-            finally:
-                engine._running_engine_backward = False
-            if engine.using_bf16_optimizer and not engine._config.bfloat16_config.immediate_grad_update:
-                engine.optimizer.update_hp_grads(clear_lp_grads=False)
-            engine.pipe_buffers["output_tensors"][buffer_id] = None
-            engine.pipe_buffers["outputs"][buffer_id] = None
-        if self._verifies:
-            self._mapper.verify_gradients()
-            self._verifies = False
+    def _verifying(self, backward: Callable[..., None]) -> Callable[..., None]:
+        def executes(engine: Any, buffer_id: int, phase: int = 0) -> None:
+            backward(engine, buffer_id, **({"phase": phase} if len(self._stages) > 1 else {}))
+            self._stages[phase].verify_gradients()
+
+        return executes
 
     def _step(self, engine: Any, lr_kwargs: Any = None) -> None:
         if self._clipping is not None:
@@ -152,13 +158,15 @@ class PipelineEngine(BaseEngine):
         rate = self._rate()
         if self._verifies:
             self._refuse_different_samples(batch.micro_batches[0])
+            self._verifies = False
         count = len(batch.micro_batches)
-        # DeepSpeed divides what the last stage returns by the number of micro-batches.
-        self._stage.feed(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
+        for stage in self._stages:
+            # DeepSpeed divides what the last stage returns by the number of micro-batches.
+            stage.feed(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
         self._clock.begin()
         self._engine.train_batch(iter(()))
         self._clock.end()
-        loss_sum, auxiliary_sum = self._stage.loss_sum, self._stage.auxiliary_sum
+        loss_sum, auxiliary_sum = self._stages[-1].loss_sum, self._stages[-1].auxiliary_sum
         if not self._speaks:
             loss_sum, auxiliary_sum, count = torch.zeros_like(loss_sum), torch.zeros_like(auxiliary_sum), 0
         norm, applied = self._norm(self._own_norm), bool(self._engine.was_step_applied())
@@ -169,17 +177,21 @@ class PipelineEngine(BaseEngine):
         """See `Engine.evaluate`."""
         engine = self._engine
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
-        even, engine.dynamic_shape = engine.dynamic_shape, True
-        engine.reset_activation_shape()
+        before, engine.dynamic_shape = (engine.dynamic_shape, engine.micro_batches), True
         waiting, count = iter(batches), EVALUATED_TOGETHER * self._world.topology.pipeline
         while together := tuple(islice(waiting, count)):
+            engine.reset_activation_shape()
             tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in together)
-            self._stage.feed(together)
+            if self._least > 1:
+                together = _alike(together, self._least)
+            for stage in self._stages:
+                stage.feed(together)
+            engine.micro_batches = len(together)  # DualPipeV's buffers are counted by it, also in evaluation
             engine.eval_batch(
                 iter(()), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(together)
             )
-            loss_sum = loss_sum + self._stage.loss_sum
-        engine.dynamic_shape = even
+            loss_sum = loss_sum + self._stages[-1].loss_sum
+        engine.dynamic_shape, engine.micro_batches = before
         engine.reset_activation_shape()
         engine.train()
         rows = self.exchange([loss_sum, float(tokens)] if self._speaks else [torch.zeros_like(loss_sum), 0.0])
@@ -187,33 +199,30 @@ class PipelineEngine(BaseEngine):
         return Evaluation(sum(row[0] for row in rows) / max(1, whole), whole)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.whole_weights`. Of several stages that hold a weight the first gives it."""
+        """See `Engine.whole_weights`. Of several ranks of the pipeline that hold a weight the first gives it."""
         place = self._world.topology
         ranks, group = place.group("pipeline"), self._world.groups["pipeline"]
-        pieces = pieces_of(self.model)
+        pieces = pieces_of(self.models)
+        dtype = next(iter(self._engine.module.parameters())).dtype
         for name, shape in self._names():
             giver = self._held_by[name][0]
             if place.stage == giver:
                 given = [w for part, shard in pieces[name] for _, w in self._joiner.add(name, part.detach(), shard)]
                 whole = given[-1].contiguous()
             else:
-                whole = torch.empty(shape, dtype=self._dtype, device=self._world.device)
+                whole = torch.empty(shape, dtype=dtype, device=self._world.device)
             dist.broadcast(whole, ranks[giver], group=group)
             yield name, whole
-        persistent = self.model.state_dict(keep_vars=True)
-        for name, buffer in self.model.named_buffers():
+        first = self._stages[0]
+        persistent = first.model.state_dict(keep_vars=True)
+        for name, buffer in first.model.named_buffers():
             if name in persistent:
-                yield name, self._mapper.whole_buffer(name, buffer)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(iter(self._engine.module.parameters())).dtype
-        return dtype
+                yield name, first.mapper.whole_buffer(name, buffer)
 
     def _names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every parameter's first name and whole shape, in the same order on all stages."""
+        """Every parameter's first name and whole shape, in the same order on all ranks."""
         seen = set()
-        for name, parameter in all_parameters(self.model):
+        for name, parameter in all_parameters(self.models[0]):
             shard = shard_of(parameter)
             first = name if shard is None else shard.name
             if first in self._held_by and first not in seen:
@@ -265,45 +274,105 @@ class _Clock:
 
 def _load_micro_batch(engine: Any, buffer_id: int) -> None:
     """The stages have their micro-batches; the first one receives nothing."""
-    if engine.is_first_stage():
+    if engine.stage_id == 0:
         engine.pipe_buffers["inputs"][buffer_id] = ()
 
 
-def _send_grads(engine: Any, buffer_id: int) -> None:
-    """As DeepSpeed's, for a value that was received and has not been used as well."""
-    received = engine.pipe_buffers["inputs"][buffer_id]
+def _backward(engine: Any, buffer_id: int) -> None:
+    """As DeepSpeed's, but all that was sent goes backward at once."""
+    outputs = engine.pipe_buffers["outputs"][buffer_id]
+    if engine.is_last_stage() or isinstance(outputs, Tensor):
+        DeepSpeedPipeline._exec_backward_pass(engine, buffer_id)
+        return
+    if engine.using_bf16_optimizer:
+        engine.optimizer.clear_lp_grads()
+    engine._running_engine_backward = True
+    try:
+        real = tuple(tensor for tensor in outputs if tensor.is_floating_point())
+        torch.autograd.backward(real, tuple(engine.grad_layer))
+    finally:
+        engine._running_engine_backward = False
+    if engine.using_bf16_optimizer and not engine._config.bfloat16_config.immediate_grad_update:
+        engine.optimizer.update_hp_grads(clear_lp_grads=False)
+    engine.pipe_buffers["output_tensors"][buffer_id] = None
+    engine.pipe_buffers["outputs"][buffer_id] = None
+
+
+def _complete(received: Any) -> None:
+    """Gives what was received, and nothing has used, a gradient of zero: its sender waits for one."""
     for tensor in received if isinstance(received, tuple) else (received,):
-        if tensor.grad is None and tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor)
-    DeepSpeedPipeline._exec_send_grads(engine, buffer_id)
+
+
+def _completing(send: Callable[..., None]) -> Callable[..., None]:
+    def executes(engine: Any, buffer_id: int, **kwargs: Any) -> None:
+        _complete(engine.pipe_buffers["inputs"][buffer_id])
+        send(engine, buffer_id, **kwargs)
+
+    return executes
+
+
+def _backward_two_ways(engine: Any, buffer_id: int, phase: int) -> None:
+    """As DeepSpeed's; on the last rank the way out receives its gradients from the way back."""
+    if engine._is_last_rank() and phase == 0:
+        _complete(engine.pipe_buffers["inputs"][engine._phase1_buffer(buffer_id)])
+    DualPipeVEngine._exec_backward_pass(engine, buffer_id, phase)
+
+
+def _alike(micro_batches: Sequence[MicroBatch], least: int) -> tuple[MicroBatch, ...]:
+    """The same micro-batches in one shape, with others that predict nothing until there are `least`."""
+    rows = max(micro.input_ids_BT.shape[0] for micro in micro_batches)
+    width = max(micro.input_ids_BT.shape[1] for micro in micro_batches)
+
+    def filled(tensor: Tensor, value: int) -> Tensor:
+        return F.pad(tensor, (0, width - tensor.shape[1], 0, rows - tensor.shape[0]), value=value)
+
+    alike = [
+        MicroBatch(
+            filled(micro.input_ids_BT, 0),
+            filled(micro.labels_BT, IGNORED),
+            None if micro.attention_mask_BT is None else filled(micro.attention_mask_BT, 1),
+        )
+        for micro in micro_batches
+    ]
+    empty = replace(alike[0], labels_BT=torch.full_like(alike[0].labels_BT, IGNORED))
+    return (*alike, *[empty] * (least - len(alike)))
 
 
 def start_pipeline(
-    task: nn.Module,
-    stage: Stage,
+    stages: list[StageModule],
+    division: Division,
     held_by: dict[str, tuple[int, ...]],
     settings: dict[str, Any],
     world: World,
-    mapper: Mapper,
     clipping: float | None,
     *,
     even: bool,
 ) -> PipelineEngine:
-    """Hands a complete stage to DeepSpeed.
+    """Hands complete stages to DeepSpeed.
 
     Args:
-        task: the module with the stage's model. held_by: stages that hold each weight.
+        stages: of this rank. held_by: ranks of the pipeline that hold each weight.
         even: whether all micro-batches have the same shape.
     """
-    own = StageModule(task, stage, lambda: mapper.leave(world.device), world.device)
-    shared = list(shared_weights(task.model, held_by, world))  # type: ignore[arg-type]
-    module = _Module(own, world, shared, even=even)
-    for name, pieces in pieces_of(task.model).items():  # type: ignore[arg-type]
-        for parameter, _ in pieces:  # DeepSpeed's flag for "another stage counts it in the norm"
-            parameter.ds_pipe_replicated = world.topology.stage != held_by[name][0]  # type: ignore[attr-defined]
+    place = world.topology
+    own = dict(zip(division.of_rank(place.stage), stages, strict=True))
+    models = [stage.model for stage in stages]
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = (_OneWay if len(own) == 1 else _TwoWays)(
+            layers=[own.get(stage, _on_another_rank) for stage in range(division.stages)],
+            topology=PipeModelDataParallelTopology(place.pipeline, place.tensor, place.data),
+            partition_method="uniform",
+            dynamic_shape=not even,
+        )
+    module.shared = list(shared_weights(models, held_by, world))
+    for name, pieces in pieces_of(models).items():
+        for parameter, _ in pieces:  # DeepSpeed's flag for "another rank counts it in the norm"
+            parameter.ds_pipe_replicated = place.stage != held_by[name][0]  # type: ignore[attr-defined]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
     # and gathering it knows only records of one tensor, all of the same shape.
     parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings | parts)
-    return PipelineEngine(engine, world, mapper, clipping, own, held_by)
+    return PipelineEngine(engine, world, clipping, stages, held_by)

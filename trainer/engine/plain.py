@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
+from trainer.distributed import World
 from trainer.engine.base import PREFIX, BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
-from trainer.parallel import shard_of
+from trainer.parallel import Mapper, shard_of
 
 
 class PlainEngine(BaseEngine):
     """Every rank holds the whole model, or its tensor rank's part of it, or under ZeRO-3 a data rank's part of that."""
 
+    def __init__(self, engine: Any, world: World, mapper: Mapper, clipping: float | None) -> None:
+        super().__init__(engine, world, clipping)
+        self._mapper = mapper
+
     @property
-    def model(self) -> nn.Module:
+    def models(self) -> list[nn.Module]:
         """The Hugging Face model."""
-        model: nn.Module = self._engine.module.model
-        return model
+        return [self._engine.module.model]
 
     def _forward(self, micro: MicroBatch) -> TaskLoss:
         on_device = micro.to(self._world.device)
@@ -76,7 +81,8 @@ class PlainEngine(BaseEngine):
         for name, parameter in self._engine.module.named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield from self._joiner.add(name.removeprefix(PREFIX), parameter.detach(), shard_of(parameter))
-        persistent = self.model.state_dict(keep_vars=True)
-        for name, buffer in self.model.named_buffers():
+        (model,) = self.models
+        persistent = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
             if name in persistent:
                 yield name, self._mapper.whole_buffer(name, buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import deepspeed
@@ -13,11 +14,11 @@ from trainer.config import LoadedConfig
 from trainer.config.deepspeed import clips_itself, extension_of, for_engine
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
-from trainer.engine.pipeline import PipelineEngine, start_pipeline
+from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights
 from trainer.parallel import Mapper, fill_elsewhere, tensor_mapper
-from trainer.pipeline import ONE_STAGE, Division, Stage, recompute
+from trainer.pipeline import ONE_STAGE, Division, Stage, recompute, unite
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,12 +55,14 @@ def start_engine(
     extension = extension_of(settings)
     if extension is not None:
         load_extension(extension)
+    assert division.ranks == world.topology.pipeline
+    start = _start_plain if division.ranks == 1 else _start_pipeline
+    return start(model, division, loaded, world, settings)
+
+
+def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
     parallel = loaded.config.parallel
-    mapper = tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel)
-    assert division.stages == world.topology.pipeline
-    if division.stages == 1:
-        return _start_plain(model, division, loaded, world, mapper, settings)
-    return _start_stage(model, division, loaded, world, mapper, settings)
+    return tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel)
 
 
 def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:
@@ -74,9 +77,9 @@ def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
 
 
 def _start_plain(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, mapper: Mapper, settings: dict[str, Any]
+    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any]
 ) -> PlainEngine:
-    grid = Grid(world)
+    mapper, grid = _mapper(model, loaded, world), Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
     partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
 
@@ -109,18 +112,26 @@ def _undo_first_step(optimizer: Any) -> None:
                 master.copy_(weights)
 
 
-def _start_stage(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, mapper: Mapper, settings: dict[str, Any]
+def _start_pipeline(
+    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any]
 ) -> PipelineEngine:
     assert division.flow is not None
-    stage = Stage(model, division.flow, division.bounds, world.topology.stage)
-    held_by = stage.leave_weights()
-    give_weights(model, loaded, mapper.cut)
-    mapper.install()
-    stage.install()
-    recompute(model, division.recomputed)
-    fill_elsewhere(model, world.device, _DTYPES[loaded.config.deepspeed.precision])
-    return start_pipeline(
-        _task(model, loaded, mapper), stage, held_by, settings, world, mapper, _clipping(loaded, settings),
-        even=loaded.config.data.packing == "concatenate",
-    )  # fmt: skip
+    held_by = division.holding_ranks(model)
+    numbers = division.of_rank(world.topology.stage)
+    models = [model, *(copy.deepcopy(model) for _ in numbers[1:])]
+    mappers = [_mapper(own, loaded, world) for own in models]
+    stages = [Stage(own, division.flow, division.bounds, n) for own, n in zip(models, numbers, strict=True)]
+    for own, stage, mapper in zip(models, stages, mappers, strict=True):
+        stage.leave_weights()
+        give_weights(own, loaded, mapper.cut)
+    for other in models[1:]:
+        unite(model, other)
+    modules = []
+    for own, stage, mapper in zip(models, stages, mappers, strict=True):
+        mapper.install()
+        stage.install()
+        recompute(own, division.recomputed)
+        fill_elsewhere(own, world.device, _DTYPES[loaded.config.deepspeed.precision])
+        modules.append(StageModule(_task(own, loaded, mapper), stage, mapper, world.device))
+    even = loaded.config.data.packing == "concatenate"
+    return start_pipeline(modules, division, held_by, settings, world, _clipping(loaded, settings), even=even)

@@ -3,7 +3,7 @@
 from trainer.pipeline.balance import balance, bubble, divide
 from trainer.pipeline.division import ONE_STAGE, Division, divide_layers, refuse_other_uses
 from trainer.pipeline.recompute import recompute
-from trainer.pipeline.shared import pieces_of, shared_weights
+from trainer.pipeline.shared import pieces_of, shared_weights, unite
 from trainer.pipeline.stage import Record, Stage
 from trainer.pipeline.trace import Flow, example_inputs, follow
 
@@ -23,4 +23,5 @@ __all__ = [
     "recompute",
     "refuse_other_uses",
     "shared_weights",
+    "unite",
 ]

@@ -65,7 +65,11 @@ def divide(
     return [0, *accumulate(layers)]
 
 
-def bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step in which a stage waits: (stages - 1) / (micro-batches + stages - 1), for equal stages under
-    1F1B (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2)."""
-    return (stages - 1) / (micro_batches + stages - 1)
+def bubble(ranks: int, micro_batches: int, each: int = 1) -> float:
+    """Share of a step in which a rank of a pipeline waits: (ranks - 1) / (each x micro-batches + ranks - 1), for equal
+    stages (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
+
+    Args:
+        each: stages of a rank.
+    """
+    return (ranks - 1) / (each * micro_batches + ranks - 1)

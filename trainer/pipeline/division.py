@@ -32,12 +32,30 @@ class Division:
     costs: tuple[float, ...] = ()
     """FLOPs of each layer's forward pass for one sequence, with what belongs to it beside the layers."""
 
+    ranks: int = 1
+    """Ranks of the pipeline: as many as stages, or half as many, which each hold two (DualPipeV)."""
+
     recomputed: tuple[str, ...] = ()
     """Modules that are computed again in the backward pass: attention, where that is asked for."""
 
     @property
     def stages(self) -> int:
         return len(self.bounds) - 1
+
+    def of_rank(self, rank: int) -> tuple[int, ...]:
+        """Stages of a rank of the pipeline: under DualPipeV the way back passes the ranks in reverse."""
+        return (rank,) if self.stages == self.ranks else (rank, self.stages - 1 - rank)
+
+    def rank_of(self, stage: int) -> int:
+        """The rank of the pipeline that has a stage."""
+        return min(stage, self.stages - 1 - stage) if self.stages > self.ranks else stage
+
+    def holding_ranks(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Ranks of the pipeline that hold each parameter, by its first name, in ascending order."""
+        return {
+            name: tuple(sorted({self.rank_of(stage) for stage in stages}))
+            for name, stages in self.holders(model).items()
+        }
 
     def holders(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """Stages that hold each parameter, by its first name."""
@@ -85,11 +103,26 @@ def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
     if parallel.pipeline == 1:
         return Division(recomputed=recomputed)
     refuse_other_uses(model, flow, evaluated)
-    costs = flow.costs(length, evaluated)
-    bounds = divide(costs, parallel.pipeline, parallel.pipeline_layers, parallel.pipeline_weights)
+    costs, speeds = flow.costs(length, evaluated), parallel.pipeline_weights
+    if parallel.pipeline_schedule == "dualpipev" and speeds is not None:
+        speeds = [*speeds, *reversed(speeds)]
+    bounds = divide(costs, parallel.stages, parallel.pipeline_layers, speeds)
     for cut in bounds[1:-1]:
         flow.crossing(cut)  # refuses what cannot be sent
-    return Division(flow, tuple(bounds), tuple(costs), recomputed)
+    division = Division(flow, tuple(bounds), tuple(costs), parallel.pipeline, recomputed)
+    _refuse_layers_used_twice(model, division)
+    return division
+
+
+def _refuse_layers_used_twice(model: PreTrainedModel, division: Division) -> None:
+    """A weight of two stages on one rank is one weight there, and only those outside the layers may be."""
+    assert division.flow is not None
+    layers = tuple(f"{name}." for unit in division.flow.units for name in unit)
+    for name, stages in division.holders(model).items():
+        if name.startswith(layers) and len({division.rank_of(stage) for stage in stages}) < len(stages):
+            raise PlanError(
+                Problem("parallel.pipeline_schedule", f"both stages of a rank would use {name}", "Set it to '1f1b'")
+            )
 
 
 def _attention(model: PreTrainedModel, flow: Flow, longer: Flow) -> list[str]:

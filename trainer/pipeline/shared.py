@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,27 +11,47 @@ from torch import nn
 from trainer.distributed import World
 from trainer.parallel import Shard, shard_of
 
+Pieces = dict[str, list[tuple[nn.Parameter, Shard | None]]]
+"""What a rank holds of each weight, by the weight's first name."""
 
-def pieces_of(model: nn.Module) -> dict[str, list[tuple[nn.Parameter, Shard | None]]]:
-    """What this rank holds of each weight, by the weight's first name."""
-    found: dict[str, list[tuple[nn.Parameter, Shard | None]]] = {}
-    for name, parameter in model.named_parameters():
-        shard = shard_of(parameter)
-        found.setdefault(name if shard is None else shard.name, []).append((parameter, shard))
+
+def pieces_of(models: Sequence[nn.Module]) -> Pieces:
+    """What this rank's stages hold of each weight; what two of them share, once."""
+    found: Pieces = {}
+    seen: set[int] = set()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                shard = shard_of(parameter)
+                found.setdefault(name if shard is None else shard.name, []).append((parameter, shard))
     return found
 
 
+def unite(first: nn.Module, second: nn.Module) -> None:
+    """Makes one weight of those that two stages on the same rank both hold."""
+    own = dict(first.named_parameters(remove_duplicate=False))
+    for name, _ in list(second.named_parameters(remove_duplicate=False)):
+        if name in own:
+            owner, _, key = name.rpartition(".")
+            second.get_submodule(owner)._parameters[key] = own[name]
+
+
 def shared_weights(
-    model: nn.Module, held_by: dict[str, tuple[int, ...]], world: World
+    models: Sequence[nn.Module], held_by: dict[str, tuple[int, ...]], world: World
 ) -> Iterator[tuple[nn.Parameter, Any]]:
-    """This rank's parameters that other stages hold as well, each with the group in which its gradients are summed.
+    """This rank's parameters that other ranks of the pipeline hold as well, each with the group in which its gradients
+    are summed.
 
     Every rank of the world must walk through it: all make every group, in the same order.
+
+    Args:
+        models: of this rank's stages. held_by: ranks of the pipeline that hold each weight.
     """
-    pieces = pieces_of(model)
-    for stages, names in groupby(sorted(held_by, key=lambda name: (held_by[name], name)), held_by.__getitem__):
-        if len(stages) == 1:
+    pieces = pieces_of(models)
+    for ranks, names in groupby(sorted(held_by, key=lambda name: (held_by[name], name)), held_by.__getitem__):
+        if len(ranks) == 1:
             continue
-        group = world.stages_group(stages)
-        for name in names if world.topology.stage in stages else ():
+        group = world.stages_group(ranks)
+        for name in names if world.topology.stage in ranks else ():
             yield from ((parameter, group) for parameter, _ in pieces[name] if parameter.requires_grad)
