@@ -186,6 +186,8 @@ def test_divide() -> None:
 def test_bubble() -> None:
     assert bubble(1, 8) == 0
     assert bubble(4, 12) == pytest.approx(3 / 15)
+    assert bubble(1, 8, two_ways=True) == 0
+    assert bubble(4, 12, two_ways=True) == pytest.approx(15 / (72 + 15))
 
 
 def dry_run(config: dict[str, Any], folder: Path, *arguments: str) -> Any:
@@ -211,7 +213,7 @@ def test_dry_run_shows_two_stages_a_rank(tiny: dict[str, Any], tmp_path: Path) -
         parallel__pipeline_layers=[1, 1, 2, 1],
     )  # fmt: skip
     said = dry_run(config, tmp_path).out
-    assert "pipeline     4 stages on 2 ranks (dualpipev), 4 micro-batches: a rank waits for 11.1% of the time" in said
+    assert "pipeline     4 stages on 2 ranks (dualpipev), 4 micro-batches: a rank waits for 17.2% of the time" in said
     rows = [line.split() for line in said.splitlines() if line.split()[2:3] in (["0-0"], ["1-1"], ["2-3"], ["4-4"])]
     assert [row[:2] for row in rows] == [["0", "0"], ["1", "1"], ["2", "1"], ["3", "0"]]
     assert rows[0][4] == rows[3][4]

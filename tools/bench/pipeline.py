@@ -164,17 +164,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"forward_seconds": FORWARD_SECONDS, "idle": [], "boundaries": [], "parameters": []}
     rows = []
     for stages in options.stages:
-        kinds = {"1f1b": 1, "dualpipev": 2}
         cases = [
             Case("llama", stages, count, sleeps=True, schedule=schedule)
-            for schedule, each in kinds.items()
+            for schedule in ("1f1b", "dualpipev")
             for count in options.micro_batches
-            if each == 1 or count >= 2 * stages
+            if schedule == "1f1b" or count >= 2 * stages
         ]
         by_rank = run_ranks(measure, stages, cases)
         for number, case in enumerate(cases):
             idle = sum(rank[number].idle for rank in by_rank) / stages
-            theory = bubble(stages, case.micro_batches, kinds[case.schedule])
+            theory = bubble(stages, case.micro_batches, two_ways=case.schedule == "dualpipev")
             more = f"{100 * (idle - theory):+.2f}"
             rows.append((case.schedule, stages, case.micro_batches, f"{theory:.2%}", f"{idle:.2%}", more))
             figures["idle"].append(
