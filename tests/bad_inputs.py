@@ -121,6 +121,7 @@ BAD_INPUTS = [
     Bad("scheduler value of another type", 2, ("deepspeed.scheduler.params: ",), values=scheduler("StepLR", step_size=0)),
     Bad("schedule that ends too early", 2, ("scheduler.params.total_steps: 3 is less than training.max_steps (4)",), values=scheduler("OneCycleLR", max_lr=0.1, total_steps=3), rule="schedule_is_long_enough"),
     Bad("ZeRO 2 with a pipeline", 2, ("deepspeed.zero_optimization.stage: 2, and parallel.pipeline is 2", "Set it to 0 or 1"), values={"parallel__pipeline": 2, **zero(stage=2)}, rule="pipeline_keeps_gradients"),
+    Bad("timers under a pipeline", 2, ("deepspeed.wall_clock_breakdown: true", "deepspeed.flops_profiler.enabled: true"), values={"parallel__pipeline": 2, "deepspeed__wall_clock_breakdown": True, "deepspeed__flops_profiler": {"enabled": True}}, rule="profilers_know_no_stages"),
     Bad("layers of other stages", 2, ("parallel.pipeline_layers: [1, 1, 1] names 3 stages, and with parallel.pipeline = 2 there are 2",), values={"parallel__pipeline": 2, "parallel__pipeline_layers": [1, 1, 1]}, rule="stages_are_described_once"),
     Bad("weights of other stages", 2, ("parallel.pipeline_weights: [1.0] names 1 ranks",), values={"parallel__pipeline": 2, "parallel__pipeline_weights": [1.0]}),
     Bad("layers and weights of stages", 2, ("parallel.pipeline_weights: pipeline_layers says already",), values={"parallel__pipeline": 2, "parallel__pipeline_layers": [1, 1], "parallel__pipeline_weights": [1, 2]}),

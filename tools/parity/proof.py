@@ -222,7 +222,7 @@ class _Stages:
             torch.autograd.backward(real, self._receive(self._stage.number + 1))
         if received:
             real = tuple(tensor for tensor in received if tensor.is_floating_point())
-            gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in real)
+            gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad.contiguous() for t in real)
             self._send(gradients, self._stage.number - 1)
         for parameter, group in self._shared:
             dist.all_reduce(parameter.grad, group=group)
@@ -237,7 +237,7 @@ class _Stages:
         shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         dist.send_object_list([shapes], self._ranks[stage])
         for tensor in tensors:
-            dist.send(tensor.detach().contiguous(), self._ranks[stage])
+            dist.send(tensor.detach(), self._ranks[stage])
 
     def _receive(self, stage: int) -> tuple[Tensor, ...]:
         box: list[Any] = [None]

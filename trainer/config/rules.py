@@ -118,6 +118,21 @@ def pipeline_keeps_gradients(draft: Draft) -> Iterator[Problem]:
         )
 
 
+@rule("parallel", "deepspeed")
+def profilers_know_no_stages(draft: Draft) -> Iterator[Problem]:
+    assert draft.parallel is not None
+    assert draft.deepspeed is not None
+    given = draft.deepspeed.model_dump(exclude_unset=True)
+    profiler = given.get("flops_profiler")
+    for key, on in (
+        ("wall_clock_breakdown", given.get("wall_clock_breakdown")),
+        ("flops_profiler.enabled", isinstance(profiler, dict) and profiler.get("enabled")),
+    ):
+        if draft.parallel.pipeline > 1 and on:
+            yield Problem(f"deepspeed.{key}", "true, and DeepSpeed's timers fail on the stages of a pipeline",
+                          "Set it to false; metrics.jsonl has pipeline_bubble and step_seconds")  # fmt: skip
+
+
 @rule("parallel")
 def stages_are_described_once(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None

@@ -89,23 +89,6 @@ class StageModule(nn.Module):
             self._verifies = False
 
 
-class _SharedWeights:
-    """Mixed into DeepSpeed's modules: it sums the gradients of weights that several ranks hold."""
-
-    shared: list[tuple[nn.Parameter, Any]]
-
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        return self.shared
-
-
-class _OneWay(_SharedWeights, PipelineModule):  # type: ignore[misc]
-    """One stage a rank."""
-
-
-class _TwoWays(_SharedWeights, DualPipeVModule):  # type: ignore[misc]
-    """Two stages a rank, one on the way out and one on the way back."""
-
-
 def _on_another_rank(received: Any) -> Any:
     raise AssertionError("a rank was asked to compute another one's stage")
 
@@ -133,6 +116,7 @@ class PipelineEngine(BaseEngine):
             schedule.ForwardPass: self._clock.timed(theirs[schedule.ForwardPass]),
             schedule.BackwardPass: self._clock.timed(self._verifying(backward)),
             schedule.SendGrad: _completing(theirs[schedule.SendGrad]),
+            schedule.ReduceTiedGrads: self._reduce_shared,
             schedule.OptimizerStep: self._step,
         }
 
@@ -147,6 +131,20 @@ class PipelineEngine(BaseEngine):
             self._stages[phase].verify_gradients()
 
         return executes
+
+    def _reduce_shared(self, engine: Any) -> None:
+        """The schedule is through. Sums the gradients of weights that several ranks hold, wherever DeepSpeed keeps
+        them: its own way knows only those that are accumulated in the weights' type."""
+        self._clock.end()
+        for weight, group in engine.module.shared:
+            if engine.using_bf16_optimizer:
+                gradient = weight._hp_grad
+            elif hasattr(engine.optimizer, "get_gradient_for_reduction"):
+                gradient = engine.optimizer.get_gradient_for_reduction(weight)
+            else:
+                gradient = weight.grad
+            assert gradient is not None, "a weight that several stages hold has no gradient"
+            dist.all_reduce(gradient, group=group)
 
     def _step(self, engine: Any, lr_kwargs: Any = None) -> None:
         if self._clipping is not None:
@@ -165,7 +163,7 @@ class PipelineEngine(BaseEngine):
             stage.feed(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
         self._clock.begin()
         self._engine.train_batch(iter(()))
-        self._clock.end()
+        self._engine.timers("train_batch").reset()  # else it keeps two events a step for ever
         loss_sum, auxiliary_sum = self._stages[-1].loss_sum, self._stages[-1].auxiliary_sum
         if not self._speaks:
             loss_sum, auxiliary_sum, count = torch.zeros_like(loss_sum), torch.zeros_like(auxiliary_sum), 0
@@ -251,7 +249,8 @@ class _Clock:
         def executes(engine: Any, **kwargs: Any) -> None:
             began = self._now()
             execute(engine, **kwargs)
-            self._marks.append((began, self._now()))
+            if len(self._whole) == 1:  # in training
+                self._marks.append((began, self._now()))
 
         return executes
 
@@ -262,7 +261,8 @@ class _Clock:
         self._whole.append(self._now())
 
     def idle_share(self) -> float:
-        """Share of the last step's time in which this rank did not compute. On a GPU it waits for the step's end."""
+        """Share of the last schedule's time, up to the reduction of gradients, in which this rank did not compute. On a
+        GPU it waits for the step's end."""
         if self._on_gpu:
             torch.cuda.synchronize()
         whole = self._between(*self._whole)
@@ -360,7 +360,7 @@ def start_pipeline(
     own = dict(zip(division.of_rank(place.stage), stages, strict=True))
     models = [stage.model for stage in stages]
     with contextlib.redirect_stdout(io.StringIO()):
-        module = (_OneWay if len(own) == 1 else _TwoWays)(
+        module = (PipelineModule if len(own) == 1 else DualPipeVModule)(
             layers=[own.get(stage, _on_another_rank) for stage in range(division.stages)],
             topology=PipeModelDataParallelTopology(place.pipeline, place.tensor, place.data),
             partition_method="uniform",

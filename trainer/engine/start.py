@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from trainer.config import LoadedConfig
@@ -106,10 +108,15 @@ def _undo_first_step(optimizer: Any) -> None:
     weights once too often.
     """
     if isinstance(optimizer, FP16_Optimizer):
-        optimizer.optimizer.state.clear()
-        with torch.no_grad():
-            for master, weights in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups_flat, strict=True):
-                master.copy_(weights)
+        pairs = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups_flat, strict=True)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        pairs = zip(chain(*optimizer.fp32_groups), chain(*optimizer.fp16_groups), strict=True)
+    else:
+        return
+    optimizer.optimizer.state.clear()
+    with torch.no_grad():
+        for master, weights in pairs:
+            master.copy_(weights)
 
 
 def _start_pipeline(

@@ -52,8 +52,7 @@ def divide(
     """
     if stages > len(costs):
         raise ConfigError(
-            Problem("parallel.pipeline", f"{stages} stages, and the model has {len(costs)} layers",
-                    f"Set it to {len(costs)} or less")
+            Problem("parallel.pipeline", f"{stages} stages, and the model has {len(costs)} layers", "Lower it")
         )  # fmt: skip
     if layers is None:
         return balance(costs, stages, speeds)

@@ -53,8 +53,8 @@ class Stage:
         self._model, self._flow, self._bounds, self.number = model, flow, tuple(bounds), number
         self._first, self._end = bounds[number], bounds[number + 1]
         self.is_first, self.is_last = number == 0, number == len(bounds) - 2
-        self.incoming = [] if self.is_first else sorted(flow.crossing(self._first), key=_kind)
-        self.outgoing = [] if self.is_last else sorted(flow.crossing(self._end), key=_kind)
+        self.incoming = [] if self.is_first else _in_order(flow, self._first)
+        self.outgoing = [] if self.is_last else _in_order(flow, self._end)
         self._received: dict[Value, Tensor] = {}
         self._made: dict[Value, Tensor] = {}
         self._counts: Counter[str] = Counter()
@@ -162,7 +162,7 @@ class Stage:
         try:
             result = compute()
         except _EndOfStage:
-            return tuple(_differentiable(tensor) for tensor in _pack(self.outgoing, self._made))
+            return tuple(_differentiable(tensor.contiguous()) for tensor in _pack(self.outgoing, self._made))
         finally:
             self._runs = False
             self._received, self._made = {}, {}
@@ -204,6 +204,11 @@ def holders(model: nn.Module, flow: Flow, bounds: Sequence[int]) -> dict[str, tu
 
 def _stop(*args: Any, **kwargs: Any) -> Any:
     raise _EndOfStage
+
+
+def _in_order(flow: Flow, cut: int) -> list[Value]:
+    """What crosses, whole numbers last: DeepSpeed counts gradients over the others and shares buffers by number."""
+    return sorted(flow.crossing(cut), key=lambda value: (not flow.leaf(value).is_real, _kind(value)))
 
 
 def _kind(value: Value) -> tuple[str, int]:

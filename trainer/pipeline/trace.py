@@ -114,13 +114,15 @@ class Flow:
         """FLOPs of each unit's forward pass, and of what belongs with it, for one sequence of `length` tokens.
 
         Those of one length grow with it, or with its square (attention); a second flow over twice the length tells
-        them apart.
+        them apart. Where kernels compute in chunks, longer than both, the work of twice the length is less than
+        twice: then it is taken to grow with the length alone.
         """
         costs = [0.0] * len(self.units)
         for short, long in zip(self.calls, longer.calls, strict=True):
-            squared = (long.flops - 2 * short.flops) / 2
             share = length / LENGTH
-            costs[self.unit(short.place)] += ((short.flops - squared) * share + squared * share**2) / BATCH
+            squared = max(0.0, (long.flops - 2 * short.flops) / 2)
+            linear = (long.flops - 4 * squared) / 2
+            costs[self.unit(short.place)] += (linear * share + squared * share**2) / BATCH
         return costs
 
     def attention(self, longer: Flow) -> list[str]:
