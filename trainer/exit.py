@@ -43,6 +43,11 @@ def exit_on_errors(launch: Launch) -> Iterator[None]:
             time.sleep(_CONFIG_PATIENCE_SECONDS if everywhere else _OTHER_PATIENCE_SECONDS)
         _say(error, launch)
         _leave(error.exit_status)
+    except Exception:
+        # Maybe only another rank's end, on which this one's collective has failed: that one's status is the run's.
+        if launch.world > 1:
+            time.sleep(_OTHER_PATIENCE_SECONDS)
+        raise
 
 
 def _say(error: TesseraError, launch: Launch) -> None:
