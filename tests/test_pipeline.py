@@ -25,12 +25,13 @@ from tools.parity.families import Family
 from tools.parity.proof import Verdict, prove
 from tools.parity.shrink import tiny as tiny_model
 from trainer.config.load import check
+from trainer.config.schema import ParallelSection
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.errors import ConfigError, PlanError
 from trainer.model import build_model, build_model_shape, initialize_weights, read
-from trainer.pipeline import balance, bubble, divide_layers, example_inputs, follow, recompute
+from trainer.pipeline import balance, divide_layers, example_inputs, follow, recompute
 from trainer.pipeline.balance import divide
 from trainer.pipeline.stage import Stage, holders, numbers_sent
 from trainer.pipeline.trace import LENGTH
@@ -191,10 +192,9 @@ def test_divide() -> None:
 
 @pytest.mark.fast
 def test_bubble() -> None:
-    assert bubble(1, 8) == 0
-    assert bubble(4, 12) == pytest.approx(3 / 15)
-    assert bubble(1, 8, two_ways=True) == 0
-    assert bubble(4, 12, two_ways=True) == pytest.approx(15 / (72 + 15))
+    assert ParallelSection().bubble(8) == 0
+    assert ParallelSection(pipeline=4).bubble(12) == pytest.approx(3 / 15)
+    assert ParallelSection(pipeline=4, pipeline_schedule="dualpipev").bubble(12) == pytest.approx(15 / (72 + 15))
 
 
 def dry_run(config: dict[str, Any], folder: Path, *arguments: str) -> Any:
@@ -468,7 +468,8 @@ def test_micro_batches_in_flight(tiny: dict[str, Any]) -> None:
 
 def test_schedule_waits_no_longer_than_it_must() -> None:
     ranks = run_ranks(pipeline.measure, 2, [pipeline.Case("llama", 2, 6, sleeps=True)])
-    assert sum(rank[0].idle for rank in ranks) / 2 < bubble(2, 6) + 0.05  # 0.02 on a machine that does nothing else
+    theory = ParallelSection(pipeline=2).bubble(6)
+    assert sum(rank[0].idle for rank in ranks) / 2 < theory + 0.05  # 0.02 on a machine that does nothing else
 
 
 def test_bytes_over_a_boundary_and_parameters_of_a_rank() -> None:

@@ -10,7 +10,7 @@ from trainer.config import LoadedConfig
 from trainer.config.deepspeed import extension_of
 from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
 from trainer.parallel import drops, read_plan, starred
-from trainer.pipeline import Division, bubble, divide_layers
+from trainer.pipeline import Division, divide_layers
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
@@ -59,7 +59,7 @@ def _pipeline_lines(loaded: LoadedConfig, model: Any, division: Division) -> Ite
         return
     parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation
     size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
-    waits = bubble(division.ranks, micro_batches, two_ways=division.stages > division.ranks)
+    waits = parallel.bubble(micro_batches)
     yield (f"pipeline     {division.stages} stages on {division.ranks} ranks ({parallel.pipeline_schedule}), "
            f"{micro_batches} micro-batches: a rank waits for {waits:.1%} of the time")  # fmt: skip
     yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent of each micro-batch"

@@ -20,7 +20,7 @@ from trainer.data.batches import MicroBatch, StepBatch
 from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.model import build_model, build_model_shape
-from trainer.pipeline import bubble, divide_layers, pieces_of
+from trainer.pipeline import divide_layers, pieces_of
 from trainer.topology import Topology
 
 FORWARD_SECONDS = 0.05
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         by_rank = run_ranks(measure, stages, cases)
         for number, case in enumerate(cases):
             idle = sum(rank[number].idle for rank in by_rank) / stages
-            theory = bubble(stages, case.micro_batches, two_ways=case.schedule == "dualpipev")
+            theory = _loaded(case, stages).config.parallel.bubble(case.micro_batches)
             more = f"{100 * (idle - theory):+.2f}"
             rows.append((case.schedule, stages, case.micro_batches, f"{theory:.2%}", f"{idle:.2%}", more))
             figures["idle"].append(

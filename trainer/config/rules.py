@@ -522,7 +522,7 @@ def _pipeline_waits(draft: Draft) -> Iterator[Problem]:
         return
     batch, stages = batch_arithmetic(draft.deepspeed, draft.data_ranks), draft.parallel.pipeline
     if isinstance(batch, Batch) and batch.accumulation < stages:
-        share = (stages - 1) / (batch.accumulation + stages - 1)
+        share = draft.parallel.bubble(batch.accumulation)
         yield Problem(
             "deepspeed.gradient_accumulation_steps",
             f"{batch.accumulation} micro-batches on {stages} stages: each stage waits for {share:.0%} of the time",

@@ -71,6 +71,20 @@ class ParallelSection(Section):
         """Stages that the layers are divided into."""
         return self.pipeline * (2 if self.pipeline_schedule == "dualpipev" else 1)
 
+    def bubble(self, micro_batches: int) -> float:
+        """Share of a step in which a rank of the pipeline waits, for equal stages.
+
+        Under 1F1B (ranks - 1) / (micro-batches + ranks - 1): Narayanan et al. 2021, "Efficient Large-Scale Language
+        Model Training on GPU Clusters", section 2.2. Under DualPipeV, as DeepSpeed 0.19 schedules it (a backward pass
+        as a whole, of twice the time of a forward pass), each rank but the last adds the time of one forward and two
+        backward passes of one of its two stages. `python -m tools.bench pipeline` measures both.
+        """
+        if self.pipeline_schedule == "dualpipev":
+            forward, backward = 1, 2
+            waits = (self.pipeline - 1) * (forward + 2 * backward)
+            return waits / (2 * micro_batches * (forward + backward) + waits)
+        return (self.pipeline - 1) / (micro_batches + self.pipeline - 1)
+
     sequence_parallel: bool = False
     """Between the cut parts of a layer each tensor rank holds its stretch of every sequence: activations outside
     attention and MLP take 1/tensor of the memory, for the same traffic."""

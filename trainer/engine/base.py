@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,10 @@ from torch import Tensor, nn
 
 from trainer.data.batches import MicroBatch
 from trainer.distributed import World
+from trainer.engine.interface import Evaluation, StepResult
 from trainer.errors import DataError
-from trainer.parallel import Joiner, counts
+from trainer.parallel import Joiner, Mapper, counts
 from trainer.topology import Axis
-
-PREFIX = "model."
-"""Of parameter names in a task module, before the Hugging Face name."""
 
 
 class BaseEngine:
@@ -73,12 +72,34 @@ class BaseEngine:
             nn.utils.clip_grads_with_norm_(self._parameters, largest, norm)
         return norm
 
-    def _norm(self, own: Tensor | None) -> Tensor | float | None:
-        """The gradient's norm, by whoever has computed it."""
-        if own is not None:
-            return own
-        norm: Tensor | float | None = self._engine.get_global_grad_norm()
-        return norm
+    def _result(
+        self, sums: tuple[Tensor, Tensor], norm: Tensor | None, rate: float, count: int,
+        idle_share: Callable[[], float] | None = None,
+    ) -> StepResult:  # fmt: skip
+        """What a step left; of the ranks that work on the same samples, one has its losses.
+
+        Args:
+            sums: of the loss and the auxiliary loss. norm: None where DeepSpeed has computed it. count: micro-batches.
+        """
+        loss_sum, auxiliary_sum = sums if self._speaks else map(torch.zeros_like, sums)
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        applied = bool(self._engine.was_step_applied())
+        return StepResult(loss_sum, auxiliary_sum, norm, rate, count if self._speaks else 0, applied, idle_share)
+
+    def _evaluation(self, loss_sum: Tensor, tokens: int) -> Evaluation:
+        """Over all ranks, from this one's."""
+        rows = self.exchange([loss_sum, float(tokens)] if self._speaks else [torch.zeros_like(loss_sum), 0.0])
+        whole = int(sum(row[1] for row in rows))
+        return Evaluation(sum(row[0] for row in rows) / max(1, whole), whole)
+
+    @staticmethod
+    def _persistent_buffers(model: nn.Module, mapper: Mapper) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that a model is stored with, whole. On all ranks."""
+        persistent = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                yield name, mapper.whole_buffer(name, buffer)
 
     def exchange(self, values: list[Tensor | float]) -> list[list[float]]:
         """See `Engine.exchange`."""

@@ -164,11 +164,8 @@ class PipelineEngine(BaseEngine):
         self._clock.begin()
         self._engine.train_batch(iter(()))
         self._engine.timers("train_batch").reset()  # else it keeps two events a step for ever
-        loss_sum, auxiliary_sum = self._stages[-1].loss_sum, self._stages[-1].auxiliary_sum
-        if not self._speaks:
-            loss_sum, auxiliary_sum, count = torch.zeros_like(loss_sum), torch.zeros_like(auxiliary_sum), 0
-        norm, applied = self._norm(self._own_norm), bool(self._engine.was_step_applied())
-        return StepResult(loss_sum, auxiliary_sum, norm, rate, count, applied, self._clock.idle_share)
+        sums = self._stages[-1].loss_sum, self._stages[-1].auxiliary_sum
+        return self._result(sums, self._own_norm, rate, count, self._clock.idle_share)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
@@ -192,9 +189,7 @@ class PipelineEngine(BaseEngine):
         engine.dynamic_shape, engine.micro_batches = before
         engine.reset_activation_shape()
         engine.train()
-        rows = self.exchange([loss_sum, float(tokens)] if self._speaks else [torch.zeros_like(loss_sum), 0.0])
-        whole = int(sum(row[1] for row in rows))
-        return Evaluation(sum(row[0] for row in rows) / max(1, whole), whole)
+        return self._evaluation(loss_sum, tokens)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.whole_weights`. Of several ranks of the pipeline that hold a weight the first gives it."""
@@ -211,11 +206,7 @@ class PipelineEngine(BaseEngine):
                 whole = torch.empty(shape, dtype=dtype, device=self._world.device)
             dist.broadcast(whole, ranks[giver], group=group)
             yield name, whole
-        first = self._stages[0]
-        persistent = first.model.state_dict(keep_vars=True)
-        for name, buffer in first.model.named_buffers():
-            if name in persistent:
-                yield name, first.mapper.whole_buffer(name, buffer)
+        yield from self._persistent_buffers(self._stages[0].model, self._stages[0].mapper)
 
     def _names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every parameter's first name and whole shape, in the same order on all ranks."""
@@ -314,10 +305,20 @@ def _completing(send: Callable[..., None]) -> Callable[..., None]:
 
 
 def _backward_two_ways(engine: Any, buffer_id: int, phase: int) -> None:
-    """As DeepSpeed's; on the last rank the way out receives its gradients from the way back."""
-    if engine._is_last_rank() and phase == 0:
-        _complete(engine.pipe_buffers["inputs"][engine._phase1_buffer(buffer_id)])
-    DualPipeVEngine._exec_backward_pass(engine, buffer_id, phase)
+    """The same for DualPipeV; on the last rank the way out receives its gradients from the way back."""
+    buffers, turned = engine.pipe_buffers, engine._is_last_rank() and phase == 0
+    if turned:
+        _complete(buffers["inputs"][engine._phase1_buffer(buffer_id)])
+    if engine._is_loss_stage(phase) or isinstance(buffers["outputs"][buffer_id], Tensor):
+        DualPipeVEngine._exec_backward_pass(engine, buffer_id, phase)
+        return
+    key, slot = ("inputs", engine._phase1_buffer(buffer_id)) if turned else ("grads", buffer_id)
+    received, buffers[key][slot] = buffers[key][slot], None
+    engine.grad_layer = [t.grad for t in received if t.is_floating_point()] if turned else received
+    with engine._phase(phase):
+        _backward(engine, buffer_id)
+    if engine.stage_id == 0 and phase == 0:
+        buffers["inputs"][buffer_id] = None
 
 
 def _alike(micro_batches: Sequence[MicroBatch], least: int) -> tuple[MicroBatch, ...]:

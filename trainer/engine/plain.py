@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import World
-from trainer.engine.base import PREFIX, BaseEngine
+from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
 from trainer.parallel import Mapper, shard_of
+
+_PREFIX = "model."
+"""Of parameter names in a task module, before the Hugging Face name."""
 
 
 class PlainEngine(BaseEngine):
@@ -57,11 +60,7 @@ class PlainEngine(BaseEngine):
             if number == count and self._clipping is not None:
                 own_norm = self._clip(self._clipping)
             self._engine.step()
-        norm = self._norm(own_norm)
-        applied = bool(self._engine.was_step_applied())
-        if not self._speaks:
-            loss_sum, auxiliary_sum, count = torch.zeros_like(loss_sum), torch.zeros_like(auxiliary_sum), 0
-        return StepResult(loss_sum, auxiliary_sum, norm, rate, count, applied)
+        return self._result((loss_sum, auxiliary_sum), own_norm, rate, count)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
@@ -72,17 +71,11 @@ class PlainEngine(BaseEngine):
             tokens += int((micro.labels_BT != IGNORED).sum())
             loss_sum = loss_sum + self._forward(micro).loss_sum
         self._engine.train()
-        rows = self.exchange([loss_sum, float(tokens)] if self._speaks else [torch.zeros_like(loss_sum), 0.0])
-        whole = int(sum(row[1] for row in rows))
-        return Evaluation(sum(row[0] for row in rows) / max(1, whole), whole)
+        return self._evaluation(loss_sum, tokens)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.whole_weights`."""
         for name, parameter in self._engine.module.named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield from self._joiner.add(name.removeprefix(PREFIX), parameter.detach(), shard_of(parameter))
-        (model,) = self.models
-        persistent = model.state_dict(keep_vars=True)
-        for name, buffer in model.named_buffers():
-            if name in persistent:
-                yield name, self._mapper.whole_buffer(name, buffer)
+                yield from self._joiner.add(name.removeprefix(_PREFIX), parameter.detach(), shard_of(parameter))
+        yield from self._persistent_buffers(self.models[0], self._mapper)

@@ -257,8 +257,11 @@ def _install_wide_embedding(region: Region, at: ModuleStyle, style: Style) -> No
 
 
 def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
-    """Sums the parameter's gradient over the group, before anybody else sees it."""
-    if parameter.requires_grad:
+    """Sums the parameter's gradient over the group, before anybody else sees it; once for each group, also where two
+    pipeline stages on this rank share the parameter, and both say so."""
+    summed: list[Group] = parameter.__dict__.setdefault("tessera_summed", [])
+    if parameter.requires_grad and not any(other is group for other in summed):
+        summed.append(group)
         parameter.register_hook(lambda gradient: collectives.all_reduce(gradient, group))  # type: ignore[no-untyped-call]
 
 

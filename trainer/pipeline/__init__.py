@@ -1,6 +1,6 @@
 """Pipeline parallelism: a model is followed, its layers are divided into stages, and each stage is the model itself."""
 
-from trainer.pipeline.balance import balance, bubble, divide
+from trainer.pipeline.balance import balance, divide
 from trainer.pipeline.division import ONE_STAGE, Division, divide_layers, refuse_other_uses
 from trainer.pipeline.recompute import recompute
 from trainer.pipeline.shared import pieces_of, shared_weights, unite
@@ -14,7 +14,6 @@ __all__ = [
     "Record",
     "Stage",
     "balance",
-    "bubble",
     "divide",
     "divide_layers",
     "example_inputs",

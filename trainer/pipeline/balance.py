@@ -62,21 +62,3 @@ def divide(
                     f"{len(costs)}", "Leave it out, and layers are divided by their cost")
         )  # fmt: skip
     return [0, *accumulate(layers)]
-
-
-def bubble(ranks: int, micro_batches: int, *, two_ways: bool = False) -> float:
-    """Share of a step in which a rank of a pipeline waits, for equal stages.
-
-    Under 1F1B (ranks - 1) / (micro-batches + ranks - 1): Narayanan et al. 2021, "Efficient Large-Scale Language Model
-    Training on GPU Clusters", section 2.2. Under DualPipeV, as DeepSpeed 0.19 schedules it (a backward pass as a whole,
-    of twice the time of a forward pass), each rank but the last adds the time of one forward and two backward passes of
-    one of its two stages; `python -m tools.bench pipeline` measures both.
-
-    Args:
-        two_ways: DualPipeV.
-    """
-    if two_ways:
-        forward, backward = 1, 2
-        waits = (ranks - 1) * (forward + 2 * backward)
-        return waits / (2 * micro_batches * (forward + backward) + waits)
-    return (ranks - 1) / (micro_batches + ranks - 1)

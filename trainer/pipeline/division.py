@@ -73,7 +73,7 @@ class Division:
         """
         assert self.flow is not None
         for stage, (first, end) in enumerate(pairwise(self.bounds)):
-            share = sum(self.costs[first:end]) / (sum(self.costs) or 1.0)
+            share = sum(self.costs[first:end]) / sum(self.costs)
             last = stage == self.stages - 1
             sent = {} if last else numbers_sent(self.flow, end, micro_batch, length, sequence_ranks)
             yield stage, first, end, share, {name: numbers * size for name, numbers in sent.items()}
