@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.harness import run_ranks
-from trainer import distributed
+from trainer import distributed, exit
 from trainer.distributed import (
     Launch,
     configure_logging,
@@ -123,3 +123,17 @@ def test_the_environment_is_only_completed(monkeypatch: pytest.MonkeyPatch) -> N
     distributed.prepare_environment()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
     assert distributed.local_device() == "cpu"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("world", "waits"), [(2, True), (1, False)])
+def test_a_foreign_error_lets_the_rank_that_failed_first_speak(
+    world: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collective that fails, because another rank has left, must not make this rank's status the run's."""
+    waited: list[float] = []
+    monkeypatch.setattr(exit.time, "sleep", waited.append)
+    launch = Launch(rank=world - 1, world=world)
+    with pytest.raises(RuntimeError, match="Connection closed"), exit.exit_on_errors(launch):
+        raise RuntimeError("Connection closed by peer")
+    assert (sum(waited) >= 5) == waits

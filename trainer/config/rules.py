@@ -190,7 +190,7 @@ def optimizer_sees_parts(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     assert draft.deepspeed is not None
     section = draft.deepspeed.optimizer
-    if draft.parallel.tensor > 1 and section is not None and section.type.lower() in ("muon", "adafactor", "lamb"):
+    if draft.parallel.tensor > 1 and section is not None and section.type.lower() in ("muon", "adafactor"):
         yield Problem(
             "deepspeed.optimizer.type",
             f"{section.type} computes with whole matrices, and under parallel.tensor = {draft.parallel.tensor} a rank "
@@ -366,19 +366,17 @@ def device_can(draft: Draft) -> Iterator[Problem]:
             "on CPUs DeepSpeed has Lion only with offload",
             'Set zero_optimization {"stage": 1, "offload_optimizer": {"device": "cpu"}}',
         )
-    if name == "lamb":
-        yield Problem("deepspeed.optimizer.type", "DeepSpeed's Lamb is a GPU kernel", "Take another on CPUs")
 
 
-@rule("deepspeed.optimizer", "deepspeed.fp16")
-def lamb_needs_fp16(draft: Draft) -> Iterator[Problem]:
+@rule("deepspeed.fp16", "deepspeed.zero_optimization.stage")
+def fp16_needs_zero(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
-    if section.optimizer and section.optimizer.type.lower() == "lamb" and section.precision != "fp16":
+    if section.precision == "fp16" and section.zero_stage == 0:
         yield Problem(
-            "deepspeed.optimizer.type",
-            "DeepSpeed's Lamb runs only with dynamic fp16 loss scaling",
-            "Set fp16.enabled or take another optimizer",
+            "deepspeed.fp16.enabled",
+            "at ZeRO stage 0 DeepSpeed 0.19 divides gradients by a loss scale that it has not multiplied the loss by",
+            "Set zero_optimization.stage to 1 or more, or bf16.enabled instead",
         )
 
 

@@ -2,10 +2,11 @@
 
 from trainer.pipeline.balance import balance, divide
 from trainer.pipeline.division import ONE_STAGE, Division, divide_layers, refuse_other_uses
+from trainer.pipeline.flow import Flow
 from trainer.pipeline.recompute import recompute
 from trainer.pipeline.shared import pieces_of, shared_weights, unite
 from trainer.pipeline.stage import Record, Stage
-from trainer.pipeline.trace import Flow, example_inputs, follow
+from trainer.pipeline.trace import example_inputs, follow
 
 __all__ = [
     "ONE_STAGE",

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
 from trainer.pipeline.balance import divide
+from trainer.pipeline.flow import LENGTH, Flow
 from trainer.pipeline.stage import holders, numbers_sent
-from trainer.pipeline.trace import LENGTH, Flow, example_inputs, follow
+from trainer.pipeline.trace import example_inputs, follow
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig

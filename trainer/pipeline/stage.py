@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from trainer.parallel import put_elsewhere, starred
-from trainer.pipeline.trace import BATCH, LENGTH, Call, Flow, Leaf, Value
+from trainer.pipeline.flow import BATCH, LENGTH, Call, Flow, Leaf, Value
 
 T = TypeVar("T")
 

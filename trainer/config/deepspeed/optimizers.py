@@ -29,7 +29,6 @@ _DEEPSPEED_NAMES = {
     "adam": "Adam",
     "adamw": "AdamW",
     "adagrad": "Adagrad",
-    "lamb": "Lamb",
     "lion": "Lion",
     "muon": "Muon",
 }
@@ -45,7 +44,6 @@ def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] |
     """The keys that `params` may hold for this optimizer; None for an optimizer that does not exist."""
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    from deepspeed.ops.lamb import FusedLamb
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 
     name = section.type.lower()
@@ -57,8 +55,6 @@ def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] |
         return (frozenset(_arguments(kind)) | switches) - {"adamw_mode"}
     if name == "muon":
         return _MUON_KEYS | {"adam_w_mode", "torch_adam"}
-    if name == "lamb":
-        return frozenset(_arguments(FusedLamb)) - {"max_grad_norm"}
     if name == "lion":
         return frozenset(_arguments(DeepSpeedCPULion if offload else FusedLion))
     if name == "adagrad":
@@ -126,6 +122,10 @@ def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         yield Problem(path, "required, but missing", 'For example {"type": "AdamW", "params": {"lr": 3e-4}}')
         return
     name = section.optimizer.type
+    if name.lower() == "lamb":
+        reason = "DeepSpeed 0.19 runs Lamb with fp16 at ZeRO stage 0 only, where its loss scale is applied one way"
+        yield Problem(f"{path}.type", reason, "Take AdamW")
+        return
     known = optimizer_keys(section.optimizer, section.offload_device != "none")
     if known is None:
         names = [*_DEEPSPEED_NAMES.values(), *(n for n in _TORCH_OPTIMIZERS if n.lower() not in _DEEPSPEED_NAMES)]

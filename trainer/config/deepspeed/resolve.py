@@ -134,7 +134,6 @@ EXTENSIONS: Mapping[tuple[str, bool], str] = {
     ("lion", False): "FusedLionBuilder",
     ("lion", True): "CPULionBuilder",
     ("adagrad", True): "CPUAdagradBuilder",
-    ("lamb", False): "FusedLambBuilder",
 }
 """DeepSpeed's compiled extension by (optimizer, whether its state is offloaded)."""
 

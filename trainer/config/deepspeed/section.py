@@ -88,7 +88,7 @@ _Dtype = Literal["fp32", "fp16", "bf16"]
 
 class OptimizerSection(Section):
     type: str
-    """Adam, AdamW, Adagrad, Lamb, Lion, Muon (DeepSpeed's), or any of `torch.optim` by name."""
+    """Adam, AdamW, Adagrad, Lion, Muon (DeepSpeed's), or any of `torch.optim` by name."""
 
     params: dict[str, Any] = {}
     """Arguments of the optimizer's class."""
