@@ -1,6 +1,9 @@
 """Trains a model from one JSON file.
 
-    deepspeed launch/train.py --config X.json [--set a.b=c]... [--dry_run [--world N]] [--print_config]
+    deepspeed launch/train.py --config X.json [--set a.b=c]... [--resume auto|never|DIR] [--allow_change KEY]...
+                              [--dry_run [--world N]] [--print_config]
+
+The same command again goes on where the run was, on any number of processes.
 
 Also starts under `torchrun`, or as one process under plain `python`.
 """
@@ -15,16 +18,18 @@ from trainer.distributed import Launch, configure_logging, joined_world, local_d
 
 prepare_environment()
 
+from trainer.checkpoint import Checkpoints
 from trainer.config import LoadedConfig, load_config
 from trainer.data import open_batches, prepare_data
 from trainer.dry_run import describe
 from trainer.engine import start_engine
 from trainer.exit import Arguments, exit_on_errors
 from trainer.loop import fit
-from trainer.model import build_model, build_model_shape, model_cost, write_model
+from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
 from trainer.pipeline import divide_layers
+from trainer.run_directory import RunDirectory
 from trainer.topology import Topology
-from trainer.tracking import Meter, RunDirectory, open_trackers
+from trainer.tracking import Meter, open_trackers
 
 log = logging.getLogger("trainer.train")
 
@@ -47,7 +52,7 @@ def main() -> None:
 def train(loaded: LoadedConfig, launch: Launch) -> None:
     """The whole story, one call a room, in the order in which data passes."""
     directory = RunDirectory.examine(loaded)
-    if directory.finished_step is not None:
+    if directory.is_finished(loaded):
         log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
         return
     for problem in loaded.warnings:
@@ -59,14 +64,19 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
     configure_logging(launch.rank, directory.path / "logs")
     with joined_world(launch, topology, seed=config.run.seed) as world:
-        if world.is_first:
-            directory.write_config(loaded)
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
-        engine = start_engine(model, loaded, world, stages)
-        meter = Meter(engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt)
+        checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
+        engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
+        progress = checkpoints.restore(engine)
+        if world.is_first:
+            directory.write_config(loaded)
+        batches.train.go_on_after(progress.step, progress.samples)
+        meter = Meter(
+            engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
+        )
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
-            fit(config, engine, batches, meter, trackers)
+            fit(config, world, engine, batches, checkpoints, meter, trackers)
         write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
             directory.write_config(loaded, finished_step=config.training.max_steps)
@@ -81,6 +91,15 @@ def parse_arguments() -> argparse.Namespace:
         help="override one value, for example training.max_steps=10; may be given several times",
     )  # fmt: skip
     parser.add_argument(
+        "--resume", metavar="auto|never|DIR",
+        help="go on from the newest checkpoint of the run directory (auto, the default), begin anew (never), or go on "
+        "from a checkpoint, a run directory or a place such as s3://bucket/run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow_change", action="append", default=[], metavar="KEY",
+        help="go on with another value of this key, such as data.train, than the run had; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true",
         help="check everything, say what would run (ranks, parameters, batch, memory), and start nothing",
     )  # fmt: skip
@@ -93,6 +112,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--print_config", action="store_true", help="print the configuration as resolved, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args()
+    if options.resume is not None:
+        options.set.append(f"checkpoint.resume={json.dumps(options.resume)}")
+    if options.allow_change:
+        options.set.append(f"checkpoint.allow_changed={json.dumps(options.allow_change)}")
     if options.world is not None and (options.world < 1 or not (options.dry_run or options.print_config)):
         parser.error("--world N goes with --dry_run or --print_config, and N is at least 1")
     return options

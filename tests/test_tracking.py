@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +19,10 @@ from tests.harness import run_command
 from trainer.config.load import check
 from trainer.config.schema import WandbSection
 from trainer.errors import ConfigError
+from trainer.run_directory import RunDirectory
 from trainer.tracking.console import describe
 from trainer.tracking.jsonl import JsonLines
 from trainer.tracking.meter import perplexity
-from trainer.tracking.run_directory import RunDirectory
 from trainer.tracking.wandb import Wandb
 
 ROOT = Path(__file__).parent.parent
@@ -121,20 +122,29 @@ def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
     return total / tokens
 
 
-def test_an_unfinished_run_starts_again_as_the_next_attempt(tiny: dict[str, Any], tmp_path: Path) -> None:
-    broken = tmp_path / "run" / "final"
+def test_a_finished_run_goes_on_with_more_steps(tiny: dict[str, Any], tmp_path: Path) -> None:
+    final, run = tmp_path / "run" / "final", tmp_path / "run"
     assert start(tiny, tmp_path, training__max_steps=2).status == 0
-    for file in broken.iterdir():
-        file.unlink()
-    broken.rmdir()
+    before = rows_of(run)
+    shutil.rmtree(final)
     assert start(tiny, tmp_path, training__max_steps=2).status == 0
-    rows = rows_of(tmp_path / "run")
-    assert [row["attempt"] for row in rows if row["split"] == "train"] == [1, 1, 2, 2]
-    losses = [row["loss"] for row in rows if row["split"] == "train"]
-    assert losses[:2] == losses[2:], "the same seed gives the same run"
-    longer = start(tiny, tmp_path, training__max_steps=9)
-    assert longer.status == 2
-    assert "has finished at step 2" in longer.err
+    assert final.is_dir(), "written from the checkpoint"
+    assert rows_of(run) == before
+    with (run / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 3, "lo')
+    assert start(tiny, tmp_path, training__max_steps=4).status == 0
+    after = rows_of(run)
+    assert after[: len(before)] == before
+    added = [(row["step"], row["attempt"]) for row in after[len(before) :]]
+    assert added == [(4, 3), (4, 3)], "one row of training, one of validation"
+    assert after[-2]["samples"] == 4 * 8
+    shutil.rmtree(run / "checkpoints")
+    lost = start(tiny, tmp_path, training__max_steps=6)
+    assert lost.status == 4
+    assert "there is no checkpoint to go on from" in lost.err
+    fewer = start(tiny, tmp_path, training__max_steps=3)
+    assert fewer.status == 2
+    assert "training.max_steps: 3, but the run in" in fewer.err
 
 
 @pytest.mark.parametrize(("stage", "words"), [(0, "loss nan"), (1, "a gradient is not finite")])
@@ -216,7 +226,7 @@ def test_training_never_waits_for_wandb(
     for module, words in ((_Hangs, "did not finish within"), (_Fails, "no space left on device")):
         monkeypatch.setitem(sys.modules, "wandb", module)
         began = time.monotonic()
-        tracker = Wandb(WandbSection(mode="online"), "n", tmp_path, {})
+        tracker = Wandb(WandbSection(mode="online"), "n", RunDirectory(tmp_path, 1, None), {})
         for step in range(1000):
             tracker.log({"step": step, "split": "train", "loss": 1.0})
         assert time.monotonic() - began < 0.5

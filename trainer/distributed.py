@@ -82,6 +82,9 @@ class World:
 
     topology: Topology
     device: torch.device
+    seed: int
+    """`run.seed`."""
+
     groups: dict[Axis, Any]
     """The process group of this rank along each axis of more than one rank; None stands for all ranks."""
 
@@ -91,6 +94,10 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.topology.rank == 0
+
+    def seed_step(self, step: int) -> None:
+        """Before a step: its random numbers; see `seed_everything`."""
+        seed_everything(self.seed, self.topology, step)
 
     def tensor_neighbours(self, count: int) -> Any:
         """The group of `count` neighbouring tensor ranks that this rank is in: those that share a key/value head.
@@ -263,9 +270,12 @@ def _process_groups(topology: Topology) -> dict[Axis, Any]:
     return own
 
 
-def seed_everything(seed: int, topology: Topology) -> None:
-    """Seeds what draws random numbers while training: dropout. Ranks that share their samples draw the same."""
-    own = (seed * 1_000_003 + topology.data_rank * 7_919 + topology.stage * 104_729) % (1 << 63)
+def seed_everything(seed: int, topology: Topology, step: int = 0) -> None:
+    """Seeds what draws random numbers in a step: dropout. Ranks that share their samples draw the same.
+
+    The numbers of a step follow from the seed, the step and the place alone, so that no state has to be saved.
+    """
+    own = (seed * 1_000_003 + topology.data_rank * 7_919 + topology.stage * 104_729 + step * 15_485_863) % (1 << 63)
     random.seed(own)
     np.random.seed(own % (1 << 32))
     torch.manual_seed(own)
@@ -317,7 +327,7 @@ def joined_world(
     dist.distributed_c10d._set_pg_timeout(timeout)
     device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
     seed_everything(seed, topology)
-    yield World(topology, device, _process_groups(topology))
+    yield World(topology, device, seed, _process_groups(topology))
     # Not after an error: leaving the world would make the other ranks fail, and be ended, before this one has
     # said what was wrong.
     dist.destroy_process_group()

@@ -54,3 +54,9 @@ class TrainingHalted(TesseraError):
     """Training stopped on its numbers: a loss or a gradient norm that is not finite."""
 
     exit_status = 5
+
+
+class CheckpointError(TesseraError):
+    """A checkpoint is damaged, does not fit, or is not there where one was asked for: names the folder and the file."""
+
+    exit_status = 4

@@ -1,12 +1,14 @@
-"""The training loop: step, log, evaluate, stop."""
+"""The training loop: step, log, evaluate, save, stop."""
 
 from __future__ import annotations
 
 import math
 import time
 
+from trainer.checkpoint import Checkpoints
 from trainer.config import Config
 from trainer.data import Batches
+from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.errors import TrainingHalted
 from trainer.tracking import Meter, Row, Trackers
@@ -14,35 +16,56 @@ from trainer.tracking import Meter, Row, Trackers
 REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of this step"
 
 
-def fit(config: Config, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> None:
-    """Trains for `training.max_steps` steps.
+def fit(
+    config: Config, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
+    trackers: Trackers,
+) -> None:  # fmt: skip
+    """Trains up to `training.max_steps` steps, from the beginning or from where the meter's progress says.
 
     Raises:
         TrainingHalted: at a step whose update DeepSpeed skipped because a gradient was not finite, and at a logged
-            step whose loss or gradient norm is not.
+            step whose loss or gradient norm is not. A step that is to be saved is logged, so that none is saved that
+            went wrong.
         DataError: from the reading thread, at the step whose batch is wrong.
     """
-    last = config.training.max_steps
-    evaluate(0, engine, batches, meter, trackers)
-    for step, batch in enumerate(meter.timed(batches.train.steps(1, last)), start=1):
+    begun, last = meter.progress.step, config.training.max_steps
+    if not begun:
+        evaluate(0, engine, batches, meter, trackers)
+    for step, batch in enumerate(meter.timed(batches.train.steps(begun + 1, last)), start=begun + 1):
+        world.seed_step(step)
         result = engine.train_step(batch)
         meter.add(batch.tokens, batch.samples)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
-        if step in (1, last) or step % config.training.log_every_steps == 0:
+        losses: dict[str, float | None] = {}
+        due = checkpoints.is_due(step)
+        if due or step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
             trackers.log(row)
             refuse_nonfinite(row, result.applied)
+            losses["train"] = row["loss"]
         if step == last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
-            evaluate(step, engine, batches, meter, trackers)
+            losses["validation"] = evaluate(step, engine, batches, meter, trackers)
+        if due:
+            save(checkpoints, engine, meter, losses)
+    checkpoints.close()
 
 
-def evaluate(step: int, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> None:
-    """Evaluates on the held-out data, where there is any; the time does not count as training."""
+def evaluate(step: int, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> float | None:
+    """The loss on the held-out data, where there is any; the time does not count as training."""
     if batches.validation is None:
-        return
+        return None
     start = time.perf_counter()
-    trackers.log(meter.validation_row(step, engine.evaluate(batches.validation)))
+    evaluation = engine.evaluate(batches.validation)
+    trackers.log(meter.validation_row(step, evaluation))
+    meter.pause(time.perf_counter() - start)
+    return evaluation.loss
+
+
+def save(checkpoints: Checkpoints, engine: Engine, meter: Meter, losses: dict[str, float | None]) -> None:
+    """Makes a checkpoint; the time does not count as training."""
+    start = time.perf_counter()
+    checkpoints.save(engine, meter.progress, losses)
     meter.pause(time.perf_counter() - start)
 
 

@@ -157,6 +157,35 @@ class EvaluationSection(Section):
     """Evaluate on the first so many global batches (of `train_batch_size` samples). Default: on all."""
 
 
+class CheckpointSection(Section):
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two checkpoints. Default: one at the end only."""
+
+    keep_last: Annotated[int, Field(ge=1)] | None = None
+    """Keep the newest so many; older ones are deleted, once a newer one has been verified. Default: keep all."""
+
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Beside these keep so many of the lowest held-out loss, among those whose step was evaluated."""
+
+    keep_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Beside these keep those whose step is a multiple of this."""
+
+    asynchronous: bool = False
+    """Whether training goes on while a copy of the state in host memory is written."""
+
+    resume: Text = "auto"
+    """`auto` goes on from the newest checkpoint of the run directory, or begins if there is none; `never` begins;
+    anything else names a checkpoint, a run directory, or a place as `upload` does, to go on from."""
+
+    allow_changed: list[Text] = []
+    """Keys that may differ from those of the run that is gone on with, and what lies below them; without it another
+    model, other data, another batch size, seed or optimizer are refused. `--allow_change KEY` adds one."""
+
+    upload: Text | None = None
+    """Where each checkpoint is copied once it is complete, as fsspec names places: `s3://bucket/run`. Where the run
+    directory has no checkpoint, `resume: auto` looks here."""
+
+
 class WandbSection(Section):
     mode: Literal["online", "offline", "disabled"] = "disabled"
     """`offline` writes below the run directory without a network; `wandb sync` uploads it later."""
@@ -183,6 +212,7 @@ class Config(BaseModel):
     deepspeed: DeepSpeedSection
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
 

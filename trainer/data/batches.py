@@ -109,10 +109,16 @@ class TrainBatches:
 
     def __init__(self, sources: list[CheckedSamples], order: SampleOrder, shape: BatchShape, pin: bool) -> None:
         self._sources, self._order, self._shape, self._pin = sources, order, shape, pin
+        self._ahead = 0
+        """Samples read in earlier steps beside those of this batch size."""
+
+    def go_on_after(self, step: int, samples: int) -> None:
+        """Makes the step behind `step` begin with sample number `samples`, whatever the batch size was before."""
+        self._ahead = samples - step * self._shape.train
 
     def epoch_after(self, step: int) -> float:
         """Epochs read after `step` steps."""
-        return self._order.epoch_of(step * self._shape.train)
+        return self._order.epoch_of(step * self._shape.train + self._ahead)
 
     def at(self, step: int) -> StepBatch:
         """The batch of step `step`, counted from 1. A pure function: any step costs the same.
@@ -121,7 +127,7 @@ class TrainBatches:
             DataError: an id outside the vocabulary.
         """
         shape = self._shape
-        first = (step - 1) * shape.train
+        first = (step - 1) * shape.train + self._ahead
         source, sample = self._order.at(np.arange(first, first + shape.train))
         stride = shape.micro * shape.data_ranks
         own = [

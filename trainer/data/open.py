@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.batches import PAD_MULTIPLE, BatchShape, EvaluationBatches, TrainBatches
 from trainer.data.order import SampleOrder
@@ -26,6 +27,8 @@ class Batches:
 
     train: TrainBatches
     validation: EvaluationBatches | None
+    fingerprint: Mapping[str, Any]
+    """Of the training data and the order in which it is read: with the same one, step n reads the same samples."""
 
 
 def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topology, *, pin: bool = False) -> Batches:
@@ -64,4 +67,5 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
              f"{loaded.config.training.max_steps * shape.train:,}", data.sequence_length,
              batches.epoch_after(loaded.config.training.max_steps))  # fmt: skip
     held_out = EvaluationBatches(validation, shape, loaded.config.evaluation.max_batches) if validation else None
-    return Batches(batches, held_out)
+    sources = [tokens.fingerprint() for tokens in prepared.train]
+    return Batches(batches, held_out, {"sources": sources, "weights": list(prepared.weights)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from trainer.data.batches import MicroBatch
 from trainer.distributed import World
 from trainer.engine.interface import Evaluation, StepResult
+from trainer.engine.state import TrainingState
 from trainer.errors import DataError
 from trainer.parallel import Joiner, Mapper, counts
 from trainer.topology import Axis
@@ -26,8 +28,10 @@ class BaseEngine:
     global batch, whatever the layout and however unevenly the tokens are spread.
     """
 
-    def __init__(self, engine: Any, world: World, clipping: float | None, *, loss_stage: int = 0) -> None:
-        self._engine, self._world = engine, world
+    def __init__(
+        self, engine: Any, world: World, mapper: Mapper, clipping: float | None, *, loss_stage: int = 0
+    ) -> None:
+        self._engine, self._world, self._mapper = engine, world, mapper
         self._clipping = clipping
         """The norm to clip at where this engine clips; None where DeepSpeed does."""
 
@@ -93,13 +97,23 @@ class BaseEngine:
         whole = int(sum(row[1] for row in rows))
         return Evaluation(sum(row[0] for row in rows) / max(1, whole), whole)
 
-    @staticmethod
-    def _persistent_buffers(model: nn.Module, mapper: Mapper) -> Iterator[tuple[str, Tensor]]:
-        """The buffers that a model is stored with, whole. On all ranks."""
+    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that the model is stored with, whole. On all ranks."""
+        model = self.models[0]
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
             if name in persistent:
-                yield name, mapper.whole_buffer(name, buffer)
+                yield name, self._mapper.whole_buffer(name, buffer)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The Hugging Face model of each of this rank's stages."""
+        raise NotImplementedError
+
+    @cached_property
+    def state(self) -> TrainingState:
+        """See `Engine.state`."""
+        return TrainingState(self._engine, self._world, self.models, self._mapper)
 
     def exchange(self, values: list[Tensor | float]) -> list[list[float]]:
         """See `Engine.exchange`."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trainer.data.batches import MicroBatch, StepBatch
+from trainer.engine.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class Evaluation:
 
 
 class Engine(Protocol):
-    """Trains, evaluates, and gives its weights away."""
+    """Trains, evaluates, and gives its weights and its state away."""
+
+    @property
+    def state(self) -> TrainingState:
+        """All that a checkpoint holds of it, to read and to write."""
 
     def train_step(self, batch: StepBatch) -> StepResult:
         """One optimizer step on the global batch that `batch` is this rank's part of."""

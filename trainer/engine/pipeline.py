@@ -101,7 +101,8 @@ class PipelineEngine(BaseEngine):
         held_by: dict[str, tuple[int, ...]],
     ) -> None:  # fmt: skip
         two_ways = isinstance(engine, DualPipeVEngine)
-        super().__init__(engine, world, clipping, loss_stage=0 if two_ways else world.topology.pipeline - 1)
+        loss_stage = 0 if two_ways else world.topology.pipeline - 1
+        super().__init__(engine, world, stages[0].mapper, clipping, loss_stage=loss_stage)
         self._stages, self._held_by = stages, held_by
         self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
         self._own_norm: Tensor | None = None
@@ -206,7 +207,7 @@ class PipelineEngine(BaseEngine):
                 whole = torch.empty(shape, dtype=dtype, device=self._world.device)
             dist.broadcast(whole, ranks[giver], group=group)
             yield name, whole
-        yield from self._persistent_buffers(self._stages[0].model, self._stages[0].mapper)
+        yield from self._persistent_buffers()
 
     def _names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every parameter's first name and whole shape, in the same order on all ranks."""

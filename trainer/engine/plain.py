@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
-from trainer.distributed import World
 from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
-from trainer.parallel import Mapper, shard_of
+from trainer.parallel import shard_of
 
 _PREFIX = "model."
 """Of parameter names in a task module, before the Hugging Face name."""
@@ -22,10 +20,6 @@ _PREFIX = "model."
 
 class PlainEngine(BaseEngine):
     """Every rank holds the whole model, or its tensor rank's part of it, or under ZeRO-3 a data rank's part of that."""
-
-    def __init__(self, engine: Any, world: World, mapper: Mapper, clipping: float | None) -> None:
-        super().__init__(engine, world, clipping)
-        self._mapper = mapper
 
     @property
     def models(self) -> list[nn.Module]:
@@ -78,4 +72,4 @@ class PlainEngine(BaseEngine):
         for name, parameter in self._engine.module.named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield from self._joiner.add(name.removeprefix(_PREFIX), parameter.detach(), shard_of(parameter))
-        yield from self._persistent_buffers(self.models[0], self._mapper)
+        yield from self._persistent_buffers()

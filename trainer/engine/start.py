@@ -46,12 +46,13 @@ def _zero3_partitioner(settings: dict[str, Any], dtype: torch.dtype, grid: Grid)
 
 
 def start_engine(
-    model: Any, loaded: LoadedConfig, world: World, division: Division = ONE_STAGE
+    model: Any, loaded: LoadedConfig, world: World, division: Division = ONE_STAGE, *, blank: bool = False
 ) -> PlainEngine | PipelineEngine:
     """Gives the model its weights and hands it to DeepSpeed.
 
     Args:
         model: from `build_model`, on the meta device. division: its layers over the stages, from `divide_layers`.
+        blank: the weights are zeros, for a checkpoint to replace.
     """
     settings = for_engine(loaded.deepspeed_json)
     extension = extension_of(settings)
@@ -59,7 +60,7 @@ def start_engine(
         load_extension(extension)
     assert division.ranks == world.topology.pipeline
     start = _start_plain if division.ranks == 1 else _start_pipeline
-    return start(model, division, loaded, world, settings)
+    return start(model, division, loaded, world, settings, blank)
 
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
@@ -79,7 +80,7 @@ def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
 
 
 def _start_plain(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any]
+    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any], blank: bool
 ) -> PlainEngine:
     mapper, grid = _mapper(model, loaded, world), Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
@@ -90,7 +91,7 @@ def _start_plain(
         if partition is not None:
             partition(cut)
 
-    give_weights(model, loaded, complete)
+    give_weights(model, loaded, complete, blank=blank)
     mapper.install()
     recompute(model, division.recomputed)
     task = _task(model, loaded, mapper)
@@ -120,7 +121,7 @@ def _undo_first_step(optimizer: Any) -> None:
 
 
 def _start_pipeline(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any]
+    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any], blank: bool
 ) -> PipelineEngine:
     assert division.flow is not None
     held_by = division.holding_ranks(model)
@@ -130,7 +131,7 @@ def _start_pipeline(
     stages = [Stage(own, division.flow, division.bounds, n) for own, n in zip(models, numbers, strict=True)]
     for own, stage, mapper in zip(models, stages, mappers, strict=True):
         stage.leave_weights()
-        give_weights(own, loaded, mapper.cut)
+        give_weights(own, loaded, mapper.cut, blank=blank)
     for other in models[1:]:
         unite(model, other)
     modules = []

@@ -2,7 +2,7 @@
 
 from trainer.model.build import build_model, build_model_shape, give_weights
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
-from trainer.model.export import load_exported, write_model
+from trainer.model.export import load_exported, recipe_of, write_model
 from trainer.model.generate import generate_texts
 from trainer.model.initialize import initialize_weights
 from trainer.model.tasks import TASKS, TaskLoss
@@ -19,6 +19,7 @@ __all__ = [
     "load_exported",
     "model_cost",
     "peak_flops",
+    "recipe_of",
     "state_bytes",
     "write_model",
 ]

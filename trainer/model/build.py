@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer.config.model_facts import model_config
 from trainer.errors import ConfigError, Problem
-from trainer.model.initialize import Complete, initialize_weights
+from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.read import read_weights
 from trainer.parallel import drops, read_plan, refuse_sequence_parallel
 
@@ -62,17 +62,22 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
     return model
 
 
-def give_weights(model: PreTrainedModel, loaded: LoadedConfig, complete: Complete = lambda parameters: None) -> None:
+def give_weights(
+    model: PreTrainedModel, loaded: LoadedConfig, complete: Complete = lambda parameters: None, *, blank: bool = False
+) -> None:
     """Fills a model on the meta device: with the family's random weights, or from `model.path`.
 
     Args:
+        blank: with zeros instead, which a checkpoint is going to replace.
         complete: called with parameters once they have their value; it may leave a part of each (tensor
             parallelism), or take them away (ZeRO-3).
 
     Raises:
         ConfigError: if weights cannot be read or do not fit the model, or the family leaves one without a value.
     """
-    if loaded.initialize == "pretrained":
+    if blank:
+        leave_blank(model, complete)
+    elif loaded.initialize == "pretrained":
         assert loaded.config.model.path is not None
         read_weights(model, loaded.config.model.path, complete)
     else:

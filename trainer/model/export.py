@@ -95,6 +95,13 @@ def _by_block(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> 
         yield held
 
 
+def recipe_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What makes the model without its weights, as plain JSON: Hugging Face's configurations and class."""
+    generation = json.loads(model.generation_config.to_json_string()) if model.can_generate() else None
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return {"config": config, "class": type(model).__name__, "generation": generation}
+
+
 def write_model(
     model: PreTrainedModel,
     weights: Iterable[tuple[str, Tensor]],

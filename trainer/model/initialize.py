@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
 from trainer.errors import ConfigError, Problem
+from trainer.parallel import shard_of
 
 Complete = Callable[[list[nn.Parameter]], object]
 
@@ -145,6 +146,28 @@ def initialize_buffers(model: PreTrainedModel) -> None:
         _BufferInitializer(model, 0, lambda nothing: None).walk(model, "", model, block=False)
     for parameter in parameters:
         del parameter._is_hf_initialized  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def leave_blank(model: PreTrainedModel, complete: Complete = lambda parameters: None) -> None:
+    """Gives the parameters of a model on the meta device memory and the value zero, for a checkpoint to fill, and its
+    buffers the values that its family computes. A parameter with the record of a shard gets that part's memory only.
+    """
+    initialize_buffers(model)
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter in made:
+                module._parameters[key] = made[parameter]
+                continue
+            shard = shard_of(parameter)
+            shape = parameter.shape if shard is None or not shard.covers_all_packed else shard.local_shape()
+            real = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype), parameter.requires_grad)
+            real.__dict__.update(parameter.__dict__)
+            made[parameter] = module._parameters[key] = real
+            complete([real])
 
 
 @torch.no_grad()

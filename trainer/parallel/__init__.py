@@ -1,5 +1,6 @@
 """Tensor parallelism: a plan for each weight, cut layers, and the record of what a rank holds."""
 
+from trainer.parallel.boxes import boxes_of, flat_boxes, parts_in_whole
 from trainer.parallel.elsewhere import all_parameters, fill_elsewhere, lies_elsewhere, put_elsewhere
 from trainer.parallel.join import Joiner
 from trainer.parallel.loss import IGNORED, VocabularyCrossEntropy
@@ -20,10 +21,13 @@ __all__ = [
     "VocabularyCrossEntropy",
     "WholeModel",
     "all_parameters",
+    "boxes_of",
     "counts",
     "drops",
     "fill_elsewhere",
+    "flat_boxes",
     "lies_elsewhere",
+    "parts_in_whole",
     "put_elsewhere",
     "read_plan",
     "refuse_sequence_parallel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -42,6 +42,9 @@ class Mapper(Protocol):
 
     def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
         """The whole of a buffer of which each rank has a part. On all ranks."""
+
+    def parts_of_buffer(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
+        """What this rank holds of a buffer, as views, each with the record of which part of the whole it is."""
 
     def verify_gradients(self) -> None:
         """After the first backward pass, on all ranks: whether whole weights have the same gradient everywhere.
@@ -93,7 +96,6 @@ class TensorMapper:
         self._replicas = replicas
         self._sequence_parallel = sequence_parallel
         self._pieces: dict[str, tuple[Shard, ...]] = {}
-        self._first_rank_only = {p.name for p in plan.placements if p.style.word == "first_rank"}
         for placement in plan.placements:
             mark(placement.parameter, placement.pieces[0])
             self._pieces[placement.name] = placement.pieces
@@ -124,7 +126,7 @@ class TensorMapper:
             assert shard is not None
             made.append(parameter)
             pieces = self._pieces[shard.name]
-            if shard.name in self._first_rank_only and self._region.rank:
+            if shard.lone and not shard.owner:
                 parameter.requires_grad_(False).zero_()
             if parameter.shape != shard.whole_shape or all(piece.is_whole for piece in pieces):
                 continue
@@ -164,15 +166,23 @@ class TensorMapper:
 
     def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
         """See `Mapper.whole_buffer`."""
-        pieces = self._plan.buffers.get(name, ())
-        joiner, begin = Joiner(self._region.group, self._region.ranks), 0
+        joiner = Joiner(self._region.group, self._region.ranks)
         whole = buffer
-        for piece in pieces:
-            length = piece.local_shape()[piece.dim]
-            for _, joined in joiner.add(name, buffer.narrow(piece.dim, begin, length), piece):
+        for piece, part in self.parts_of_buffer(name, buffer):
+            for _, joined in joiner.add(name, part, piece):
                 whole = joined
-            begin += length
         return whole
+
+    def parts_of_buffer(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
+        """See `Mapper.parts_of_buffer`."""
+        begin = 0
+        for piece in self._plan.buffers.get(name, (Shard.whole(name, buffer.shape, owner=self._region.rank == 0),)):
+            if not piece.whole_shape:
+                yield piece, buffer
+                continue
+            length = piece.local_shape()[piece.dim]
+            yield piece, buffer.narrow(piece.dim, begin, length)
+            begin += length
 
     def verify_gradients(self) -> None:
         """See `Mapper.verify_gradients`."""
@@ -235,6 +245,10 @@ class WholeModel:
     def whole_buffer(self, name: str, buffer: Tensor) -> Tensor:
         """See `Mapper.whole_buffer`."""
         return buffer
+
+    def parts_of_buffer(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
+        """See `Mapper.parts_of_buffer`."""
+        yield Shard.whole(name, buffer.shape), buffer
 
     def verify_gradients(self) -> None:
         """See `Mapper.verify_gradients`."""

@@ -260,7 +260,7 @@ class _Audit:
             dimension, _, argument = argument.partition(":")
             dim = int(dimension)
         if dim is None:
-            return (Shard.whole(name, shape, owner=first),)
+            return (Shard.whole(name, shape, owner=first, lone=style.word == "first_rank"),)
         if style.word in ("embedding_rowwise", "vocabulary_head"):  # may be padded
             return (Shard(name, shape, dim, self._rank, self._ranks, (shape[dim],)),)
         if argument and style.word in ("colwise", "kv_colwise", "colwise_gather_output") and not in_units(argument)[1]:

@@ -36,9 +36,12 @@ class Shard:
     owner: bool = True
     """Whether this rank counts the part in norms and writes it: true on exactly one holder of each part."""
 
+    lone: bool = False
+    """Whether only the owner has the weight, and the other ranks have zeros in its place, which nothing trains."""
+
     @classmethod
-    def whole(cls, name: str, shape: torch.Size | tuple[int, ...], *, owner: bool) -> Shard:
-        return cls(name, tuple(shape), packed=(shape[0],) if len(shape) else (), owner=owner)
+    def whole(cls, name: str, shape: torch.Size | tuple[int, ...], *, owner: bool = True, lone: bool = False) -> Shard:
+        return cls(name, tuple(shape), packed=(shape[0],) if len(shape) else (), owner=owner, lone=lone)
 
     @property
     def is_whole(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from trainer.checkpoint import NOTHING_YET, Progress
 from trainer.engine import Engine, Evaluation, StepResult
 from trainer.model import ModelCost, peak_flops
 from trainer.tracking.interface import Row
@@ -43,8 +44,8 @@ class Meter:
     """Tokens of a sequence; attention's FLOPs depend on it."""
 
     attempt: int
-    tokens: int = 0
-    samples: int = 0
+    progress: Progress = NOTHING_YET
+    """How far the run has come."""
 
     def __post_init__(self) -> None:
         self._peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -66,8 +67,8 @@ class Meter:
         """A step was taken on a global batch of this size."""
         self._steps += 1
         self._tokens_since += tokens
-        self.tokens += tokens
-        self.samples += samples
+        before = self.progress
+        self.progress = Progress(before.step + 1, before.tokens + tokens, before.samples + samples)
 
     def pause(self, seconds: float) -> None:
         """Time that does not count as training: evaluation, saving."""
@@ -93,8 +94,8 @@ class Meter:
             "split": "train",
             "attempt": self.attempt,
             "epoch": epoch,
-            "tokens": self.tokens,
-            "samples": self.samples,
+            "tokens": self.progress.tokens,
+            "samples": self.progress.samples,
             "loss": sum(r[0] for r in ranks) / step_tokens,
             "grad_norm": norm,
             "learning_rate": result.learning_rate,

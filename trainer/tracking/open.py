@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from trainer.config import LoadedConfig
+from trainer.run_directory import RunDirectory
 from trainer.tracking.console import Console
 from trainer.tracking.interface import Tracker, Trackers
 from trainer.tracking.jsonl import JsonLines
-from trainer.tracking.run_directory import RunDirectory
 from trainer.tracking.wandb import Wandb
 
 
@@ -17,5 +17,5 @@ def open_trackers(loaded: LoadedConfig, directory: RunDirectory, *, tracks: bool
     trackers: list[Tracker] = [JsonLines(directory.metrics), Console(loaded.config.training.max_steps)]
     section = loaded.config.tracking.wandb
     if section.mode != "disabled":
-        trackers.append(Wandb(section, loaded.name, directory.path, loaded.resolved()))
+        trackers.append(Wandb(section, loaded.name, directory, loaded.resolved()))
     return Trackers(trackers)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import uuid
-from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import WandbSection
+from trainer.run_directory import RunDirectory
 from trainer.tracking.interface import Row
 
 log = logging.getLogger(__name__)
@@ -20,27 +19,18 @@ _FAILED_SECONDS = 5.0
 """After an error: less than the other ranks wait for this one to say what was wrong."""
 
 
-def run_id(folder: Path) -> str:
-    """The id of this job's run, made once, so that the same command again continues the same run."""
-    path = folder / "run-id"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()
-
-
 class Wandb:
     """Sends rows to Weights & Biases, or to an offline run below the run directory."""
 
-    def __init__(self, section: WandbSection, name: str, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, section: WandbSection, name: str, directory: RunDirectory, config: dict[str, Any]) -> None:
         self._rows: queue.SimpleQueue[Row | int] = queue.SimpleQueue()
         self._patience = _CLOSE_SECONDS.get(section.mode, 0.0)
         self._thread = threading.Thread(
-            target=self._work, args=(section, name, folder, config), name="wandb", daemon=True
+            target=self._work, args=(section, name, directory, config), name="wandb", daemon=True
         )
         self._thread.start()
 
-    def _work(self, section: WandbSection, name: str, folder: Path, config: dict[str, Any]) -> None:
+    def _work(self, section: WandbSection, name: str, directory: RunDirectory, config: dict[str, Any]) -> None:
         try:
             import wandb
 
@@ -51,9 +41,9 @@ class Wandb:
                 group=section.group,
                 tags=section.tags or None,
                 name=name,
-                id=run_id(folder / "wandb"),
+                id=directory.keep_wandb_run(),
                 resume="allow",
-                dir=str(folder),
+                dir=str(directory.path),
                 config=config,
                 job_type="train",
                 settings=wandb.Settings(console="off", init_timeout=_INIT_SECONDS, silent=True),

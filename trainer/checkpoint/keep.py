@@ -1,0 +1,118 @@
+"""The checkpoints of a run: which there are, which is the newest and the best, and which may go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.checkpoint.save import DELETED
+from trainer.config.schema import CheckpointSection
+from trainer.errors import CheckpointError
+from trainer.store import Manifest, read_manifest, write_text
+
+log = logging.getLogger(__name__)
+
+LATEST, BEST = "latest", "best"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that is there, as far as its manifest says."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Later ones are larger: after a rollback a new attempt counts its steps once more."""
+        return self.manifest.attempt, self.manifest.step
+
+    @property
+    def loss(self) -> float | None:
+        """On the held-out data."""
+        return self.manifest.losses.get("validation")
+
+
+def checkpoints_in(folder: Path) -> tuple[list[Kept], list[CheckpointError]]:
+    """The checkpoints in a folder, newest first, and what is wrong with those whose manifest is damaged."""
+    kept, damaged = [], []
+    names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+    for name in names:
+        if _NAME.fullmatch(name) and (folder / name).is_dir():
+            try:
+                kept.append(Kept(folder / name, read_manifest(folder / name)))
+            except CheckpointError as error:
+                damaged.append(error)
+    return sorted(kept, key=lambda one: one.order, reverse=True), damaged
+
+
+def best_of(kept: Sequence[Kept], count: int = 1) -> list[Kept]:
+    """Those of the lowest held-out loss, of all that were evaluated at their step; of equal ones the older."""
+    measured = [one for one in kept if one.loss is not None]
+    return sorted(measured, key=lambda one: (one.loss, one.order))[:count]
+
+
+def point(folder: Path) -> None:
+    """Writes the names of the newest and the best checkpoint into `latest` and `best`."""
+    kept, _ = checkpoints_in(folder)
+    best = best_of(kept)
+    for name, found in ((LATEST, kept[:1]), (BEST, best)):
+        if found:
+            write_text(folder / name, found[0].folder.name + "\n")
+
+
+def superfluous(kept: Sequence[Kept], section: CheckpointSection) -> list[Kept]:
+    """Those that the retention rules let go. Newest first.
+
+    Args:
+        kept: all, newest first.
+    """
+    if section.keep_last is None:
+        return []
+    staying = {one.folder for one in (*kept[: section.keep_last], *best_of(kept, section.keep_best))}
+    every = section.keep_every_steps
+    return [one for one in kept if one.folder not in staying and not (every and one.manifest.step % every == 0)]
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint: first its name, so that no half of it is ever taken for one."""
+    doomed = folder.with_name(DELETED.format(folder.name))
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """What killed runs have left: folders half written or half deleted."""
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        if name.startswith(".step-") and name.endswith((".partial", ".deleted")):
+            yield folder / name
+
+
+def pointed_at(folder: Path, pointer: str) -> Path | None:
+    """Where `latest` or `best` points; None if it is not there. Nothing outside of `folder` is ever named.
+
+    Raises:
+        CheckpointError: if what it says is no checkpoint's name.
+    """
+    path = folder / pointer
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a checkpoint")
+    return folder / name

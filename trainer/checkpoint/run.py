@@ -1,0 +1,406 @@
+"""The checkpoints of a run in progress: which one it goes on from, and when and how new ones are made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from trainer.checkpoint.keep import checkpoints_in, delete, leftovers, name_of, point, pointed_at, superfluous
+from trainer.checkpoint.load import fill, numbers_of
+from trainer.checkpoint.remote import Remote, is_remote
+from trainer.checkpoint.save import PARTIAL, Folder, entries_of, first_gloo_group
+from trainer.config import LoadedConfig
+from trainer.distributed import World
+from trainer.engine import Engine, merged
+from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
+from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
+from trainer.store import MANIFEST, Entry, Manifest, hash_of, read_manifest, sync_folder
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FOLDER = "checkpoints"
+"""In the run directory."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+
+NOTHING_YET = Progress()
+
+
+@dataclass(frozen=True)
+class _Found:
+    folder: Path
+    manifest: Manifest
+
+
+class Checkpoints:
+    """Finds, restores, saves. All methods are called on all ranks."""
+
+    def __init__(
+        self, loaded: LoadedConfig, directory: RunDirectory, world: World, data: Mapping[str, Any],
+        model: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Args:
+        data: what tells the training data and their order from others. model: what rebuilds it without its weights.
+        """
+        self._loaded, self._directory, self._world = loaded, directory, world
+        self._section = loaded.config.checkpoint
+        self._data, self._model, self._about = data, model, about_run(loaded)
+        self._path = directory.path / FOLDER
+        self._rank, self._ranks = world.topology.rank, world.topology.world
+        self._group = first_gloo_group()
+        self._remote = Remote(self._section.upload) if self._section.upload else None
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        if self._rank == 0:
+            _tidy(self._path)
+        self._found = self._find()
+
+    # Going on --------------------------------------------------------------------------------------------------------
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self._found is not None
+
+    def restore(self, engine: Engine) -> Progress:
+        """Gives the engine the state of the checkpoint that was found, if one was.
+
+        Raises:
+            CheckpointError: if the checkpoint and the model do not fit together.
+        """
+        if self._found is None:
+            return NOTHING_YET
+        folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
+        self._agree(lambda: fill(engine.state, manifest, folder))
+        engine.state.complete(numbers_of(manifest))
+        if self._rank == 0 and manifest.config["run"]["name"] == self._loaded.name:
+            self._directory.keep_wandb_run(manifest.wandb_run)
+        world = manifest.about["world"]
+        log.info(
+            "going on behind step %d, from %s (%.1f GB, written by %d processes: pipeline %d x data %d x tensor %d), "
+            "read in %.1f s", manifest.step, folder, manifest.bytes / 1e9, world["processes"],
+            world["pipeline"], world["data"], world["tensor"], time.perf_counter() - start,
+        )  # fmt: skip
+        return Progress(manifest.step, manifest.tokens, manifest.samples)
+
+    def _find(self) -> _Found | None:
+        resume = self._section.resume
+        if resume == "never":
+            return None
+        if resume == "auto":
+            found = self._first_sound(self._path, must=False)
+            if found is None and self._remote is not None:
+                found = self._fetch(self._remote, must=False)
+            if found is None and self._directory.finished_step is not None:
+                raise CheckpointError(
+                    f"{self._path}: the run has finished at step {self._directory.finished_step}, and there is no "
+                    "checkpoint to go on from. To begin anew, take --resume never"
+                )
+        elif is_remote(resume):
+            found = self._fetch(Remote(resume, "checkpoint.resume"), must=True)
+        else:
+            found = self._named(Path(resume).expanduser())
+        if found is not None:
+            self._agree(lambda: self._refuse_another(found))
+        return found
+
+    def _named(self, path: Path) -> _Found | None:
+        """The checkpoint that the user names, or the newest of the run that the user names; no other is taken."""
+
+        def which() -> str:
+            if not path.is_dir():
+                raise CheckpointError(f"checkpoint.resume: {path} is not there")
+            if (path / MANIFEST).exists() or not ((path / FOLDER).is_dir() or checkpoints_in(path)[0]):
+                return str(path)
+            return ""
+
+        if folder := self._on_first(which):
+            return self._verified(Path(folder))
+        return self._first_sound(path / FOLDER if (path / FOLDER).is_dir() else path, must=True)
+
+    def _first_sound(self, folder: Path, *, must: bool) -> _Found | None:
+        """The newest checkpoint whose files are what its manifest says; says why newer ones are not taken."""
+
+        def names() -> list[str]:
+            kept, damaged = checkpoints_in(folder)
+            for error in damaged:
+                log.warning("%s", error)
+            try:
+                pointed = pointed_at(folder, "latest")
+                if kept and pointed != kept[0].folder:
+                    log.warning("%s: points to %s, and the newest is %s", folder / "latest",
+                                pointed.name if pointed else "nothing", kept[0].folder.name)  # fmt: skip
+            except CheckpointError as error:
+                log.warning("%s", error)
+            if not kept and (damaged or must):
+                raise CheckpointError(f"{folder}: there is no sound checkpoint to go on from. To begin anew, take "
+                                      "--resume never, or another run.output_dir")  # fmt: skip
+            return [one.folder.name for one in kept]
+
+        candidates = self._on_first(names)
+        for name in candidates:
+            try:
+                return self._verified(folder / name)
+            except CheckpointError as error:
+                log.warning("%s. The one before is taken", error)
+        if candidates:
+            raise CheckpointError(
+                f"{folder}: all of its {len(candidates)} checkpoints are damaged. To begin anew, take --resume never, "
+                "or another run.output_dir"
+            )
+        return None
+
+    def _verified(self, folder: Path) -> _Found:
+        """The checkpoint in `folder`, each of its files read once by one of the ranks.
+
+        Raises:
+            CheckpointError: naming a file that is not what the manifest says.
+        """
+
+        def verify() -> Manifest:
+            manifest = read_manifest(folder)
+            verify_files(folder, manifest, manifest.files[self._rank :: self._ranks])
+            return manifest
+
+        return _Found(folder, self._agree(verify))
+
+    def _refuse_another(self, found: _Found) -> None:
+        refuse_another_run(found.manifest.config, self._loaded, str(found.folder))
+        if found.manifest.data != json.loads(json.dumps(self._data)) and not is_below(
+            "data.train", self._section.allow_changed
+        ):
+            raise ConfigError(
+                Problem("data.train", f"its samples are others than those that {found.folder} was trained on",
+                        "Take the same files, or --allow_change data.train to go on with other ones")
+            )  # fmt: skip
+        last = self._loaded.config.training.max_steps
+        if found.manifest.step > last:
+            raise ConfigError(
+                Problem("training.max_steps", f"{last}, and {found.folder} is at step {found.manifest.step}",
+                        "Take more steps, or name an earlier checkpoint with --resume")
+            )  # fmt: skip
+
+    def _fetch(self, remote: Remote, *, must: bool) -> _Found | None:
+        """Copies the newest checkpoint of another place here; each rank some of its files."""
+        name = self._on_first(remote.newest)
+        if name is None:
+            if must:
+                raise CheckpointError(f"{remote.place}: there is no checkpoint")
+            return None
+        partial = self._path / PARTIAL.format("step-fetched")
+
+        def manifest() -> Manifest:
+            partial.mkdir(parents=True, exist_ok=True)
+            remote.fetch(name, MANIFEST, partial / MANIFEST)
+            return read_manifest(partial)
+
+        found = self._on_first(manifest)
+        own = found.files[self._rank :: self._ranks]
+        log.info("copying %s of %s (%.1f GB)", name_of(found.step), remote.place, found.bytes / 1e9)
+
+        def fetch() -> None:
+            for file in own:
+                remote.fetch(name, file.name, partial / file.name)
+            verify_files(partial, found, own)
+
+        self._agree(fetch)
+        folder = self._path / name_of(found.step)
+
+        def rename() -> None:
+            if folder.exists():
+                delete(folder)
+            partial.rename(folder)
+            sync_folder(self._path)
+
+        self._on_first(rename)
+        return _Found(folder, found)
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made behind this step."""
+        every = self._section.every_steps
+        return step == self._loaded.config.training.max_steps or bool(every and step % every == 0)
+
+    def save(self, engine: Engine, progress: Progress, losses: Mapping[str, float | None]) -> None:
+        """Makes a checkpoint. What cannot be written leaves the older ones as they are, and training goes on.
+
+        Args:
+            losses: of this very step, by split.
+        """
+        self._join()
+        start = time.perf_counter()
+        asynchronous = self._section.asynchronous
+        numbers = engine.state.numbers()
+        gathered: list[Any] = [None] * self._ranks
+        dist.all_gather_object(gathered, dict(numbers.scalars), group=self._group)
+        manifest = Manifest(
+            step=progress.step,
+            attempt=self._directory.attempt,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            tokens=progress.tokens,
+            samples=progress.samples,
+            losses=dict(losses),
+            config=self._loaded.resolved(),
+            about=self._about,
+            model=self._model,
+            data=self._data,
+            wandb_run=self._directory.wandb_run,
+            numbers={"counters": numbers.counters, "scaler": numbers.scaler, "scalars": merged(gathered)},
+            files=(),
+            tensors={},
+        )
+        entries = entries_of(engine.state.owned(), copied=asynchronous)
+        if not asynchronous:
+            self._write(entries, manifest, start)
+            self._say_failure()
+            return
+        log.info("step %d: %.1f s to copy the state; it is written while training goes on", progress.step,
+                 time.perf_counter() - start)  # fmt: skip
+        self._thread = threading.Thread(target=self._write, args=(entries, manifest, start), name="checkpoint")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Waits until what is being written is on the disk."""
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._say_failure()
+
+    def _say_failure(self) -> None:
+        if self._failure is not None:
+            log.error("%s. Training goes on, and older checkpoints are as they were", self._failure)
+            self._failure = None
+
+    def _write(self, entries: Sequence[Entry], manifest: Manifest, start: float) -> None:
+        folder = self._path / name_of(manifest.step)
+        try:
+            complete = Folder(folder, self._rank, self._group).write(entries, manifest)
+        except CheckpointError as error:
+            self._failure = error
+            return
+        if self._rank == 0:
+            seconds = time.perf_counter() - start
+            log.info("checkpoint %s: %.2f GB in %.1f s", folder, complete.bytes / 1e9, seconds)
+            self._failure = _attempted(self._keep)
+        if self._remote is not None:
+            self._upload(folder, complete)
+
+    def _keep(self) -> None:
+        point(self._path)
+        kept, _ = checkpoints_in(self._path)
+        for one in superfluous(kept, self._section):
+            log.info("deleting %s, as checkpoint.keep_last says", one.folder)
+            delete(one.folder)
+            if self._remote is not None:
+                self._remote.delete(one.folder.name)
+
+    def _upload(self, folder: Path, manifest: Manifest) -> None:
+        remote = self._remote
+        assert remote is not None
+        own = [file.name for file in manifest.files[self._rank :: self._ranks]]
+        failure = _attempted(lambda: remote.upload(folder, own))
+        failures: list[Any] = [None] * self._ranks
+        dist.all_gather_object(failures, failure and str(failure), group=self._group)
+        if self._rank == 0 and not any(failures):
+            failures = [str(failure) if (failure := _attempted(lambda: remote.upload(folder, [MANIFEST]))) else None]
+        if found := [failure for failure in failures if failure]:
+            self._failure = CheckpointError(f"{folder} was not copied to {remote.place}: {found[0]}")
+
+    # All ranks -------------------------------------------------------------------------------------------------------
+
+    def _agree(self, work: Callable[[], T]) -> T:
+        """This rank's result; what any rank raises, all raise: the first one's error."""
+        result, error = _outcome(work)
+        errors: list[TesseraError | None] = [None] * self._ranks
+        dist.all_gather_object(errors, error, group=self._group)
+        for found in errors:
+            if found is not None:
+                raise found
+        return result  # type: ignore[return-value]
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """The first rank's result, or error, on all ranks."""
+        outcome: list[Any] = [_outcome(work) if self._rank == 0 else None]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, TesseraError | None]:
+    try:
+        return work(), None
+    except TesseraError as error:
+        return None, error
+    except OSError as error:
+        return None, CheckpointError(str(error))
+
+
+def _attempted(work: Callable[[], object]) -> CheckpointError | None:
+    """What went wrong; anything may, in somebody else's file system."""
+    try:
+        work()
+    except Exception as error:
+        return CheckpointError(f"{type(error).__name__}: {error}")
+    return None
+
+
+def verify_files(folder: Path, manifest: Manifest, files: Sequence[Any] | None = None) -> None:
+    """Reads files of a checkpoint, all by default, and compares them with what its manifest says.
+
+    Raises:
+        CheckpointError: naming the first that is missing, too short or long, or of another hash.
+    """
+    for file in manifest.files if files is None else files:
+        path = folder / file.name
+        try:
+            size = path.stat().st_size
+            if size != file.bytes:
+                raise CheckpointError(f"{path}: damaged: {size} bytes, and {file.bytes} were written")
+            if hash_of(path) != file.hash:
+                raise CheckpointError(f"{path}: damaged: not the bytes that were written (its hash differs)")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what killed runs have left; what lacked only its name gets it."""
+    for path in leftovers(folder):
+        try:
+            found = read_manifest(path)
+            verify_files(path, found)
+        except CheckpointError:
+            found = None
+        if found is not None and not (folder / name_of(found.step)).exists():
+            log.info("%s is complete, and is now %s", path, name_of(found.step))
+            path.rename(folder / name_of(found.step))
+        else:
+            log.info("removing %s, left by a run that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)

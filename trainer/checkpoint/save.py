@@ -1,0 +1,192 @@
+"""Writes a checkpoint so that it is there whole or not at all, whatever is killed when."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.engine import Piece
+from trainer.errors import CheckpointError
+from trainer.store import (
+    LARGEST_FILE,
+    MANIFEST,
+    Entry,
+    Index,
+    Manifest,
+    Stored,
+    Tensors,
+    Written,
+    hash_of,
+    in_files,
+    sync_folder,
+    write_file,
+    write_text,
+)
+
+PARTIAL = ".{}.partial"
+"""Name of a folder whose checkpoint is not complete."""
+
+DELETED = ".{}.deleted"
+
+
+def entries_of(pieces: Iterable[Piece], *, copied: bool) -> list[Entry]:
+    """The pieces as entries of files, those of larger elements first, so that all are aligned.
+
+    Args:
+        copied: into host memory, so that training may go on; else the entries are views of what is trained.
+    """
+    entries = [
+        Entry(p.name, p.kind, p.shape, p.start, p.view.detach().to("cpu", copy=True) if copied else p.view)
+        for p in pieces
+    ]
+    return sorted(entries, key=lambda entry: -entry.tensor.element_size())
+
+
+class Folder:
+    """The folder of a checkpoint that is being written by all ranks of a group."""
+
+    def __init__(self, path: Path, rank: int, group: Any = None) -> None:
+        self._path, self._rank, self._group = path, rank, group
+        self._partial = path.with_name(PARTIAL.format(path.name))
+
+    def write(self, entries: Sequence[Entry], manifest: Manifest, largest: int = LARGEST_FILE) -> Manifest:
+        """Writes this rank's entries, and on the first rank, once all have, the manifest; then gives the folder its
+        name. On all ranks.
+
+        Raises:
+            CheckpointError: on all ranks, if one of them could not write, or elements are missing or written twice.
+        """
+        self._agree(self._begin)
+        written: list[tuple[Written, Index]] = []
+
+        def write() -> None:
+            for number, together in enumerate(in_files(entries, largest)):
+                name = (
+                    f"rank-{self._rank:05}.safetensors" if not number else f"rank-{self._rank:05}-{number}.safetensors"
+                )
+                written.append(write_file(self._partial / name, together))
+
+        self._agree(write)
+        gathered: list[Any] = [None] * dist.get_world_size(self._group) if self._rank == 0 else []
+        dist.gather_object(written, gathered or None, dst=0, group=self._group)
+        complete = manifest
+
+        def commit() -> None:
+            nonlocal complete
+            files = list(itertools.chain.from_iterable(gathered))
+            complete = replace(manifest, files=tuple(file for file, _ in files), tensors=_joined(i for _, i in files))
+            write_text(self._partial / MANIFEST, complete.to_json())
+            self._rename()
+
+        self._agree(commit if self._rank == 0 else None)
+        self._verify([file for file, _ in written])
+        return complete
+
+    def _begin(self) -> None:
+        if self._rank == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+
+    def _rename(self) -> None:
+        """The moment in which the checkpoint comes to be."""
+        if self._path.exists():
+            old = self._path.with_name(DELETED.format(self._path.name))
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self._path, old)
+            os.rename(self._partial, self._path)
+            sync_folder(self._path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(self._partial, self._path)
+            sync_folder(self._path.parent)
+
+    def _verify(self, written: Sequence[Written]) -> None:
+        """Each rank reads again what it has written, before anything older may be deleted."""
+
+        def verify() -> None:
+            for file in written:
+                if hash_of(self._path / file.name) != file.hash:
+                    raise OSError(f"{file.name} does not hold what was written into it")
+
+        self._agree(verify)
+
+    def _agree(self, work: Callable[[], None] | None) -> None:
+        """Does this rank's work; if it fails on any rank, all raise."""
+        problem = None
+        try:
+            if work is not None:
+                work()
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem = str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
+        problems: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(problems, problem, group=self._group)
+        found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+        if found:
+            if self._rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise CheckpointError(f"{self._path} was not written: {'; '.join(found)}")
+
+
+def _joined(indices: Iterable[Index]) -> Tensors:
+    """The boxes of all files by tensor.
+
+    Raises:
+        CheckpointError: unless they cover each tensor exactly.
+    """
+    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    known: dict[tuple[str, str], tuple[Any, ...]] = {}
+    for name, kind, shape, dtype, box in itertools.chain.from_iterable(indices):
+        if known.setdefault((name, kind), (shape, dtype)) != (shape, dtype):
+            raise CheckpointError(f"{kind} of {name} has another shape or type on another rank: a bug in Tessera")
+        found[name, kind].append(box)
+    tensors = {}
+    for key, boxes in found.items():
+        shape, dtype = known[key]
+        tensors[key] = Stored(shape, dtype, tuple(boxes))
+    for (name, kind), stored in tensors.items():
+        refuse_wrong_cover(f"{kind} of {name}", stored)
+    return tensors
+
+
+def refuse_wrong_cover(what: str, stored: Stored) -> None:
+    """Looks whether the boxes cover the tensor, each element once.
+
+    Raises:
+        CheckpointError: if they do not.
+    """
+    covered = sum(box.numbers for box in stored.boxes)
+    if covered != stored.numbers:
+        raise CheckpointError(f"{what}: {covered} elements for a tensor of {stored.numbers}")
+    inside = all(
+        a >= 0 and a + n <= whole
+        for b in stored.boxes
+        for a, n, whole in zip(b.start, b.size, stored.shape, strict=True)
+    )
+    if not inside or _overlap(stored):
+        raise CheckpointError(f"{what}: its parts overlap, or lie outside of it")
+
+
+def _overlap(stored: Stored) -> bool:
+    """Whether two boxes share an element; those that lie apart along the first dimension are never compared."""
+    boxes = sorted(stored.boxes, key=lambda box: box.start)
+    for place, box in enumerate(boxes):
+        for other in itertools.islice(boxes, place + 1, None):
+            if stored.shape and other.start[0] >= box.start[0] + box.size[0]:
+                break
+            if box.overlap(other.start, other.size):
+                return True
+    return False
+
+
+def first_gloo_group() -> Any:
+    """A group of all ranks for host memory, for checkpoints alone: a thread may use it while training goes on."""
+    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 or torch.cuda.is_available() else None

@@ -1,0 +1,185 @@
+"""The run directory: what it says about earlier attempts, and what this one writes first."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trainer.config import LoadedConfig
+from trainer.config.load import METADATA_KEY
+from trainer.errors import ConfigError, Problem
+
+_PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
+_IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
+"""What makes a run this run: with another value of these it cannot be gone on with."""
+
+_NOT_IDENTITY = ("data.cache_dir", "model.attention", "model.activation_checkpointing")
+
+
+def _value(config: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        config = config.get(key, {}) if isinstance(config, Mapping) else {}
+    return config
+
+
+def _leaves(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, below in value.items() for k, v in _leaves(below, f"{path}.{key}").items()}
+    return {path: value}
+
+
+def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str) -> None:
+    """Compares a configuration with the one of a run that is to be gone on with.
+
+    Args:
+        old: resolved. where: it stands.
+
+    Raises:
+        ConfigError: naming each key that makes it another run, unless `checkpoint.allow_changed` names it.
+    """
+    found, new = [], loaded.resolved()
+    allowed = tuple(loaded.config.checkpoint.allow_changed)
+    for path in _IDENTITY:
+        before, now = _leaves(_value(old, path), path), _leaves(_value(new, path), path)
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key) or key in _NOT_IDENTITY or is_below(key, allowed):
+                continue
+            found.append(
+                Problem(key, f"{json.dumps(now.get(key))} here, {json.dumps(before.get(key))} in {where}",
+                        "Take the old value, another run.output_dir to begin anew, or name the key with --allow_change")
+            )  # fmt: skip
+    if found:
+        raise ConfigError(found)
+
+
+def is_below(key: str, paths: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `paths`, or inside one."""
+    return any(key == path or key.startswith(f"{path}.") for path in paths)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None if asked.returncode == 0 else None
+
+
+def about_run(loaded: LoadedConfig) -> dict[str, Any]:
+    """What a run computes on: versions, commit, layout."""
+    topology = {axis: getattr(loaded.config.parallel, axis) for axis in ("pipeline", "tensor")}
+    return {
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
+    }
+
+
+def _refuse_unwritable(path: Path) -> None:
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if existing.is_dir() else "is a file"
+        raise ConfigError(Problem("run.output_dir", f"{existing} {reason}", "Take another folder, or its permissions"))
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run writes."""
+
+    path: Path
+    attempt: int
+    """How many times this run has been started, this time included."""
+
+    finished_step: int | None
+    """The step at which an earlier attempt finished; None if none did."""
+
+    def is_finished(self, loaded: LoadedConfig) -> bool:
+        """Whether there is nothing left to do."""
+        return self.finished_step == loaded.config.training.max_steps and loaded.config.checkpoint.resume == "auto"
+
+    @property
+    def _wandb_run_file(self) -> Path:
+        return self.path / "wandb" / "run-id"
+
+    @property
+    def wandb_run(self) -> str | None:
+        """Id of this job's run at Weights & Biases, if it has one."""
+        return self._wandb_run_file.read_text().strip() if self._wandb_run_file.exists() else None
+
+    def keep_wandb_run(self, run: str | None = None) -> str:
+        """The same, chosen once: `run`, or a new one; so that the same command again continues the same run."""
+        if self.wandb_run is None:
+            self._wandb_run_file.parent.mkdir(parents=True, exist_ok=True)
+            self._wandb_run_file.write_text(run or uuid.uuid4().hex[:12])
+        return self.wandb_run or ""
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @classmethod
+    def examine(cls, loaded: LoadedConfig) -> RunDirectory:
+        """Reads what earlier attempts left, and writes nothing.
+
+        Raises:
+            ConfigError: the directory belongs to another run, or to one that has finished behind the last step, or
+                cannot be written to.
+        """
+        path = Path(loaded.config.run.output_dir).expanduser()
+        _refuse_unwritable(path)
+        try:
+            old = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls(path, 1, None)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                Problem("run.output_dir", f"{path}/config.json cannot be read: {error}", "Take another folder")
+            ) from None
+        refuse_another_run(old, loaded, "the run directory")
+        about = old.get(METADATA_KEY, {})
+        finished = about.get("finished_step") if (path / "final").is_dir() else None
+        last, resume = loaded.config.training.max_steps, loaded.config.checkpoint.resume
+        if finished is not None and finished > last and resume == "auto":
+            raise ConfigError(
+                Problem("training.max_steps", f"{last}, but the run in {path} has finished at step {finished}",
+                        "Take more steps, another run.output_dir, or --resume with an earlier checkpoint")
+            )  # fmt: skip
+        return cls(path, int(about.get("attempt", 0)) + 1, finished)
+
+    def write_config(self, loaded: LoadedConfig, finished_step: int | None = None) -> None:
+        """Writes `config.json`: the resolved configuration, and under one key what it ran on. Can be run again."""
+        about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step}
+        text = json.dumps({**loaded.resolved(), METADATA_KEY: about}, indent=2)
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / ".config.json.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, self.path / "config.json")

@@ -1,0 +1,340 @@
+"""What a checkpoint is on disk: a folder of safetensors files and a manifest, without pickles.
+
+Each entry of a file is a box of a whole tensor that bears its Hugging Face name, so any layout can write a checkpoint
+and any other read it. The manifest says where every box lies, gives the hash of each file, and holds everything that
+is no tensor. A folder without a manifest that is sound is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from trainer.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LARGEST_FILE = 5 * 10**9
+"""Bytes of tensors in one file, at most."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""safetensors' words for types."""
+
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_ALIGNMENT = 64
+_CHUNK = 1 << 24
+
+Place = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where a part of a whole tensor lies."""
+
+    file: str
+    offset: int
+    """First byte in the file."""
+
+    start: Place
+    """First element in the whole tensor."""
+
+    size: Place
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.size)
+
+    def overlap(self, start: Place, size: Place) -> tuple[Place, Place] | None:
+        """(start, size) of what it shares with another box of the same tensor; None if nothing."""
+        first = tuple(map(max, self.start, start))
+        end = tuple(min(a + b, c + d) for a, b, c, d in zip(self.start, self.size, start, size, strict=True))
+        shared = tuple(b - a for a, b in zip(first, end, strict=True))
+        return None if any(length <= 0 for length in shared) else (first, shared)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole tensor in a checkpoint."""
+
+    shape: Place
+    dtype: str
+    boxes: tuple[Box, ...]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is complete."""
+
+    name: str
+    bytes: int
+    hash: str
+    """xxh3-128 of all its bytes."""
+
+
+Tensors = dict[tuple[str, str], Stored]
+"""By (name, kind): kind is `weight`, `buffer`, or a word of the optimizer's."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    step: int
+    attempt: int
+    created: str
+    """UTC, ISO 8601."""
+
+    tokens: int
+    samples: int
+    """Trained on so far: the cursor into the order of the data."""
+
+    losses: Mapping[str, float | None]
+    """Of this step, by split, where they were computed at it."""
+
+    config: Mapping[str, Any]
+    """The resolved configuration of the run that wrote it."""
+
+    about: Mapping[str, Any]
+    """Versions, git commit, world layout."""
+
+    model: Mapping[str, Any]
+    """What makes the model without its weights: `config` and `generation` in Hugging Face's words, and `class`."""
+
+    data: Mapping[str, Any]
+    """Fingerprints of the training data, by which another order of samples would be noticed."""
+
+    wandb_run: str | None
+    numbers: Mapping[str, Any]
+    """The engine's counters, loss scale, and what its optimizer keeps beside tensors."""
+
+    files: tuple[Written, ...]
+    tensors: Tensors = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def to_json(self) -> str:
+        """With a checksum over all the rest."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("files", "tensors")}
+        number = {file.name: place for place, file in enumerate(self.files)}
+        tensors: dict[str, dict[str, Any]] = {}
+        for (name, kind), stored in self.tensors.items():
+            boxes = [[number[box.file], box.offset, list(box.start), list(box.size)] for box in stored.boxes]
+            entry = {"dtype": stored.dtype, "shape": list(stored.shape), "boxes": boxes}
+            tensors.setdefault(name, {})[kind] = entry
+        body = {"format": FORMAT, **plain, "files": [asdict(file) for file in self.files], "tensors": tensors}
+        return json.dumps({"checksum": _checksum(body), **body}, indent=None, separators=(",", ":"))
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged, or of a format that this version does not know.
+    """
+    path = folder / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+        checksum = body.pop("checksum")
+        if body["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {body['format']}, and this version of Tessera reads {FORMAT}")
+        if checksum != _checksum(body):
+            raise CheckpointError(f"{path}: damaged: its contents do not have the checksum that it gives")
+        return _parsed(body)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no checkpoint: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path}: damaged: no manifest of a checkpoint ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _parsed(body: dict[str, Any]) -> Manifest:
+    del body["format"]
+    files = tuple(Written(**entry) for entry in body.pop("files"))
+    for file in files:
+        if PurePath(file.name).name != file.name or file.name in ("", ".", ".."):
+            raise ValueError(f"{file.name!r} is not the name of a file in the folder")
+    tensors: Tensors = {}
+    for name, kinds in body.pop("tensors").items():
+        for kind, entry in kinds.items():
+            boxes = (Box(files[n].name, at, tuple(start), tuple(size)) for n, at, start, size in entry["boxes"])
+            tensors[name, kind] = Stored(tuple(entry["shape"]), entry["dtype"], tuple(boxes))
+    return Manifest(**body, files=files, tensors=tensors)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is to be written, or has been."""
+
+    name: str
+    kind: str
+    shape: Place
+    """Of the whole tensor."""
+
+    start: Place
+    tensor: Tensor
+    """The box's elements, on any device."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the file: what it is, and which box of it."""
+        box = ",".join(f"{a}:{a + b}" for a, b in zip(self.start, self.tensor.shape, strict=True))
+        return f"{self.kind}/{self.name}[{box}]"
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+Index = list[tuple[str, str, Place, str, Box]]
+"""(name, kind, whole shape, type, box) of what a file holds."""
+
+
+def in_files(entries: Iterable[Entry], largest: int = LARGEST_FILE) -> Iterator[list[Entry]]:
+    """The entries, for files of at most so many bytes; one that is larger gets a file of its own."""
+    together: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if together and size + entry.bytes > largest:
+            yield together
+            together, size = [], 0
+        together.append(entry)
+        size += entry.bytes
+    if together:
+        yield together
+
+
+def write_file(path: Path, entries: list[Entry]) -> tuple[Written, Index]:
+    """Writes a safetensors file, tensor by tensor: host memory is one tensor's. It is on the disk when this returns.
+
+    Raises:
+        OSError: if the disk is full, or the folder cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        dtype, shape = _WORDS[entry.tensor.dtype], list(entry.tensor.shape)
+        header[entry.key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + entry.bytes]}
+        at += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    begin = 8 + len(text)
+    hashed = xxhash.xxh3_128()
+    index: Index = []
+    with path.open("wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little") + text, hashed)
+        at = begin
+        for entry in entries:
+            host = entry.tensor.detach().to("cpu").contiguous()
+            _write(file, memoryview(host.view(-1).view(torch.uint8).numpy().data) if host.numel() else b"", hashed)
+            box = Box(path.name, at, entry.start, tuple(entry.tensor.shape))
+            index.append((entry.name, entry.kind, entry.shape, _WORDS[entry.tensor.dtype], box))
+            at += entry.bytes
+        os.fsync(file.fileno())
+    return Written(path.name, at, hashed.hexdigest()), index
+
+
+def _write(file: Any, data: bytes | memoryview, hashed: Any) -> None:
+    hashed.update(data)
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view[:_CHUNK]) :]
+
+
+def hash_of(path: Path) -> str:
+    """xxh3-128 of a file."""
+    hashed = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file at once: whoever reads it finds the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` last."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Files:
+    """The boxes of a checkpoint, in files that are mapped into memory: what is not asked for is not read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def box(self, box: Box, dtype: str) -> Tensor:
+        """A box's elements. Not to be written to."""
+        kind = DTYPES[dtype]
+        if not box.numbers:
+            return torch.empty(box.size, dtype=kind)
+        flat = torch.frombuffer(self._mapped(box.file), dtype=kind, count=box.numbers, offset=box.offset)
+        return flat.view(box.size)
+
+    def _mapped(self, name: str) -> mmap.mmap:
+        if name not in self._maps:
+            with (self._folder / name).open("rb") as file:
+                self._maps[name] = _map(file)
+        return self._maps[name]
+
+    def read(self, stored: Stored, start: Place, into: Tensor) -> int:
+        """Fills `into` with the box of a whole tensor that begins at `start`. Returns how many elements were found."""
+        found = 0
+        size = tuple(into.shape)
+        for box in stored.boxes:
+            shared = box.overlap(start, size)
+            if shared is None:
+                continue
+            first, length = shared
+            here = tuple(slice(a - b, a - b + n) for a, b, n in zip(first, start, length, strict=True))
+            there = tuple(slice(a - b, a - b + n) for a, b, n in zip(first, box.start, length, strict=True))
+            into[here].copy_(self.box(box, stored.dtype)[there])
+            found += math.prod(length)
+        return found
+
+
+def _map(file: BinaryIO) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
