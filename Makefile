@@ -7,7 +7,7 @@ PY      := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 ON_CPU   = $(shell $(PY) -c "import torch; print('' if torch.cuda.is_available() else 1)" 2>/dev/null)
 
-.PHONY: help install quickstart test check matrix bench schema clean
+.PHONY: help install quickstart test check matrix soak bench schema clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ check: $(VENV)/.installed-dev  ## lint, types, import rules, spelling, fast test
 
 matrix: $(VENV)/.installed-test  ## the long tests
 	$(PY) -m pytest -m matrix
+
+soak: $(VENV)/.installed-test  ## runs killed at random instants, over and over (about half an hour on 2 cores)
+	$(PY) -m pytest -m soak
 
 bench: $(VENV)/.installed-dev  ## overhead, model states, data, pipeline (about a quarter of an hour on 2 cores)
 	$(PY) -m pip install -q -c constraints.txt -e '.[bench]'

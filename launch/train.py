@@ -71,6 +71,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         progress = checkpoints.restore(engine)
         if world.is_first:
             directory.write_config(loaded)
+            directory.keep_tokenizer(prepared.tokenizer)
         batches.train.go_on_after(progress.step, progress.samples)
         meter = Meter(
             engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress

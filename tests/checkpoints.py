@@ -1,73 +1,125 @@
-"""What ranks do in the checkpoint tests: train, save, go on from what another layout has saved."""
+"""What ranks do in the checkpoint tests: train, save, go on from what another layout has saved, and die."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.runs import _loaded, _place
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint.run import Progress
+from trainer import store
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint import save as saving
 from trainer.data import open_batches, prepare_data
-from trainer.distributed import Launch, joined_world
+from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
+from trainer.errors import TesseraError
 from trainer.model import build_model, build_model_shape, recipe_of
 from trainer.pipeline import divide_layers
 from trainer.run_directory import RunDirectory
 from trainer.store import Files, read_manifest
 
-Losses = list[float]
+Losses = dict[int, float]
+"""By step."""
 
 
-def go_on(config: dict[str, Any], steps: int, sabotage: str = "") -> Losses:
-    """From where `checkpoint.resume` says, or from the beginning: saves at once, then trains and saves again. Returns
-    the losses."""
+def go_on(
+    config: dict[str, Any], last: int, saves: tuple[int, ...] = (), kill: int | None = None, victims: Any = ()
+) -> Losses:
+    """Trains up to step `last`, from where `checkpoint.resume` says, or from the beginning. Returns the losses.
+
+    Args:
+        saves: steps behind which the state is saved; if the first of them is where the run begins, before any other.
+        kill: at this event of writing a checkpoint, counted from 1, dies a rank of `victims`; see `dying`.
+    """
     launch = Launch.from_environment()
-    place = _place(config, launch)
-    with joined_world(launch, place, seed=config["run"]["seed"]) as world:
-        loaded = _loaded(config, launch.world)
-        directory = RunDirectory.examine(loaded)
-        prepared = prepare_data(loaded, builder=launch.rank == 0)
-        batches = open_batches(loaded, prepared, place)
-        model = build_model(loaded, prepared.tokenizer)
-        checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
-        division = divide_layers(build_model_shape(loaded), loaded)
-        engine = start_engine(model, loaded, world, division, blank=checkpoints.found)
-        progress = checkpoints.restore(engine)
-        batches.train.go_on_after(progress.step, progress.samples)
-        if sabotage:
-            _sabotage(engine, sabotage)
+    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+        return _go_on(launch, world, config, last, saves, kill, victims)
+
+
+def several(jobs: list[tuple[Any, ...]]) -> list[Any]:
+    """What `go_on` returns for each job, or the status and message of the error that it raises; all in one world."""
+    launch = Launch.from_environment()
+    config = jobs[0][0]
+    found: list[Any] = []
+    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+        for job in jobs:
+            try:
+                found.append(_go_on(launch, world, *job))
+            except TesseraError as error:
+                found.append((error.exit_status, str(error)))
+    return found
+
+
+def _go_on(
+    launch: Launch, world: World, config: dict[str, Any], last: int, saves: tuple[int, ...] = (),
+    kill: int | None = None, victims: Any = (),
+) -> Losses:  # fmt: skip
+    loaded = _loaded(config, launch.world)
+    directory = RunDirectory.examine(loaded)
+    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    batches = open_batches(loaded, prepared, world.topology)
+    model = build_model(loaded, prepared.tokenizer)
+    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
+    division = divide_layers(build_model_shape(loaded), loaded)
+    engine = start_engine(model, loaded, world, division, blank=checkpoints.found)
+    progress = checkpoints.restore(engine)
+    batches.train.go_on_after(progress.step, progress.samples)
+    if kill is not None and launch.rank in victims:
+        dying(kill)
+    losses: Losses = {}
+    if progress.step in saves:
         checkpoints.save(engine, progress, {})
-        losses = []
-        for step in range(progress.step + 1, progress.step + steps + 1):
-            batch = batches.train.at(step)
-            world.seed_step(step)
-            result = engine.train_step(batch)
-            losses.append(sum(row[0] for row in engine.exchange([result.loss_sum])) / batch.tokens)
-            progress = Progress(step, progress.tokens + batch.tokens, progress.samples + batch.samples)
-        if steps:
-            checkpoints.save(engine, progress, {})
-        checkpoints.close()
-        return losses
+    for step in range(progress.step + 1, last + 1):
+        batch = batches.train.at(step)
+        world.seed_step(step)
+        result = engine.train_step(batch)
+        losses[step] = sum(row[0] for row in engine.exchange([result.loss_sum])) / batch.tokens
+        progress = Progress(step, progress.tokens + batch.tokens, progress.samples + batch.samples)
+        if step in saves:
+            checkpoints.save(engine, progress, {"train": losses[step]})
+    checkpoints.close()
+    return losses
 
 
-def _sabotage(engine: Any, how: str) -> None:
-    raise ValueError(how)
+def dying(at: int) -> Callable[[], int]:
+    """Lets this process be killed at the `at`-th time that it is about to write, sync, rename or delete something of a
+    checkpoint. Returns what tells how often that has been."""
+    events = 0
+
+    def counted(function: Any) -> Any:
+        def calls(*args: Any, **kwargs: Any) -> Any:
+            nonlocal events
+            events += 1
+            if events == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return calls
+
+    calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (store, "_write")]
+    for holder, name in (*calls, (saving, "write_text"), (saving, "write_file")):
+        setattr(holder, name, counted(getattr(holder, name)))
+    return lambda: events
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by `kind/name`; what is no tensor stands under "numbers"."""
+    """Every tensor of a checkpoint, whole, by `kind/name`."""
     manifest, files = read_manifest(folder), Files(folder)
     state = {}
     for (name, kind), stored in manifest.tensors.items():
-        whole = torch.full(stored.shape, 7, dtype=files.box(stored.boxes[0], stored.dtype).dtype)
+        whole = torch.full(stored.shape, 7, dtype=store.DTYPES[stored.dtype])
         assert files.read(stored, (0,) * whole.ndim, whole) == whole.numel()
         state[f"{kind}/{name}"] = whole
     return state
 
 
 def numbers_in(folder: Path) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(read_manifest(folder).numbers)))
+    """What is no tensor, of the engine."""
+    return dict(json.loads(json.dumps(dict(read_manifest(folder).numbers))))

@@ -39,6 +39,9 @@ class ConfigError(TesseraError):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
+        return type(self), (self.problems,)  # one rank may raise it for all
+
 
 class PlanError(ConfigError):
     """The tensor plan and the model do not fit together: names the weight and the reason."""

@@ -16,6 +16,7 @@ from typing import Any
 from trainer.config import LoadedConfig
 from trainer.config.load import METADATA_KEY
 from trainer.errors import ConfigError, Problem
+from trainer.store import TOKENIZER
 
 _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
 _IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
@@ -137,6 +138,11 @@ class RunDirectory:
             self._wandb_run_file.parent.mkdir(parents=True, exist_ok=True)
             self._wandb_run_file.write_text(run or uuid.uuid4().hex[:12])
         return self.wandb_run or ""
+
+    def keep_tokenizer(self, tokenizer: Any) -> None:
+        """Writes the tokenizer, for whoever exports a checkpoint or begins from one."""
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(self.path / TOKENIZER))
 
     @property
     def metrics(self) -> Path:

@@ -24,6 +24,9 @@ from trainer.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""Folder in a run directory."""
+
 LARGEST_FILE = 5 * 10**9
 """Bytes of tensors in one file, at most."""
 
@@ -88,6 +91,10 @@ class Written:
     """xxh3-128 of all its bytes."""
 
 
+WEIGHT, BUFFER = "weight", "buffer"
+MODEL_KINDS = (WEIGHT, BUFFER)
+"""Kinds of tensors beside the optimizer's state, whose kinds are its own words (`exp_avg`, ...)."""
+
 Tensors = dict[tuple[str, str], Stored]
 """By (name, kind): kind is `weight`, `buffer`, or a word of the optimizer's."""
 
@@ -141,11 +148,22 @@ class Manifest:
             entry = {"dtype": stored.dtype, "shape": list(stored.shape), "boxes": boxes}
             tensors.setdefault(name, {})[kind] = entry
         body = {"format": FORMAT, **plain, "files": [asdict(file) for file in self.files], "tensors": tensors}
-        return json.dumps({"checksum": _checksum(body), **body}, indent=None, separators=(",", ":"))
+        return json.dumps({"checksum": checksum(body), **body}, indent=None, separators=(",", ":"))
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
+def checksum(body: Mapping[str, Any]) -> str:
+    """Of all of a manifest but the checksum itself."""
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder says that it is one."""
+    return (folder / MANIFEST).is_file()
+
+
+def tokenizer_beside(folder: Path) -> Path:
+    """Where the run that wrote a checkpoint keeps its tokenizer."""
+    return folder.absolute().parent.parent / TOKENIZER
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -157,10 +175,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         body = json.loads(path.read_bytes())
-        checksum = body.pop("checksum")
+        given = body.pop("checksum")
         if body["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {body['format']}, and this version of Tessera reads {FORMAT}")
-        if checksum != _checksum(body):
+        if given != checksum(body):
             raise CheckpointError(f"{path}: damaged: its contents do not have the checksum that it gives")
         return _parsed(body)
     except FileNotFoundError:
@@ -270,6 +288,11 @@ def _write(file: Any, data: bytes | memoryview, hashed: Any) -> None:
         view = view[file.write(view[:_CHUNK]) :]
 
 
+def readable(count: int) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def hash_of(path: Path) -> str:
     """xxh3-128 of a file."""
     hashed = xxhash.xxh3_128()
@@ -277,6 +300,41 @@ def hash_of(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             hashed.update(chunk)
     return hashed.hexdigest()
+
+
+def verify_sizes(folder: Path, manifest: Manifest) -> None:
+    """Looks whether all files of a checkpoint are there and as long as its manifest says, without reading them.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
+    for file in manifest.files:
+        path = folder / file.name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if size != file.bytes:
+            raise CheckpointError(f"{path}: damaged: {size} bytes, and {file.bytes} were written")
+
+
+def verify_files(folder: Path, manifest: Manifest, files: Iterable[Written] | None = None) -> None:
+    """Reads files of a checkpoint, all by default, and compares them with what its manifest says.
+
+    Raises:
+        CheckpointError: naming the first that is missing, too short or long, or of another hash.
+    """
+    verify_sizes(folder, manifest)
+    for file in manifest.files if files is None else files:
+        path = folder / file.name
+        try:
+            found = hash_of(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if found != file.hash:
+            raise CheckpointError(f"{path}: damaged: not the bytes that were written (its hash differs)")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -311,8 +369,10 @@ class Files:
         kind = DTYPES[dtype]
         if not box.numbers:
             return torch.empty(box.size, dtype=kind)
-        flat = torch.frombuffer(self._mapped(box.file), dtype=kind, count=box.numbers, offset=box.offset)
-        return flat.view(box.size)
+        data = self._mapped(box.file)
+        if box.offset < 0 or box.numbers < 0 or box.offset + box.numbers * kind.itemsize > len(data):
+            raise CheckpointError(f"{self._folder / box.file}: damaged: the manifest points behind its end")
+        return torch.frombuffer(data, dtype=kind, count=box.numbers, offset=box.offset).view(box.size)
 
     def _mapped(self, name: str) -> mmap.mmap:
         if name not in self._maps:

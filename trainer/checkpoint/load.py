@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from trainer.engine import BUFFER, WEIGHT, Numbers, Piece, TrainingState
+from trainer.engine import Numbers, Piece, TrainingState
 from trainer.errors import CheckpointError
-from trainer.store import Files, Manifest
+from trainer.store import MODEL_KINDS, WEIGHT, Files, Manifest
 
 
 @torch.no_grad()
@@ -19,9 +19,10 @@ def fill(state: TrainingState, manifest: Manifest, folder: Path) -> None:
     Raises:
         CheckpointError: if the checkpoint lacks something that this rank holds, or has it in another shape.
     """
-    state.allocate()
-    stepped = {name for name, kind in manifest.tensors if kind not in (WEIGHT, BUFFER)}
-    state.forget({name for name, kind in manifest.tensors if kind == WEIGHT} - stepped)
+    stepped = {name for name, kind in manifest.tensors if kind not in MODEL_KINDS}
+    if stepped:
+        state.allocate()
+        state.forget({name for name, kind in manifest.tensors if kind == WEIGHT} - stepped)
     files = Files(folder)
     for piece in sorted(state.held(), key=lambda piece: (piece.name, piece.kind, piece.start)):
         _fill(piece, manifest, files, folder, has_state=piece.name in stepped)
@@ -35,9 +36,8 @@ def numbers_of(manifest: Manifest) -> Numbers:
 def _fill(piece: Piece, manifest: Manifest, files: Files, folder: Path, *, has_state: bool) -> None:
     stored = manifest.tensors.get((piece.name, piece.kind))
     if stored is None:
-        if piece.kind not in (WEIGHT, BUFFER) and not has_state:
-            piece.view.zero_()  # never stepped
-            return
+        if piece.kind not in MODEL_KINDS and not has_state:
+            return  # never stepped: it stays as the optimizer has made it
         raise CheckpointError(f"{folder}: has no {piece.kind} of {piece.name}")
     if stored.shape != piece.shape:
         raise CheckpointError(

@@ -24,7 +24,7 @@ from trainer.distributed import World
 from trainer.engine import Engine, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
-from trainer.store import MANIFEST, Entry, Manifest, hash_of, read_manifest, sync_folder
+from trainer.store import MANIFEST, Entry, Manifest, read_manifest, readable, sync_folder, verify_files
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ class Checkpoints:
             self._directory.keep_wandb_run(manifest.wandb_run)
         world = manifest.about["world"]
         log.info(
-            "going on behind step %d, from %s (%.1f GB, written by %d processes: pipeline %d x data %d x tensor %d), "
-            "read in %.1f s", manifest.step, folder, manifest.bytes / 1e9, world["processes"],
+            "going on behind step %d, from %s (%s, written by %d processes: pipeline %d x data %d x tensor %d), "
+            "read in %.1f s", manifest.step, folder, readable(manifest.bytes), world["processes"],
             world["pipeline"], world["data"], world["tensor"], time.perf_counter() - start,
         )  # fmt: skip
         return Progress(manifest.step, manifest.tokens, manifest.samples)
@@ -186,9 +186,8 @@ class Checkpoints:
 
     def _refuse_another(self, found: _Found) -> None:
         refuse_another_run(found.manifest.config, self._loaded, str(found.folder))
-        if found.manifest.data != json.loads(json.dumps(self._data)) and not is_below(
-            "data.train", self._section.allow_changed
-        ):
+        known, allowed = found.manifest.data, is_below("data.train", self._section.allow_changed)
+        if known and known != json.loads(json.dumps(self._data)) and not allowed:
             raise ConfigError(
                 Problem("data.train", f"its samples are others than those that {found.folder} was trained on",
                         "Take the same files, or --allow_change data.train to go on with other ones")
@@ -216,7 +215,7 @@ class Checkpoints:
 
         found = self._on_first(manifest)
         own = found.files[self._rank :: self._ranks]
-        log.info("copying %s of %s (%.1f GB)", name_of(found.step), remote.place, found.bytes / 1e9)
+        log.info("copying %s of %s (%s)", name_of(found.step), remote.place, readable(found.bytes))
 
         def fetch() -> None:
             for file in own:
@@ -304,7 +303,7 @@ class Checkpoints:
             return
         if self._rank == 0:
             seconds = time.perf_counter() - start
-            log.info("checkpoint %s: %.2f GB in %.1f s", folder, complete.bytes / 1e9, seconds)
+            log.info("checkpoint %s: %s in %.1f s", folder, readable(complete.bytes), seconds)
             self._failure = _attempted(self._keep)
         if self._remote is not None:
             self._upload(folder, complete)
@@ -368,26 +367,6 @@ def _attempted(work: Callable[[], object]) -> CheckpointError | None:
     except Exception as error:
         return CheckpointError(f"{type(error).__name__}: {error}")
     return None
-
-
-def verify_files(folder: Path, manifest: Manifest, files: Sequence[Any] | None = None) -> None:
-    """Reads files of a checkpoint, all by default, and compares them with what its manifest says.
-
-    Raises:
-        CheckpointError: naming the first that is missing, too short or long, or of another hash.
-    """
-    for file in manifest.files if files is None else files:
-        path = folder / file.name
-        try:
-            size = path.stat().st_size
-            if size != file.bytes:
-                raise CheckpointError(f"{path}: damaged: {size} bytes, and {file.bytes} were written")
-            if hash_of(path) != file.hash:
-                raise CheckpointError(f"{path}: damaged: not the bytes that were written (its hash differs)")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def _tidy(folder: Path) -> None:

@@ -39,15 +39,19 @@ DELETED = ".{}.deleted"
 
 
 def entries_of(pieces: Iterable[Piece], *, copied: bool) -> list[Entry]:
-    """The pieces as entries of files, those of larger elements first, so that all are aligned.
+    """The pieces as entries of files.
 
     Args:
         copied: into host memory, so that training may go on; else the entries are views of what is trained.
     """
-    entries = [
+    return in_order(
         Entry(p.name, p.kind, p.shape, p.start, p.view.detach().to("cpu", copy=True) if copied else p.view)
         for p in pieces
-    ]
+    )
+
+
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Those of larger elements first, so that all are aligned in their files."""
     return sorted(entries, key=lambda entry: -entry.tensor.element_size())
 
 

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.errors import ConfigError, Problem
+from trainer.errors import CheckpointError, ConfigError, Problem
+from trainer.store import MANIFEST, is_checkpoint, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -103,6 +104,14 @@ def _construct(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str)
         ) from None
 
 
+def _recipe_in(folder: Path) -> Mapping[str, Any]:
+    try:
+        recipe: Mapping[str, Any] = read_manifest(folder).model["config"]
+    except CheckpointError as error:
+        raise ConfigError(Problem("model.path", str(error), "Give another checkpoint")) from None
+    return recipe
+
+
 def _config_at(path: str) -> PreTrainedConfig:
     from transformers import PreTrainedConfig
 
@@ -110,8 +119,12 @@ def _config_at(path: str) -> PreTrainedConfig:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
         raise ConfigError(Problem("model.path", f"'{path}' does not exist", "Give a folder or a name on the hub"))
+    if is_checkpoint(folder):
+        return config_from(_recipe_in(folder), f"{path}/{MANIFEST}")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(Problem("model.path", f"'{path}' holds no config.json", "Give a Hugging Face model folder"))
+        raise ConfigError(
+            Problem("model.path", f"'{path}' holds no config.json", "Give a Hugging Face model folder or a checkpoint")
+        )
     try:
         raw, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else path)
     except Exception as error:  # network, hub and JSON errors alike
@@ -123,8 +136,20 @@ def _config_at(path: str) -> PreTrainedConfig:
                 "Check the name, the network, or give a folder",
             )
         ) from None
-    raw = scrub(raw)
-    return _construct(_config_class(raw, f"{path}/config.json"), raw, f"{path}/config.json")
+    return config_from(raw, f"{path}/config.json")
+
+
+def config_from(raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """The configuration in a stored model, without what could run code.
+
+    Args:
+        where: it was found.
+
+    Raises:
+        ConfigError: for an unknown type, or a value that the type does not take.
+    """
+    clean = scrub(raw)
+    return _construct(_config_class(clean, where), clean, where)
 
 
 def model_config(section: ModelSection) -> PreTrainedConfig:

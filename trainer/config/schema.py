@@ -28,7 +28,8 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: Text | None = None
-    """A folder with a Hugging Face model, or the name of one on the hub."""
+    """A folder with a Hugging Face model, or the name of one on the hub, or a checkpoint, whose weights are then taken
+    without the optimizer's state."""
 
     config: dict[str, Any] | None = None
     """Instead of `path`: the model's configuration itself, `{"model_type": "llama", "hidden_size": 256, ...}`."""

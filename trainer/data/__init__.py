@@ -3,6 +3,7 @@
 from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
 from trainer.data.open import Batches, open_batches
 from trainer.data.prepare import PreparedData, prepare_data
+from trainer.data.tokenizer import load_tokenizer
 
 __all__ = [
     "IGNORED",
@@ -12,6 +13,7 @@ __all__ = [
     "PreparedData",
     "StepBatch",
     "TrainBatches",
+    "load_tokenizer",
     "open_batches",
     "prepare_data",
 ]

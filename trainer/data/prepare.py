@@ -30,6 +30,7 @@ from trainer.data.tokenizer import (
     train_tokenizer,
 )
 from trainer.errors import DataError
+from trainer.store import is_checkpoint, tokenizer_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,7 +225,8 @@ def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> Pr
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer, "data.tokenizer")
     if model.path is not None:
-        return load_tokenizer(model.path, "model.path")
+        path = Path(model.path).expanduser()
+        return load_tokenizer(str(tokenizer_beside(path)) if is_checkpoint(path) else model.path, "model.path")
 
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in texts))

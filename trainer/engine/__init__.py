@@ -2,11 +2,9 @@
 
 from trainer.engine.interface import Engine, Evaluation, StepResult
 from trainer.engine.start import start_engine
-from trainer.engine.state import BUFFER, WEIGHT, Numbers, Piece, TrainingState, merged
+from trainer.engine.state import Numbers, Piece, TrainingState, merged
 
 __all__ = [
-    "BUFFER",
-    "WEIGHT",
     "Engine",
     "Evaluation",
     "Numbers",

@@ -10,12 +10,17 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+
+_MOMENTUM = "momentum_buffer"
+_NOTHING = 1e-9
+"""Less than what is left of 1 in fp32 when it is taken away from it."""
 
 
 class Held(NamedTuple):
@@ -51,6 +56,15 @@ class Holding:
         """None where this rank holds nothing of it."""
         return Held(parameter, 0, 0, parameter.numel())
 
+    def state(self, parameter: nn.Parameter, *, owned: bool) -> Iterator[tuple[str, Tensor, int]]:
+        """(kind, elements, where they begin in the flattened parameter) of the state that the optimizer keeps of each
+        element; what several ranks have only on one of them if `owned`."""
+        held = self.held(parameter)
+        assert held is not None
+        for kind, tensor in self.inner.state.get(held.stepped, {}).items():
+            if isinstance(tensor, Tensor) and tensor.shape == held.stepped.shape:
+                yield kind, stretch(tensor, held), held.first
+
     def stepped(self) -> Iterator[Tensor]:
         """All tensors that torch's optimizer steps."""
         yield from chain.from_iterable(group["params"] for group in self.inner.param_groups)
@@ -63,6 +77,29 @@ class Holding:
         self.inner.step()
         for tensor in stepped:
             tensor.grad = None
+
+    @torch.no_grad()
+    def recall_steps(self, steps: int) -> None:
+        """Lets DeepSpeed's Adam for CPUs count the steps that were taken before.
+
+        It keeps the powers of its betas as products that grow by a factor a step, in fp32, outside of what Python sees.
+        After a jump it computes them otherwise, and the next update would differ in its last bit. So it takes the steps
+        once more, on a single number; where the powers are next to nothing, nothing depends on them any more.
+        """
+        inner = self.inner
+        on_cpu = isinstance(inner, DeepSpeedCPUAdam) or (
+            isinstance(inner, FusedAdam) and all(tensor.device.type == "cpu" for tensor in self.stepped())
+        )
+        group = inner.param_groups[0]
+        if not on_cpu or max(group["betas"]) ** steps < _NOTHING:
+            return
+        number = nn.Parameter(torch.zeros(1))
+        number.grad = torch.zeros(1)
+        groups, inner.param_groups = inner.param_groups, [{**group, "params": [number]}]
+        for _ in range(steps):
+            inner.step()
+        inner.param_groups = groups
+        inner.state.pop(number, None)
 
     def publish(self) -> None:
         """Gives the weights that the model computes with the values of the fp32 ones. On all ranks."""
@@ -121,6 +158,39 @@ class _Partitions(Holding):
         here = mapping.hp_fragment_address
         return Held(flat, int(here.start), int(mapping.lp_fragment_address.start), int(here.numel))
 
+    def state(self, parameter: nn.Parameter, *, owned: bool) -> Iterator[tuple[str, Tensor, int]]:
+        momentum, held = self._muon_momentum(parameter), self.held(parameter)
+        for kind, tensor, first in super().state(parameter, owned=owned):
+            if momentum is None or kind != _MOMENTUM:
+                yield kind, tensor, first
+        if momentum is not None:
+            assert held is not None
+            begin, end = (held.first, held.first + held.length) if owned else (0, parameter.numel())
+            yield _MOMENTUM, momentum[begin:end], begin
+
+    def _muon_momentum(self, parameter: nn.Parameter) -> Tensor | None:
+        """Muon's momentum without offload: of all of each parameter of which this rank steps a part, one behind the
+        other in one tensor."""
+        held = self.held(parameter)
+        if held is None or not self._has_muon_momentum(parameter):
+            return None
+        buffer: Tensor | None = self.inner.state.get(held.stepped, {}).get(_MOMENTUM)
+        if buffer is None:
+            return None
+        at = 0
+        for other in self._optimizer.params_in_partition[parameter._hp_mapping.param_group_index]:  # type: ignore[attr-defined]
+            if other is parameter:
+                break
+            at += other.numel()
+        return buffer[at : at + parameter.numel()]
+
+    def _has_muon_momentum(self, parameter: nn.Parameter) -> bool:
+        return (
+            getattr(parameter, "use_muon", False)
+            and isinstance(self._optimizer, DeepSpeedZeroOptimizer)
+            and not self._optimizer.cpu_offload
+        )
+
     def stepped(self) -> Iterator[Tensor]:
         yield from self._flats()
 
@@ -130,6 +200,10 @@ class _Partitions(Holding):
         for flat, gradient in zip(self._flats(), kept, strict=True):
             flat.grad = gradient  # with offload and in bf16 it is a buffer that is made once
         self._optimizer._hp_optimizer_states_linked = False
+        for number, flat in enumerate(self._flats()):
+            parameters = getattr(self._optimizer, "params_in_partition", [()] * (number + 1))[number]
+            if parameters and self._has_muon_momentum(parameters[0]):
+                self.inner.state[flat].setdefault(_MOMENTUM, flat.new_zeros(sum(p.numel() for p in parameters)))
 
     def publish(self) -> None:
         self._optimizer.update_lp_params()
@@ -170,6 +244,11 @@ class _SubGroups(Holding):
             optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
             optimizer._unflatten_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()
+
+
+def stretch(tensor: Tensor, held: Held) -> Tensor:
+    """The elements in a tensor of the shape of `held.stepped` that belong to the parameter."""
+    return tensor.view(-1)[held.at : held.at + held.length]
 
 
 def holding_of(optimizer: Any) -> Holding:

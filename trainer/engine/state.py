@@ -13,16 +13,14 @@ from deepspeed.ops.lion import FusedLion
 from torch import Tensor, nn
 
 from trainer.distributed import World
-from trainer.engine.holding import Held, Holding, holding_of
+from trainer.engine.holding import Holding, holding_of, stretch
 from trainer.parallel import Mapper, Shard, boxes_of, counts, parts_in_whole
 from trainer.pipeline import pieces_of
-
-WEIGHT, BUFFER = "weight", "buffer"
-"""Kinds of tensors beside the optimizer's state, whose kinds are its own words (`exp_avg`, ...)."""
+from trainer.store import BUFFER, WEIGHT
 
 Scalars = dict[str, float]
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,18 @@ class Numbers:
     """What is no tensor. Plain JSON."""
 
     counters: Mapping[str, int]
-    """DeepSpeed's: steps, samples, micro-batches, and steps skipped for want of a finite gradient."""
+    """DeepSpeed's: steps, samples, and steps skipped for want of a finite gradient."""
 
     scaler: Mapping[str, float | bool]
     """State of fp16's loss scale; empty in other precisions."""
 
     scalars: Mapping[str, Scalars]
     """What the optimizer keeps beside tensors, such as `step`, by parameter; under "" what most have."""
+
+    @classmethod
+    def at_first(cls) -> Numbers:
+        """Those of a run that has not begun."""
+        return cls(dict.fromkeys(_COUNTERS, 0), {}, {})
 
 
 class TrainingState:
@@ -75,11 +78,11 @@ class TrainingState:
         for parameter, shard in self._parameters():
             if not counts(parameter) or getattr(parameter, "ds_pipe_replicated", False):
                 continue
-            for kind, stretch, first in self._stretches(parameter):
-                low, high = 0, stretch.numel()
+            for kind, part, first in self._stretches(parameter, owned=True):
+                low, high = 0, part.numel()
                 if self._holding.is_replicated or not parameter.requires_grad:
                     low, high = (high * (place.data_rank + side) // place.data for side in (0, 1))
-                yield from _pieces(shard, kind, stretch[low:high], first + low)
+                yield from _pieces(shard, kind, part[low:high], first + low)
             if place.data_rank == 0:
                 yield from self._shapeless(parameter, shard.name)
         if place.data_rank == place.stage == 0:
@@ -88,8 +91,8 @@ class TrainingState:
     def held(self) -> Iterator[Piece]:
         """All that this rank holds, whoever writes it. After `allocate`."""
         for parameter, shard in self._parameters():
-            for kind, stretch, first in self._stretches(parameter):
-                yield from _pieces(shard, kind, stretch, first)
+            for kind, part, first in self._stretches(parameter, owned=False):
+                yield from _pieces(shard, kind, part, first)
             yield from self._shapeless(parameter, shard.name)
         yield from self._buffer_pieces(owned=False)
 
@@ -100,18 +103,15 @@ class TrainingState:
                 if shard.owner or not shard.lone:
                     yield parameter, shard
 
-    def _stretches(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
+    def _stretches(self, parameter: nn.Parameter, *, owned: bool) -> Iterator[tuple[str, Tensor, int]]:
         """(kind, elements, where they begin in the flattened parameter)."""
         if not parameter.requires_grad:
             yield WEIGHT, *self._frozen(parameter)
             return
         held = self._holding.held(parameter)
-        if held is None:
-            return
-        yield WEIGHT, _stretch(held.stepped.detach(), held), held.first
-        for kind, tensor in self._holding.inner.state.get(held.stepped, {}).items():
-            if isinstance(tensor, Tensor) and tensor.shape == held.stepped.shape:
-                yield kind, _stretch(tensor, held), held.first
+        if held is not None:
+            yield WEIGHT, stretch(held.stepped.detach(), held), held.first
+            yield from self._holding.state(parameter, owned=owned)
 
     @staticmethod
     def _frozen(parameter: nn.Parameter) -> tuple[Tensor, int]:
@@ -191,8 +191,11 @@ class TrainingState:
             whole = held.stepped.numel() == held.length
             values = numbers.scalars.get(shard.name if whole else "", numbers.scalars.get("", {}))
             _set_scalars(inner.state[held.stepped], values)
+        self._holding.recall_steps(int(numbers.scalars.get("", {}).get("step", 0)))
         for key, value in numbers.counters.items():
             setattr(self._engine, key, value)
+        # By which DeepSpeed knows the last micro-batch of a step; a step may have had another number of them before.
+        self._engine.micro_steps = self._engine.global_steps * self._engine.gradient_accumulation_steps()
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if getattr(scaler, "dynamic", False):
             vars(scaler).update({key: value for key, value in numbers.scaler.items() if key in vars(scaler)})
@@ -210,12 +213,8 @@ class TrainingState:
                 self._engine.lr_scheduler.step()
 
 
-def _stretch(tensor: Tensor, held: Held) -> Tensor:
-    return tensor.view(-1)[held.at : held.at + held.length]
-
-
-def _pieces(shard: Shard, kind: str, stretch: Tensor, first: int) -> Iterator[Piece]:
-    for start, view in boxes_of(stretch, first, shard):
+def _pieces(shard: Shard, kind: str, part: Tensor, first: int) -> Iterator[Piece]:
+    for start, view in boxes_of(part, first, shard):
         yield Piece(shard.name, kind, shard.whole_shape, start, view)
 
 

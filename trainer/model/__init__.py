@@ -1,16 +1,18 @@
 """The Hugging Face model: built, given its weights, its task, its cost, and written back."""
 
-from trainer.model.build import build_model, build_model_shape, give_weights
+from trainer.model.build import build_from_recipe, build_model, build_model_shape, give_weights
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import load_exported, recipe_of, write_model
 from trainer.model.generate import generate_texts
 from trainer.model.initialize import initialize_weights
+from trainer.model.read import read_weights
 from trainer.model.tasks import TASKS, TaskLoss
 
 __all__ = [
     "TASKS",
     "ModelCost",
     "TaskLoss",
+    "build_from_recipe",
     "build_model",
     "build_model_shape",
     "generate_texts",
@@ -19,6 +21,7 @@ __all__ = [
     "load_exported",
     "model_cost",
     "peak_flops",
+    "read_weights",
     "recipe_of",
     "state_bytes",
     "write_model",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from trainer.config.model_facts import model_config
+from trainer.config.model_facts import config_from, model_config
+from trainer.config.schema import ModelSection
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.read import read_weights
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.config import LoadedConfig
-    from trainer.config.schema import ModelSection
 
 
 def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
@@ -59,6 +60,20 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
     model = _on_meta(section, config, arguments)
     if section.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_from_recipe(recipe: Mapping[str, Any]) -> PreTrainedModel:
+    """A model on the meta device from what `recipe_of` said about it.
+
+    Raises:
+        ConfigError: if transformers refuses it.
+    """
+    section = ModelSection(config={})
+    config = config_from(recipe["config"], "the checkpoint")
+    model = _on_meta(section, config, {"dtype": torch.float32})
+    if recipe["generation"]:
+        model.generation_config = GenerationConfig.from_dict(dict(recipe["generation"]))
     return model
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,15 +43,15 @@ def _stored_names(model: PreTrainedModel) -> dict[str, str]:
 class _ShardWriter:
     """Writes tensors into safetensors files of a bounded size, with the index that transformers expects."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, largest: int) -> None:
+        self._folder, self._largest = folder, largest
         self._held: dict[str, Tensor] = {}
         self._bytes = self._total = 0
         self._files: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
-        if self._held and self._bytes + size > SHARD_BYTES:
+        if self._held and self._bytes + size > self._largest:
             self._flush()
         self._held[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._bytes += size
@@ -109,17 +110,22 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     writes: bool = True,
+    dtype: torch.dtype | None = None,
+    largest: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Writes `folder` whole or not at all: config, safetensors, and the tokenizer if there is one.
 
     Names and shapes in the files are those that the family publishes, which may be others than the model's (experts
-    one by one). Host memory: one block and one file of at most `SHARD_BYTES`.
+    one by one). Host memory: one block and one file of at most `largest` bytes.
 
     Args:
         model: gives structure and configuration; its own parameters are not read.
         weights: every parameter and persistent buffer by its Hugging Face name, whole, in the order of the model;
             walking through it may take all ranks.
         writes: whether this rank writes, or only walks along.
+        dtype: of the floating-point weights in the files; as they come by default.
+        card: text of the model card, README.md.
     """
     if not writes:
         for _ in weights:
@@ -134,21 +140,26 @@ def write_model(
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         kept: Any = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
         model._weight_conversions = kept
-    writer = _ShardWriter(partial)
-    dtype = model.dtype
+    writer = _ShardWriter(partial, largest)
+    written = dtype or model.dtype
     for block in _by_block(weights, model):
-        dtype = next((tensor.dtype for name, tensor in block.items() if name in stored), dtype)
+        if dtype is None:
+            written = next((tensor.dtype for name, tensor in block.items() if name in stored), written)
+        else:
+            block = {name: t.to(dtype) if t.is_floating_point() else t for name, t in block.items()}
         named = {stored.get(name, name): tensor for name, tensor in block.items() if name not in unwanted}
         for name, tensor in revert_weight_conversion(model, named).items():
             writer.add(name, tensor)
     writer.close()
     config = copy.deepcopy(model.config)
-    config.use_cache, config.dtype, config.architectures = True, dtype, [type(model).__name__]
+    config.use_cache, config.dtype, config.architectures = True, written, [type(model).__name__]
     config.save_pretrained(partial)
     if model.can_generate():
         model.generation_config.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
+    if card is not None:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -36,8 +36,45 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.parallel import Shard, all_parameters, shard_of
+from trainer.store import DTYPES, MODEL_KINDS, Files, Stored, is_checkpoint, read_manifest, verify_sizes
 
 log = logging.getLogger(__name__)
+
+
+class _Slice:
+    """A tensor in a checkpoint, of which any box can be copied out."""
+
+    def __init__(self, files: Files, stored: Stored) -> None:
+        self._files, self._stored = files, stored
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
+        ranges = [range(*part.indices(length)) for part, length in zip(box, self._stored.shape, strict=True)]
+        found = torch.empty([len(part) for part in ranges], dtype=DTYPES[self._stored.dtype])
+        self._files.read(self._stored, tuple(part.start for part in ranges), found)
+        return found
+
+
+class _Checkpoint:
+    """The weights and buffers of a checkpoint, which bear the model's own names."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest, self._files = read_manifest(folder), Files(folder)
+        verify_sizes(folder, manifest)
+        self._stored = {name: stored for (name, kind), stored in manifest.tensors.items() if kind in MODEL_KINDS}
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def slice(self, name: str) -> Any:
+        return _Slice(self._files, self._stored[name])
+
+    def whole(self, name: str) -> Tensor:
+        view = self.slice(name)
+        whole: Tensor = view[tuple(slice(None) for _ in view.get_shape())]
+        return whole
 
 
 class _Files:
@@ -79,6 +116,9 @@ class _Files:
         return tensor
 
 
+_Source = _Files | _Checkpoint
+
+
 @dataclass
 class _Target:
     """A tensor of the model, and the tensors in the files that it is made of."""
@@ -89,7 +129,7 @@ class _Target:
 
     converter: WeightConverter | None = None
 
-    def boxes(self, files: _Files) -> dict[str, tuple[int, ...]] | None:
+    def boxes(self, files: _Source) -> dict[str, tuple[int, ...]] | None:
         """Where each source begins in the target, if the target is nothing but its sources side by side."""
         if self.converter is None:
             return {self.sources[0][0]: (0,) * len(files.slice(self.sources[0][0]).get_shape())}
@@ -110,9 +150,9 @@ class _Target:
         return places
 
 
-def _targets(model: PreTrainedModel, files: _Files) -> tuple[dict[str, _Target], list[str]]:
+def _targets(model: PreTrainedModel, files: _Source) -> tuple[dict[str, _Target], list[str]]:
     """The model's tensors by name with their sources, and the names in the files that match none."""
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model) if isinstance(files, _Files) else []
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -130,11 +170,12 @@ def _targets(model: PreTrainedModel, files: _Files) -> tuple[dict[str, _Target],
         target.sources.append((name, pattern or ""))
         target.converter = None if pattern is None else by_pattern[pattern]
     used: Any = [transform for transform in transforms if transform.was_used()]
-    model._weight_conversions = used  # what `save_pretrained` reverts
+    if isinstance(files, _Files):
+        model._weight_conversions = used  # what `save_pretrained` reverts
     return targets, strangers
 
 
-def _converted(target: _Target, files: _Files, model: PreTrainedModel) -> dict[str, Tensor]:
+def _converted(target: _Target, files: _Source, model: PreTrainedModel) -> dict[str, Tensor]:
     """Whole tensors by name, by transformers' own operations; one converter may make several."""
     converter = copy.deepcopy(target.converter)
     assert converter is not None
@@ -144,7 +185,7 @@ def _converted(target: _Target, files: _Files, model: PreTrainedModel) -> dict[s
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _copy_boxes(local: Tensor, shard: Shard, boxes: dict[str, tuple[int, ...]], files: _Files) -> None:
+def _copy_boxes(local: Tensor, shard: Shard, boxes: dict[str, tuple[int, ...]], files: _Source) -> None:
     """Copies this rank's part of a target from the files, source by source."""
     for name, start in boxes.items():
         source = files.slice(name)
@@ -169,7 +210,7 @@ def _taking(whole: Tensor) -> Callable[[Tensor, Shard], object]:
 class _Reader:
     """Fills a model on the meta device."""
 
-    def __init__(self, model: PreTrainedModel, files: _Files, complete: Complete) -> None:
+    def __init__(self, model: PreTrainedModel, files: _Source, complete: Complete) -> None:
         self._model, self._files, self._complete = model, files, complete
         self._holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
@@ -251,7 +292,8 @@ def read_weights(model: PreTrainedModel, path: str, complete: Complete = lambda 
     """
     log.info("reading weights from %s", path)
     try:
-        files = _Files(path)
+        folder = Path(path).expanduser()
+        files = _Checkpoint(folder) if is_checkpoint(folder) else _Files(path)
         initialize_buffers(model)
         targets, strangers = _targets(model, files)
         reader = _Reader(model, files, complete)
@@ -273,7 +315,9 @@ def read_weights(model: PreTrainedModel, path: str, complete: Complete = lambda 
             )  # fmt: skip
     if strangers:
         log.warning("%d weights of %s have no place in the model: %s", len(strangers), path, ", ".join(strangers[:5]))
-    if model.can_generate():
+    if model.can_generate() and is_checkpoint(folder):
+        model.generation_config = GenerationConfig.from_dict(dict(read_manifest(folder).model["generation"] or {}))
+    elif model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:

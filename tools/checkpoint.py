@@ -1,0 +1,259 @@
+"""Looks into checkpoints, and turns them into Hugging Face folders and back.
+
+    python -m tools.checkpoint list runs/NAME
+    python -m tools.checkpoint show runs/NAME/checkpoints/step-00000100
+    python -m tools.checkpoint verify runs/NAME
+    python -m tools.checkpoint diff CHECKPOINT OTHER
+    python -m tools.checkpoint export CHECKPOINT FOLDER [--dtype bf16] [--check]
+    python -m tools.checkpoint import FOLDER --config X.json
+
+Where a checkpoint is asked for, a run directory stands for its newest one. Exit status: 0; 1 where `diff` or
+`export --check` finds a difference; 2 a mistake on the command line; 4 a checkpoint is damaged or not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from trainer.distributed import Launch, joined_world, prepare_environment
+
+prepare_environment()
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from trainer.checkpoint.bring import bring
+from trainer.checkpoint.export import difference, export
+from trainer.checkpoint.keep import Kept, best_of, checkpoints_in
+from trainer.checkpoint.run import FOLDER
+from trainer.config import load_config
+from trainer.errors import CheckpointError, ConfigError, Problem
+from trainer.exit import Arguments, exit_on_errors
+from trainer.store import DTYPES, Files, Manifest, Stored, is_checkpoint, read_manifest, readable, verify_files
+from trainer.topology import Topology
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHUNK = 1 << 24
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with exit_on_errors(Launch()):
+        options = _parser().parse_args(arguments)
+        status = options.run(options)
+        if status:
+            raise SystemExit(status)
+
+
+def _parser() -> Arguments:
+    parser = Arguments(prog="python -m tools.checkpoint", description=__doc__, allow_abbrev=False,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Arguments)
+
+    def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
+        found: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        found.set_defaults(run=run)
+        return found
+
+    listing = command("list", _list, "the checkpoints of a run: step, losses, layout, size")
+    listing.add_argument("run_directory", type=Path)
+    show = command("show", _show, "what a checkpoint says about itself, and its tensors")
+    show.add_argument("checkpoint", type=Path)
+    show.add_argument("--tensors", action="store_true", help="name every tensor")
+    verify = command("verify", _verify, "read every byte and compare it with the manifest's hashes")
+    verify.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for all of its checkpoints")
+    diff = command("diff", _diff, "the tensors in which two checkpoints differ most")
+    diff.add_argument("checkpoint", type=Path)
+    diff.add_argument("other", type=Path)
+    diff.add_argument("--top", type=int, default=10, metavar="N", help="how many to show (default 10)")
+    out = command("export", _export, "write the weights as a Hugging Face folder")
+    out.add_argument("checkpoint", type=Path)
+    out.add_argument("folder", type=Path)
+    out.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the weights in the files (default fp32)")
+    out.add_argument("--shard_gigabytes", type=float, default=2.0, metavar="N", help="largest file (default 2)")
+    out.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the one that the run keeps")
+    out.add_argument("--check", action="store_true", help="compare the logits of both models, which must fit in memory")
+    into = command("import", _import, "make the first checkpoint of a run, from a Hugging Face folder or DeepSpeed's")
+    into.add_argument("folder", type=Path)
+    into.add_argument("--config", required=True, metavar="X.json", help="the configuration of the run")
+    into.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value")
+    return parser
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint that `path` names."""
+    if is_checkpoint(path) or not (path / FOLDER).is_dir():
+        return path
+    kept, _ = checkpoints_in(path / FOLDER)
+    if not kept:
+        raise CheckpointError(f"{path / FOLDER}: there is no sound checkpoint")
+    return kept[0].folder
+
+
+def _all(path: Path) -> tuple[list[Kept], list[CheckpointError]]:
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if not folder.is_dir():
+        raise ConfigError(Problem("run_directory", f"{path} is not there", "Give the output_dir of a run"))
+    return checkpoints_in(folder)
+
+
+def _layout(manifest: Manifest) -> str:
+    world, deepspeed = manifest.about["world"], manifest.config["deepspeed"]
+    precision = next((name for name in ("bf16", "fp16") if deepspeed.get(name, {}).get("enabled")), "fp32")
+    axes = " x ".join(f"{axis} {world[axis]}" for axis in ("pipeline", "data", "tensor"))
+    return f"{axes}, ZeRO {deepspeed['zero_optimization']['stage']}, {precision}"
+
+
+def _loss(manifest: Manifest, split: str) -> str:
+    loss = manifest.losses.get(split)
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _list(options: argparse.Namespace) -> int:
+    kept, damaged = _all(options.run_directory)
+    best = {one.folder for one in best_of(kept)}
+    table = Table("checkpoint", "attempt", "tokens", "loss", "held-out", "layout", "size", "")
+    for place, one in enumerate(kept):
+        told = one.manifest
+        marks = [mark for mark, true in (("latest", place == 0), ("best", one.folder in best)) if true]
+        table.add_row(
+            one.folder.name, str(told.attempt), f"{told.tokens:,}", _loss(told, "train"), _loss(told, "validation"),
+            _layout(told), readable(told.bytes), " ".join(marks),
+        )  # fmt: skip
+    _console().print(table)
+    for error in damaged:
+        print(f"damaged: {error}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    folder = _newest(options.checkpoint)
+    told = read_manifest(folder)
+    numbers = Counter[str]()
+    for (_, kind), stored in told.tensors.items():
+        numbers[kind] += stored.numbers
+    lines = {
+        "checkpoint": folder,
+        "step": f"{told.step:,} (attempt {told.attempt}), {told.samples:,} samples, {told.tokens:,} tokens",
+        "losses": ", ".join(f"{split} {loss:.4f}" for split, loss in told.losses.items() if loss is not None) or "-",
+        "model": f"{told.model['class']} ({told.model['config']['model_type']})",
+        "layout": _layout(told),
+        "saved": f"{told.created}, commit {told.about['git_commit'] or 'unknown'}",
+        "versions": ", ".join(f"{name} {version}" for name, version in told.about["versions"].items()),
+        "files": f"{len(told.files)} of {readable(told.bytes)}",
+        "tensors": ", ".join(f"{count:,} numbers of {kind}" for kind, count in numbers.items()),
+        "W&B run": told.wandb_run or "-",
+    }
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+    if options.tensors:
+        for (name, kind), stored in sorted(told.tensors.items()):
+            print(f"  {kind:<12} {name} {list(stored.shape)} {stored.dtype} in {len(stored.boxes)} parts")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    single = is_checkpoint(options.checkpoint)
+    if single:
+        kept, damaged = [Kept(options.checkpoint, read_manifest(options.checkpoint))], []
+    else:
+        kept, damaged = _all(options.checkpoint)
+    for one in track(kept, description="reading", console=Console(stderr=True), transient=True):
+        try:
+            verify_files(one.folder, one.manifest)
+            print(f"{one.folder}: sound ({len(one.manifest.files)} files, {readable(one.manifest.bytes)})")
+        except CheckpointError as error:
+            damaged.append(error)
+    for error in damaged:
+        print(f"damaged: {error}")
+    if not kept and not damaged:
+        raise CheckpointError(f"{options.checkpoint}: there is no checkpoint")
+    return 4 if damaged else 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    folders = [_newest(options.checkpoint), _newest(options.other)]
+    told, other = (read_manifest(folder) for folder in folders)
+    files, theirs = (Files(folder) for folder in folders)
+    rows = []
+    for key in track(told.tensors, description="comparing", console=Console(stderr=True), transient=True):
+        if key in other.tensors and told.tensors[key].shape == other.tensors[key].shape:
+            most, largest = _difference(files, told.tensors[key], theirs, other.tensors[key])
+            if most:
+                rows.append((most, largest, *key))
+    rows.sort(reverse=True)
+    table = Table("tensor", "kind", "largest difference", "of a largest value of")
+    for most, largest, name, kind in rows[: options.top]:
+        table.add_row(name, kind, f"{most:.3g}", f"{largest:.3g}")
+    if rows:
+        _console().print(table)
+    alone = told.tensors.keys() ^ other.tensors.keys()
+    reshaped = {
+        k for k in told.tensors.keys() & other.tensors.keys() if told.tensors[k].shape != other.tensors[k].shape
+    }
+    for name, kind in sorted(alone):
+        print(f"only in {folders[(name, kind) in other.tensors]}: {kind} of {name}")
+    for name, kind in sorted(reshaped):
+        print(f"of another shape: {kind} of {name}")
+    same = len(told.tensors) - len(rows) - len(reshaped) - len(told.tensors.keys() - other.tensors.keys())
+    print(f"{same} tensors are equal bit for bit, {len(rows)} differ")
+    return 1 if rows or alone or reshaped else 0
+
+
+def _difference(files: Files, stored: Stored, theirs: Files, other: Stored) -> tuple[float, float]:
+    """(largest difference, largest value), box by box."""
+    most = largest = 0.0
+    for box in stored.boxes:
+        own = files.box(box, stored.dtype)
+        found = torch.empty(box.size, dtype=DTYPES[other.dtype])
+        theirs.read(other, box.start, found)
+        if own.numel() and not (own.dtype == found.dtype and own.equal(found)):
+            most = max(most, float((own.double() - found.double()).abs().max()))
+            largest = max(largest, float(own.double().abs().max()))
+    return most, largest
+
+
+def _export(options: argparse.Namespace) -> int:
+    folder = _newest(options.checkpoint)
+    if options.folder.exists() and any(options.folder.iterdir()):
+        raise ConfigError(Problem("folder", f"{options.folder} is not empty", "Take another one"))
+    largest = int(options.shard_gigabytes * 1e9)
+    told = export(folder, options.folder, _DTYPES[options.dtype], largest, options.tokenizer)
+    print(f"{options.folder}: {told.model['class']} of step {told.step:,} in {options.dtype}")
+    if not (options.folder / "tokenizer_config.json").exists():
+        print("without a tokenizer: the run keeps none; --tokenizer DIR names one")
+    if options.check:
+        most = difference(folder, options.folder)
+        print(f"largest difference of a logit from the checkpoint's: {most:.3g}")
+        return 1 if most > _TOLERANCE[options.dtype] else 0
+    return 0
+
+
+_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-3}
+"""Logits may differ by rounding where the family computes its buffers in another type when it is read from a folder."""
+
+
+def _import(options: argparse.Namespace) -> int:
+    if not options.folder.is_dir():
+        raise ConfigError(Problem("folder", f"{options.folder} is not there", "Give a folder"))
+    loaded = load_config(options.config, options.set, world=None, device=None)
+    with joined_world(Launch(), Topology.of(1, 0), seed=0):
+        made = bring(options.folder, loaded)
+    print(f"{made}: the run begins with these weights; start it as ever: launch/train.py --config {options.config}")
+    return 0
+
+
+def _console() -> Console:
+    return Console(width=None if os.isatty(1) else 160)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""From a checkpoint to a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.data import load_tokenizer
+from trainer.errors import CheckpointError
+from trainer.model import build_from_recipe, load_exported, read_weights, write_model
+from trainer.store import BUFFER, DTYPES, WEIGHT, Files, Manifest, read_manifest, tokenizer_beside, verify_files
+
+
+def export(
+    checkpoint: Path, into: Path, dtype: torch.dtype | None, largest: int, tokenizer: Path | None = None
+) -> Manifest:
+    """Writes the weights of a checkpoint as a Hugging Face folder: config, safetensors, generation config, model card,
+    and the tokenizer of the run, if it is there. Host memory: one block of the model and one file.
+
+    Args:
+        dtype: of the weights in the files; fp32 by default, as they are in the checkpoint. largest: bytes of a file.
+        tokenizer: a folder with another one.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged.
+        ConfigError: if transformers cannot build the model, or the tokenizer cannot be read.
+    """
+    manifest = read_manifest(checkpoint)
+    verify_files(checkpoint, manifest)
+    model = build_from_recipe(manifest.model)
+    found = tokenizer or tokenizer_beside(checkpoint)
+    write_model(
+        model,
+        _weights(model, manifest, Files(checkpoint)),
+        into,
+        load_tokenizer(str(found), "--tokenizer") if tokenizer or found.is_dir() else None,
+        dtype=dtype,
+        largest=largest,
+        card=_card(manifest),
+    )
+    return manifest
+
+
+def _weights(model: Any, manifest: Manifest, files: Files) -> Iterator[tuple[str, Tensor]]:
+    persistent = model.state_dict(keep_vars=True)
+    names = [(name, WEIGHT) for name, _ in model.named_parameters()]
+    names += [(name, BUFFER) for name, _ in model.named_buffers() if name in persistent]
+    for name, kind in names:
+        stored = manifest.tensors.get((name, kind))
+        if stored is None:
+            raise CheckpointError(f"the checkpoint has no {kind} of {name}")
+        whole = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        files.read(stored, (0,) * len(stored.shape), whole)
+        yield name, whole
+
+
+def _card(manifest: Manifest) -> str:
+    config, world = manifest.config, manifest.about["world"]
+    sources = "\n".join(f"- `{s['path']}` (weight {s['weight']})" for s in config["data"]["train"])
+    losses = "\n".join(f"| {split} loss | {loss:.4f} |" for split, loss in manifest.losses.items() if loss is not None)
+    model = config["model"]["path"] or f"a {manifest.model['config']['model_type']} from random weights"
+    return f"""---
+library_name: transformers
+tags: [tessera]
+---
+
+# {config["run"]["name"]}
+
+Trained with Tessera, beginning from {model}.
+
+| | |
+| --- | --- |
+| steps | {manifest.step:,} |
+| samples | {manifest.samples:,} |
+| tokens | {manifest.tokens:,} |
+{losses}
+| sequence length | {config["data"]["sequence_length"]:,} |
+| batch | {config["deepspeed"]["train_batch_size"]:,} |
+| optimizer | {config["deepspeed"]["optimizer"]["type"]} |
+| processes | {world["processes"]}: pipeline {world["pipeline"]}, data {world["data"]}, tensor {world["tensor"]} |
+| saved | {manifest.created} |
+
+Training data:
+
+{sources}
+"""
+
+
+@torch.no_grad()
+def difference(checkpoint: Path, exported: Path) -> float:
+    """Largest difference of a logit between the exported model and the checkpoint's, cast to the same type, on random
+    ids; both are in memory whole."""
+    manifest = read_manifest(checkpoint)
+    model = build_from_recipe(manifest.model)
+    read_weights(model, str(checkpoint))
+    theirs = load_exported(exported)
+    ours: Any = model.eval()
+    ours.to(theirs.dtype)
+    vocabulary = ours.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    return float((ours(input_ids=ids).logits.double() - theirs(input_ids=ids).logits.double()).abs().max())
