@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-dev  ## overhead, model states, data, pipeline (about 
 	$(PY) -m tools.bench data
 	$(PY) -m tools.bench states
 	$(PY) -m tools.bench pipeline
+	$(PY) -m tools.bench checkpoint
 	$(PY) -m tools.bench overhead
 
 schema: $(VENV)/.installed  ## write ds_configs/schema.json anew

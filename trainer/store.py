@@ -38,7 +38,7 @@ DTYPES = {
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _ALIGNMENT = 64
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 
 Place = tuple[int, ...]
 
@@ -295,10 +295,10 @@ def readable(count: int) -> str:
 
 def hash_of(path: Path) -> str:
     """xxh3-128 of a file."""
-    hashed = xxhash.xxh3_128()
+    hashed, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            hashed.update(chunk)
+        while count := file.readinto(buffer):
+            hashed.update(buffer[:count])
     return hashed.hexdigest()
 
 

@@ -5,6 +5,7 @@ python -m tools.bench states      bytes of model states on a rank, against the f
 python -m tools.bench data        time a step waits for data; cost of starting at any position
 python -m tools.bench traffic     collectives and bytes a layer under tensor parallelism, against DeepSpeed's AutoTP
 python -m tools.bench pipeline    idle share of the schedule, bytes over each boundary, parameters of a rank
+python -m tools.bench checkpoint  saving and loading against the disk itself, the stall of an asynchronous save, memory
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
-from tools.bench import data, overhead, pipeline, states, traffic
+from tools.bench import checkpoint, data, overhead, pipeline, states, traffic
 
-BENCHMARKS = {"overhead": overhead, "states": states, "data": data, "traffic": traffic, "pipeline": pipeline}
+BENCHMARKS = {
+    "overhead": overhead,
+    "states": states,
+    "data": data,
+    "traffic": traffic,
+    "pipeline": pipeline,
+    "checkpoint": checkpoint,
+}
 
 
 def machine() -> dict[str, Any]:

@@ -346,9 +346,23 @@ def offload_fits_the_stage(draft: Draft) -> Iterator[Problem]:
         path = f"deepspeed.zero_optimization.{key}"
         if device != "none" and stage < least:
             yield Problem(path, f"needs stage {least} or more, and the stage is {stage}")
-        nvme_path = getattr(part, "nvme_path", None)
-        if device == "nvme" and not (nvme_path and Path(nvme_path).is_dir()):
-            yield Problem(f"{path}.nvme_path", f"{nvme_path!r} is not a folder", "Give a folder on the NVMe disk")
+
+
+@rule("deepspeed.zero_optimization")
+def state_can_be_saved(draft: Draft) -> Iterator[Problem]:
+    """What no checkpoint could hold is told now, not at the first one."""
+    assert draft.deepspeed is not None
+    zero = draft.deepspeed.zero_optimization
+    path = "deepspeed.zero_optimization"
+    for key in ("offload_optimizer", "offload_param"):
+        if getattr(getattr(zero, key, None), "device", None) == "nvme":
+            yield Problem(f"{path}.{key}.device", "'nvme': checkpoints cannot read what lies there", "Take 'cpu'")
+    ratio = getattr(getattr(zero, "offload_optimizer", None), "ratio", None)
+    if ratio is not None and ratio < 1:
+        reason = f"{ratio}: the part of the state that stays on the device cannot be put into checkpoints"
+        yield Problem(f"{path}.offload_optimizer.ratio", reason, "Leave it out")
+    if getattr(zero, "zenflow", None) is not None:
+        yield Problem(f"{path}.zenflow", "its state cannot be put into checkpoints", "Leave it out")
 
 
 @rule("deepspeed.optimizer", "deepspeed.zero_optimization.offload_optimizer", "deepspeed.fp16")

@@ -5,6 +5,7 @@ Written against DeepSpeed 0.19, much of it private: `tests/test_checkpoint.py` s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -70,13 +71,32 @@ class Holding:
         yield from chain.from_iterable(group["params"] for group in self.inner.param_groups)
 
     def allocate(self) -> None:
-        """Lets torch's optimizer make its state, by a step without gradients; all values are then to be replaced."""
-        stepped = list(self.stepped())
-        for tensor in stepped:
-            tensor.grad = torch.zeros_like(tensor)
+        """Lets torch's optimizer make its state, where it has none; all its values are then to be replaced."""
+        for group in self.inner.param_groups:
+            for tensor in group["params"]:
+                if not self.inner.state.get(tensor):
+                    self._step_alone(group, tensor)
+
+    def _step_alone(self, group: dict[str, Any], tensor: Tensor) -> None:
+        """A step of a single tensor, whose gradient is zero."""
+        kept, tensor.grad = tensor.grad, torch.zeros_like(tensor)
+        groups, self.inner.param_groups = self.inner.param_groups, [{**group, "params": [tensor]}]
         self.inner.step()
-        for tensor in stepped:
-            tensor.grad = None
+        self.inner.param_groups, tensor.grad = groups, kept
+
+    def _allocate_flat(self, group: dict[str, Any], flat: Tensor) -> None:
+        """Makes the state of a flat tensor as the optimizer makes that of a single number: in no more memory."""
+        if self.inner.state.get(flat):
+            return
+        number = nn.Parameter(flat.detach().new_zeros(1))
+        self._step_alone(group, number)
+        made = self.inner.state.pop(number, {})
+        self.inner.state[flat] = {
+            key: torch.full_like(flat, value.item(), dtype=value.dtype, requires_grad=False)
+            if isinstance(value, Tensor) and value.ndim
+            else copy.deepcopy(value)
+            for key, value in made.items()
+        }
 
     @torch.no_grad()
     def recall_steps(self, steps: int) -> None:
@@ -195,10 +215,8 @@ class _Partitions(Holding):
         yield from self._flats()
 
     def allocate(self) -> None:
-        kept = [flat.grad for flat in self._flats()]
-        super().allocate()
-        for flat, gradient in zip(self._flats(), kept, strict=True):
-            flat.grad = gradient  # with offload and in bf16 it is a buffer that is made once
+        for group, flat in zip(self.inner.param_groups, self._flats(), strict=True):
+            self._allocate_flat(group, flat)
         self._optimizer._hp_optimizer_states_linked = False
         for number, flat in enumerate(self._flats()):
             parameters = getattr(self._optimizer, "params_in_partition", [()] * (number + 1))[number]
@@ -231,10 +249,9 @@ class _SubGroups(Holding):
         yield from self._optimizer.fp32_partitioned_groups_flat
 
     def allocate(self) -> None:
+        groups = self._optimizer.sub_group_to_group_id
         for number, flat in enumerate(self.stepped()):
-            kept, flat.grad = flat.grad, torch.zeros_like(flat)
-            self._optimizer._optimizer_step(number)
-            flat.grad = kept
+            self._allocate_flat(self.inner.param_groups[groups[number]], flat)
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -1,0 +1,208 @@
+"""Saving and loading against the disk itself: speed, the stall of an asynchronous save, bytes, memory, files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tools.bench.common import configuration, table, write_tokens
+from tools.ranks import run_ranks
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint.run import FOLDER
+from trainer.config import LoadedConfig
+from trainer.data import open_batches, prepare_data
+from trainer.distributed import Launch, World, joined_world
+from trainer.engine import Engine, start_engine
+from trainer.model import build_model, recipe_of
+from trainer.run_directory import RunDirectory
+from trainer.store import read_manifest
+from trainer.topology import Topology
+
+_BLOCK = 1 << 22
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, default=2, help="data ranks (default 2)")
+    parser.add_argument("--size", type=int, default=25, choices=(1, 5, 25), help="millions of parameters (default 25)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement, taken in turn (default 5)")
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured (default: here)")
+
+
+@dataclass
+class Measured:
+    """Seconds of each round, and what was counted."""
+
+    write: list[float] = field(default_factory=list)
+    """`dd conv=fsync` of the same bytes."""
+
+    read: list[float] = field(default_factory=list)
+    """Of the same bytes in a row, by one process."""
+
+    save: list[float] = field(default_factory=list)
+    stall: list[float] = field(default_factory=list)
+    """How long training waits for an asynchronous save."""
+
+    load: list[float] = field(default_factory=list)
+    """Finding, verifying every byte, filling the engine."""
+
+    bytes: int = 0
+    least: int = 0
+    """Bytes that the state has."""
+
+    files: int = 0
+    extra_memory: int = 0
+    """Anonymous memory that a rank takes while it loads, at most, beside what it had."""
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        write_tokens(Path(name))
+        ranks = run_ranks(measure, options.world, name, options.size, options.world, options.rounds)
+    one: Measured = replace(ranks[0], extra_memory=max(rank.extra_memory for rank in ranks))
+    middle = {key: statistics.median(getattr(one, key)) for key in ("write", "read", "save", "stall", "load")}
+    rows = [
+        ("save, against dd conv=fsync", f"{middle['write'] / middle['save']:.2f} x",
+         f"{one.bytes / middle['save'] / 1e6:.0f} MB/s"),
+        ("load, against a sequential read", f"{middle['read'] / middle['load']:.2f} x",
+         f"{one.bytes / middle['load'] / 1e6:.0f} MB/s"),
+        ("asynchronous stall, of a save", f"{100 * middle['stall'] / middle['save']:.1f} %",
+         f"{1e3 * middle['stall']:.0f} ms"),
+        ("bytes, of the least", f"{one.bytes / one.least:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
+        ("files", str(one.files), f"{options.world} ranks"),
+        ("memory beside the state, loading", f"{one.extra_memory / 1e6:.1f} MB", ""),
+    ]  # fmt: skip
+    print(f"{options.size} M parameters, {options.world} ranks, ZeRO 1, median of {options.rounds} rounds")
+    print(table(("", "", ""), rows))
+    return {**asdict(one), "median": middle}
+
+
+def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
+    """What one rank sees; times are the first rank's, between barriers."""
+    launch = Launch.from_environment()
+    place = Topology.of(launch.world, launch.rank)
+    loaded = configuration(Path(folder), size, world=world_size, zero_optimization={"stage": 1})
+    measured = Measured()
+    with joined_world(launch, place, seed=1) as world:
+        prepared = prepare_data(loaded, builder=launch.rank == 0)
+        dist.barrier()
+        batches = open_batches(loaded, prepared, place)
+        model = build_model(loaded, prepared.tokenizer)
+        engine = start_engine(model, loaded, world)
+        engine.train_step(batches.train.at(1))
+
+        def checkpoints(**values: Any) -> Checkpoints:
+            section = loaded.config.checkpoint.model_copy(update=values)
+            changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
+            return Checkpoints(changed, RunDirectory.examine(changed), world, batches.fingerprint, recipe_of(model))
+
+        for number in range(rounds + 1):
+            _round(number, engine, checkpoints, world, loaded, measured)
+    return measured
+
+
+def _round(
+    number: int, engine: Engine, checkpoints: Callable[..., Checkpoints], world: World, loaded: LoadedConfig,
+    measured: Measured,
+) -> None:  # fmt: skip
+    """The first one warms up, and is not counted."""
+    folder = Path(loaded.config.run.output_dir) / FOLDER
+    progress = Progress(number + 1, 0, 0)
+
+    saver = checkpoints(resume="never")
+    save = _seconds(lambda: saver.save(engine, progress, {}))
+    (newest,) = folder.glob(f"step-{number + 1:08}")
+    files = sorted(newest.iterdir())
+    later = checkpoints(resume="never", asynchronous=True)
+    stall = _seconds(lambda: later.save(engine, replace(progress, step=1000 + number), {}))
+    later.close()
+    _forget(files)
+    with _anonymous_memory(measured):
+        load = _seconds(lambda: checkpoints(resume=str(newest)).restore(engine))
+    dist.barrier()
+    write = read = 0.0
+    if world.is_first:
+        told = read_manifest(newest)
+        measured.bytes = sum(file.stat().st_size for file in files)
+        measured.files = len(files)
+        width = {"F32": 4, "BF16": 2}
+        measured.least = sum(s.numbers * width[s.dtype] for s in told.tensors.values())
+        write = _dd(folder / "plain", measured.bytes)
+        _forget(files)
+        read = _reading(files)
+    dist.barrier()
+    if number:
+        for key, seconds in (("save", save), ("stall", stall), ("load", load), ("write", write), ("read", read)):
+            getattr(measured, key).append(seconds)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _dd(path: Path, count: int) -> float:
+    start = time.perf_counter()
+    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={_BLOCK}", f"count={-(-count // _BLOCK)}", "conv=fsync"]
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds * count / (-(-count // _BLOCK) * _BLOCK)
+
+
+def _reading(files: list[Path]) -> float:
+    start = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.read(_BLOCK):
+                pass
+    return time.perf_counter() - start
+
+
+def _forget(files: list[Path]) -> None:
+    """Lets the kernel drop what it has kept of files, so that the next to read them reads the disk."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@contextmanager
+def _anonymous_memory(measured: Measured) -> Iterator[None]:
+    """Notes how much anonymous memory this process takes meanwhile, at most; mapped files do not count."""
+    before = most = _anonymous()
+    stop = threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not stop.wait(0.002):
+            most = max(most, _anonymous())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        measured.extra_memory = max(measured.extra_memory, most - before)
+
+
+def _anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
