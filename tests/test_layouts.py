@@ -42,41 +42,27 @@ LAYOUTS = [
     Layout(1, 0, 1),
     Layout(1, 0, 4),
     Layout(2, 0, 2),
-    Layout(4, 0, 1),
     Layout(1, 1, 2),
-    Layout(2, 1, 1),
     Layout(2, 1, 4),
     Layout(4, 1, 2),
-    Layout(2, 2, 1),
     Layout(2, 2, 4),
     Layout(2, 3, 1),
-    Layout(2, 3, 4),
-    Layout(2, 1, 2, offload=True),
-    Layout(2, 2, 2, offload=True),
     Layout(2, 3, 2, offload=True),
-    Layout(2, 0, 2, checkpointing="full"),
     Layout(2, 3, 2, checkpointing="full"),
     Layout(2, 3, 1, checkpointing="selective"),
     Layout(4, 1, 2, pipeline=2, tensor=2, sequence_parallel=True, checkpointing="selective"),
     Layout(1, 0, 2, "concatenate"),
-    Layout(2, 1, 2, "concatenate"),
     Layout(2, 0, 1, tensor=2),
     Layout(2, 1, 2, tensor=2),
     Layout(2, 3, 1, "concatenate", tensor=2),
     Layout(4, 0, 2, tensor=2),
-    Layout(4, 1, 1, tensor=2, checkpointing="full"),
-    Layout(4, 2, 2, tensor=2),
     Layout(4, 1, 2, tensor=2, offload=True),
-    Layout(4, 3, 1, tensor=2, offload=True, checkpointing="full"),
     Layout(4, 0, 1, tensor=4),  # its two key/value heads are each held by two ranks
     Layout(2, 0, 2, tensor=2, sequence_parallel=True),
     Layout(4, 1, 2, tensor=2, sequence_parallel=True, checkpointing="full"),
-    Layout(4, 3, 1, "concatenate", tensor=4, sequence_parallel=True),
     Layout(2, 0, 4, pipeline=2),
     Layout(2, 1, 4, "concatenate", pipeline=2),
-    Layout(2, 0, 1, pipeline=2),
     Layout(4, 0, 2, "concatenate", pipeline=2),
-    Layout(4, 1, 2, pipeline=2, checkpointing="full"),
     Layout(4, 0, 2, pipeline=2, tensor=2),
     Layout(8, 0, 2, "concatenate", pipeline=2, tensor=2, sequence_parallel=True),
 ]
@@ -90,8 +76,22 @@ MORE_LAYOUTS = [
     Layout(4, 1, 4, pipeline=2, tensor=2, sequence_parallel=True),
     Layout(8, 1, 2, pipeline=2, tensor=2),
     Layout(4, 2, 2),
+    Layout(4, 0, 1),
+    Layout(2, 1, 1),
+    Layout(2, 2, 1),
+    Layout(2, 3, 4),
+    Layout(2, 1, 2, offload=True),
+    Layout(2, 2, 2, offload=True),
+    Layout(2, 0, 2, checkpointing="full"),
+    Layout(2, 1, 2, "concatenate"),
+    Layout(4, 1, 1, tensor=2, checkpointing="full"),
+    Layout(4, 2, 2, tensor=2),
+    Layout(4, 3, 1, tensor=2, offload=True, checkpointing="full"),
+    Layout(4, 3, 1, "concatenate", tensor=4, sequence_parallel=True),
+    Layout(2, 0, 1, pipeline=2),
+    Layout(4, 1, 2, pipeline=2, checkpointing="full"),
 ]
-"""In `make matrix`: each of their parts is in one of the others."""
+"""In `make matrix`: each of their parts is in some of the others."""
 
 
 def config_of(layout: Layout, base: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -177,15 +177,13 @@ def test_same_numbers_as_one_bare_process(
 
 
 def test_held_out_loss_is_the_same(base: dict[str, Any]) -> None:
-    """45 documents in micro-batches of 1 to 8 on 1, 2 and 4 ranks: the last batch is partial, ranks run dry."""
+    """45 documents in micro-batches of 1 to 8 on 1 and 4 ranks: the last batch is partial, ranks run dry."""
     found = [
         run_ranks(train, lay.world, [(config_of(lay, base), 0)])[0][0][2]
         for lay in (
             Layout(1, 0, 1),
-            Layout(2, 1, 2),
             Layout(4, 3, 1),
             Layout(1, 0, 8),
-            Layout(2, 1, 4, pipeline=2),
             Layout(4, 0, 2, pipeline=2),
         )
     ]

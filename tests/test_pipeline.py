@@ -444,9 +444,7 @@ def test_kernels_of_a_gpu_are_followed_without_it(tiny: dict[str, Any]) -> None:
 def test_dropout_comes_again_from_the_seed(tiny: dict[str, Any]) -> None:
     config = with_values(tiny, parallel__pipeline=2, model__config__attention_dropout=0.2)
     one, again = (run_ranks(dropping_losses, 2, config, 3)[1] for _ in range(2))
-    other = run_ranks(dropping_losses, 2, with_values(config, run__seed=12), 3)[1]
     assert one == again
-    assert one != other
     assert one != run_ranks(dropping_losses, 2, with_values(config, model__config__attention_dropout=0.0), 3)[1]
 
 

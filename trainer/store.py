@@ -38,7 +38,7 @@ DTYPES = {
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _ALIGNMENT = 64
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 Place = tuple[int, ...]
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from tools.bench.common import configuration, table, write_tokens
 from tools.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint.keep import name_of
+from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.run import FOLDER
 from trainer.config import LoadedConfig
 from trainer.data import open_batches, prepare_data
@@ -27,7 +29,7 @@ from trainer.distributed import Launch, World, joined_world
 from trainer.engine import Engine, start_engine
 from trainer.model import build_model, recipe_of
 from trainer.run_directory import RunDirectory
-from trainer.store import read_manifest
+from trainer.store import read_manifest, verify_files
 from trainer.topology import Topology
 
 _BLOCK = 1 << 22
@@ -55,7 +57,10 @@ class Measured:
     """How long training waits for an asynchronous save."""
 
     load: list[float] = field(default_factory=list)
-    """Finding, verifying every byte, filling the engine."""
+    """Verifying every byte, and filling the engine."""
+
+    publish: list[float] = field(default_factory=list)
+    """Then: DeepSpeed gathers the weights on all ranks, as after a step."""
 
     bytes: int = 0
     least: int = 0
@@ -71,12 +76,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         write_tokens(Path(name))
         ranks = run_ranks(measure, options.world, name, options.size, options.world, options.rounds)
     one: Measured = replace(ranks[0], extra_memory=max(rank.extra_memory for rank in ranks))
-    middle = {key: statistics.median(getattr(one, key)) for key in ("write", "read", "save", "stall", "load")}
+    middle = {
+        key: statistics.median(getattr(one, key)) for key in ("write", "read", "save", "stall", "load", "publish")
+    }
     rows = [
         ("save, against dd conv=fsync", f"{middle['write'] / middle['save']:.2f} x",
          f"{one.bytes / middle['save'] / 1e6:.0f} MB/s"),
         ("load, against a sequential read", f"{middle['read'] / middle['load']:.2f} x",
          f"{one.bytes / middle['load'] / 1e6:.0f} MB/s"),
+        ("then DeepSpeed gathers the weights", "", f"{1e3 * middle['publish']:.0f} ms"),
         ("asynchronous stall, of a save", f"{100 * middle['stall'] / middle['save']:.1f} %",
          f"{1e3 * middle['stall']:.0f} ms"),
         ("bytes, of the least", f"{one.bytes / one.least:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
@@ -107,29 +115,36 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
             changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
             return Checkpoints(changed, RunDirectory.examine(changed), world, batches.fingerprint, recipe_of(model))
 
+        later = checkpoints(resume="never", asynchronous=True)
         for number in range(rounds + 1):
-            _round(number, engine, checkpoints, world, loaded, measured)
+            _round(number, engine, checkpoints(resume="never"), later, world, loaded, measured)
     return measured
 
 
 def _round(
-    number: int, engine: Engine, checkpoints: Callable[..., Checkpoints], world: World, loaded: LoadedConfig,
+    number: int, engine: Engine, saver: Checkpoints, later: Checkpoints, world: World, loaded: LoadedConfig,
     measured: Measured,
 ) -> None:  # fmt: skip
     """The first one warms up, and is not counted."""
     folder = Path(loaded.config.run.output_dir) / FOLDER
-    progress = Progress(number + 1, 0, 0)
-
-    saver = checkpoints(resume="never")
+    progress, place = Progress(number + 1, 0, 0), world.topology
     save = _seconds(lambda: saver.save(engine, progress, {}))
-    (newest,) = folder.glob(f"step-{number + 1:08}")
+    newest = folder / name_of(progress.step)
     files = sorted(newest.iterdir())
-    later = checkpoints(resume="never", asynchronous=True)
     stall = _seconds(lambda: later.save(engine, replace(progress, step=1000 + number), {}))
     later.close()
-    _forget(files)
+    if world.is_first:
+        _forget(files)
+
+    def load_all() -> None:
+        told = read_manifest(newest)
+        verify_files(newest, told, told.files[place.rank :: place.world])
+        dist.barrier()
+        fill(engine.state, told, newest)
+
     with _anonymous_memory(measured):
-        load = _seconds(lambda: checkpoints(resume=str(newest)).restore(engine))
+        load = _seconds(load_all)
+    publish = _seconds(lambda: engine.state.complete(numbers_of(read_manifest(newest))))
     dist.barrier()
     write = read = 0.0
     if world.is_first:
@@ -143,8 +158,9 @@ def _round(
         read = _reading(files)
     dist.barrier()
     if number:
-        for key, seconds in (("save", save), ("stall", stall), ("load", load), ("write", write), ("read", read)):
-            getattr(measured, key).append(seconds)
+        seconds = {"save": save, "stall": stall, "load": load, "publish": publish, "write": write, "read": read}
+        for key, value in seconds.items():
+            getattr(measured, key).append(value)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from trainer.checkpoint.keep import checkpoints_in, delete, leftovers, name_of, point, pointed_at, superfluous
 from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.remote import Remote, is_remote
-from trainer.checkpoint.save import PARTIAL, Folder, entries_of, first_gloo_group
+from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
 from trainer.config import LoadedConfig
 from trainer.distributed import World
 from trainer.engine import Engine, merged
@@ -69,6 +69,7 @@ class Checkpoints:
         self._rank, self._ranks = world.topology.rank, world.topology.world
         self._group = first_gloo_group()
         self._remote = Remote(self._section.upload) if self._section.upload else None
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         if self._rank == 0:
@@ -269,7 +270,8 @@ class Checkpoints:
             files=(),
             tensors={},
         )
-        entries = entries_of(engine.state.owned(), copied=asynchronous)
+        owned = engine.state.owned()
+        entries = entries_of(self._staging.copies(owned) if asynchronous else owned)
         if not asynchronous:
             self._write(entries, manifest, start)
             self._say_failure()

@@ -6,13 +6,14 @@ import itertools
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainer.engine import Piece
 from trainer.errors import CheckpointError
@@ -22,6 +23,7 @@ from trainer.store import (
     Entry,
     Index,
     Manifest,
+    Place,
     Stored,
     Tensors,
     Written,
@@ -38,16 +40,31 @@ PARTIAL = ".{}.partial"
 DELETED = ".{}.deleted"
 
 
-def entries_of(pieces: Iterable[Piece], *, copied: bool) -> list[Entry]:
-    """The pieces as entries of files.
+class Staging:
+    """Host memory for a copy of the state; it is kept from one save to the next, pinned where there is a GPU."""
 
-    Args:
-        copied: into host memory, so that training may go on; else the entries are views of what is trained.
-    """
-    return in_order(
-        Entry(p.name, p.kind, p.shape, p.start, p.view.detach().to("cpu", copy=True) if copied else p.view)
-        for p in pieces
-    )
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str, Place], Tensor] = {}
+
+    def copies(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces, with copies in place of views of what is trained."""
+        copied = [replace(piece, view=self._copy(piece)) for piece in pieces]
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+            torch.cuda.synchronize()
+        yield from copied
+
+    def _copy(self, piece: Piece) -> Tensor:
+        key = piece.name, piece.kind, piece.start
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != piece.view.shape or buffer.dtype != piece.view.dtype:
+            buffer = torch.empty(piece.view.shape, dtype=piece.view.dtype, pin_memory=piece.view.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(piece.view.detach(), non_blocking=True)
+
+
+def entries_of(pieces: Iterable[Piece]) -> list[Entry]:
+    """The pieces as entries of files."""
+    return in_order(Entry(p.name, p.kind, p.shape, p.start, p.view) for p in pieces)
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:
