@@ -18,18 +18,8 @@ from trainer.distributed import Launch, configure_logging, joined_world, local_d
 
 prepare_environment()
 
-from trainer.checkpoint import Checkpoints
 from trainer.config import LoadedConfig, load_config
-from trainer.data import open_batches, prepare_data
-from trainer.dry_run import describe
-from trainer.engine import start_engine
 from trainer.exit import Arguments, exit_on_errors
-from trainer.loop import fit
-from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
-from trainer.pipeline import divide_layers
-from trainer.run_directory import RunDirectory
-from trainer.topology import Topology
-from trainer.tracking import Meter, open_trackers
 
 log = logging.getLogger("trainer.train")
 
@@ -42,15 +32,25 @@ def main() -> None:
         looks_only = options.print_config or options.dry_run
         world = options.world if looks_only and launch.world == 1 else launch.world
         loaded = load_config(options.config, options.set, world=world, device=None if looks_only else local_device())
-        if looks_only:
-            if launch.rank == 0:
-                print(json.dumps(loaded.resolved(), indent=2) if options.print_config else describe(loaded))
-        else:
+        if not looks_only:
             train(loaded, launch)
+        elif launch.rank == 0:
+            print(json.dumps(loaded.resolved(), indent=2) if options.print_config else described(loaded))
 
 
 def train(loaded: LoadedConfig, launch: Launch) -> None:
     """The whole story, one call a room, in the order in which data passes."""
+    # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
+    from trainer.checkpoint import Checkpoints
+    from trainer.data import open_batches, prepare_data
+    from trainer.engine import start_engine
+    from trainer.loop import fit
+    from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
+    from trainer.pipeline import divide_layers
+    from trainer.run_directory import RunDirectory
+    from trainer.topology import Topology
+    from trainer.tracking import Meter, open_trackers
+
     directory = RunDirectory.examine(loaded)
     if directory.is_finished(loaded):
         log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
@@ -82,6 +82,13 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         if world.is_first:
             directory.write_config(loaded, finished_step=config.training.max_steps)
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
+
+
+def described(loaded: LoadedConfig) -> str:
+    """What would run."""
+    from trainer.dry_run import describe
+
+    return describe(loaded)
 
 
 def parse_arguments() -> argparse.Namespace:
