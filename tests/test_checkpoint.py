@@ -28,6 +28,7 @@ from tests.harness import free_port, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
 from tests.test_tracking import ROOT, TRAIN, rows_of
 from trainer.checkpoint.keep import Kept, best_of, name_of, superfluous
+from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.save import in_order, refuse_wrong_cover
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
@@ -679,15 +680,15 @@ def test_the_loss_scale_of_fp16_is_kept() -> None:
 
 @pytest.fixture(scope="module")
 def run_of_six(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run by the command line, with checkpoints behind steps 2, 4 and 6, copied elsewhere too."""
+    """A run of two ranks by the command line, with checkpoints behind steps 2, 4 and 6, copied elsewhere too."""
     folder = tmp_path_factory.mktemp("six")
     config = with_values(
         base, run__output_dir=str(folder / "run"), training__log_every_steps=1, evaluation={"every_steps": 2},
         data__validation=held_out(base), evaluation__max_batches=1,
         checkpoint={"every_steps": 2, "keep_last": 2, "upload": f"file://{folder}/copies"},
-        tracking={"wandb": {"mode": "offline"}},
+        tracking={"wandb": {"mode": "offline"}}, deepspeed__zero_optimization={"stage": 1},
     )  # fmt: skip
-    ended = started(config, folder)
+    ended = started(config, folder, world=2)
     assert ended.status == 0, ended.err
     assert "deleting" in ended.out
     return folder
@@ -713,7 +714,7 @@ def test_the_tool_looks_into_checkpoints(run_of_six: Path, tmp_path: Path) -> No
     shown = tool("show", run, "--tensors")
     assert "6 (attempt 1), 72 samples, 2,304 tokens" in shown.out
     assert "exp_avg_sq   model.embed_tokens.weight [320, 32] F32" in shown.out
-    assert tool("verify", run).out.count(": sound (") == 2
+    assert tool("verify", run).out.count(": sound (2 files") == 2
     differing = tool("diff", run / "checkpoints" / "step-00000004", run)
     assert differing.status == 1
     assert "0 tensors are equal bit for bit" in differing.out
@@ -889,3 +890,28 @@ def test_a_failed_asynchronous_save_is_told(base: dict[str, Any], tmp_path: Path
         "step-00000002",
         "step-00000006",
     ]
+
+
+@pytest.mark.fast
+def test_a_copy_is_complete_with_its_manifest(tmp_path: Path) -> None:
+    """In an object store: nothing is found before the manifest is there; a deleted copy loses it first."""
+    remote = Remote(f"memory://{tmp_path.name}/run")
+    assert remote.newest() is None
+    for step, attempt in ((10, 1), (20, 1), (15, 2)):
+        folder = tmp_path / name_of(step)
+        folder.mkdir()
+        (folder / "rank-00000.safetensors").write_bytes(b"x" * step)
+        (folder / MANIFEST).write_text(json.dumps({"attempt": attempt, "step": step}))
+        before = remote.newest()
+        remote.upload(folder, ["rank-00000.safetensors"])
+        assert remote.newest() == before
+        remote.upload(folder, [MANIFEST])
+        assert remote.newest() == folder.name, "of a later attempt, or a later step"
+    remote.fetch(name_of(20), "rank-00000.safetensors", tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == b"x" * 20
+    remote.delete(name_of(15))
+    remote.delete(name_of(15))
+    assert remote.newest() == name_of(20)
+    assert Remote(f"memory://{tmp_path.name}/run/{name_of(10)}").newest() == ""
+    with pytest.raises(CheckpointError, match="cannot be copied"):
+        remote.fetch(name_of(20), "absent", tmp_path / "absent")

@@ -297,18 +297,19 @@ class Checkpoints:
             self._failure = None
 
     def _write(self, entries: Sequence[Entry], manifest: Manifest, start: float) -> None:
-        folder = self._path / name_of(manifest.step)
+        path = self._path / name_of(manifest.step)
+        folder = Folder(path, self._rank, self._group)
         try:
-            complete = Folder(folder, self._rank, self._group).write(entries, manifest)
+            complete = folder.write(entries, manifest)
         except CheckpointError as error:
             self._failure = error
             return
         if self._rank == 0:
             seconds = time.perf_counter() - start
-            log.info("checkpoint %s: %s in %.1f s", folder, readable(complete.bytes), seconds)
+            log.info("checkpoint %s: %s in %.1f s", path, readable(complete.bytes), seconds)
             self._failure = _attempted(self._keep)
         if self._remote is not None:
-            self._upload(folder, complete)
+            self._upload(path, [file.name for file in folder.written])
 
     def _keep(self) -> None:
         point(self._path)
@@ -319,10 +320,10 @@ class Checkpoints:
             if self._remote is not None:
                 self._remote.delete(one.folder.name)
 
-    def _upload(self, folder: Path, manifest: Manifest) -> None:
+    def _upload(self, folder: Path, own: list[str]) -> None:
+        """Each rank copies its own files; then the first one the manifest."""
         remote = self._remote
         assert remote is not None
-        own = [file.name for file in manifest.files[self._rank :: self._ranks]]
         failure = _attempted(lambda: remote.upload(folder, own))
         failures: list[Any] = [None] * self._ranks
         dist.all_gather_object(failures, failure and str(failure), group=self._group)

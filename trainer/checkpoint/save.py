@@ -78,6 +78,8 @@ class Folder:
     def __init__(self, path: Path, rank: int, group: Any = None) -> None:
         self._path, self._rank, self._group = path, rank, group
         self._partial = path.with_name(PARTIAL.format(path.name))
+        self.written: list[Written] = []
+        """This rank's files."""
 
     def write(self, entries: Sequence[Entry], manifest: Manifest, largest: int = LARGEST_FILE) -> Manifest:
         """Writes this rank's entries, and on the first rank, once all have, the manifest; then gives the folder its
@@ -109,7 +111,8 @@ class Folder:
             self._rename()
 
         self._agree(commit if self._rank == 0 else None)
-        self._verify([file for file, _ in written])
+        self.written = [file for file, _ in written]
+        self._agree(self._verify)
         return complete
 
     def _begin(self) -> None:
@@ -123,22 +126,22 @@ class Folder:
             old = self._path.with_name(DELETED.format(self._path.name))
             shutil.rmtree(old, ignore_errors=True)
             os.rename(self._path, old)
-            os.rename(self._partial, self._path)
+            try:
+                os.rename(self._partial, self._path)
+            except OSError:
+                os.rename(old, self._path)
+                raise
             sync_folder(self._path.parent)
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(self._partial, self._path)
             sync_folder(self._path.parent)
 
-    def _verify(self, written: Sequence[Written]) -> None:
+    def _verify(self) -> None:
         """Each rank reads again what it has written, before anything older may be deleted."""
-
-        def verify() -> None:
-            for file in written:
-                if hash_of(self._path / file.name) != file.hash:
-                    raise OSError(f"{file.name} does not hold what was written into it")
-
-        self._agree(verify)
+        for file in self.written:
+            if hash_of(self._path / file.name) != file.hash:
+                raise OSError(f"{file.name} does not hold what was written into it")
 
     def _agree(self, work: Callable[[], None] | None) -> None:
         """Does this rank's work; if it fails on any rank, all raise."""
