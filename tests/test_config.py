@@ -252,7 +252,9 @@ def test_shipped_configurations(path: Path) -> None:
     loaded = load_config(path)
     from trainer.dry_run import describe
 
-    assert "the configuration is sound" in describe(loaded)
+    said = describe(loaded)
+    assert "the configuration is sound" in said
+    assert "checkpoint   " in said
 
 
 def test_a_bad_configuration_costs_less_than_five_cpu_seconds(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Itera
         yield f"offloaded    {', '.join(offloaded)}"
 
 
+def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
+    section = loaded.config.checkpoint
+    every = f"every {section.every_steps} steps and " if section.every_steps else ""
+    kept = (
+        "all kept"
+        if section.keep_last is None
+        else f"the newest {section.keep_last} and the best {section.keep_best} kept"
+    )
+    size = cost.parameters * 4 * (1 + _moments(loaded))
+    return f"checkpoint   {every}at the end; {_gib(size)} each, {kept}"
+
+
 def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
     parallel = loaded.config.parallel
     sizes = f"pipeline {parallel.pipeline} x data {loaded.data_ranks} x tensor {parallel.tensor}"
@@ -145,6 +157,7 @@ def describe(loaded: LoadedConfig) -> str:
         f"{loaded.name}: the configuration is sound; nothing was started",
         *_model_lines(loaded, cost),
         *_batch_lines(loaded),
+        _checkpoint_line(loaded, cost),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
         + (f" (DeepSpeed's {extension_of(loaded.deepspeed_json)})" if extension_of(loaded.deepspeed_json) else ""),
         *_memory_lines(loaded, model, division),

@@ -8,6 +8,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ PARTIAL = ".{}.partial"
 """Name of a folder whose checkpoint is not complete."""
 
 DELETED = ".{}.deleted"
+_PATIENCE = timedelta(hours=6)
 
 
 class Staging:
@@ -212,5 +214,12 @@ def _overlap(stored: Stored) -> bool:
 
 
 def first_gloo_group() -> Any:
-    """A group of all ranks for host memory, for checkpoints alone: a thread may use it while training goes on."""
-    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 or torch.cuda.is_available() else None
+    """A group of all ranks for host memory, for checkpoints alone: a thread may use it while training goes on.
+
+    Its collectives wait for the slowest rank's files, and for their way to an object store.
+    """
+    return (
+        dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if dist.get_world_size() > 1 or torch.cuda.is_available()
+        else None
+    )
