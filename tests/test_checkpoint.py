@@ -189,11 +189,12 @@ def test_three_steps_and_three_are_six(
 
 PAIRS = [
     ("llama", Layout(2, zero=1), Layout(2, tensor=2)),
-    ("llama", Layout(2, zero=3, more=SMALL_GROUPS), Layout(2, pipeline=2)),
+    ("llama", Layout(2, zero=1), Layout(2, zero=3, more=SMALL_GROUPS)),
     ("tied", Layout(2, pipeline=2, zero=1, more=BF16), Layout(2, zero=2, more=BF16_FP32)),
-    ("gpt2", Layout(2, tensor=2, zero=1), Layout(2, zero=3)),
 ]
 MORE_PAIRS = [
+    ("llama", Layout(2, zero=3, more=SMALL_GROUPS), Layout(2, pipeline=2)),
+    ("gpt2", Layout(2, tensor=2, zero=1), Layout(2, zero=3)),
     ("tied", Layout(8, tensor=2, pipeline=2, zero=1), Layout()),
     ("mixtral", Layout(4, tensor=2, zero=2), Layout(3, zero=1)),
     ("llama", Layout(), Layout(2, zero=1)),
