@@ -28,9 +28,9 @@ IN_TEST = [
     pytest.param("gpt2", {"pipeline": 2, "pipeline_schedule": "dualpipev"}, marks=pytest.mark.matrix),
 ]
 IN_MATRIX = [
-    "gpt2", "bloom", "opt", "gpt_neox", "gptj", "falcon", "phi", "phi3", "cohere", "gemma2", "gemma3_text", "qwen2",
-    "qwen3", "qwen3_moe", "olmo2", "olmoe", "mistral", "starcoder2", "stablelm", "mpt", "gpt_bigcode", "deepseek_v3", "mamba",
-    "mamba2", "granite",
+    "gpt2", "bloom", "opt", "gpt_neox", "gptj", "falcon", "phi", "phi3", "cohere", "gemma2", "gemma3_text",
+    "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "mistral", "starcoder2", "stablelm", "mpt",
+    "gpt_bigcode", "deepseek_v3", "mamba", "mamba2", "granite",
 ]  # fmt: skip
 IN_STAGES = ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba2", "falcon", "qwen3_next"]
 
