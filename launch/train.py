@@ -68,7 +68,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         model = build_model(loaded, prepared.tokenizer)
         checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
-        progress = checkpoints.restore(engine)
+        progress, directory = checkpoints.restore(engine), checkpoints.directory
         if world.is_first:
             directory.write_config(loaded)
             directory.keep_tokenizer(prepared.tokenizer)

@@ -637,7 +637,7 @@ def test_files_are_safetensors_of_a_bounded_size(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_what_retention_lets_go(tmp_path: Path) -> None:
-    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5, 60: 1.5}
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: math.nan, 60: 1.5}
     about = {"world": {"pipeline": 1, "data": 1, "tensor": 1}}
     kept = [
         Kept(
@@ -655,6 +655,23 @@ def test_what_retention_lets_go(tmp_path: Path) -> None:
     assert gone(keep_last=2) == [40, 30, 10]
     assert gone(keep_last=1, keep_best=2, keep_every_steps=30) == [50, 40, 10]
     assert [one.manifest.step for one in best_of(kept, 2)] == [20, 60]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "00000100/../../victim"), ("tokens", -1), ("files", [{"name": "../x", "bytes": 1, "hash": ""}])],
+)
+def test_a_manifest_that_was_made_to_harm_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    about = {"world": {"pipeline": 1, "data": 1, "tensor": 1}}
+    told = json.loads(Manifest(1, 1, "", 0, 0, {}, {}, about, {}, {}, None, {}, (), {}).to_json())
+    del told["checksum"]
+    (tmp_path / MANIFEST).write_text(json.dumps({"checksum": checksum(told), **told}))
+    assert read_manifest(tmp_path).step == 1
+    told[key] = value
+    (tmp_path / MANIFEST).write_text(json.dumps({"checksum": checksum(told), **told}))
+    with pytest.raises(CheckpointError, match="damaged: no manifest of a checkpoint"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.fast
@@ -769,6 +786,9 @@ def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_p
     assert ended.status == 0, ended.err
     assert "going on behind step 6" in ended.out
     assert (tmp_path / "copies" / "latest").read_text() == "step-00000008\n"
+    assert read_manifest(tmp_path / "run" / "checkpoints" / "step-00000008").attempt == 2, (
+        "later than what it came from"
+    )
     flip(tmp_path / "copies" / "step-00000008" / "rank-00000.safetensors")
     shutil.rmtree(tmp_path / "run")
     damaged = started(config, tmp_path)

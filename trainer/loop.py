@@ -36,13 +36,18 @@ def fit(
         result = engine.train_step(batch)
         meter.add(batch.tokens, batch.samples)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
+            checkpoints.close()
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         losses: dict[str, float | None] = {}
         due = checkpoints.is_due(step)
         if due or step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
             trackers.log(row)
-            refuse_nonfinite(row, result.applied)
+            try:
+                refuse_nonfinite(row, result.applied)
+            except TrainingHalted:
+                checkpoints.close()
+                raise
             losses["train"] = row["loss"]
         if step == last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
             losses["validation"] = evaluate(step, engine, batches, meter, trackers)

@@ -198,12 +198,24 @@ def _parsed(body: dict[str, Any]) -> Manifest:
     for file in files:
         if PurePath(file.name).name != file.name or file.name in ("", ".", ".."):
             raise ValueError(f"{file.name!r} is not the name of a file in the folder")
+    for key in ("step", "attempt", "tokens", "samples"):
+        _refuse_no_count(body[key])
     tensors: Tensors = {}
     for name, kinds in body.pop("tensors").items():
         for kind, entry in kinds.items():
-            boxes = (Box(files[n].name, at, tuple(start), tuple(size)) for n, at, start, size in entry["boxes"])
-            tensors[name, kind] = Stored(tuple(entry["shape"]), entry["dtype"], tuple(boxes))
+            shape, dtype = tuple(entry["shape"]), entry["dtype"]
+            boxes = tuple(Box(files[n].name, at, tuple(start), tuple(size)) for n, at, start, size in entry["boxes"])
+            _refuse_no_count(*shape, *(n for box in boxes for n in (box.offset, *box.start, *box.size)))
+            if dtype not in DTYPES or any(len(part) != len(shape) for box in boxes for part in (box.start, box.size)):
+                raise ValueError(f"{kind} of {name} is no tensor")
+            tensors[name, kind] = Stored(shape, dtype, boxes)
     return Manifest(**body, files=files, tensors=tensors)
+
+
+def _refuse_no_count(*numbers: Any) -> None:
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"{number!r} is no count")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ def checkpoints_in(folder: Path) -> tuple[list[Kept], list[CheckpointError]]:
 
 def best_of(kept: Sequence[Kept], count: int = 1) -> list[Kept]:
     """Those of the lowest held-out loss, of all that were evaluated at their step; of equal ones the older."""
-    measured = [one for one in kept if one.loss is not None]
+    measured = [one for one in kept if one.loss is not None and math.isfinite(one.loss)]
     return sorted(measured, key=lambda one: (one.loss, one.order))[:count]
 
 

@@ -43,13 +43,17 @@ class Remote:
         if MANIFEST in names:
             self._files.pipe_file(f"{self._root}/{LATEST}", f"{folder.name}\n".encode())
 
-    def delete(self, name: str) -> None:
-        """Deletes a checkpoint, its manifest first."""
-        there = f"{self._root}/{name}"
-        if self._files.exists(f"{there}/{MANIFEST}"):
-            self._files.rm_file(f"{there}/{MANIFEST}")
-        if self._files.exists(there):
-            self._files.rm(there, recursive=True)
+    def withdraw(self, name: str) -> None:
+        """Makes a copy one that is not complete."""
+        if self._files.exists(f"{self._root}/{name}/{MANIFEST}"):
+            self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
+
+    def delete(self, *names: str) -> None:
+        """Deletes checkpoints, the manifest of each first."""
+        for name in names:
+            self.withdraw(name)
+            if self._files.exists(f"{self._root}/{name}"):
+                self._files.rm(f"{self._root}/{name}", recursive=True)
 
     def newest(self) -> str | None:
         """Name of the newest complete checkpoint; the place may also be that of a single one, whose name is "".
@@ -63,7 +67,7 @@ class Remote:
                 return ""
             found = [path.rsplit("/", 2)[-2] for path in self._files.glob(f"{self._root}/step-*/{MANIFEST}")]
             order = [(*self._order(name), name) for name in found]
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each store has its own
             raise CheckpointError(f"{self.place}: cannot be read: {error}") from None
         return max(order)[-1] if order else None
 
@@ -80,5 +84,5 @@ class Remote:
         there = f"{self._root}/{name}/{file}" if name else f"{self._root}/{file}"
         try:
             self._files.get_file(there, str(into))
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise CheckpointError(f"{self.place}: {there} cannot be copied: {error}") from None

@@ -7,15 +7,15 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trainer.checkpoint.keep import checkpoints_in, delete, leftovers, name_of, point, pointed_at, superfluous
+from trainer.checkpoint.keep import LATEST, checkpoints_in, delete, leftovers, name_of, point, pointed_at, superfluous
 from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.remote import Remote, is_remote
 from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
@@ -24,7 +24,7 @@ from trainer.distributed import World
 from trainer.engine import Engine, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
-from trainer.store import MANIFEST, Entry, Manifest, read_manifest, readable, sync_folder, verify_files
+from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, readable, sync_folder, verify_files
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,21 @@ class Checkpoints:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
-        if self._rank == 0:
-            _tidy(self._path)
+        self._on_first(lambda: _tidy(self._path))
         self._found = self._find()
+        self._directory = replace(directory, attempt=self._on_first(self._attempt))
 
     # Going on --------------------------------------------------------------------------------------------------------
+
+    def _attempt(self) -> int:
+        """Later than that of any checkpoint that is there: by it the newest are told."""
+        earlier = [one.manifest.attempt for one in checkpoints_in(self._path)[0]]
+        return max(self._directory.attempt, *(attempt + 1 for attempt in earlier), 1)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run directory, with the number of this attempt."""
+        return self._directory
 
     @property
     def found(self) -> bool:
@@ -94,8 +104,8 @@ class Checkpoints:
         folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
         self._agree(lambda: fill(engine.state, manifest, folder))
         engine.state.complete(numbers_of(manifest))
-        if self._rank == 0 and manifest.config["run"]["name"] == self._loaded.name:
-            self._directory.keep_wandb_run(manifest.wandb_run)
+        if manifest.wandb_run is not None and manifest.config["run"]["name"] == self._loaded.name:
+            self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
         world = manifest.about["world"]
         log.info(
             "going on behind step %d, from %s (%s, written by %d processes: pipeline %d x data %d x tensor %d), "
@@ -147,13 +157,14 @@ class Checkpoints:
             for error in damaged:
                 log.warning("%s", error)
             try:
-                pointed = pointed_at(folder, "latest")
+                pointed = pointed_at(folder, LATEST)
                 if kept and pointed != kept[0].folder:
                     log.warning("%s: points to %s, and the newest is %s", folder / "latest",
                                 pointed.name if pointed else "nothing", kept[0].folder.name)  # fmt: skip
             except CheckpointError as error:
                 log.warning("%s", error)
-            if not kept and (damaged or must):
+            lost = not kept and ((folder / LATEST).exists() or folder.is_symlink())
+            if not kept and (damaged or must or lost):
                 raise CheckpointError(f"{folder}: there is no sound checkpoint to go on from. To begin anew, take "
                                       "--resume never, or another run.output_dir")  # fmt: skip
             return [one.folder.name for one in kept]
@@ -215,20 +226,24 @@ class Checkpoints:
             return read_manifest(partial)
 
         found = self._on_first(manifest)
+        folder = self._path / name_of(found.step)
+        self._agree(lambda: self._refuse_another(_Found(partial, found)))
+        if self._on_first(lambda: is_checkpoint(folder)):
+            if self._on_first(lambda: read_manifest(folder).files) != found.files:
+                reason = f"{folder} is another checkpoint than that of {remote.place}"
+                raise ConfigError(Problem("run.output_dir", reason, "Take another folder"))
+            return self._verified(folder)
         own = found.files[self._rank :: self._ranks]
         log.info("copying %s of %s (%s)", name_of(found.step), remote.place, readable(found.bytes))
 
         def fetch() -> None:
             for file in own:
                 remote.fetch(name, file.name, partial / file.name)
-            verify_files(partial, found, own)
 
         self._agree(fetch)
-        folder = self._path / name_of(found.step)
+        self._agree(lambda: verify_files(partial, found, own))
 
         def rename() -> None:
-            if folder.exists():
-                delete(folder)
             partial.rename(folder)
             sync_folder(self._path)
 
@@ -307,28 +322,34 @@ class Checkpoints:
         if self._rank == 0:
             seconds = time.perf_counter() - start
             log.info("checkpoint %s: %s in %.1f s", path, readable(complete.bytes), seconds)
-            self._failure = _attempted(self._keep)
+        gone: list[str] = []
+        if self._rank == 0:
+            self._failure = _attempted(lambda: gone.extend(self._keep()))
         if self._remote is not None:
-            self._upload(path, [file.name for file in folder.written])
+            self._upload(path, [file.name for file in folder.written], gone)
 
-    def _keep(self) -> None:
+    def _keep(self) -> Iterator[str]:
+        """Moves the pointers, and deletes what is superfluous. Gives the names of what has gone."""
         point(self._path)
         kept, _ = checkpoints_in(self._path)
         for one in superfluous(kept, self._section):
             log.info("deleting %s, as checkpoint.keep_last says", one.folder)
             delete(one.folder)
-            if self._remote is not None:
-                self._remote.delete(one.folder.name)
+            yield one.folder.name
 
-    def _upload(self, folder: Path, own: list[str]) -> None:
-        """Each rank copies its own files; then the first one the manifest."""
+    def _upload(self, folder: Path, own: list[str], gone: list[str]) -> None:
+        """Each rank copies its own files; then the first one the manifest; only then do older copies go."""
         remote = self._remote
         assert remote is not None
-        failure = _attempted(lambda: remote.upload(folder, own))
+        failure = _attempted(lambda: remote.withdraw(folder.name)) if self._rank == 0 else None
+        dist.barrier(group=self._group)  # no file of a new copy lies under an old one's manifest
+        failure = failure or _attempted(lambda: remote.upload(folder, own))
         failures: list[Any] = [None] * self._ranks
         dist.all_gather_object(failures, failure and str(failure), group=self._group)
         if self._rank == 0 and not any(failures):
-            failures = [str(failure) if (failure := _attempted(lambda: remote.upload(folder, [MANIFEST]))) else None]
+            failure = _attempted(lambda: remote.upload(folder, [MANIFEST]))
+            failure = failure or _attempted(lambda: remote.delete(*gone))
+            failures = [failure and str(failure)]
         if found := [failure for failure in failures if failure]:
             self._failure = CheckpointError(f"{folder} was not copied to {remote.place}: {found[0]}")
 

@@ -101,6 +101,8 @@ class Folder:
                 written.append(write_file(self._partial / name, together))
 
         self._agree(write)
+        self.written = [file for file, _ in written]
+        self._agree(self._verify)
         gathered: list[Any] = [None] * dist.get_world_size(self._group) if self._rank == 0 else []
         dist.gather_object(written, gathered or None, dst=0, group=self._group)
         complete = manifest
@@ -113,8 +115,6 @@ class Folder:
             self._rename()
 
         self._agree(commit if self._rank == 0 else None)
-        self.written = [file for file, _ in written]
-        self._agree(self._verify)
         return complete
 
     def _begin(self) -> None:
@@ -140,9 +140,9 @@ class Folder:
             sync_folder(self._path.parent)
 
     def _verify(self) -> None:
-        """Each rank reads again what it has written, before anything older may be deleted."""
+        """Each rank reads again what it has written, before anything older may go for it."""
         for file in self.written:
-            if hash_of(self._path / file.name) != file.hash:
+            if hash_of(self._partial / file.name) != file.hash:
                 raise OSError(f"{file.name} does not hold what was written into it")
 
     def _agree(self, work: Callable[[], None] | None) -> None:

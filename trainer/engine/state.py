@@ -80,7 +80,8 @@ class TrainingState:
                 continue
             for kind, part, first in self._stretches(parameter, owned=True):
                 low, high = 0, part.numel()
-                if self._holding.is_replicated or not parameter.requires_grad:
+                whole = self._holding.is_replicated or not parameter.requires_grad
+                if whole and not (hasattr(parameter, "ds_tensor") and not parameter.requires_grad):
                     low, high = (high * (place.data_rank + side) // place.data for side in (0, 1))
                 yield from _pieces(shard, kind, part[low:high], first + low)
             if place.data_rank == 0:
@@ -192,8 +193,8 @@ class TrainingState:
             values = numbers.scalars.get(shard.name if whole else "", numbers.scalars.get("", {}))
             _set_scalars(inner.state[held.stepped], values)
         self._holding.recall_steps(int(numbers.scalars.get("", {}).get("step", 0)))
-        for key, value in numbers.counters.items():
-            setattr(self._engine, key, value)
+        for key in _COUNTERS:
+            setattr(self._engine, key, int(numbers.counters[key]))
         # By which DeepSpeed knows the last micro-batch of a step; a step may have had another number of them before.
         self._engine.micro_steps = self._engine.global_steps * self._engine.gradient_accumulation_steps()
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
