@@ -30,17 +30,23 @@ Losses = dict[int, float]
 
 
 def go_on(
-    config: dict[str, Any], last: int, saves: tuple[int, ...] = (), kill: int | None = None, victims: Any = ()
+    config: dict[str, Any],
+    last: int,
+    saves: tuple[int, ...] = (),
+    kill: int | None = None,
+    victims: Any = (),
+    frozen: str = "",
 ) -> Losses:
     """Trains up to step `last`, from where `checkpoint.resume` says, or from the beginning. Returns the losses.
 
     Args:
         saves: steps behind which the state is saved; if the first of them is where the run begins, before any other.
+        frozen: name of a weight that is not trained.
         kill: at this event of writing a checkpoint, counted from 1, dies a rank of `victims`; see `dying`.
     """
     launch = Launch.from_environment()
     with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
-        return _go_on(launch, world, config, last, saves, kill, victims)
+        return _go_on(launch, world, config, last, saves, kill, victims, frozen)
 
 
 def several(jobs: list[tuple[Any, ...]]) -> list[Any]:
@@ -59,13 +65,15 @@ def several(jobs: list[tuple[Any, ...]]) -> list[Any]:
 
 def _go_on(
     launch: Launch, world: World, config: dict[str, Any], last: int, saves: tuple[int, ...] = (),
-    kill: int | None = None, victims: Any = (),
+    kill: int | None = None, victims: Any = (), frozen: str = "",
 ) -> Losses:  # fmt: skip
     loaded = _loaded(config, launch.world)
     directory = RunDirectory.examine(loaded)
     prepared = prepare_data(loaded, builder=launch.rank == 0)
     batches = open_batches(loaded, prepared, world.topology)
     model = build_model(loaded, prepared.tokenizer)
+    if frozen:
+        model.get_parameter(frozen).requires_grad_(False)
     checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
     division = divide_layers(build_model_shape(loaded), loaded)
     engine = start_engine(model, loaded, world, division, blank=checkpoints.found)

@@ -936,3 +936,22 @@ def test_a_copy_is_complete_with_its_manifest(tmp_path: Path) -> None:
     assert Remote(f"memory://{tmp_path.name}/run/{name_of(10)}").newest() == ""
     with pytest.raises(CheckpointError, match="cannot be copied"):
         remote.fetch(name_of(20), "absent", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.matrix)])
+def test_weights_that_are_not_trained_are_kept(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+    """Saved once, by whoever holds them, without a state of the optimizer's; loaded under another stage."""
+    name = "model.embed_tokens.weight"
+    config = with_values(base, deepspeed__zero_optimization={"stage": stage}, run__output_dir=str(tmp_path / "first"))
+    losses = run_ranks(go_on, 2, config, 2, (1, 2), None, (), name)[0]
+    folder = tmp_path / "first" / "checkpoints" / "step-00000001"
+    saved = state_of(folder)
+    assert f"weight/{name}" in saved
+    assert f"exp_avg/{name}" not in saved
+    assert saved[f"weight/{name}"].equal(state_of(folder.with_name("step-00000002"))[f"weight/{name}"])
+    other = with_values(config, run__output_dir=str(tmp_path / "other"), checkpoint__resume=str(folder),
+                        deepspeed__zero_optimization={"stage": 4 - stage})  # fmt: skip
+    assert run_ranks(go_on, 2, other, 2, (1,), None, (), name)[0][2] == pytest.approx(losses[2], rel=1e-5)
+    again = state_of(tmp_path / "other" / "checkpoints" / "step-00000001")
+    assert again.keys() == saved.keys()
+    assert all(again[key].equal(saved[key]) for key in saved)
