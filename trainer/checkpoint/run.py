@@ -21,7 +21,7 @@ from trainer.checkpoint.remote import Remote, is_remote
 from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
 from trainer.config import LoadedConfig
 from trainer.distributed import World
-from trainer.engine import Engine, merged
+from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
 from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, readable, sync_folder, verify_files
@@ -267,9 +267,23 @@ class Checkpoints:
         start = time.perf_counter()
         asynchronous = self._section.asynchronous
         numbers = engine.state.numbers()
-        gathered: list[Any] = [None] * self._ranks
-        dist.all_gather_object(gathered, dict(numbers.scalars), group=self._group)
-        manifest = Manifest(
+        manifest = self._manifest(progress, losses, numbers)
+        owned = engine.state.owned()
+        entries = entries_of(self._staging.copies(owned) if asynchronous else owned)
+        if not asynchronous:
+            self._write(entries, manifest, numbers.scalars, start)
+            self._say_failure()
+            return
+        log.info("step %d: %.1f s to copy the state; it is written while training goes on", progress.step,
+                 time.perf_counter() - start)  # fmt: skip
+        self._thread = threading.Thread(
+            target=self._write, args=(entries, manifest, numbers.scalars, start), name="checkpoint"
+        )
+        self._thread.start()
+
+    def _manifest(self, progress: Progress, losses: Mapping[str, float | None], numbers: Numbers) -> Manifest:
+        """As far as this rank knows it before anything is written."""
+        return Manifest(
             step=progress.step,
             attempt=self._directory.attempt,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -281,20 +295,10 @@ class Checkpoints:
             model=self._model,
             data=self._data,
             wandb_run=self._directory.wandb_run,
-            numbers={"counters": numbers.counters, "scaler": numbers.scaler, "scalars": merged(gathered)},
+            numbers={"counters": numbers.counters, "scaler": numbers.scaler},
             files=(),
             tensors={},
         )
-        owned = engine.state.owned()
-        entries = entries_of(self._staging.copies(owned) if asynchronous else owned)
-        if not asynchronous:
-            self._write(entries, manifest, start)
-            self._say_failure()
-            return
-        log.info("step %d: %.1f s to copy the state; it is written while training goes on", progress.step,
-                 time.perf_counter() - start)  # fmt: skip
-        self._thread = threading.Thread(target=self._write, args=(entries, manifest, start), name="checkpoint")
-        self._thread.start()
 
     def close(self) -> None:
         """Waits until what is being written is on the disk."""
@@ -311,9 +315,14 @@ class Checkpoints:
             log.error("%s. Training goes on, and older checkpoints are as they were", self._failure)
             self._failure = None
 
-    def _write(self, entries: Sequence[Entry], manifest: Manifest, start: float) -> None:
+    def _write(
+        self, entries: Sequence[Entry], manifest: Manifest, scalars: Mapping[str, Scalars], start: float
+    ) -> None:
         path = self._path / name_of(manifest.step)
         folder = Folder(path, self._rank, self._group)
+        gathered: list[Any] = [None] * self._ranks
+        dist.all_gather_object(gathered, dict(scalars), group=self._group)
+        manifest = replace(manifest, numbers={**manifest.numbers, "scalars": merged(gathered)})
         try:
             complete = folder.write(entries, manifest)
         except CheckpointError as error:
