@@ -30,6 +30,7 @@ from tests.test_tracking import ROOT, TRAIN, rows_of
 from trainer.checkpoint.keep import Kept, best_of, name_of, superfluous
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.save import in_order, refuse_wrong_cover
+from trainer.config.deepspeed import nvme_can_be_read
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
 from trainer.engine import Numbers, TrainingState
@@ -90,6 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"model__config__num_hidden_layers": 4, "model__config__tie_word_embeddings": True},
     "gpt2": {"model__config": GPT2 | NO_DROPOUT | {"n_layer": 4, "vocab_size": 323}},
     "mixtral": {"model__config": MIXTRAL | {"num_hidden_layers": 4}},
+    "large": {"model__config__vocab_size": 20_000},
 }
 """323 words cannot be divided by 2 or 4: the vocabulary is padded."""
 
@@ -108,6 +110,10 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 
 def config_of(base: dict[str, Any], model: str, layout: Layout, run: Path, **values: Any) -> dict[str, Any]:
     return with_values(base, run__output_dir=str(run), **MODELS[model], **layout.values, **values)
+
+
+def with_resume(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return with_values(config, checkpoint__resume=str(folder))
 
 
 class Unbroken(NamedTuple):
@@ -183,6 +189,39 @@ def test_three_steps_and_three_are_six(
     assert now.keys() == then.keys()
     assert [name for name in then if not now[name].equal(then[name])] == []
     assert numbers_in(tmp_path / "checkpoints" / "step-00000006") == numbers_in(whole.at(6))
+
+
+NVME = [
+    ({}, {}),
+    ({"pipeline_read": True, "pipeline_write": True}, {"deepspeed__zero_optimization__sub_group_size": 330_000}),
+]
+
+
+@pytest.mark.matrix  # to compile DeepSpeed's async_io takes minutes
+@pytest.mark.parametrize(("offload", "values"), NVME, ids=("", "pipelined"))
+def test_state_on_nvme(
+    offload: dict[str, Any], values: dict[str, Any], base: dict[str, Any], unbroken: Any, tmp_path: Path
+) -> None:
+    """All as with offload to memory, bit for bit; also from one to the other, and back."""
+    if not nvme_can_be_read():
+        pytest.skip("needs libaio-dev")
+    (tmp_path / "nvme").mkdir()
+    there = {"device": "nvme", "nvme_path": str(tmp_path / "nvme"), "buffer_count": 10, **offload}
+    layout = Layout(2, zero=3, more=(("deepspeed__zero_optimization__offload_optimizer", there),))
+    whole, memory = unbroken("large", layout, **values), unbroken("large", Layout(2, zero=3, more=OFFLOAD), **values)
+    files = {path.name.partition("-")[0] for path in (tmp_path / "nvme").rglob("*.swp")}
+    assert {"exp_avg", "exp_avg_sq"} < files
+    assert any("gradient" in name for name in files)
+    assert whole.losses == memory.losses
+    again = with_resume(config_of(base, "large", layout, tmp_path / "again", **values), memory.at(3))
+    back = with_resume(config_of(base, "large", Layout(2), tmp_path / "back", **values), whole.at(3))
+    assert run_ranks(go_on, 2, again, 6, (3, 6))[0] == {step: loss for step, loss in whole.losses.items() if step > 3}
+    run_ranks(go_on, 2, back, 3, (3,))
+    then = state_of(memory.at(3))
+    for folder in (whole.at(3), *(tmp_path / name / "checkpoints" / "step-00000003" for name in ("again", "back"))):
+        assert [name for name, tensor in state_of(folder).items() if not tensor.equal(then[name])] == []
+    last, then = state_of(tmp_path / "again" / "checkpoints" / "step-00000006"), state_of(memory.at(6))
+    assert [name for name in then if not last[name].equal(then[name])] == []
 
 
 # From any layout to any -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 
 from tests.configs import with_values
 from tests.harness import run_command
+from trainer.config import rules
 from trainer.config.deepspeed import (
     REFUSED,
     RESOLVED_AUTOS,
@@ -19,6 +20,7 @@ from trainer.config.deepspeed import (
     DeepSpeedSection,
     batch_arithmetic,
     clips_itself,
+    extensions_of,
     for_engine,
 )
 from trainer.config.load import apply_override, check, load_config, merge, read_config_file
@@ -274,3 +276,18 @@ def test_a_bad_configuration_costs_less_than_five_cpu_seconds(tiny: dict[str, An
         if (most := float(seconds)) < 5:
             break
     assert most < 5
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nvme_needs_its_extension(
+    there: bool, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "nvme_can_be_read", lambda: there)
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    values = with_values(tiny, deepspeed__zero_optimization={"stage": 3, "offload_optimizer": offload})
+    if there:
+        loaded = check(values, world=1, device="cpu")
+        assert extensions_of(loaded.deepspeed_json) == ["CPUAdamBuilder", "AsyncIOBuilder"]
+    else:
+        with pytest.raises(ConfigError, match=r"async_io cannot be compiled here.*Install libaio-dev"):
+            check(values, world=1, device="cpu")

@@ -209,7 +209,7 @@ def _unlink_own_buffer(launch: Launch) -> None:
 
 
 def load_extension(builder: str) -> None:
-    """Loads one of DeepSpeed's compiled extensions, compiling it first where needed (under a minute, once).
+    """Loads one of DeepSpeed's compiled extensions, compiling it first where needed (a minute or several, once).
 
     A process killed while it compiles leaves a lock file on which every later start would wait for ever. All
     our compiling happens under a lock that the kernel releases, so a lock file found while holding that is stale.
@@ -226,7 +226,7 @@ def load_extension(builder: str) -> None:
             log.warning("removing %s, left by a process that was killed while compiling", stale)
             stale.unlink(missing_ok=True)
         if not list(root.rglob(f"{found.name}.so")):
-            log.info("compiling DeepSpeed's %s, once; this takes up to a minute", found.name)
+            log.info("compiling DeepSpeed's %s, once; this takes a minute or several", found.name)
         with contextlib.redirect_stdout(io.StringIO()):
             found.load(verbose=False)
 

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import extension_of
+from trainer.config.deepspeed import extensions_of
 from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
 from trainer.parallel import drops, read_plan, starred
 from trainer.pipeline import Division, divide_layers
@@ -152,14 +152,14 @@ def describe(loaded: LoadedConfig) -> str:
     """
     model = build_model_shape(loaded)
     cost, division = model_cost(model), divide_layers(model, loaded)
-    optimizer = loaded.deepspeed_json["optimizer"]
+    optimizer, extensions = loaded.deepspeed_json["optimizer"], extensions_of(loaded.deepspeed_json)
     lines = [
         f"{loaded.name}: the configuration is sound; nothing was started",
         *_model_lines(loaded, cost),
         *_batch_lines(loaded),
         _checkpoint_line(loaded, cost),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
-        + (f" (DeepSpeed's {extension_of(loaded.deepspeed_json)})" if extension_of(loaded.deepspeed_json) else ""),
+        + (f" (DeepSpeed's {', '.join(extensions)})" if (extensions := extensions_of(loaded.deepspeed_json)) else ""),
         *_memory_lines(loaded, model, division),
         *_tensor_lines(loaded, model),
         *_pipeline_lines(loaded, model, division),

@@ -15,6 +15,7 @@ from trainer.config.deepspeed import (
     DeepSpeedSection,
     batch_arithmetic,
     class_problems,
+    nvme_can_be_read,
     optimizer_problems,
     scheduler_problems,
     smallest_data_ranks,
@@ -346,6 +347,9 @@ def offload_fits_the_stage(draft: Draft) -> Iterator[Problem]:
         path = f"deepspeed.zero_optimization.{key}"
         if device != "none" and stage < least:
             yield Problem(path, f"needs stage {least} or more, and the stage is {stage}")
+        elif device == "nvme" and key == "offload_param":
+            reason = "'nvme': DeepSpeed 0.19 reads a parameter from there again that it already has, and ends"
+            yield Problem(f"{path}.device", reason, "Take 'cpu' here, and 'nvme' for offload_optimizer")
 
 
 @rule("deepspeed.zero_optimization")
@@ -354,15 +358,33 @@ def state_can_be_saved(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     zero = draft.deepspeed.zero_optimization
     path = "deepspeed.zero_optimization"
-    for key in ("offload_optimizer", "offload_param"):
-        if getattr(getattr(zero, key, None), "device", None) == "nvme":
-            yield Problem(f"{path}.{key}.device", "'nvme': checkpoints cannot read what lies there", "Take 'cpu'")
     ratio = getattr(getattr(zero, "offload_optimizer", None), "ratio", None)
     if ratio is not None and ratio < 1:
         reason = f"{ratio}: the part of the state that stays on the device cannot be put into checkpoints"
         yield Problem(f"{path}.offload_optimizer.ratio", reason, "Leave it out")
     if getattr(zero, "zenflow", None) is not None:
         yield Problem(f"{path}.zenflow", "its state cannot be put into checkpoints", "Leave it out")
+
+
+@rule("deepspeed.zero_optimization")
+def nvme_is_there(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    part = getattr(draft.deepspeed.zero_optimization, "offload_optimizer", None)
+    path = "deepspeed.zero_optimization.offload_optimizer"
+    if part is None or part.device != "nvme":
+        return
+    folder, here = part.nvme_path, draft.device is not None
+    if draft.deepspeed.zero_stage != 3:
+        yield Problem(f"{path}.device", "'nvme' needs stage 3", "Take 'cpu', or stage 3")
+    elif folder is None:
+        yield Problem(f"{path}.nvme_path", "missing", "Name a folder on the NVMe disk")
+    elif here and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        yield Problem(f"{path}.nvme_path", f"{folder} is no folder that can be written to", "Make it, or name another")
+    elif here and not nvme_can_be_read():
+        yield Problem(
+            f"{path}.device", "'nvme': DeepSpeed's async_io cannot be compiled here, for want of libaio's headers",
+            "Install libaio-dev (on Red Hat libaio-devel), or take 'cpu'",
+        )  # fmt: skip
 
 
 @rule("deepspeed.optimizer", "deepspeed.zero_optimization.offload_optimizer", "deepspeed.fp16")

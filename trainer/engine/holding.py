@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -63,8 +64,19 @@ class Holding:
         held = self.held(parameter)
         assert held is not None
         for kind, tensor in self.inner.state.get(held.stepped, {}).items():
-            if isinstance(tensor, Tensor) and tensor.shape == held.stepped.shape:
-                yield kind, stretch(tensor, held), held.first
+            elements = self._elements(held.stepped, tensor) if isinstance(tensor, Tensor) else None
+            if elements is not None:
+                yield kind, stretch(elements, held), held.first
+
+    def weights(self, held: Held) -> Tensor:
+        """The fp32 elements of the parameter, flattened."""
+        elements = self._elements(held.stepped, held.stepped)
+        assert elements is not None
+        return stretch(elements.detach(), held)
+
+    def _elements(self, stepped: Tensor, tensor: Tensor) -> Tensor | None:
+        """Where the elements of `tensor` are: of `stepped`, or of its state. None for state of another shape."""
+        return tensor if tensor.shape == stepped.shape else None
 
     def stepped(self) -> Iterator[Tensor]:
         """All tensors that torch's optimizer steps."""
@@ -248,23 +260,53 @@ class _SubGroups(Holding):
     def stepped(self) -> Iterator[Tensor]:
         yield from self._optimizer.fp32_partitioned_groups_flat
 
+    def _elements(self, stepped: Tensor, tensor: Tensor) -> Tensor | None:
+        """Also in files on NVMe: those are mapped into memory, so that no more of them is there than is in use."""
+        swapped = self._swapped(stepped)
+        if swapped is None:
+            return super()._elements(stepped, tensor)
+        for place in swapped.tensors:
+            if place.compute_tensor is tensor:
+                return torch.from_file(place.swap_path, shared=True, size=swapped.numel(), dtype=swapped.dtype())
+        return tensor if tensor.numel() == swapped.numel() else None
+
+    def _swapped(self, flat: Tensor) -> Any:
+        """DeepSpeed's record of where on NVMe a flat tensor and its state are; None if they are in memory."""
+        swapper = self._optimizer.optimizer_swapper
+        return None if swapper is None else swapper.swap_params_info.get(flat.ds_id)  # type: ignore[attr-defined]
+
     def allocate(self) -> None:
         groups = self._optimizer.sub_group_to_group_id
         for number, flat in enumerate(self.stepped()):
-            self._allocate_flat(self.inner.param_groups[groups[number]], flat)
+            if self.inner.state.get(flat):
+                continue
+            with self._in_memory(number, flat, changed=True):
+                self._allocate_flat(self.inner.param_groups[groups[number]], flat)
+
+    @contextmanager
+    def _in_memory(self, number: int, flat: Tensor, *, changed: bool) -> Iterator[None]:
+        """Meanwhile a sub-group that is on NVMe is in memory."""
+        swapped = self._swapped(flat)
+        if swapped is not None:
+            self._optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if swapped is not None and changed:
+            self._optimizer._optimizer_states_and_gradient_swap_out(number)
+        elif swapped is not None:
+            self._optimizer._release_swap_buffers(number)
 
     @torch.no_grad()
     def publish(self) -> None:
         optimizer = self._optimizer
         optimizer.checkpoint_event_prologue()
         for number, flat in enumerate(self.stepped()):
-            optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
-            optimizer._unflatten_partitioned_parameters(number)
+            with self._in_memory(number, flat, changed=False):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()
 
 
 def stretch(tensor: Tensor, held: Held) -> Tensor:
-    """The elements in a tensor of the shape of `held.stepped` that belong to the parameter."""
+    """The elements in a tensor as large as `held.stepped` that belong to the parameter."""
     return tensor.view(-1)[held.at : held.at + held.length]
 
 

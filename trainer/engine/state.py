@@ -13,7 +13,7 @@ from deepspeed.ops.lion import FusedLion
 from torch import Tensor, nn
 
 from trainer.distributed import World
-from trainer.engine.holding import Holding, holding_of, stretch
+from trainer.engine.holding import Holding, holding_of
 from trainer.parallel import Mapper, Shard, boxes_of, counts, parts_in_whole
 from trainer.pipeline import pieces_of
 from trainer.store import BUFFER, WEIGHT
@@ -111,7 +111,7 @@ class TrainingState:
             return
         held = self._holding.held(parameter)
         if held is not None:
-            yield WEIGHT, stretch(held.stepped.detach(), held), held.first
+            yield WEIGHT, self._holding.weights(held), held.first
             yield from self._holding.state(parameter, owned=owned)
 
     @staticmethod

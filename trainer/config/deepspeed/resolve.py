@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+
 from trainer.config.deepspeed.optimizers import ELEMENTWISE
 from trainer.config.deepspeed.section import DeepSpeedSection
 from trainer.errors import Problem
@@ -138,10 +140,19 @@ EXTENSIONS: Mapping[tuple[str, bool], str] = {
 """DeepSpeed's compiled extension by (optimizer, whether its state is offloaded)."""
 
 
-def extension_of(resolved: Mapping[str, Any]) -> str | None:
-    """The extension that the optimizer of a resolved configuration loads, if any."""
+_NVME = "AsyncIOBuilder"
+
+
+def extensions_of(resolved: Mapping[str, Any]) -> list[str]:
+    """The extensions that the optimizer of a resolved configuration loads."""
     optimizer = resolved["optimizer"]
-    if optimizer.get("params", {}).get("torch_adam"):
-        return None
-    offload = resolved["zero_optimization"].get("offload_optimizer") or {}
-    return EXTENSIONS.get((optimizer["type"].lower(), offload.get("device", "none") != "none"))
+    device = (resolved["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    found = [_NVME] if device == "nvme" else []
+    own = EXTENSIONS.get((optimizer["type"].lower(), device != "none"))
+    return found if own is None or optimizer.get("params", {}).get("torch_adam") else [own, *found]
+
+
+def nvme_can_be_read() -> bool:
+    """Whether DeepSpeed's extension for NVMe can be compiled here."""
+    builder = get_accelerator().create_op_builder(_NVME)
+    return builder is not None and bool(builder.is_compatible(verbose=False))
