@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.train import train
 from tests.runs import _loaded, _place
 from trainer import store
 from trainer.checkpoint import Checkpoints, Progress
@@ -19,7 +21,7 @@ from trainer.checkpoint import save as saving
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
-from trainer.errors import TesseraError
+from trainer.errors import TesseraError, TrainingHalted
 from trainer.model import build_model, build_model_shape, recipe_of
 from trainer.pipeline import divide_layers
 from trainer.run_directory import RunDirectory
@@ -94,6 +96,23 @@ def _go_on(
             checkpoints.save(engine, progress, {"train": losses[step]})
     checkpoints.close()
     return losses
+
+
+def halted(config: dict[str, Any]) -> list[str]:
+    """Trains as the command does, on a slow disk, until training halts; what the run's checkpoints are just then."""
+    write_file = saving.write_file
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(2)
+        return write_file(*arguments)
+
+    saving.write_file = slowly
+    launch = Launch.from_environment()
+    try:
+        train(_loaded(config, launch.world), launch)
+    except TrainingHalted:
+        return sorted(path.name for path in (Path(config["run"]["output_dir"]) / "checkpoints").iterdir())
+    raise AssertionError("it did not halt")
 
 
 def dying(at: int) -> Callable[[], int]:

@@ -22,7 +22,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors.torch import load_file
 
-from tests.checkpoints import go_on, numbers_in, several, state_of
+from tests.checkpoints import go_on, halted, numbers_in, several, state_of
 from tests.configs import tiny_config, with_values
 from tests.harness import free_port, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
@@ -819,6 +819,12 @@ def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_p
     copies = run_of_six / "copies"
     assert sorted(f.name for f in copies.glob("step-*")) == ["step-00000004", "step-00000006"]
     shutil.copytree(copies, tmp_path / "copies")
+    several = with_values(
+        base, run__output_dir=str(tmp_path / "several"), training__max_steps=8,
+        data__validation=held_out(base), checkpoint__resume=f"file://{tmp_path}/copies",
+    )  # fmt: skip
+    assert list(outcomes([(several, 8)], world=3)[0]) == [7, 8]
+    verify_files(fetched := tmp_path / "several" / "checkpoints" / "step-00000006", read_manifest(fetched))
     config = with_values(base, run__output_dir=str(tmp_path / "run"), training__max_steps=8,
                          checkpoint__upload=f"file://{tmp_path}/copies", data__validation=held_out(base))  # fmt: skip
     ended = started(config, tmp_path)
@@ -830,6 +836,9 @@ def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_p
     )
     flip(tmp_path / "copies" / "step-00000008" / "rank-00000.safetensors")
     shutil.rmtree(tmp_path / "run")
+    status, words = outcomes([(with_values(several, run__output_dir=str(tmp_path / "run")), 8)], world=2)[0]
+    assert status == 4
+    assert "damaged" in words
     damaged = started(config, tmp_path)
     assert damaged.status == 4
     assert "damaged" in damaged.err
@@ -950,6 +959,18 @@ def test_a_failed_asynchronous_save_is_told(base: dict[str, Any], tmp_path: Path
         "step-00000002",
         "step-00000006",
     ]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_that_halts_finishes_its_save(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+    """Its exit would end the thread that writes: a loss that is not a number, and an update that was skipped."""
+    config = with_values(
+        base, run__output_dir=str(tmp_path / "run"), checkpoint={"every_steps": 1, "asynchronous": True},
+        deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}}, deepspeed__scheduler=None,
+        deepspeed__zero_optimization={"stage": stage},
+    )  # fmt: skip
+    assert run_ranks(halted, 1, config)[0] == ["latest", "step-00000001"]
+    verify_files(saved := tmp_path / "run" / "checkpoints" / "step-00000001", read_manifest(saved))
 
 
 @pytest.mark.fast

@@ -138,6 +138,9 @@ def test_a_finished_run_goes_on_with_more_steps(tiny: dict[str, Any], tmp_path: 
     added = [(row["step"], row["attempt"]) for row in after[len(before) :]]
     assert added == [(4, 3), (4, 3)], "one row of training, one of validation"
     assert after[-2]["samples"] == 4 * 8
+    anew = start(tiny, tmp_path, training__max_steps=4, checkpoint__resume="never")
+    assert "holds step-00000004 of this run, which checkpoint.resume 'never' leaves aside" in anew.out
+    assert {row["attempt"] for row in rows_of(run)[len(after) :]} == {4}
     shutil.rmtree(run / "checkpoints")
     lost = start(tiny, tmp_path, training__max_steps=6)
     assert lost.status == 4

@@ -116,8 +116,7 @@ class Checkpoints:
 
     def _find(self) -> _Found | None:
         resume = self._section.resume
-        if resume == "never":
-            return None
+        found: _Found | None = None
         if resume == "auto":
             found = self._first_sound(self._path, must=False)
             if found is None and self._remote is not None:
@@ -129,11 +128,23 @@ class Checkpoints:
                 )
         elif is_remote(resume):
             found = self._fetch(Remote(resume, "checkpoint.resume"), must=True)
-        else:
+        elif resume != "never":
             found = self._named(Path(resume).expanduser())
         if found is not None:
             self._agree(lambda: self._refuse_another(found))
+        if resume != "auto":
+            self._on_first(lambda: self._say_what_is_left(found))
         return found
+
+    def _say_what_is_left(self, found: _Found | None) -> None:
+        """The same command with a `--resume` of its own begins there each time, also when it is started again."""
+        newest = next(iter(checkpoints_in(self._path)[0]), None)
+        chosen = found and (found.manifest.attempt, found.manifest.step)
+        if newest is not None and chosen != (newest.manifest.attempt, newest.manifest.step):
+            log.warning(
+                "%s holds %s of this run, which checkpoint.resume %r leaves aside. Leave --resume away to go on there",
+                self._path, newest.folder.name, self._section.resume,
+            )  # fmt: skip
 
     def _named(self, path: Path) -> _Found | None:
         """The checkpoint that the user names, or the newest of the run that the user names; no other is taken."""
