@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config.load import LoadedConfig, check
 from trainer.data import TrainBatches, open_batches, prepare_data
-from trainer.distributed import Launch, World, joined_world
+from trainer.distributed import Launch, World, joined_world, local_device
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.model import build_model, build_model_shape, initialize_weights, model_cost
@@ -31,7 +31,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def _loaded(config: dict[str, Any], world: int) -> LoadedConfig:
-    return check(config, world=world, device="cpu")
+    return check(config, world=world, device=local_device())
 
 
 def _place(config: dict[str, Any], launch: Launch) -> Topology:

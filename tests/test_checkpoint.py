@@ -735,6 +735,26 @@ def test_the_loss_scale_of_fp16_is_kept() -> None:
     assert vars(inner.loss_scaler) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has no fp16 on CPUs")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_goes_on_with_its_loss_scale(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+    """On one GPU, from a scale that overflows at first, so that steps are skipped before and after the checkpoint."""
+    config = with_values(
+        base, run__output_dir=str(tmp_path / "whole"), deepspeed__zero_optimization={"stage": stage},
+        deepspeed__fp16={"enabled": True, "initial_scale_power": 26, "loss_scale_window": 3, "hysteresis": 1},
+    )  # fmt: skip
+    whole = run_ranks(go_on, 1, config, 12, (6, 12))[0]
+    sixth = tmp_path / "whole" / "checkpoints" / "step-00000006"
+    assert numbers_in(sixth)["counters"]["skipped_steps"] > 0
+    rest = with_resume(with_values(config, run__output_dir=str(tmp_path / "rest")), sixth)
+    losses = run_ranks(go_on, 1, rest, 12, (6, 12))[0]
+    assert losses == pytest.approx({step: loss for step, loss in whole.items() if step > 6}, rel=1e-3)
+    for step in (6, 12):
+        name = f"checkpoints/step-{step:08}"
+        assert numbers_in(tmp_path / "rest" / name) == numbers_in(tmp_path / "whole" / name)
+
+
 @pytest.fixture(scope="module")
 def run_of_six(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks by the command line, with checkpoints behind steps 2, 4 and 6, copied elsewhere too."""
