@@ -109,6 +109,7 @@ BAD_INPUTS = [
     Bad("NVMe without its path", 2, ("offload_optimizer.nvme_path: missing",), values=zero(stage=3, offload_optimizer={"device": "nvme"}), rule="nvme_is_there"),
     Bad("NVMe that is not there", 2, ("offload_optimizer.nvme_path: /nowhere is no folder",), values=zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/nowhere"})),
     Bad("NVMe at ZeRO 2", 2, ("offload_optimizer.device: 'nvme' needs stage 3",), values=zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"})),
+    Bad("too few buffers for NVMe", 2, ("offload_optimizer.buffer_count: 4: weights, gradients and 2 moments of 2 sub-groups", "at least 8"), values=zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/tmp", "pipeline_read": True})),
     Bad("parameters on NVMe", 2, ("offload_param.device: 'nvme': DeepSpeed 0.19 reads a parameter",), values=zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/tmp"})),
     Bad("optimizer state in two places", 2, ("offload_optimizer.ratio: 0.5",), values=zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5}), rule="state_can_be_saved"),
     Bad("ZenFlow", 2, ("zero_optimization.zenflow: its state cannot be put",), values=zero(stage=2, offload_optimizer={"device": "cpu"}, zenflow={"topk_ratio": 0.1})),

@@ -115,6 +115,16 @@ def halted(config: dict[str, Any]) -> list[str]:
     raise AssertionError("it did not halt")
 
 
+def disconnected(config: dict[str, Any]) -> Losses:
+    """Trains and saves while the ranks' writing threads cannot reach each other."""
+
+    def write(*_: Any) -> Any:
+        raise RuntimeError("connection reset by peer")
+
+    saving.Folder.write = write  # type: ignore[method-assign]
+    return go_on(config, 4, (1, 2))
+
+
 def dying(at: int) -> Callable[[], int]:
     """Lets this process be killed at the `at`-th time that it is about to write, sync, rename or delete something of a
     checkpoint. Returns what tells how often that has been."""

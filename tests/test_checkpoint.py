@@ -22,7 +22,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors.torch import load_file
 
-from tests.checkpoints import go_on, halted, numbers_in, several, state_of
+from tests.checkpoints import disconnected, go_on, halted, numbers_in, several, state_of
 from tests.configs import tiny_config, with_values
 from tests.harness import free_port, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
@@ -206,10 +206,10 @@ def test_state_on_nvme(
     if not nvme_can_be_read():
         pytest.skip("needs libaio-dev")
     (tmp_path / "nvme").mkdir()
-    there = {"device": "nvme", "nvme_path": str(tmp_path / "nvme"), "buffer_count": 10, **offload}
+    there = {"device": "nvme", "nvme_path": str(tmp_path / "nvme"), "buffer_count": 12, **offload}
     layout = Layout(2, zero=3, more=(("deepspeed__zero_optimization__offload_optimizer", there),))
     whole, memory = unbroken("large", layout, **values), unbroken("large", Layout(2, zero=3, more=OFFLOAD), **values)
-    files = {path.name.partition("-")[0] for path in (tmp_path / "nvme").rglob("*.swp")}
+    files = {path.name.partition("-")[0] for path in (tmp_path / "nvme").glob(f"{whole.folder.name}-*/**/*.swp")}
     assert {"exp_avg", "exp_avg_sq"} < files
     assert any("gradient" in name for name in files)
     assert whole.losses == memory.losses
@@ -739,7 +739,7 @@ def test_the_loss_scale_of_fp16_is_kept() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has no fp16 on CPUs")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_goes_on_with_its_loss_scale(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
-    """On one GPU, from a scale that overflows at first, so that steps are skipped before and after the checkpoint."""
+    """On one GPU, from a scale that overflows at first, so that steps are skipped before the checkpoint."""
     config = with_values(
         base, run__output_dir=str(tmp_path / "whole"), deepspeed__zero_optimization={"stage": stage},
         deepspeed__fp16={"enabled": True, "initial_scale_power": 26, "loss_scale_window": 3, "hysteresis": 1},
@@ -854,6 +854,11 @@ def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_p
     assert read_manifest(tmp_path / "run" / "checkpoints" / "step-00000008").attempt == 2, (
         "later than what it came from"
     )
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        flip(folder / "rank-00000.safetensors")
+    again = with_values(config, checkpoint__resume="auto")
+    assert outcomes([(again, 8)]) == [{}], "all of its own are damaged: the copy is taken"
+    verify_files(mended := tmp_path / "run" / "checkpoints" / "step-00000008", read_manifest(mended))
     flip(tmp_path / "copies" / "step-00000008" / "rank-00000.safetensors")
     shutil.rmtree(tmp_path / "run")
     status, words = outcomes([(with_values(several, run__output_dir=str(tmp_path / "run")), 8)], world=2)[0]
@@ -979,6 +984,13 @@ def test_a_failed_asynchronous_save_is_told(base: dict[str, Any], tmp_path: Path
         "step-00000002",
         "step-00000006",
     ]
+
+
+def test_what_ends_the_writing_thread_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
+    """At the next save: it must not go on for days without checkpoints."""
+    config = with_values(base, run__output_dir=str(tmp_path / "run"), checkpoint={"asynchronous": True})
+    with pytest.raises(AssertionError, match="RuntimeError: connection reset by peer"):
+        run_ranks(disconnected, 1, config)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -286,7 +286,9 @@ def test_nvme_needs_its_extension(
     offload = {"device": "nvme", "nvme_path": str(tmp_path)}
     values = with_values(tiny, deepspeed__zero_optimization={"stage": 3, "offload_optimizer": offload})
     if there:
+        values["checkpoint"] = {"asynchronous": True}
         loaded = check(values, world=1, device="cpu")
+        assert [problem.path for problem in loaded.warnings] == ["checkpoint.asynchronous"]
         assert extensions_of(loaded.deepspeed_json) == ["CPUAdamBuilder", "AsyncIOBuilder"]
     else:
         with pytest.raises(ConfigError, match=r"async_io cannot be compiled here.*Install libaio-dev"):

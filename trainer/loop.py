@@ -10,7 +10,7 @@ from trainer.config import Config
 from trainer.data import Batches
 from trainer.distributed import World
 from trainer.engine import Engine
-from trainer.errors import TrainingHalted
+from trainer.errors import TesseraError, TrainingHalted
 from trainer.tracking import Meter, Row, Trackers
 
 REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of this step"
@@ -28,6 +28,19 @@ def fit(
             went wrong.
         DataError: from the reading thread, at the step whose batch is wrong.
     """
+    try:
+        train(config, world, engine, batches, checkpoints, meter, trackers)
+    except TesseraError:  # the exit would end the thread that writes a checkpoint
+        checkpoints.close()
+        raise
+    checkpoints.close()
+
+
+def train(
+    config: Config, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
+    trackers: Trackers,
+) -> None:  # fmt: skip
+    """The steps themselves; a checkpoint may still be being written when this returns."""
     begun, last = meter.progress.step, config.training.max_steps
     if not begun:
         evaluate(0, engine, batches, meter, trackers)
@@ -36,24 +49,18 @@ def fit(
         result = engine.train_step(batch)
         meter.add(batch.tokens, batch.samples)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
-            checkpoints.close()
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         losses: dict[str, float | None] = {}
         due = checkpoints.is_due(step)
         if due or step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
             trackers.log(row)
-            try:
-                refuse_nonfinite(row, result.applied)
-            except TrainingHalted:
-                checkpoints.close()
-                raise
+            refuse_nonfinite(row, result.applied)
             losses["train"] = row["loss"]
         if step == last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
             losses["validation"] = evaluate(step, engine, batches, meter, trackers)
         if due:
             save(checkpoints, engine, meter, losses)
-    checkpoints.close()
 
 
 def evaluate(step: int, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> float | None:

@@ -72,6 +72,7 @@ class Checkpoints:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._fatal: Exception | None = None
         self._on_first(lambda: _tidy(self._path))
         self._found = self._find()
         self._directory = replace(directory, attempt=self._on_first(self._attempt))
@@ -118,9 +119,16 @@ class Checkpoints:
         resume = self._section.resume
         found: _Found | None = None
         if resume == "auto":
-            found = self._first_sound(self._path, must=False)
+            damaged = False
+            try:
+                found = self._first_sound(self._path, must=False)
+            except CheckpointError as error:
+                if self._remote is None:
+                    raise
+                damaged = True
+                log.warning("%s. The copies in %s are looked at", error, self._remote.place)
             if found is None and self._remote is not None:
-                found = self._fetch(self._remote, must=False)
+                found = self._fetch(self._remote, must=damaged)
             if found is None and self._directory.finished_step is not None:
                 raise CheckpointError(
                     f"{self._path}: the run has finished at step {self._directory.finished_step}, and there is no "
@@ -139,8 +147,7 @@ class Checkpoints:
     def _say_what_is_left(self, found: _Found | None) -> None:
         """The same command with a `--resume` of its own begins there each time, also when it is started again."""
         newest = next(iter(checkpoints_in(self._path)[0]), None)
-        chosen = found and (found.manifest.attempt, found.manifest.step)
-        if newest is not None and chosen != (newest.manifest.attempt, newest.manifest.step):
+        if newest is not None and (found is None or found.folder.resolve() != newest.folder.resolve()):
             log.warning(
                 "%s holds %s of this run, which checkpoint.resume %r leaves aside. Leave --resume away to go on there",
                 self._path, newest.folder.name, self._section.resume,
@@ -240,10 +247,14 @@ class Checkpoints:
         folder = self._path / name_of(found.step)
         self._agree(lambda: self._refuse_another(_Found(partial, found)))
         if self._on_first(lambda: is_checkpoint(folder)):
-            if self._on_first(lambda: read_manifest(folder).files) != found.files:
+            try:
+                if self._on_first(lambda: read_manifest(folder).files) == found.files:
+                    return self._verified(folder)
+            except CheckpointError as error:
+                log.warning("%s. It is copied from %s again", error, remote.place)
+            else:
                 reason = f"{folder} is another checkpoint than that of {remote.place}"
                 raise ConfigError(Problem("run.output_dir", reason, "Take another folder"))
-            return self._verified(folder)
         own = found.files[self._rank :: self._ranks]
         log.info("copying %s of %s (%s)", name_of(found.step), remote.place, readable(found.bytes))
 
@@ -255,6 +266,8 @@ class Checkpoints:
         self._agree(lambda: verify_files(partial, found, own))
 
         def rename() -> None:
+            if folder.exists():
+                delete(folder)
             partial.rename(folder)
             sync_folder(self._path)
 
@@ -287,9 +300,14 @@ class Checkpoints:
             return
         log.info("step %d: %.1f s to copy the state; it is written while training goes on", progress.step,
                  time.perf_counter() - start)  # fmt: skip
-        self._thread = threading.Thread(
-            target=self._write, args=(entries, manifest, numbers.scalars, start), name="checkpoint"
-        )
+
+        def write() -> None:
+            try:
+                self._write(entries, manifest, numbers.scalars, start)
+            except Exception as error:  # a broken connection between the ranks: no later save would succeed either
+                self._fatal = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
     def _manifest(self, progress: Progress, losses: Mapping[str, float | None], numbers: Numbers) -> Manifest:
@@ -319,6 +337,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._fatal is not None:
+            raise self._fatal
         self._say_failure()
 
     def _say_failure(self) -> None:

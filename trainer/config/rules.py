@@ -24,6 +24,7 @@ from trainer.config.model_facts import ModelFacts
 from trainer.config.paths import has_splits, is_local, matching_files, only_tokens, problems_of_path
 from trainer.config.schema import (
     DEFAULT_CACHE,
+    CheckpointSection,
     DataSection,
     EvaluationSection,
     ModelSection,
@@ -48,6 +49,7 @@ class Draft:
     deepspeed: DeepSpeedSection | None = None
     parallel: ParallelSection | None = None
     evaluation: EvaluationSection | None = None
+    checkpoint: CheckpointSection | None = None
     tracking: TrackingSection | None = None
     facts: ModelFacts | None = None
     world: int | None = None
@@ -366,7 +368,11 @@ def state_can_be_saved(draft: Draft) -> Iterator[Problem]:
         yield Problem(f"{path}.zenflow", "its state cannot be put into checkpoints", "Leave it out")
 
 
-@rule("deepspeed.zero_optimization")
+_NVME_BUFFERS = 4
+"""DeepSpeed's default."""
+
+
+@rule("deepspeed.zero_optimization", "deepspeed.optimizer")
 def nvme_is_there(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     part = getattr(draft.deepspeed.zero_optimization, "offload_optimizer", None)
@@ -385,6 +391,14 @@ def nvme_is_there(draft: Draft) -> Iterator[Problem]:
             f"{path}.device", "'nvme': DeepSpeed's async_io cannot be compiled here, for want of libaio's headers",
             "Install libaio-dev (on Red Hat libaio-devel), or take 'cpu'",
         )  # fmt: skip
+    ways, buffers = 1 + bool(part.pipeline_read) + bool(part.pipeline_write), part.buffer_count or _NVME_BUFFERS
+    states = 1 if draft.deepspeed.optimizer and draft.deepspeed.optimizer.type.lower() in ("adagrad", "lion") else 2
+    if buffers < (least := (states + 2) * ways):
+        yield Problem(
+            f"{path}.buffer_count",
+            f"{buffers}: weights, gradients and {states} moments of {ways} sub-groups are in memory at a time",
+            f"Take at least {least}",
+        )
 
 
 @rule("deepspeed.optimizer", "deepspeed.zero_optimization.offload_optimizer", "deepspeed.fp16")
@@ -549,6 +563,11 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
                 'Write "auto"',
             )
     yield from _pipeline_waits(draft)
+    if section is not None and section.offload_device == "nvme" and draft.checkpoint and draft.checkpoint.asynchronous:
+        yield Problem(
+            "checkpoint.asynchronous", "true: it copies to host memory what offload_optimizer keeps on NVMe",
+            "Leave it out where host memory has no room for the optimizer's state",
+        )  # fmt: skip
 
 
 def _pipeline_waits(draft: Draft) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """Where DeepSpeed's optimizers keep the fp32 weights and the optimizer's state of each parameter on this rank.
 
-Written against DeepSpeed 0.19, much of it private: `tests/test_checkpoint.py` saves and loads under every one of them.
+Written against DeepSpeed 0.19, much of it private: `tests/test_checkpoint.py` saves and loads under every one of them
+that needs no GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+
+from trainer.errors import CheckpointError
 
 _MOMENTUM = "momentum_buffer"
 _NOTHING = 1e-9
@@ -267,7 +271,7 @@ class _SubGroups(Holding):
             return super()._elements(stepped, tensor)
         for place in swapped.tensors:
             if place.compute_tensor is tensor:
-                return torch.from_file(place.swap_path, shared=True, size=swapped.numel(), dtype=swapped.dtype())
+                return _mapped(Path(place.swap_path), swapped.numel(), swapped.dtype())
         return tensor if tensor.numel() == swapped.numel() else None
 
     def _swapped(self, flat: Tensor) -> Any:
@@ -303,6 +307,20 @@ class _SubGroups(Holding):
             with self._in_memory(number, flat, changed=False):
                 optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()
+
+
+def _mapped(path: Path, numbers: int, dtype: torch.dtype) -> Tensor:
+    """A file's elements; what is written into them is written into the file.
+
+    Raises:
+        CheckpointError: if it is too short: DeepSpeed does not notice a full disk.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if size < numbers * dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: {size} bytes of {numbers * dtype.itemsize} were written; is the disk of nvme_path full?"
+        )
+    return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype)
 
 
 def stretch(tensor: Tensor, held: Held) -> Tensor:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,6 +16,7 @@ from trainer.config import LoadedConfig
 from trainer.config.deepspeed import clips_itself, extensions_of, for_engine
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
+from trainer.engine.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights
@@ -60,6 +58,7 @@ def start_engine(
     settings = for_engine(loaded.deepspeed_json)
     for extension in extensions_of(settings):
         load_extension(extension)
+    prepare_nvme(settings, loaded.config.run.output_dir)
     assert division.ranks == world.topology.pipeline
     start = _start_plain if division.ranks == 1 else _start_pipeline
     return start(model, division, loaded, world, settings, blank)
@@ -100,7 +99,7 @@ def _start_plain(
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=task, model_parameters=trained, config=settings, mpu=grid)
     _undo_first_step(engine.optimizer)
-    _keep_unaligned_gradients(engine.optimizer)
+    keep_unaligned_gradients(engine.optimizer)
     engine.train()
     return PlainEngine(engine, world, mapper, _clipping(loaded, settings))
 
@@ -121,36 +120,6 @@ def _undo_first_step(optimizer: Any) -> None:
     with torch.no_grad():
         for master, weights in pairs:
             master.copy_(weights)
-
-
-def _keep_unaligned_gradients(optimizer: Any) -> None:
-    """Keeps those gradients in memory that DeepSpeed 0.19 would write to NVMe and not read back.
-
-    It reads them past the kernel's cache into the middle of a buffer. Where a gradient does not begin there at a
-    multiple of the disk's block, the kernel refuses; nobody looks, and what lay in the buffer is taken for it.
-    """
-    swapper = getattr(optimizer, "optimizer_swapper", None)
-    if swapper is None:
-        return
-    adjust, block = swapper._adjust_for_misaligned_lengths, _block_of(swapper.swap_folder)
-
-    def keep_unaligned(tensors: list[torch.Tensor], offsets: list[int]) -> Any:
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            if offset * tensor.element_size() % block:
-                tensor.swappable = False  # type: ignore[attr-defined]
-        return adjust(tensors, offsets)
-
-    swapper._adjust_for_misaligned_lengths = keep_unaligned
-
-
-def _block_of(folder: str) -> int:
-    """Bytes of the logical block of the disk under a folder; the most that is usual where the kernel does not say."""
-    device = os.stat(folder).st_dev
-    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    for queue in (place / "queue", place.parent / "queue"):
-        with contextlib.suppress(OSError, ValueError):
-            return int((queue / "logical_block_size").read_text())
-    return 4096
 
 
 def _start_pipeline(
