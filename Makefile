@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev  ## lint, types, import rules, spelling, fast test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(PY) -m pytest -m fast
+	$(PY) -m pytest -m 'fast and not matrix'
 
 matrix: $(VENV)/.installed-test  ## the long tests
 	$(PY) -m pytest -m matrix

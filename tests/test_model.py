@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from tests.configs import with_values
 from tests.harness import run_ranks
-from tools.parity.families import Family
+from tools.parity.families import FAMILIES, Family
 from tools.parity.proof import CLASSES, reference_model
+from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check
 from trainer.errors import ConfigError
 from trainer.model import (
@@ -32,6 +33,7 @@ from trainer.model import (
 from trainer.model.initialize import _Initializer
 from trainer.model.read import read_weights
 from trainer.parallel import TensorMapper, VocabularyCrossEntropy, read_plan, shard_of
+from trainer.parallel.elsewhere import put_elsewhere
 
 pytestmark = pytest.mark.fast
 
@@ -98,10 +100,65 @@ def test_blocks_are_handed_on_whole_and_each_parameter_once(tiny: dict[str, Any]
     model = built(tiny, model__config=GPT2)
     handed: list[list[torch.nn.Parameter]] = []
     with torch.no_grad():
-        _Initializer(model, 1, handed.append).walk(model, "", model, block=False)
+        _Initializer(model, 1, handed.append).run(model, "")
     everything = [p for group in handed for p in group]
     assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
     assert max(len(group) for group in handed) == len(list(model.transformer.h[0].parameters()))
+
+
+def family_shape(family: Family, **fields: Any) -> Any:
+    """Its tiny model on the meta device; None where there is none so small."""
+    try:
+        config = tiny_family(family.model_type, **family.fields, **fields)
+        with torch.device("meta"):
+            model = CLASSES[family.task].from_config(config)
+    except Exception:
+        return None
+    return model if sum(parameter.numel() for parameter in model.parameters()) < 3e7 else None
+
+
+def initialized(model: Any, complete: Any = lambda parameters: None) -> dict[str, torch.Tensor]:
+    initialize_weights(model, 1, complete)
+    return dict(model.named_parameters())
+
+
+SETS_BELOW = [
+    Family("gemma3"), Family("git"), Family("modernbert", "masked_lm"), Family("t5", "seq2seq_lm"),
+    Family("xlm", fields={"sinusoidal_embeddings": True}),
+]  # fmt: skip
+"""Whose modules set the weights of modules below them."""
+
+
+@pytest.mark.parametrize("families", [SETS_BELOW, pytest.param(FAMILIES, marks=pytest.mark.matrix)], ids=["few", "all"])
+def test_weights_are_handed_on_with_their_last_value(families: list[Family]) -> None:
+    """Who takes them away, as ZeRO-3 does, has what one process has that keeps them."""
+    compared = 0
+    for family in families:
+        taken: dict[int, torch.Tensor] = {}
+
+        def take(parameters: list[torch.nn.Parameter], taken: dict[int, torch.Tensor] = taken) -> None:
+            for parameter in parameters:
+                taken.setdefault(id(parameter), parameter.detach().clone())
+                parameter.data = torch.empty(0)
+
+        whole, other = family_shape(family), family_shape(family)
+        if whole is None:
+            continue
+        expected, names = initialized(whole), initialized(other, take)
+        assert [name for name, p in names.items() if not taken[id(p)].equal(expected[name])] == [], str(family)
+        compared += 1
+    assert compared > 0.8 * len(families)
+
+
+def test_a_stage_without_a_weight_draws_the_same_for_the_others() -> None:
+    """GIT sets the weights of two embeddings one after the other, when it comes to the module above them."""
+    whole, stage = family_shape(Family("git")), family_shape(Family("git"))
+    first = stage.git.image_encoder.vision_model.embeddings.patch_embedding
+    put_elsewhere(first, "weight")
+    expected, found = initialized(whole), initialized(stage)
+    assert expected.keys() - found.keys() == {"git.image_encoder.vision_model.embeddings.patch_embedding.weight"}
+    assert [name for name in found if not found[name].equal(expected[name])] == []
+    assert first.weight.is_meta
 
 
 def test_tied_weights_stay_one_parameter(tiny: dict[str, Any]) -> None:
