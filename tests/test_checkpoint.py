@@ -147,11 +147,11 @@ def unbroken(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 DROPOUT = {"model__config__attention_dropout": 0.2}
 
 BITWISE = [
-    ("llama", Layout(2, zero=1), {}),
     ("llama", Layout(2, zero=3, more=SMALL_GROUPS), DROPOUT),
     ("tied", Layout(2, pipeline=2, zero=1, more=BF16), {}),
 ]
 MORE_BITWISE = [
+    ("llama", Layout(2, zero=1), {}),
     ("llama", Layout(2), DROPOUT),
     ("llama", Layout(2, zero=1, more=BF16), {}),
     ("tied", Layout(8, tensor=2, pipeline=2, zero=1), DROPOUT),

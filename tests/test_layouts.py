@@ -48,7 +48,6 @@ LAYOUTS = [
     Layout(2, 3, 1),
     Layout(2, 3, 2, offload=True),
     Layout(2, 3, 1, checkpointing="selective"),
-    Layout(4, 1, 2, pipeline=2, tensor=2, sequence_parallel=True, checkpointing="selective"),
     Layout(1, 0, 2, "concatenate"),
     Layout(2, 0, 1, tensor=2),
     Layout(2, 1, 2, tensor=2),
@@ -64,6 +63,7 @@ LAYOUTS = [
 ]
 
 MORE_LAYOUTS = [
+    Layout(4, 1, 2, pipeline=2, tensor=2, sequence_parallel=True, checkpointing="selective"),
     Layout(4, 3, 2),
     Layout(4, 3, 1, "concatenate"),
     Layout(4, 3, 2, tensor=2),
