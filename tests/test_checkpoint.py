@@ -33,7 +33,8 @@ from trainer.checkpoint.save import in_order, refuse_wrong_cover
 from trainer.config.deepspeed import nvme_can_be_read
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
-from trainer.engine import Numbers, TrainingState
+from trainer.engine import Numbers, TrainingState, nvme
+from trainer.engine.holding import _mapped
 from trainer.errors import CheckpointError
 from trainer.parallel import Shard, boxes_of, flat_boxes
 from trainer.store import (
@@ -222,6 +223,41 @@ def test_state_on_nvme(
         assert [name for name, tensor in state_of(folder).items() if not tensor.equal(then[name])] == []
     last, then = state_of(tmp_path / "again" / "checkpoints" / "step-00000006"), state_of(memory.at(6))
     assert [name for name in then if not last[name].equal(then[name])] == []
+
+
+@pytest.mark.fast
+def test_a_file_on_a_full_disk_is_not_taken_for_state(tmp_path: Path) -> None:
+    """To map it would fill what is missing with zeros."""
+    (tmp_path / "state.swp").write_bytes(b"\0" * 12)
+    assert _mapped(tmp_path / "state.swp", 3, torch.float32).numel() == 3
+    for path, size in ((tmp_path / "state.swp", 12), (tmp_path / "absent.swp", 0)):
+        with pytest.raises(CheckpointError, match=f"{path.name}: {size} bytes of 16 were written"):
+            _mapped(path, 4, torch.float32)
+
+
+@pytest.mark.fast
+def test_gradients_between_blocks_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme, "_block_of", lambda folder: 512)
+    swapper = SimpleNamespace(swap_folder=tmp_path, _adjust_for_misaligned_lengths=lambda tensors, offsets: tensors)
+    nvme.keep_unaligned_gradients(SimpleNamespace(optimizer_swapper=swapper))
+    found = swapper._adjust_for_misaligned_lengths([torch.zeros(3) for _ in range(3)], [0, 100, 128])
+    assert [getattr(gradient, "swappable", True) for gradient in found] == [True, False, True]
+
+
+@pytest.mark.fast
+def test_each_run_has_its_own_folder_on_nvme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme.optimizer_utils, "AIO_ALIGNED_BYTES", 1024)
+    monkeypatch.setattr(nvme, "_block_of", lambda folder: 4096)
+    paths = set()
+    for run in ("one/run", "two/run", "two/run"):
+        offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+        settings = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+        nvme.prepare_nvme(settings, run)
+        paths.add(settings["zero_optimization"]["offload_optimizer"]["nvme_path"])  # type: ignore[index]
+        assert offload["nvme_path"] == str(tmp_path), "the resolved configuration stays as it was"
+    assert {str(path) for path in tmp_path.iterdir()} == paths
+    assert len(paths) == 2
+    assert nvme.optimizer_utils.AIO_ALIGNED_BYTES == 4096
 
 
 # From any layout to any -----------------------------------------------------------------------------------------------

@@ -150,6 +150,19 @@ def test_weights_are_handed_on_with_their_last_value(families: list[Family]) -> 
     assert compared > 0.8 * len(families)
 
 
+def test_what_cannot_be_tried_without_values_is_handed_on_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose rule reads a number of a weight that it sets from above."""
+    rule = LlamaForCausalLM._init_weights
+
+    def reads(self: Any, module: torch.nn.Module) -> None:
+        rule(self, module)
+        if isinstance(module, LlamaForCausalLM):
+            module.lm_head.weight.fill_(module.lm_head.weight.mean().item())
+
+    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", reads)
+    test_weights_are_handed_on_with_their_last_value([Family("llama")])
+
+
 def test_a_stage_without_a_weight_draws_the_same_for_the_others() -> None:
     """GIT sets the weights of two embeddings one after the other, when it comes to the module above them."""
     whole, stage = family_shape(Family("git")), family_shape(Family("git"))

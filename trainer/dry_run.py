@@ -159,7 +159,7 @@ def describe(loaded: LoadedConfig) -> str:
         *_batch_lines(loaded),
         _checkpoint_line(loaded, cost),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
-        + (f" (DeepSpeed's {', '.join(extensions)})" if (extensions := extensions_of(loaded.deepspeed_json)) else ""),
+        + (f" (DeepSpeed's {', '.join(extensions)})" if extensions else ""),
         *_memory_lines(loaded, model, division),
         *_tensor_lines(loaded, model),
         *_pipeline_lines(loaded, model, division),

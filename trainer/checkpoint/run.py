@@ -359,11 +359,10 @@ class Checkpoints:
         except CheckpointError as error:
             self._failure = error
             return
+        gone: list[str] = []
         if self._rank == 0:
             seconds = time.perf_counter() - start
             log.info("checkpoint %s: %s in %.1f s", path, readable(complete.bytes), seconds)
-        gone: list[str] = []
-        if self._rank == 0:
             self._failure = _attempted(lambda: gone.extend(self._keep()))
         if self._remote is not None:
             self._upload(path, [file.name for file in folder.written], gone)

@@ -80,8 +80,10 @@ class TrainingState:
                 continue
             for kind, part, first in self._stretches(parameter, owned=True):
                 low, high = 0, part.numel()
-                whole = self._holding.is_replicated or not parameter.requires_grad
-                if whole and not (hasattr(parameter, "ds_tensor") and not parameter.requires_grad):
+                replicated = (
+                    self._holding.is_replicated if parameter.requires_grad else not hasattr(parameter, "ds_tensor")
+                )
+                if replicated:
                     low, high = (high * (place.data_rank + side) // place.data for side in (0, 1))
                 yield from _pieces(shard, kind, part[low:high], first + low)
             if place.data_rank == 0:
