@@ -71,6 +71,7 @@ BAD_INPUTS = [
     Bad("misspelt offload key", 2, ("zero_optimization.offload_optimizer.devise: unknown key; did you mean 'device'?",), values=zero(stage=1, offload_optimizer={"devise": "cpu"})),
     Bad("misspelt optimizer parameter", 2, ("deepspeed.optimizer.params.weight_decy: unknown key; did you mean 'weight_decay'?",), values=optimizer("AdamW", weight_decy=0.1), rule="optimizer_exists"),
     Bad("misspelt model key", 2, ("model.config.hidden_sise: unknown key for model type 'llama'; did you mean 'hidden_size'?",), values=llama(hidden_sise=8)),
+    Bad("replaced key", 2, ("data.append_end_of_text: replaced by 'data.special_tokens'", '"end" stands for true'), values={"data__append_end_of_text": True}),
     Bad("two mistakes at once", 2, ("2 mistakes", "run.sed", "training.max_stps"), values={"run__sed": 1, "training__max_stps": 3}),
     # Types.
     Bad("bool for int", 2, ("training.max_steps: expected whole number, got true",), values={"training__max_steps": True}),

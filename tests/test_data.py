@@ -244,7 +244,7 @@ def test_the_same_text_has_the_same_name_whatever_the_file_is_called(tiny: dict[
         tiny, data__cache_dir=cache, data__validation=[], data__train=[{"path": str(tmp_path / "copy.jsonl")}]
     )
     assert other.train[0].bin_path != first.train[0].bin_path
-    without_end = prepared(tiny, data__cache_dir=cache, data__validation=[], data__append_end_of_text=False)
+    without_end = prepared(tiny, data__cache_dir=cache, data__validation=[], data__special_tokens="none")
     assert without_end.train[0].tokens == first.train[0].tokens - len(first.train[0])
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import LoadedConfig
+from trainer.config.earlier_versions import ADDED_KEYS, upgraded
 from trainer.config.load import METADATA_KEY
 from trainer.errors import ConfigError, Problem
 from trainer.store import TOKENIZER
 
 _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
 _IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
-"""What makes a run this run: with another value of these it cannot be gone on with."""
+"""What makes a run this run: with another value of these it cannot be gone on with. `ADDED_KEYS` beside them."""
 
 _NOT_IDENTITY = ("data.cache_dir", "model.attention", "model.activation_checkpointing")
 
@@ -41,14 +42,14 @@ def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str)
     """Compares a configuration with the one of a run that is to be gone on with.
 
     Args:
-        old: resolved. where: it stands.
+        old: resolved, by this version or an earlier one. where: it stands.
 
     Raises:
         ConfigError: naming each key that makes it another run, unless `checkpoint.allow_changed` names it.
     """
-    found, new = [], loaded.resolved()
+    found, old, new = [], upgraded(old), loaded.resolved()
     allowed = tuple(loaded.config.checkpoint.allow_changed)
-    for path in _IDENTITY:
+    for path in (*_IDENTITY, *(row.key for row in ADDED_KEYS if not is_below(row.key, _IDENTITY))):
         before, now = _leaves(_value(old, path), path), _leaves(_value(new, path), path)
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key) or key in _NOT_IDENTITY or is_below(key, allowed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import rules as cross_section
 from trainer.config import strict_json
 from trainer.config.deepspeed import REFUSED, Batch, batch_arithmetic, resolve
+from trainer.config.earlier_versions import keep_stored_meanings, replaced_key, upgraded
 from trainer.config.model_facts import ModelFacts, default_attention, model_config, model_facts
 from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
 from trainer.errors import ConfigError, Problem
+
+log = logging.getLogger(__name__)
 
 Raw = dict[str, Any]
 
@@ -86,7 +90,8 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
         raise ConfigError(Problem(str(path), f"extends itself: {chain}"))
     raw = strict_json.read(path)
     raw.pop("$schema", None)
-    raw.pop(METADATA_KEY, None)
+    if raw.pop(METADATA_KEY, None) is not None:  # a run directory's, perhaps of an earlier version
+        raw = upgraded(raw)
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(path.parent / Path(raw["deepspeed"]).expanduser())
     base = raw.pop("extends", None)
@@ -236,6 +241,8 @@ def _unknown_key(name: str, raw: Raw, path: tuple[str | int, ...], repaired: Raw
     if name == "deepspeed" and below in REFUSED:
         reason, remedy = REFUSED[below]
         return Problem(dotted, reason, remedy)
+    if replaced := replaced_key(dotted):
+        return replaced
     key = str(path[-1])
     candidates = _keys_at(SECTIONS[name], path[:-1])
     near = get_close_matches(key, candidates, n=1)
@@ -365,6 +372,8 @@ def load_config(
 ) -> LoadedConfig:
     """Reads, merges, overrides, checks and resolves the configuration at `path`.
 
+    Where it resumes a run, keys added since that run began keep the meaning they had (`earlier_versions.py`).
+
     Raises:
         ConfigError: with every problem that was found.
     """
@@ -379,4 +388,8 @@ def load_config(
         raise ConfigError(problems)
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
-    return check(raw, world=world, device=device)
+    kept = keep_stored_meanings(raw)
+    loaded = check(raw, world=world, device=device)
+    if kept:
+        log.info("%s", kept)
+    return loaded

@@ -125,8 +125,8 @@ class DataSection(Section):
     """A folder or hub name with a tokenizer. Default: the model's; with an inline model, one is trained
     (byte-level BPE of the model's vocabulary size) on the training text."""
 
-    append_end_of_text: bool = True
-    """Whether each document ends in the end-of-text token."""
+    special_tokens: Literal["end", "none"] = "end"
+    """What stands around each document: `end`, the end-of-text token behind it; `none`, nothing."""
 
     cache_dir: Text | None = None
     """Where tokenised text is kept. Default: `~/.cache/tessera`. May lie on each host's own disk."""

@@ -269,13 +269,13 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
     tokenizer: PreTrainedTokenizerBase | None = None
     if texts or any(not s.is_indexed for s in sources["validation"]) or data.tokenizer or loaded.config.model.path:
         tokenizer = _tokenizer_of(loaded, texts, cache)
-        check_tokenizer(tokenizer, loaded.facts.vocabulary, data.append_end_of_text)
+        check_tokenizer(tokenizer, loaded.facts.vocabulary, data.special_tokens == "end")
 
     def tokens_of(source: Source) -> list[IndexedTokens]:
         if source.is_indexed:
             return [_indexed(file) for file in source.files]
         assert tokenizer is not None
-        end = tokenizer.eos_token_id if data.append_end_of_text else None
+        end = tokenizer.eos_token_id if data.special_tokens == "end" else None
         settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, end,
                     id_type(loaded.facts.vocabulary).__name__]  # fmt: skip
         folder = cache.entry(

@@ -85,6 +85,4 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_of_
                     "Raise vocab_size, or set data.tokenizer to one that fits")
         )  # fmt: skip
     if end_of_text and tokenizer.eos_token_id is None:
-        raise ConfigError(
-            Problem("data.append_end_of_text", "the tokenizer has no end-of-text token", "Set it to false")
-        )
+        raise ConfigError(Problem("data.special_tokens", "the tokenizer has no end-of-text token", 'Set it to "none"'))

@@ -1,0 +1,147 @@
+"""A run begun by an earlier version resumes as that version would have gone on: tests/data/begun_run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.configs import with_values
+from tests.harness import Finished, run_command
+from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_configuration, upgraded, value_at
+from trainer.config.load import load_config
+from trainer.errors import ConfigError
+from trainer.run_directory import refuse_another_run
+
+ROOT = Path(__file__).parent.parent
+BEGUN = ROOT / "tests" / "data" / "begun_run"
+CONFIG = str(BEGUN / "config.json")
+STEPS = 12
+STORED_STEPS = 3
+
+BEFORE = {row.key: row.meaning_in({}) for row in ADDED_KEYS if row.meaning_in({}) is not ABSENT}
+"""What a configuration of that version meant by the keys that it lacks."""
+
+Weights = dict[str, torch.Tensor]
+
+
+def train(run: Path, *arguments: str, **values: Any) -> Finished:
+    """The user's command, with the cache beside the run directory."""
+    paths = {"run.output_dir": str(run), "data.cache_dir": str(run.parent / "cache"), "training.max_steps": STEPS}
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**paths, **values}.items()]
+    return run_command(
+        "launch/train.py", "--config", CONFIG, *(part for s in settings for part in ("--set", s)), *arguments
+    )
+
+
+def begun(folder: Path) -> Path:
+    """A copy of the stored run directory."""
+    shutil.copytree(BEGUN / "run", folder)
+    return folder
+
+
+def losses(metrics: Path) -> dict[tuple[str, int], float]:
+    """By split and step; of repeated steps the last."""
+    rows = map(json.loads, metrics.read_text().splitlines())
+    return {(row["split"], row["step"]): row["loss"] for row in rows}
+
+
+def outcome(run: Path) -> tuple[dict[tuple[str, int], float], Weights]:
+    return losses(run / "metrics.jsonl"), load_file(run / "final" / "model.safetensors")
+
+
+STORED = losses(BEGUN / "unbroken.jsonl"), load_file(BEGUN / "unbroken.safetensors")
+
+
+def after_resuming(found: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
+    return {place: loss for place, loss in found.items() if place[1] > STORED_STEPS}
+
+
+def assert_equal(one: tuple[Any, Weights], other: tuple[Any, Weights], tolerance: float = 0.0) -> None:
+    assert after_resuming(one[0]) == pytest.approx(after_resuming(other[0]), rel=tolerance, abs=0.0)
+    assert one[1].keys() == other[1].keys()
+    for name, weight in one[1].items():
+        torch.testing.assert_close(weight, other[1][name], rtol=tolerance, atol=tolerance)
+
+
+def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """On the kind of CPU that wrote the fixture: the losses and weights of the unbroken run of then. On another, whose
+    sums round otherwise, it is the run that has the old values given explicitly."""
+    resumed = train(begun(tmp_path / "run"))
+    assert resumed.status == 0, resumed.err
+    ended = train(tmp_path / "fresh", **BEFORE)
+    assert ended.status == 0, ended.err
+    fresh = outcome(tmp_path / "fresh")
+    assert_equal(fresh, STORED, 1e-5)
+    if fresh[0] == STORED[0]:
+        assert_equal(outcome(tmp_path / "run"), STORED)
+    else:
+        explicit = train(begun(tmp_path / "explicit"), **BEFORE)
+        assert explicit.status == 0, explicit.err
+        assert_equal(outcome(tmp_path / "run"), outcome(tmp_path / "explicit"))
+        assert_equal(outcome(tmp_path / "run"), STORED, 1e-5)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {key: value_at(stored, key) for key in BEFORE} == BEFORE, "the next attempt finds them written down"
+
+
+@pytest.mark.fast
+def test_upgraded_configuration_has_every_added_key() -> None:
+    old = json.loads((BEGUN / "run" / "config.json").read_text())
+    new = upgraded(old)
+    assert {key: value_at(new, key) for key in BEFORE} == BEFORE
+    assert value_at(new, "data.append_end_of_text") is ABSENT
+    assert value_at(old, "data.special_tokens") is ABSENT, "what is passed in stays as it is"
+    assert upgraded(new) == new
+    without = with_values(old, data__append_end_of_text=False)
+    assert value_at(upgraded(without), "data.special_tokens") == "none"
+    explicit = with_values(old, data__special_tokens="none")
+    assert value_at(upgraded(explicit), "data.special_tokens") == "none", "what is set stays"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000003"])
+def test_stored_configuration_is_found(place: str, tmp_path: Path) -> None:
+    stored = stored_configuration(BEGUN / "run" / place)
+    assert stored is not None
+    assert value_at(stored, "data.special_tokens") == "end"
+    assert stored_configuration(tmp_path) is None
+    (tmp_path / "config.json").write_text("{")
+    assert stored_configuration(tmp_path) is None
+
+
+@pytest.mark.fast
+def test_keys_of_model_families_may_have_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A key that the schema does not list, in those configurations only that a function says."""
+
+    def is_decoder(stored: Any) -> Any:
+        return False if value_at(stored, "model.config.model_type") == "llama" else ABSENT
+
+    row = AddedKey("model.config.is_decoder", is_decoder, default=True)
+    monkeypatch.setattr("trainer.config.earlier_versions.ADDED_KEYS", (row,))
+    assert upgraded({"model": {"config": {"model_type": "llama"}}})["model"]["config"]["is_decoder"] is False
+    assert "is_decoder" not in upgraded({"model": {"config": {"model_type": "gpt2"}}})["model"]["config"]
+    assert upgraded({"model": {"path": "x", "config": None}}) == {"model": {"path": "x", "config": None}}
+
+
+@pytest.mark.fast
+def test_run_directory_configuration_can_be_given_again() -> None:
+    loaded = load_config(BEGUN / "run" / "config.json", world=1, device="cpu")
+    assert loaded.config.data.special_tokens == "end"
+
+
+@pytest.mark.fast
+def test_other_explicit_values_are_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}", "data.special_tokens=none"]
+    loaded = load_config(CONFIG, settings, world=1, device="cpu")
+    old = json.loads((run / "config.json").read_text())
+    with pytest.raises(ConfigError) as refused:
+        refuse_another_run(old, loaded, "the run directory")
+    assert [problem.path for problem in refused.value.problems] == ["data.special_tokens"]
+    allowed = [*settings, 'checkpoint.allow_changed=["data.special_tokens"]']
+    refuse_another_run(old, load_config(CONFIG, allowed, world=1, device="cpu"), "the run directory")
