@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from trainer.distributed import Launch, local_device, prepare_environment
 
@@ -17,6 +18,8 @@ prepare_environment()
 
 import torch
 
+from trainer.config.earlier_versions import stored_configuration, value_at
+from trainer.data import added_ids, load_tokenizer
 from trainer.errors import ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
 from trainer.model import generate_texts
@@ -29,10 +32,12 @@ def main() -> None:
     with exit_on_errors(launch):
         options = parse_arguments()
         folder = final_folder(Path(options.run))
+        tokenizer = tokenizer_in(folder)
         torch.manual_seed(options.seed)
         for text in generate_texts(
-            folder, options.prompt, tokens=options.tokens, temperature=options.temperature, device=local_device()
-        ):
+            folder, tokenizer, options.prompt, prefix=prefix_of(Path(options.run), tokenizer), tokens=options.tokens,
+            temperature=options.temperature, device=local_device(),
+        ):  # fmt: skip
             print(text, flush=True)
 
 
@@ -45,6 +50,24 @@ def final_folder(run: Path) -> Path:
     if not (run / "final" / "config.json").is_file():
         raise ConfigError(Problem("--run", f"'{run}' has no final model", "Give the output_dir of a finished run"))
     return run / "final"
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of an exported model.
+
+    Raises:
+        ConfigError: if the folder holds none.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ConfigError(Problem("--run", f"'{folder}' holds no tokenizer: the run was trained on token files"))
+    return load_tokenizer(str(folder), "--run")
+
+
+def prefix_of(run: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids before each prompt: those that stood before each document of the run, `data.special_tokens`."""
+    stored = stored_configuration(run)
+    is_framed = stored is None or value_at(stored, "data.special_tokens") == "tokenizer"
+    return added_ids(tokenizer)[0] if is_framed else ()
 
 
 def parse_arguments() -> argparse.Namespace:

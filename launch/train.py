@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from typing import Any
 
 from trainer.distributed import Launch, configure_logging, joined_world, local_device, prepare_environment
 
 prepare_environment()
 
 from trainer.config import LoadedConfig, load_config
+from trainer.config.load import METADATA_KEY
 from trainer.exit import Arguments, exit_on_errors
 
 log = logging.getLogger("trainer.train")
@@ -35,7 +37,7 @@ def main() -> None:
         if not looks_only:
             train(loaded, launch)
         elif launch.rank == 0:
-            print(json.dumps(loaded.resolved(), indent=2) if options.print_config else described(loaded))
+            print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
 
 
 def train(loaded: LoadedConfig, launch: Launch) -> None:
@@ -62,6 +64,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
+    frame = prepared.frame and prepared.frame.as_json()
     configure_logging(launch.rank, directory.path / "logs")
     with joined_world(launch, topology, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
@@ -70,7 +73,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
         progress, directory = checkpoints.restore(engine), checkpoints.directory
         if world.is_first:
-            directory.write_config(loaded)
+            directory.write_config(loaded, frame=frame)
             directory.keep_tokenizer(prepared.tokenizer)
         batches.train.go_on_after(progress.step, progress.samples)
         meter = Meter(
@@ -80,8 +83,16 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
             fit(config, world, engine, batches, checkpoints, meter, trackers)
         write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
-            directory.write_config(loaded, finished_step=config.training.max_steps)
+            directory.write_config(loaded, frame=frame, finished_step=config.training.max_steps)
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
+
+
+def printed(loaded: LoadedConfig) -> dict[str, Any]:
+    """The configuration as resolved, and the special tokens around each document, as in a run's config.json."""
+    from trainer.data import document_frame
+
+    frame = document_frame(loaded)
+    return {**loaded.resolved(), METADATA_KEY: {"document_frame": frame and frame.as_json()}}
 
 
 def described(loaded: LoadedConfig) -> str:

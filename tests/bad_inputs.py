@@ -83,6 +83,7 @@ BAD_INPUTS = [
     Bad("zero steps", 2, ("training.max_steps", "greater than or equal to 1"), values={"training__max_steps": 0}),
     Bad("ZeRO 4", 2, ("zero_optimization.stage: expected 0, 1, 2 or 3, got 4",), values=zero(stage=4)),
     Bad("wrong choice", 2, ("data.packing: expected 'concatenate' or 'none', got \"best_fit\"",), values={"data__packing": "best_fit"}),
+    Bad("wrong special tokens", 2, ("data.special_tokens: expected 'tokenizer', 'end' or 'none', got \"bos\"",), values={"data__special_tokens": "bos"}),
     Bad("bad learning rate", 2, ("deepspeed.optimizer.params.lr: expected a number >= 0, got True",), values=optimizer("AdamW", lr=True)),
     # Missing.
     Bad("no section", 2, ("training: required, but missing",), values={"training": None}),

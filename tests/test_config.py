@@ -216,7 +216,9 @@ def test_print_config(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--print_config", "--set", "run.seed=5")
     assert ended.status == 0, ended.err
-    assert json.loads(ended.out)["run"]["seed"] == 5
+    printed = json.loads(ended.out)
+    assert printed["run"]["seed"] == 5
+    assert printed["tessera"]["document_frame"]["suffix_tokens"] == ["<|endoftext|>"]
     assert not (tmp_path / "run").exists()
 
 
@@ -229,7 +231,13 @@ def test_dry_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tm
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run", *extra)
     assert ended.status == 0, ended.err
-    for words in (*expected, "parameters   39,072;", "tokens       256 a step", "of model states"):
+    for words in (
+        *expected,
+        "parameters   39,072;",
+        "tokens       256 a step",
+        "documents    TEXT <|endoftext|> (0)",
+        "of model states",
+    ):
         assert words in ended.out
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -14,18 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.configs import LENGTH, with_values
 from tests.hub import COMMIT, REPOSITORY, hub
+from tests.small_tokenizers import KINDS, framed_by, make, save
 from trainer.config.load import check
-from trainer.data import open_batches, prepare_data
+from trainer.data import DocumentFrame, document_frame, frame_of, open_batches, prepare_data
 from trainer.data.batches import IGNORED, BatchShape, EvaluationBatches, TrainBatches, pad
 from trainer.data.indexed import IndexedTokens, IndexedWriter
 from trainer.data.order import SampleOrder, permute
 from trainer.data.prepare import Cache
 from trainer.data.samples import CheckedSamples, ConcatenatedSamples, DocumentSamples
 from trainer.data.sources import Source, stdlib_files
-from trainer.errors import DataError
+from trainer.data.tokenizer import tokenizer_hash
+from trainer.errors import ConfigError, DataError
 from trainer.topology import Topology
 
 pytestmark = pytest.mark.fast
@@ -282,6 +286,130 @@ def test_a_build_that_fails_leaves_nothing_half_done(tmp_path: Path) -> None:
     assert [p for p in tmp_path.iterdir() if p.is_dir() and "thing" in p.name] == []
     folder = Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", lambda f: None)
     assert (folder / "complete.json").exists()
+
+
+# --- special tokens around documents ---------------------------------------------------------------------------------
+
+FRAMED_TEXTS = ["seven wizards", "brew potions", "of quartz and jade while the quick fox jumps"]
+
+
+def framed_config(tiny: dict[str, Any], kind: str, folder: Path, **values: Any) -> dict[str, Any]:
+    (folder / "framed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in FRAMED_TEXTS))
+    (folder / "held.jsonl").write_text(json.dumps({"text": FRAMED_TEXTS[1]}) + "\n")
+    paths = {
+        name: [{"path": str(folder / f"{file}.jsonl")}] for name, file in (("train", "framed"), ("validation", "held"))
+    }
+    return with_values(
+        tiny, data__tokenizer=str(save(kind, folder)), data__train=paths["train"], data__sequence_length=8,
+        data__validation=paths["validation"], data__cache_dir=str(folder / "cache"), **values,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [None, "tokenizer", "end", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_framed_token_by_token(kind: str, mode: str | None, tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = framed_config(tiny, kind, tmp_path, data__special_tokens=mode)
+    if mode == "end" and KINDS[kind].end is None:
+        with pytest.raises(ConfigError, match="needs an end-of-text token"):
+            prepared(config)
+        return
+    found, tokenizer = prepared(config), make(kind)
+    tokens = {"end": ["TEXT", KINDS[kind].end], "none": ["TEXT"]}.get(mode or "tokenizer", framed_by(KINDS[kind]))
+
+    def expected(text: str) -> list[int]:
+        inside = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+        split = tokens.index("TEXT")
+        return tokenizer.convert_tokens_to_ids([*tokens[:split], *inside, *tokens[split + 1 :]])
+
+    assert [found.train[0].document(n).tolist() for n in range(3)] == [expected(text) for text in FRAMED_TEXTS]
+    assert found.validation[0].document(0).tolist() == expected(FRAMED_TEXTS[1]), "validation is framed in the same way"
+    assert [*found.frame.prefix_tokens, "TEXT", *found.frame.suffix_tokens] == tokens
+    assert document_frame(check(config, world=1, device="cpu")) == found.frame
+    if mode in (None, "tokenizer"):
+        whole = tokenizer(FRAMED_TEXTS[0])["input_ids"]
+        end = tokenizer.eos_token_id
+        assert expected(FRAMED_TEXTS[0]) == whole + ([end] if end is not None and end not in whole else [])
+
+
+def test_long_document_is_framed_once(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pieces it is read in and samples it is cut into; an empty one has no frame."""
+    monkeypatch.setattr("trainer.data.sources._CHUNK_BYTES", 30)
+    (tmp_path / "long.txt").write_text("\n\n" + "seven wizards\n" * 40)
+    (tmp_path / "zero.txt").write_text("")
+    config = framed_config(tiny, "bert", tmp_path)
+    found = prepared(with_values(config, data__train=[{"path": str(tmp_path / "*.txt")}]))
+    seven, wizards = make("bert").convert_tokens_to_ids(["seven", "wizards"])
+    before, after = found.frame.prefix[0], found.frame.suffix[0]
+    assert found.train[0].document(0).tolist() == [before, *([seven, wizards] * 40), after]
+    assert len(found.train[0]) == 1
+    samples = ConcatenatedSamples(found.train[0], 8)
+    assert sum(samples.ids(n).tolist().count(before) for n in range(len(samples))) == 1
+
+
+def test_token_files_of_earlier_versions_stay_valid(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """`"end"` and `"none"` have the names that `append_end_of_text` gave; another frame has another name."""
+    names = {}
+    for mode in ("end", "none", "tokenizer"):
+        config = framed_config(tiny, "llama", tmp_path, data__special_tokens=mode)
+        names[mode] = prepared(config).train[0].bin_path.parent.name
+    tokenizer = make("llama")
+    content = Source(str(tmp_path / "framed.jsonl"), "train", "text").content_hash()
+    for mode, end in (("end", tokenizer.eos_token_id), ("none", None)):
+        settings = [1, tokenizer_hash(tokenizer), "text", end, "uint16"]
+        digest = hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()
+        assert names[mode] == f"tokens-{digest[:32]}"
+    assert names["tokenizer"] not in (names["end"], names["none"])
+
+
+def test_trained_tokenizer_adds_the_end_alone(tiny: dict[str, Any]) -> None:
+    """The same token files as before this key; known before the tokenizer is trained."""
+    whole, end = prepared(tiny), prepared(tiny, data__special_tokens="end")
+    assert [t.bin_path for t in whole.train] == [t.bin_path for t in end.train]
+    assert whole.frame == DocumentFrame((), (whole.tokenizer.eos_token_id,), (), ("<|endoftext|>",))
+    assert document_frame(check(tiny, world=1, device="cpu")) == whole.frame
+    assert not prepared(tiny, data__special_tokens="none").frame.suffix
+
+
+def test_tokenizer_that_frames_by_the_text_is_refused() -> None:
+    class Moody:
+        eos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+            return {"input_ids": [*([len(text)] if add_special_tokens else []), 7, 8]}
+
+    with pytest.raises(ConfigError, match="does not add the same special tokens to every text"):
+        frame_of(Moody(), "tokenizer")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mode", "prefix"), [("tokenizer", ["<s>"]), ("end", []), ("none", []), (None, [])])
+def test_prompts_are_framed_as_documents(
+    mode: str | None, prefix: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the end; of a run by an earlier version (None), as that version did."""
+    from launch.generate import prefix_of, tokenizer_in
+    from trainer.model import generate_texts
+
+    data = {"append_end_of_text": True} if mode is None else {"special_tokens": mode}
+    (tmp_path / "config.json").write_text(json.dumps({"run": {}, "data": data}))
+    tokenizer = tokenizer_in(save("llama", tmp_path))
+    asked = []
+
+    class Model:
+        def to(self, device: str) -> Model:
+            return self
+
+        def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+            asked.append(input_ids[0].tolist())
+            assert attention_mask.tolist() == [[1] * input_ids.shape[1]]
+            return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+
+    monkeypatch.setattr("trainer.model.generate.load_exported", lambda folder: Model())
+    ids = prefix_of(tmp_path, tokenizer)
+    options: dict[str, Any] = {"tokens": 1, "temperature": 0.0, "device": "cpu"}
+    texts = list(generate_texts(tmp_path, tokenizer, ["brew potions"], prefix=ids, **options))
+    inside = tokenizer("brew potions", add_special_tokens=False)["input_ids"]
+    assert asked == [[*tokenizer.convert_tokens_to_ids(prefix), *inside]]
+    assert texts == [tokenizer.decode(inside)]
 
 
 # --- samples and batches ---------------------------------------------------------------------------------------------

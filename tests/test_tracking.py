@@ -70,6 +70,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
 
     about = json.loads((run / "config.json").read_text())["tessera"]
     assert about["finished_step"] == 5
+    assert about["document_frame"]["suffix_tokens"] == ["<|endoftext|>"]
     assert about["versions"]["torch"]
     assert about["world"] == {"processes": 1, "data": 1, "pipeline": 1, "tensor": 1}
     assert "training reads" in (run / "logs" / "rank-0.log").read_text()

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import extensions_of
+from trainer.data import document_frame
 from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
 from trainer.parallel import drops, read_plan, starred
 from trainer.pipeline import Division, divide_layers
@@ -93,6 +94,9 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
            f"accumulated x {loaded.data_ranks} data ranks")  # fmt: skip
     most = "" if config.data.packing == "concatenate" else "at most "
     steps = config.training.max_steps
+    frame = document_frame(loaded)
+    shown = f'{frame} (data.special_tokens "{config.data.special_tokens}")' if frame else "as the token files hold them"
+    yield f"documents    {shown}"
     yield f"tokens       {most}{tokens:,} a step, {most}{tokens * steps:,} in {steps:,} steps"
 
 

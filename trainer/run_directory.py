@@ -182,9 +182,15 @@ class RunDirectory:
             )  # fmt: skip
         return cls(path, int(about.get("attempt", 0)) + 1, finished)
 
-    def write_config(self, loaded: LoadedConfig, finished_step: int | None = None) -> None:
-        """Writes `config.json`: the resolved configuration, and under one key what it ran on. Can be run again."""
-        about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step}
+    def write_config(
+        self, loaded: LoadedConfig, *, frame: Mapping[str, Any] | None, finished_step: int | None = None
+    ) -> None:
+        """Writes `config.json`: the resolved configuration, and under one key what it ran on. Can be run again.
+
+        Args:
+            frame: special tokens around each document; None where the data were token files.
+        """
+        about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step, "document_frame": frame}
         text = json.dumps({**loaded.resolved(), METADATA_KEY: about}, indent=2)
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / ".config.json.partial"

@@ -125,8 +125,11 @@ class DataSection(Section):
     """A folder or hub name with a tokenizer. Default: the model's; with an inline model, one is trained
     (byte-level BPE of the model's vocabulary size) on the training text."""
 
-    special_tokens: Literal["end", "none"] = "end"
-    """What stands around each document: `end`, the end-of-text token behind it; `none`, nothing."""
+    special_tokens: Literal["tokenizer", "end", "none"] = "tokenizer"
+    """Special tokens around each document. `tokenizer`: what the tokenizer adds to a single text (such as a
+    beginning-of-text token), and the end-of-text token after it unless it is there already; `end`: the end-of-text
+    token alone; `none`. A document cut into samples has them once. `--dry_run` and the run's `config.json` show the
+    ids."""
 
     cache_dir: Text | None = None
     """Where tokenised text is kept. Default: `~/.cache/tessera`. May lie on each host's own disk."""

@@ -1,18 +1,23 @@
 """From sources of text to micro-batches: read, tokenise once, index, order, pack."""
 
 from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
+from trainer.data.frame import DocumentFrame, added_ids, frame_of
 from trainer.data.open import Batches, open_batches
-from trainer.data.prepare import PreparedData, prepare_data
+from trainer.data.prepare import PreparedData, document_frame, prepare_data
 from trainer.data.tokenizer import load_tokenizer
 
 __all__ = [
     "IGNORED",
     "Batches",
+    "DocumentFrame",
     "EvaluationBatches",
     "MicroBatch",
     "PreparedData",
     "StepBatch",
     "TrainBatches",
+    "added_ids",
+    "document_frame",
+    "frame_of",
     "load_tokenizer",
     "open_batches",
     "prepare_data",

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from trainer.config.schema import DEFAULT_CACHE
+from trainer.data.frame import DocumentFrame, frame_of
 from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
 from trainer.data.sources import Piece, Source
 from trainer.data.tokenizer import (
+    END_OF_TEXT,
     TRAINING_BYTES,
     check_tokenizer,
     load_tokenizer,
@@ -55,6 +57,9 @@ class PreparedData:
     validation: list[IndexedTokens]
     tokenizer: PreTrainedTokenizerBase | None
     """None where all sources were token files already and no tokenizer was named."""
+
+    frame: DocumentFrame | None
+    """What stands around each document; None where all sources were token files already."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,10 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, end: int | None, out: Path) -> None:
-    """Writes the documents of `source` as `out/tokens.bin` and `.idx`, with `end` after each.
+def tokenise(
+    source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, frame: DocumentFrame, out: Path
+) -> None:
+    """Writes the documents of `source`, each in its frame, as `out/tokens.bin` and `.idx`.
 
     Raises:
         DataError: for anything wrong inside the files, or if there is no document in them.
@@ -195,12 +202,13 @@ def tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int
         for batch in _batches(source.pieces()):
             encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
             for piece, ids in zip(batch, encoded, strict=True):
-                writer.extend(ids)
+                if ids:
+                    writer.extend(ids if writer.open_length else [*frame.prefix, *ids])
                 progress.add(piece.size)
                 if piece.ends and writer.open_length == 0:
                     empty += 1
                 elif piece.ends:
-                    writer.extend([end] if end is not None else [])
+                    writer.extend(frame.suffix)
                     writer.end()
                     documents += 1
     if documents == 0:
@@ -220,13 +228,39 @@ def _training_text(sources: list[Source]) -> Iterator[str]:
                 return
 
 
-def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
+def _named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the configuration names; None where one is trained."""
     data, model = loaded.config.data, loaded.config.model
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer, "data.tokenizer")
     if model.path is not None:
         path = Path(model.path).expanduser()
         return load_tokenizer(str(tokenizer_beside(path)) if is_checkpoint(path) else model.path, "model.path")
+    return None
+
+
+def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
+    """What will stand around each document, before anything is read or trained.
+
+    Returns:
+        None where all sources are token files already.
+
+    Raises:
+        ConfigError: no usable tokenizer.
+    """
+    data = loaded.config.data
+    if all(Source(s.path, "train", data.text_field).is_indexed for s in (*data.train, *data.validation)):
+        return None
+    tokenizer = _named_tokenizer(loaded)
+    if tokenizer is None:
+        return DocumentFrame() if data.special_tokens == "none" else DocumentFrame((), (0,), (), (END_OF_TEXT,))
+    return frame_of(tokenizer, data.special_tokens)
+
+
+def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
+    if (named := _named_tokenizer(loaded)) is not None:
+        return named
+    data = loaded.config.data
 
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in texts))
@@ -267,22 +301,27 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
     }
     texts = [s for s in sources["train"] if not s.is_indexed]
     tokenizer: PreTrainedTokenizerBase | None = None
-    if texts or any(not s.is_indexed for s in sources["validation"]) or data.tokenizer or loaded.config.model.path:
+    frame: DocumentFrame | None = None
+    held_out_texts = [s for s in sources["validation"] if not s.is_indexed]
+    if texts or held_out_texts or data.tokenizer or loaded.config.model.path:
         tokenizer = _tokenizer_of(loaded, texts, cache)
-        check_tokenizer(tokenizer, loaded.facts.vocabulary, data.special_tokens == "end")
+        check_tokenizer(tokenizer, loaded.facts.vocabulary)
+        if texts or held_out_texts:
+            frame = frame_of(tokenizer, data.special_tokens)
+            log.info('documents: %s (data.special_tokens "%s")', frame, data.special_tokens)
 
     def tokens_of(source: Source) -> list[IndexedTokens]:
         if source.is_indexed:
             return [_indexed(file) for file in source.files]
         assert tokenizer is not None
-        end = tokenizer.eos_token_id if data.special_tokens == "end" else None
-        settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, end,
+        assert frame is not None
+        settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, frame.cache_key,
                     id_type(loaded.facts.vocabulary).__name__]  # fmt: skip
         folder = cache.entry(
             [settings, source.split, source.appearance()],
             lambda: [settings, source.content_hash()],
             "tokens",
-            lambda out: tokenise(source, tokenizer, loaded.facts.vocabulary, end, out),
+            lambda out: tokenise(source, tokenizer, loaded.facts.vocabulary, frame, out),
         )
         return [_indexed(folder / "tokens")]
 
@@ -296,4 +335,4 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
                 weights += [section.weight] * len(parts)
             log.info("%s data: %s: %s documents, %s tokens", split, source.path, f"{sum(map(len, parts)):,}",
                      f"{sum(p.tokens for p in parts):,}")  # fmt: skip
-    return PreparedData(opened["train"], tuple(weights), opened["validation"], tokenizer)
+    return PreparedData(opened["train"], tuple(weights), opened["validation"], tokenizer, frame)

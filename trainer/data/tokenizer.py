@@ -39,7 +39,10 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
-    """Trains a byte-level BPE of exactly `vocabulary` entries at most, and saves it to `folder`."""
+    """Trains a byte-level BPE of exactly `vocabulary` entries at most, and saves it to `folder`.
+
+    It adds nothing to a text; its entry 0 is the end-of-text token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,11 +75,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_of_text: bool) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Refuses a tokenizer that can produce ids which the model has no embedding for.
 
     Raises:
-        ConfigError: naming both sizes; or, with `end_of_text`, if there is no end-of-text token.
+        ConfigError: naming both sizes.
     """
     if len(tokenizer) > vocabulary:
         raise ConfigError(
@@ -84,5 +87,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_of_
                     f"{vocabulary} is smaller than the tokenizer's vocabulary of {len(tokenizer)}",
                     "Raise vocab_size, or set data.tokenizer to one that fits")
         )  # fmt: skip
-    if end_of_text and tokenizer.eos_token_id is None:
-        raise ConfigError(Problem("data.special_tokens", "the tokenizer has no end-of-text token", 'Set it to "none"'))

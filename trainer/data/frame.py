@@ -1,0 +1,88 @@
+"""The special tokens around each document, `data.special_tokens`: found by asking the tokenizer, not by its class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainer.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SpecialTokens = Literal["tokenizer", "end", "none"]
+
+_PROBES = ("seven wizards", "a", "Brew 2 potions, quickly!")
+"""Texts encoded with and without special tokens; the frame must be the same for all."""
+
+
+@dataclass(frozen=True)
+class DocumentFrame:
+    """Ids before and after each document. A document that is cut into samples has them once, not in each sample."""
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    prefix_tokens: tuple[str, ...] = ()
+    suffix_tokens: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        before = [f"{token} ({number})" for token, number in zip(self.prefix_tokens, self.prefix, strict=True)]
+        after = [f"{token} ({number})" for token, number in zip(self.suffix_tokens, self.suffix, strict=True)]
+        return " ".join([*before, "TEXT", *after])
+
+    def as_json(self) -> dict[str, Any]:
+        """For `config.json`."""
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    @property
+    def cache_key(self) -> Any:
+        """What tells token files of one frame from those of another. Without a prefix, and with at most one id after
+        the text, it is the id alone, as earlier versions wrote it, so that their token files stay valid."""
+        if not self.prefix and len(self.suffix) <= 1:
+            return self.suffix[0] if self.suffix else None
+        return {"prefix": list(self.prefix), "suffix": list(self.suffix)}
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens) -> DocumentFrame:
+    """The frame that `data.special_tokens` asks of this tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-text token where one is needed, or does not frame all texts alike.
+    """
+    end = tokenizer.eos_token_id
+    prefix, suffix = added_ids(tokenizer) if special_tokens == "tokenizer" else ((), ())
+    if special_tokens != "none" and end is not None and end not in suffix:
+        suffix = (*suffix, end)
+    if special_tokens != "none" and not suffix:
+        raise ConfigError(
+            Problem("data.special_tokens", f'"{special_tokens}" needs an end-of-text token, and the tokenizer has none',
+                    'Set it to "none"')
+        )  # fmt: skip
+    return DocumentFrame(prefix, suffix, _tokens(tokenizer, prefix), _tokens(tokenizer, suffix))
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids before, ids after) that the tokenizer adds to a single text.
+
+    Raises:
+        ConfigError: what it adds depends on the text.
+    """
+    found = None
+    for text in _PROBES:
+        plain, whole = (
+            list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) for special in (False, True)
+        )
+        places = [n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain]
+        frames = {(tuple(whole[:n]), tuple(whole[n + len(plain) :])) for n in places}
+        found = frames if found is None else found & frames
+    if not found or len(found) > 1:
+        raise ConfigError(
+            Problem("data.special_tokens", 'the tokenizer does not add the same special tokens to every text (got '
+                    f'"tokenizer", {type(tokenizer).__name__})', 'Set it to "end" or "none"')
+        )  # fmt: skip
+    return found.pop()
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    return tuple(str(token) for token in tokenizer.convert_ids_to_tokens(list(ids)))
