@@ -6,8 +6,12 @@ replaces the file's text, `files` are written below the test's folder and may be
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,26 @@ def optimizer(kind: str, **params: Any) -> dict[str, Any]:
 
 def scheduler(kind: str, **params: Any) -> dict[str, Any]:
     return {"deepspeed__scheduler": {"type": kind, "params": params}}
+
+
+def folder(tensors: dict[str, Any], **config: Any) -> dict[str, bytes]:
+    """Files of a model folder."""
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    return {
+        "model/config.json": json.dumps(sizes | config).encode(),
+        "model/model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def in_folder(**model: Any) -> dict[str, Any]:
+    return {"model": {"path": "{tmp}/model", **model}, "data__tokenizer": "{tokenizer}"}
 
 
 SOUND_LINE = b'{"text": "seven wizards brew potions of quartz and jade while the quick fox jumps"}\n'
@@ -160,6 +184,9 @@ BAD_INPUTS = [
     Bad("model folder missing", 2, ("model.path: './nowhere' does not exist",), values={"model": {"path": "./nowhere"}}),
     Bad("model folder without config", 2, ("holds no config.json",), values={"model": {"path": "{tmp}"}}),
     Bad("model folder with pickles only", 2, ("holds no *.safetensors", "pytorch_model.bin", "can run code"), values={"model": {"path": "{tmp}/model"}, "data__tokenizer": "{tokenizer}"}, rule="weights_cannot_run_code", files={"model/config.json": b'{"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}', "model/pytorch_model.bin": b"x"}),
+    Bad("quantized folder", 2, ("model.path: the weights in", "are quantized", "config.json: quantization_config says quant_method 'fp8'", "save_pretrained"), values=in_folder(), files=folder({}, quantization_config={"quant_method": "fp8"})),
+    Bad("quantized weights", 2, ("model.path: the weights in", "are quantized", "1 weights stored as I8", "1 scales", "model.norm.weight_scale"), values=in_folder(allow_unexpected_keys=True), files=folder({"model.norm.weight": np.zeros(32, np.int8), "model.norm.weight_scale": np.ones(1)})),
+    Bad("unexpected keys", 2, ("model.path: ", "unexpected keys", "got 1:", "model.layers.7.mlp.up_proj.weight", "model.allow_unexpected_keys"), values=in_folder(), files=folder({"model.layers.7.mlp.up_proj.weight": np.ones(3)})),
     Bad("code in an inline config", 2, ("model.config.auto_map", "not taken"), values=llama(auto_map={"AutoModel": "x.Y"})),
     Bad("sequence longer than positions", 2, ("data.sequence_length: 65 is longer than the 64 positions",), values={"data__sequence_length": 65}, rule="sequence_fits_the_model"),
     Bad("vocabulary smaller than tokenizer's", 2, ("model.config.vocab_size: 300 is smaller than the tokenizer's vocabulary of 320",), values={**llama(vocab_size=300), "data__tokenizer": "{tokenizer}"}),

@@ -23,7 +23,9 @@ _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "dat
 _IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
 """What makes a run this run: with another value of these it cannot be gone on with. `ADDED_KEYS` beside them."""
 
-_NOT_IDENTITY = ("data.cache_dir", "model.attention", "model.activation_checkpointing")
+_NOT_IDENTITY = (
+    "data.cache_dir", "model.attention", "model.activation_checkpointing", "model.allow_unexpected_keys",
+)  # fmt: skip
 
 
 def _value(config: Mapping[str, Any], path: str) -> Any:

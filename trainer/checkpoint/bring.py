@@ -36,13 +36,13 @@ def bring(source: Path, loaded: LoadedConfig) -> Path:
     folder = Path(loaded.config.run.output_dir).expanduser() / FOLDER
     if folder.is_dir() and any(folder.glob("step-*")):
         raise ConfigError(Problem("run.output_dir", f"{folder} holds checkpoints", "Take another folder"))
-    model = build_model(loaded)
+    model, allow = build_model(loaded), loaded.config.model.allow_unexpected_keys
     if (source / "config.json").is_file():
-        read_weights(model, str(source))
+        read_weights(model, str(source), allow_unexpected_keys=allow)
     elif any(source.rglob("*_model_states.pt")):
         with tempfile.TemporaryDirectory(dir=source.parent) as plain:
             _convert(source, Path(plain))
-            read_weights(model, plain)
+            read_weights(model, plain, allow_unexpected_keys=allow)
     else:
         reason = f"{source} is neither a Hugging Face folder (config.json) nor one of DeepSpeed's (*_model_states.pt)"
         raise ConfigError(Problem("import", reason, "Give the folder that holds these files"))

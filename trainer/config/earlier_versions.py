@@ -63,6 +63,10 @@ def _end_of_text(stored: Mapping[str, Any]) -> str:
     return "none" if value_at(stored, "data.append_end_of_text") is False else "end"
 
 
+def _unexpected_keys(stored: Mapping[str, Any]) -> Any:
+    return True if isinstance(value_at(stored, "model.path"), str) else ABSENT
+
+
 ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey(
         "data.special_tokens",
@@ -70,6 +74,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
         replaces="data.append_end_of_text",
         replacement='Set data.special_tokens: "end" stands for true, "none" for false',
     ),
+    AddedKey("model.allow_unexpected_keys", _unexpected_keys),
 )
 
 

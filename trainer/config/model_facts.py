@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 DANGEROUS_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
 """Keys of a config.json that name code to fetch and run, or that change what the weights are."""
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Keys by which a config.json says that its weights are quantized: transformers', an older name of
+compressed-tensors', and MLX's."""
+
 DANGEROUS_PREFIXES = ("_attn_implementation", "_experts_implementation", "_name_or_path")
 
 
@@ -112,7 +116,16 @@ def _recipe_in(folder: Path) -> Mapping[str, Any]:
     return recipe
 
 
-def _config_at(path: str) -> PreTrainedConfig:
+def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
+    """The configuration in a model folder, a checkpoint, or a repository on the hub.
+
+    Args:
+        weights_are_read: refuse it where it says that the weights beside it are quantized. With random weights that
+            does not matter.
+
+    Raises:
+        ConfigError: if there is none, or transformers does not take it.
+    """
     from transformers import PreTrainedConfig
 
     folder = Path(path).expanduser()
@@ -136,7 +149,30 @@ def _config_at(path: str) -> PreTrainedConfig:
                 "Check the name, the network, or give a folder",
             )
         ) from None
+    if weights_are_read and (found := _quantization(raw)) is not None:
+        where, method = found
+        raise ConfigError(
+            Problem(
+                "model.path",
+                f"the weights in '{path}' are quantized, and only unquantized ones can be trained "
+                f"({path}/config.json: {where} says {method})",
+                "Dequantize the model and save it with `save_pretrained`, or use the unquantized repository; with "
+                "model.initialize 'random' only the sizes are used",
+            )
+        )
     return config_from(raw, f"{path}/config.json")
+
+
+def _quantization(raw: Mapping[str, Any], where: str = "") -> tuple[str, str] | None:
+    """(key, method) by which a configuration says at any depth that its weights are quantized; None if it does not."""
+    for key, value in raw.items():
+        path = f"{where}.{key}" if where else key
+        if key in QUANTIZATION_KEYS and value:
+            method = value.get("quant_method", value.get("quant_algo")) if isinstance(value, Mapping) else value
+            return path, f"quant_method {method!r}" if method else "no quant_method"
+        if isinstance(value, Mapping) and (found := _quantization(value, path)) is not None:
+            return found
+    return None
 
 
 def config_from(raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -162,7 +198,7 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
         config = _inline_config(section.config)
     else:
         assert section.path is not None
-        config = _config_at(section.path)
+        config = config_at(section.path, weights_are_read=section.initialize != "random")
     config.use_cache = False
     return config
 

@@ -35,7 +35,12 @@ class ModelSection(Section):
     """Instead of `path`: the model's configuration itself, `{"model_type": "llama", "hidden_size": 256, ...}`."""
 
     initialize: Literal["pretrained", "random"] | None = None
-    """Where the weights come from. Default: `pretrained` with `path`, `random` with `config`."""
+    """Where the weights come from. Default: `pretrained` with `path`, `random` with `config`. With `random`, nothing of
+    a folder but its configuration is used, so its weights may be quantized or missing."""
+
+    allow_unexpected_keys: bool = False
+    """Leave out tensors in the folder at `path` that no class of the family has, with a line in the log, instead of
+    refusing them. Keys of quantized weights are always refused."""
 
     task: Literal["causal_lm"] = "causal_lm"
     """What the model learns: `causal_lm` predicts the next token."""

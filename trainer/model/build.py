@@ -12,7 +12,7 @@ from trainer.config.model_facts import config_from, model_config
 from trainer.config.schema import ModelSection
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
-from trainer.model.read import read_weights
+from trainer.model.read import check_weights, read_weights
 from trainer.parallel import drops, read_plan, refuse_sequence_parallel
 
 if TYPE_CHECKING:
@@ -28,10 +28,13 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
         ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
             lacks, sizes that do not fit together, no support for activation checkpointing.
         PlanError: if the tensor plan and the model do not fit together.
+        ConfigError: if the weights in the folder at `model.path` are quantized, or hold unexpected keys.
     """
     section, parallel = loaded.config.model, loaded.config.parallel
     arguments = {"attn_implementation": loaded.attention, "dtype": torch.float32}
     model = _on_meta(section, model_config(section), arguments)
+    if section.path is not None and loaded.initialize == "pretrained":
+        check_weights(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
     if parallel.tensor > 1 or parallel.tensor_plan:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         if parallel.sequence_parallel:
@@ -93,8 +96,9 @@ def give_weights(
     if blank:
         leave_blank(model, complete)
     elif loaded.initialize == "pretrained":
-        assert loaded.config.model.path is not None
-        read_weights(model, loaded.config.model.path, complete)
+        section = loaded.config.model
+        assert section.path is not None
+        read_weights(model, section.path, complete, allow_unexpected_keys=section.allow_unexpected_keys)
     else:
         initialize_weights(model, loaded.config.run.seed, complete)
 

@@ -7,12 +7,13 @@ transformers says how, and its tables are used here as they are.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -33,8 +34,11 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from trainer.config.model_facts import config_at
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
+from trainer.model.unexpected import Leftovers, classify, refuse_quantized, shown
+from trainer.model.unexpected import Stored as Header
 from trainer.parallel import Shard, all_parameters, shard_of
 from trainer.store import DTYPES, MODEL_KINDS, Files, Stored, is_checkpoint, read_manifest, verify_sizes
 
@@ -71,6 +75,13 @@ class _Checkpoint:
     def slice(self, name: str) -> Any:
         return _Slice(self._files, self._stored[name])
 
+    def header(self, name: str) -> Header:
+        return Header(self._stored[name].dtype, self._stored[name].shape)
+
+    def file_of(self, name: str) -> str:
+        """Names of the files that hold the tensor."""
+        return ", ".join(dict.fromkeys(box.file for box in self._stored[name].boxes))
+
     def whole(self, name: str) -> Tensor:
         view = self.slice(name)
         whole: Tensor = view[tuple(slice(None) for _ in view.get_shape())]
@@ -81,11 +92,13 @@ class _Files:
     """The tensors of a folder or of a hub repository, by name, in files that are mapped into memory."""
 
     def __init__(self, path: str) -> None:
-        self._handles = [safe_open(file, framework="pt") for file in self._find(path)]
         self._of: dict[str, Any] = {}
-        for handle in self._handles:
+        self._file: dict[str, str] = {}
+        for file in self._find(path):
+            handle = safe_open(file, framework="pt")
             names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
             self._of.update(dict.fromkeys(names, handle))
+            self._file.update(dict.fromkeys(names, Path(file).name))
 
     @staticmethod
     def _find(path: str) -> list[str]:
@@ -110,6 +123,14 @@ class _Files:
         """A view of a tensor in its file, of which any box can be copied out."""
         view: Any = self._of[name].get_slice(name)
         return view
+
+    def header(self, name: str) -> Header:
+        view = self.slice(name)
+        return Header(view.get_dtype(), tuple(view.get_shape()))
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds the tensor."""
+        return self._file[name]
 
     def whole(self, name: str) -> Tensor:
         tensor: Tensor = self._of[name].get_tensor(name)
@@ -150,29 +171,121 @@ class _Target:
         return places
 
 
+class _Matching:
+    """Which tensor of a model each key in the files belongs to, by transformers' own renamings and converters."""
+
+    def __init__(self, model: PreTrainedModel, transforms: list[Any]) -> None:
+        self._prefix, self._transforms = model.base_model_prefix, transforms
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.shapes = model.state_dict() | dict(all_parameters(model))
+
+    def find(self, key: str) -> tuple[str, str | None] | None:
+        """(name in the model, pattern of the converter if there is one); None for a key without a place."""
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.shapes)
+        if name not in self.shapes and key in self.shapes:
+            name, pattern = rename_source_key(key, [], [], self._prefix, self.shapes)
+        return (name, pattern) if name in self.shapes else None
+
+
+def _unmatched(model: PreTrainedModel, keys: list[str]) -> list[str]:
+    """Those of the keys that are neither a weight nor any buffer of the model."""
+    matching = _Matching(model, get_model_conversion_mapping(model))
+    matching.shapes |= dict(model.named_buffers())
+    return [key for key in keys if matching.find(key) is None]
+
+
 def _targets(model: PreTrainedModel, files: _Source) -> tuple[dict[str, _Target], list[str]]:
-    """The model's tensors by name with their sources, and the names in the files that match none."""
+    """The model's tensors by name with their sources, and the keys in the files that match none."""
     transforms = get_model_conversion_mapping(model) if isinstance(files, _Files) else []
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    shapes = model.state_dict() | dict(all_parameters(model))
+    matching = _Matching(model, transforms)
     targets: dict[str, _Target] = {}
-    strangers = []
-    for name in files.names():
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
-        if renamed not in shapes and name in shapes:
-            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, shapes)
-        if renamed not in shapes:
-            strangers.append(name)
+    leftover = []
+    for key in files.names():
+        place = matching.find(key)
+        if place is None:
+            leftover.append(key)
             continue
-        target = targets.setdefault(renamed, _Target(renamed))
-        target.sources.append((name, pattern or ""))
+        name, pattern = place
+        target = targets.setdefault(name, _Target(name))
+        target.sources.append((key, pattern or ""))
         target.converter = None if pattern is None else by_pattern[pattern]
     used: Any = [transform for transform in transforms if transform.was_used()]
     if isinstance(files, _Files):
         model._weight_conversions = used  # what `save_pretrained` reverts
-    return targets, strangers
+    return targets, leftover
+
+
+def _checked(
+    model: PreTrainedModel, path: str, files: _Source, *, allow_unexpected_keys: bool
+) -> tuple[dict[str, _Target], Leftovers]:
+    """The model's tensors with their sources, and the keys that are left out.
+
+    Raises:
+        ConfigError: if the weights are quantized, or hold keys that no class of the family has.
+    """
+    targets, leftover = _targets(model, files)
+    headers = {key: files.header(key) for key in files.names()}
+    shapes = model.state_dict() | dict(all_parameters(model))
+    matched = {key: shapes[t.name].is_floating_point() for t in targets.values() for key, _ in t.sources}
+    refuse_quantized(path, matched, headers)
+    leftovers = classify(model, _config_of(path), leftover, headers, _unmatched) if leftover else Leftovers([], [])
+    if leftovers.unexpected and not allow_unexpected_keys:
+        raise ConfigError(
+            Problem(
+                "model.path",
+                f"the weights in '{path}' have unexpected keys, which no class of '{model.config.model_type}' has with "
+                f"this configuration (got {len(leftovers.unexpected)}: {shown(leftovers.unexpected)})",
+                "Check that config.json and the weights belong together, or set model.allow_unexpected_keys to true "
+                "to leave them out",
+            )
+        )
+    return targets, leftovers
+
+
+def _config_of(path: str) -> PreTrainedConfig | None:
+    """The whole configuration beside the weights, which may be of a larger model; None where there is none."""
+    try:
+        return config_at(path)
+    except ConfigError:
+        return None
+
+
+def _open(path: str) -> _Source:
+    folder = Path(path).expanduser()
+    return _Checkpoint(folder) if is_checkpoint(folder) else _Files(path)
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Make hub, network, safetensors and conversion errors alike a problem of `model.path`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            Problem("model.path", f"'{path}' cannot be read: {first}", "Check the folder, the name, the network")
+        ) from None
+
+
+def check_weights(model: PreTrainedModel, path: str, *, allow_unexpected_keys: bool = False) -> None:
+    """Check what the headers of the weights in a local folder say, without reading the weights.
+
+    Of a name on the hub nothing is checked before its files are here, when they are read.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        ConfigError: if the weights are quantized, or hold keys that no class of the family has.
+    """
+    if Path(path).expanduser().is_dir():
+        with _reading(path):
+            _checked(model, path, _open(path), allow_unexpected_keys=allow_unexpected_keys)
 
 
 def _converted(target: _Target, files: _Source, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -278,7 +391,13 @@ class _Reader:
         return sorted(missing)
 
 
-def read_weights(model: PreTrainedModel, path: str, complete: Complete = lambda parameters: None) -> None:
+def read_weights(
+    model: PreTrainedModel,
+    path: str,
+    complete: Complete = lambda parameters: None,
+    *,
+    allow_unexpected_keys: bool = False,
+) -> None:
     """Fills `model`, which is on the meta device, from `path`: a folder, or a name on the hub.
 
     A parameter that carries the record of a shard gets that part only. Peak memory beside what this rank holds: the
@@ -286,35 +405,34 @@ def read_weights(model: PreTrainedModel, path: str, complete: Complete = lambda 
 
     Args:
         complete: called with each parameter once it has its value; it may take it away (ZeRO-3).
+        allow_unexpected_keys: leave out keys that no class of the family has, instead of refusing them.
 
     Raises:
         ConfigError: if the files cannot be read, or do not hold the model's weights.
     """
     log.info("reading weights from %s", path)
-    try:
-        folder = Path(path).expanduser()
-        files = _Checkpoint(folder) if is_checkpoint(folder) else _Files(path)
+    with _reading(path):
+        files = _open(path)
         initialize_buffers(model)
-        targets, strangers = _targets(model, files)
+        targets, leftovers = _checked(model, path, files, allow_unexpected_keys=allow_unexpected_keys)
         reader = _Reader(model, files, complete)
         for target in targets.values():
             reader.fill(target)
-    except Exception as error:  # hub, network, safetensors and conversion errors alike
-        if isinstance(error, ConfigError):
-            raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            Problem("model.path", f"'{path}' cannot be read: {first}", "Check the folder, the name, the network")
-        ) from None
     for kind, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
         if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ConfigError(
-                Problem("model.path", f"weights in '{path}' do not fit the model: {kind} {shown}",
+                Problem("model.path", f"weights in '{path}' do not fit the model: {kind} {shown(names, 5)}",
                         "Check that config.json and the weights belong together")
             )  # fmt: skip
-    if strangers:
-        log.warning("%d weights of %s have no place in the model: %s", len(strangers), path, ", ".join(strangers[:5]))
+    if left_out := [*leftovers.unexpected, *leftovers.skipped]:
+        unexpected = f" ({len(leftovers.unexpected)} unexpected)" if leftovers.unexpected else ""
+        log.info("left out %d keys%s of %s, which %s does not have: %s", len(left_out), unexpected, path,
+                 type(model).__name__, shown(left_out))  # fmt: skip
+    _read_generation_config(model, path)
+
+
+def _read_generation_config(model: PreTrainedModel, path: str) -> None:
+    folder = Path(path).expanduser()
     if model.can_generate() and is_checkpoint(folder):
         model.generation_config = GenerationConfig.from_dict(dict(read_manifest(folder).model["generation"] or {}))
     elif model.can_generate():

@@ -1,0 +1,297 @@
+"""Reading pretrained weights: quantized ones, keys without a place, scalars, and values that are not finite."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from tests.configs import with_values
+from tools.parity.families import FAMILIES, Family
+from tools.parity.shrink import tiny as tiny_family
+from trainer.config.load import check
+from trainer.config.model_facts import config_at
+from trainer.errors import ConfigError
+from trainer.model import build_model, build_model_shape, give_weights
+from trainer.model.read import check_weights, read_weights
+
+pytestmark = pytest.mark.fast
+
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_weights(folder: Path, **tensors: Any) -> None:
+    """Adds or replaces tensors in the only file of `folder`; None removes one."""
+    state = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        state.pop(name, None) if tensor is None else state.update({name: tensor})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def shape_of(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
+    """What a dry run and the start of a run build, before any process group."""
+    return build_model_shape(check(with_values(tiny, model={"path": str(folder), **values}), world=1, device="cpu"))
+
+
+def model_from(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
+    loaded = check(with_values(tiny, model={"path": str(folder), **values}), world=1, device="cpu")
+    model = build_model(loaded)
+    give_weights(model, loaded)
+    return model
+
+
+# --- quantized -------------------------------------------------------------------------------------------------------
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "method"),
+    [
+        ({"quantization_config": FP8}, "quantization_config", "fp8"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantization_config",
+         "bitsandbytes"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config", "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "text_config.quantization_config", "awq"),
+    ],
+)  # fmt: skip
+def test_a_quantized_folder_is_refused_by_its_config(
+    values: dict[str, Any], key: str, method: str, tiny: dict[str, Any], folder: Path
+) -> None:
+    change_config(folder, **values)
+    for allowed in (False, True):
+        with pytest.raises(
+            ConfigError, match=rf"^model\.path: .*config\.json: {key} says quant_method '{method}'"
+        ) as raised:
+            shape_of(tiny, folder, allow_unexpected_keys=allowed)
+        assert "save_pretrained" in str(raised.value)
+
+
+def test_random_weights_do_not_ask_how_a_folders_weights_are_stored(tiny: dict[str, Any], folder: Path) -> None:
+    change_config(folder, quantization_config=FP8)
+    change_weights(folder, **{f"{DOWN}.weight_scale_inv": torch.ones(1, 1)})
+    model = model_from(tiny, folder, initialize="random")
+    assert model.dtype == torch.float32
+    assert not hasattr(model.config, "quantization_config")
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "float8": {f"{DOWN}.weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn)},
+    "float8 with scales": {
+        f"{DOWN}.weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn),
+        f"{DOWN}.weight_scale_inv": torch.ones(1, 1),
+    },
+    "int8": {f"{DOWN}.weight": torch.zeros(32, 64, dtype=torch.int8)},
+    "bitsandbytes": {
+        f"{DOWN}.weight": torch.zeros(1024, 1, dtype=torch.uint8),
+        f"{DOWN}.weight.absmax": torch.ones(32),
+        f"{DOWN}.weight.quant_map": torch.ones(16),
+        f"{DOWN}.weight.quant_state.bitsandbytes__nf4": torch.ones(3, dtype=torch.uint8),
+    },
+    "GPTQ": {
+        f"{DOWN}.weight": None,
+        **{f"{DOWN}.{key}": torch.ones(4, 4, dtype=torch.int32) for key in ("qweight", "qzeros", "g_idx")},
+        f"{DOWN}.scales": torch.ones(4, 4),
+    },
+    "scales alone": {f"{DOWN}.weight_scale": torch.ones(32, 1)},
+    "compressed-tensors": {f"{DOWN}.weight": None, f"{DOWN}.weight_packed": torch.ones(4, 4, dtype=torch.int32)},
+    "key/value cache": {"model.layers.0.self_attn.k_scale": torch.ones(())},
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_packed_weights_are_refused_without_a_word_in_the_config(
+    packed: str, tiny: dict[str, Any], folder: Path
+) -> None:
+    change_weights(folder, **PACKED[packed])
+    for allowed in (False, True):
+        with pytest.raises(ConfigError, match=r"model\.path: the weights in .* are quantized") as raised:
+            shape_of(tiny, folder, allow_unexpected_keys=allowed)
+        for key, tensor in PACKED[packed].items():
+            odd = tensor is not None and (not key.endswith(".weight") or tensor.dtype not in (torch.float32,))
+            assert not odd or key in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_unquantized_dtypes_are_read(dtype: torch.dtype, tiny: dict[str, Any], folder: Path) -> None:
+    LlamaForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model_from(tiny, folder)
+    for name, value in expected.named_parameters():
+        assert torch.equal(value, model.get_parameter(name)), name
+
+
+# --- unexpected keys -------------------------------------------------------------------------------------------------
+
+
+def test_unexpected_keys_are_refused_by_count_and_first_ten(tiny: dict[str, Any], folder: Path) -> None:
+    keys = [f"model.layers.0.mlp.extra_{n:02}.weight" for n in range(12)]
+    change_weights(folder, **{key: torch.ones(2) for key in keys})
+    with pytest.raises(ConfigError, match=r"^model\.path: .* unexpected keys, .* \(got 12: ") as raised:
+        shape_of(tiny, folder)
+    assert all(key in str(raised.value) for key in keys[:10])
+    assert keys[10] not in str(raised.value)
+    assert "and 2 more" in str(raised.value)
+    assert "model.allow_unexpected_keys" in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["model.layers.2.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_keys_that_this_configuration_has_no_place_for_are_unexpected(
+    key: str, tiny: dict[str, Any], folder: Path
+) -> None:
+    """More layers than config.json says, or biases that it denies: no class of the family has them."""
+    change_weights(folder, **{key: torch.ones(32)})
+    with pytest.raises(ConfigError, match=r"unexpected keys, .* \(got 1: "):
+        shape_of(tiny, folder)
+
+
+def test_unexpected_keys_are_left_out_where_allowed(
+    tiny: dict[str, Any], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = LlamaForCausalLM.from_pretrained(folder)
+    change_weights(folder, **{"some.other.weight": torch.ones(2)})
+    with caplog.at_level(logging.INFO, "trainer.model.read"):
+        model = model_from(tiny, folder, allow_unexpected_keys=True)
+    assert [line for line in caplog.messages if "left out 1 keys (1 unexpected)" in line and "some.other" in line]
+    for name, value in expected.named_parameters():
+        assert torch.equal(value, model.get_parameter(name)), name
+
+
+def bert(folder: Path) -> Path:
+    config = BertConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, is_decoder=True,
+                        num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    BertForPreTraining(config).save_pretrained(folder)
+    return folder
+
+
+def family_folder(model_type: str, folder: Path, *more: str, **fields: Any) -> Path:
+    model = AutoModelForCausalLM.from_config(tiny_family(model_type, **fields))
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {key: torch.ones(2) for key in more}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+SKIPPED = {
+    "another task's head, a pooler": (bert, "bert.pooler.dense.weight", "cls.seq_relationship.weight"),
+    "a sequence classifier's head": (lambda f: family_folder("llama", f, "score.weight"), "score.weight"),
+    "next-token layers that the family skips": (
+        lambda f: family_folder("qwen3_next", f, "mtp.layers.0.mlp.gate.weight"), "mtp.layers.0.mlp.gate.weight"),
+    "next-token layers behind the last": (
+        lambda f: family_folder("deepseek_v3", f, "model.layers.4.enorm.weight", num_nextn_predict_layers=1),
+        "model.layers.4.enorm.weight"),
+    "old constants": (
+        lambda f: family_folder("llama", f, "model.layers.0.self_attn.rotary_emb.inv_freq"), "inv_freq"),
+    "old masks": (lambda f: family_folder("gpt_neo", f, "transformer.h.0.attn.attention.masked_bias"), "masked_bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_keys_of_the_familys_other_classes_are_left_out_in_one_line(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, *keys = SKIPPED[kind]
+    folder = make(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_at(str(folder)))
+    with caplog.at_level(logging.INFO, "trainer.model.read"):
+        check_weights(model, str(folder))
+        read_weights(model, str(folder))
+    (line,) = [line for line in caplog.messages if "left out" in line]
+    assert all(key in line for key in keys)
+    assert "unexpected" not in line
+
+
+def test_a_mask_and_a_bias_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    folder, key = family_folder("gptj", tmp_path), "transformer.h.0.attn.bias"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_at(str(folder)))
+    change_weights(folder, **{key: torch.ones(1, 1, 8, 8, dtype=torch.uint8)})
+    check_weights(model, str(folder))
+    change_weights(folder, **{key: torch.ones(64)})
+    with pytest.raises(ConfigError, match=r"unexpected keys, .* \(got 1: "):
+        check_weights(model, str(folder))
+
+
+def classes_of(model: Any) -> list[Any]:
+    """The classes in the family's own file that are built from the same configuration."""
+    kinds = [kind for kind in vars(sys.modules[type(model).__module__]).values() if isinstance(kind, type)]
+    models = [
+        kind for kind in kinds if issubclass(kind, PreTrainedModel) and not kind.__name__.endswith("PreTrainedModel")
+    ]
+    return [kind for kind in models if kind.config_class is type(model.config)]
+
+
+def false_errors(family: Family, folder: Path) -> tuple[int, list[str]]:
+    """Saves tiny models of every class of a family, reads the keys of each as the causal model's.
+
+    Returns:
+        How many folders there were, and what was refused.
+    """
+    config = tiny_family(family.model_type, **family.fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if sum(parameter.numel() for parameter in model.parameters()) > 3e7:
+        return 0, []
+    count, refused = 0, []
+    for kind in classes_of(model):
+        try:
+            kind(model.config).save_pretrained(folder / kind.__name__)
+            with torch.device("meta"):
+                causal = AutoModelForCausalLM.from_config(config_at(str(folder / kind.__name__)))
+        except Exception:  # a class that wants more than its configuration; emu3's text model has no causal class
+            continue
+        count += 1
+        try:
+            check_weights(causal, str(folder / kind.__name__))
+        except ConfigError as error:
+            refused.append(f"{kind.__name__}: {error}")
+    return count, refused
+
+
+FEW = [Family(name) for name in ("llama", "gpt2", "bert", "bart", "mixtral", "deepseek_v3", "gemma3")]
+
+
+@pytest.mark.parametrize("family", FEW, ids=str)
+def test_no_folder_of_the_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
+    count, refused = false_errors(family, tmp_path)
+    assert count >= 2
+    assert not refused
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.task == "causal_lm"], ids=str)
+def test_no_folder_of_any_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
+    try:
+        tiny_family(family.model_type, **family.fields)
+    except Exception as error:
+        pytest.skip(f"no tiny model: {error}")
+    assert not false_errors(family, tmp_path)[1]
