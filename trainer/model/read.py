@@ -125,7 +125,8 @@ class _Files:
         return view
 
     def header(self, name: str) -> Header:
-        view = self.slice(name)
+        """What the file says about the tensor, without reading the tensor itself."""
+        view = self._of[name].get_slice(name)
         return Header(view.get_dtype(), tuple(view.get_shape()))
 
     def file_of(self, name: str) -> str:
