@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trainer.config.model_facts import config_from, model_config
@@ -91,16 +92,33 @@ def give_weights(
             parallelism), or take them away (ZeRO-3).
 
     Raises:
-        ConfigError: if weights cannot be read or do not fit the model, or the family leaves one without a value.
+        ConfigError: if weights cannot be read, do not fit the model or are not finite, on all ranks as soon as on one;
+            or if the family leaves one without a value.
     """
     if blank:
         leave_blank(model, complete)
     elif loaded.initialize == "pretrained":
         section = loaded.config.model
         assert section.path is not None
-        read_weights(model, section.path, complete, allow_unexpected_keys=section.allow_unexpected_keys)
+        path, allow = section.path, section.allow_unexpected_keys
+        _on_all_ranks(lambda: read_weights(model, path, complete, allow_unexpected_keys=allow))
     else:
         initialize_weights(model, loaded.config.run.seed, complete)
+
+
+def _on_all_ranks(work: Callable[[], None]) -> None:
+    """Run `work` on every rank. What is wrong with the weights that one of them reads is raised on all."""
+    problems: list[Problem] = []
+    try:
+        work()
+    except ConfigError as error:
+        problems = error.problems
+    if dist.is_initialized():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, problems)
+        problems = [problem for rank in gathered for problem in rank]
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
 
 
 def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:

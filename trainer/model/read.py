@@ -37,7 +37,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from trainer.config.model_facts import config_at
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
-from trainer.model.unexpected import Leftovers, classify, refuse_quantized, shown
+from trainer.model.unexpected import SHOWN, Leftovers, classify, refuse_quantized, shown
 from trainer.model.unexpected import Stored as Header
 from trainer.parallel import Shard, all_parameters, shard_of
 from trainer.store import DTYPES, MODEL_KINDS, Files, Stored, is_checkpoint, read_manifest, verify_sizes
@@ -301,6 +301,9 @@ def _converted(target: _Target, files: _Source, model: PreTrainedModel) -> dict[
 
 def _copy_boxes(local: Tensor, shard: Shard, boxes: dict[str, tuple[int, ...]], files: _Source) -> None:
     """Copies this rank's part of a target from the files, source by source."""
+    if not shard.whole_shape:  # a scalar has no dimension that ranges could lie along
+        local.copy_(files.whole(next(iter(boxes))))
+        return
     for name, start in boxes.items():
         source = files.slice(name)
         shape = (1,) * (len(start) - len(source.get_shape())) + tuple(source.get_shape())
@@ -335,6 +338,8 @@ class _Reader:
         self._buffers = dict(model.named_buffers())
         self._elsewhere = {name for name, _ in all_parameters(model)} - self._waiting.keys()
         self.mismatched: list[str] = []
+        self.non_finite: list[str] = []
+        """Tensors with NaN or infinity among what this rank holds, in words."""
 
     def fill(self, target: _Target) -> None:
         """Gives the target, or all that its converter makes, its value; nothing of another pipeline stage's."""
@@ -343,11 +348,11 @@ class _Reader:
         boxes = target.boxes(self._files)
         if boxes is None:
             for name, whole in _converted(target, self._files, self._model).items():
-                self._give(name, tuple(whole.shape), _taking(whole))
+                self._give(name, tuple(whole.shape), _taking(whole), target)
             return
         shapes = [((1,) * (len(at) - len(s)) + s, at) for n, at in boxes.items() for s in [self._shape(n)]]
         whole_shape = tuple(max(a + b for a, b in zip(*pair, strict=True)) for pair in self._ends(shapes))
-        self._give(target.name, whole_shape, lambda local, shard: _copy_boxes(local, shard, boxes, self._files))
+        self._give(target.name, whole_shape, lambda local, shard: _copy_boxes(local, shard, boxes, self._files), target)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files.slice(name).get_shape())
@@ -357,9 +362,12 @@ class _Reader:
         for dim in range(len(shapes[0][0])):
             yield [shape[dim] for shape, _ in shapes], [at[dim] for _, at in shapes]
 
-    def _give(self, name: str, shape: tuple[int, ...], copy_into: Callable[[Tensor, Shard], object]) -> None:
+    def _give(
+        self, name: str, shape: tuple[int, ...], copy_into: Callable[[Tensor, Shard], object], target: _Target
+    ) -> None:
         if name in self._buffers:
             copy_into(self._buffers[name], Shard.whole(name, shape, owner=True))
+            self._check_finite(name, self._buffers[name], target)
             return
         parameter = self._waiting.pop(name, None)
         if parameter is None or parameter not in self._holders:  # another name of a weight that is there already
@@ -374,9 +382,27 @@ class _Reader:
         real.__dict__.update(parameter.__dict__)
         with torch.no_grad():
             copy_into(real, shard)
+        self._check_finite(name, real.detach(), target)
         for module, key in self._holders.pop(parameter):
             module._parameters[key] = real
         self._complete([real])
+
+    def _check_finite(self, name: str, local: Tensor, target: _Target) -> None:
+        """Note NaN or infinity in what has been read. One pass over `local` and no memory: minimum and maximum."""
+        if not local.is_floating_point() or not local.numel():
+            return
+        if all(bool(bound.isfinite()) for bound in torch.aminmax(local)):
+            return
+        if len(self.non_finite) >= SHOWN:  # the rest is only counted
+            self.non_finite.append(name)
+            return
+        before = len(self.non_finite)
+        for source, _ in target.sources:
+            whole = self._files.whole(source).to(local.dtype)
+            if count := int((~whole.isfinite()).sum()):
+                self.non_finite.append(f"{source} in {self._files.file_of(source)}: {count} of {whole.numel()} values")
+        if len(self.non_finite) == before:
+            self.non_finite.append(f"{name}: after the conversion by transformers")
 
     def missing(self) -> list[str]:
         """Names of parameters that nothing has filled, and that the family does not compute itself."""
@@ -409,7 +435,8 @@ def read_weights(
         allow_unexpected_keys: leave out keys that no class of the family has, instead of refusing them.
 
     Raises:
-        ConfigError: if the files cannot be read, or do not hold the model's weights.
+        ConfigError: if the files cannot be read, do not hold the model's weights, or hold NaN or infinity among what
+            this rank reads.
     """
     log.info("reading weights from %s", path)
     with _reading(path):
@@ -419,6 +446,14 @@ def read_weights(
         reader = _Reader(model, files, complete)
         for target in targets.values():
             reader.fill(target)
+    if reader.non_finite:
+        raise ConfigError(
+            Problem(
+                "model.path",
+                f"weights in '{path}' are NaN or infinite (got {shown(reader.non_finite)})",
+                "Take an undamaged copy of the model, or an earlier checkpoint",
+            )
+        )
     for kind, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
         if names:
             raise ConfigError(
