@@ -81,7 +81,9 @@ BAD_INPUTS = [
     Bad("duplicate key", 2, ("line 1, column 18", "'seed' stands twice"), text='{"run":{"seed":1,"seed":2}}'),
     Bad("not an object", 2, ("expected a JSON object, got list",), text="[1]"),
     Bad("empty file", 2, ("line 1, column 1", "ends before"), text=""),
-    Bad("NaN", 2, ("NaN is not a JSON number",), text='{"run": NaN}'),
+    Bad("NaN", 2, ("config.json: run: must be a finite number (got NaN)",), text='{"run": NaN}'),
+    Bad("infinite number", 2, ("config.json: deepspeed.optimizer.params.lr: must be a finite number (got 1e999)", "training.0: must be a finite number (got -Infinity)"), text='{"deepspeed": {"optimizer": {"params": {"lr": 1e999}}}, "training": [-Infinity]}'),
+    Bad("infinite number in the model", 2, ("config.json: model.config.rope_theta: must be a finite number (got 1e400)",), text='{"model": {"config": {"rope_theta": 1e400}}}'),
     Bad("extends nothing", 2, ("base.json", "no such file"), values={"extends": "base.json"}),
     Bad("extends itself", 2, ("extends itself",), values={"extends": "config.json"}),
     # Unknown keys at every level.

@@ -75,6 +75,28 @@ def test_bad_overrides(assignment: str) -> None:
         apply_override({"list": [1], "number": 3}, assignment)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "key", "written"),
+    [
+        ("deepspeed.optimizer.params.lr=1e999", "deepspeed.optimizer.params.lr", "1e999"),
+        ("evaluation.x=-Infinity", "evaluation.x", "-Infinity"),
+        ("training.z_loss=NaN", "training.z_loss", "NaN"),
+        ("run.seed=1" + "0" * 5000, "run.seed", "10000"),
+        ('model.config={"sizes": [1, {"rope_theta": 1e400}]}', "model.config.sizes.1.rope_theta", "1e400"),
+    ],
+)
+def test_overrides_that_are_not_finite(assignment: str, key: str, written: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--set {key}: must be a finite number \(got {written}"):
+        apply_override({}, assignment)
+
+
+@pytest.mark.parametrize("text", ["1e308", "123456789012345678901234567890", "-0.0", '"NaN"', "nan"])
+def test_overrides_that_look_infinite(text: str) -> None:
+    raw: dict[str, Any] = {}
+    apply_override(raw, f"a={text}")
+    assert json.dumps(raw["a"]) in (text.replace("1e308", "1e+308"), '"nan"')
+
+
 def test_every_bad_override_is_named(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     with pytest.raises(ConfigError) as caught:

@@ -106,7 +106,7 @@ def apply_override(raw: Raw, assignment: str) -> None:
     """Sets one value: `a.b=c`, where c is JSON or, failing that, a plain string; list items by number.
 
     Raises:
-        ConfigError: if the assignment has no `=`, or a name on its way is not an object or list.
+        ConfigError: if the assignment has no `=`, a name on its way is no object or list, or a number is not finite.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path.strip():
@@ -114,9 +114,11 @@ def apply_override(raw: Raw, assignment: str) -> None:
     if path.strip() == "extends":
         raise ConfigError(Problem("--set extends", "only a file can extend another one", "Write it into the file"))
     try:
-        value = json.loads(text)
+        value = strict_json.loads(text)
     except json.JSONDecodeError:
         value = text
+    if problems := list(strict_json.not_finite(value, f"--set {path.strip()}")):
+        raise ConfigError(problems)
     node: Any = raw
     keys = path.strip().split(".")
     for depth, key in enumerate(keys):

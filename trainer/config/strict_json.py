@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +55,57 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     return error.msg
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+class _NotFinite(float):
+    """A number as it was written that is infinite or none: 1e999, Infinity, NaN."""
+
+    def __new__(cls, written: str) -> _NotFinite:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+
+def _float(written: str) -> float:
+    value = float(written)
+    return value if math.isfinite(value) else _NotFinite(written)
+
+
+def _int(written: str) -> int | float:
+    """An integer, unless it is too large for a floating-point number, which it may have to become."""
+    return int(written) if math.isfinite(float(written)) else _NotFinite(written)
+
+
+def loads(text: str) -> Any:
+    """`json.loads`, but for numbers that are not finite, which `not_finite` finds in what is returned."""
+    return json.loads(text, parse_constant=_NotFinite, parse_float=_float, parse_int=_int)
+
+
+def not_finite(value: Any, key: str = "") -> Iterator[Problem]:
+    """Problems of the numbers in `value`, which `loads` returned, that are infinite or NaN.
+
+    Args:
+        key: dotted, of `value` itself.
+    """
+    if isinstance(value, _NotFinite):
+        written = value.written if len(value.written) <= 40 else value.written[:37] + "..."
+        yield Problem(key, f"must be a finite number (got {written})")
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from not_finite(item, f"{key}.{name}" if key else str(name))
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
     """The object that `text` holds.
 
     Raises:
-        ConfigError: naming `where`, line and column, for anything that is not one strict JSON object.
+        ConfigError: naming `where`, line and column, for anything that is not one strict JSON object; naming the key,
+            for a number that is not finite.
     """
     if text.startswith("\ufeff"):
         raise ConfigError(Problem(where, "line 1, column 1: a byte order mark", "Save the file as plain UTF-8"))
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(Problem(where, f"{_place(text, error.pos)}: {_reason(text, error)}")) from None
     except ValueError as error:
@@ -78,6 +117,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(
             Problem(where, f"{_place(text, offset)}: key '{key}' stands twice in one object") for key, offset in twice
         )
+    if problems := list(not_finite(value)):
+        raise ConfigError(Problem(f"{where}: {each.path}", each.reason) for each in problems)
     if not isinstance(value, dict):
         raise ConfigError(Problem(where, f"expected a JSON object, got {type(value).__name__}"))
     return value
