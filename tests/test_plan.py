@@ -20,7 +20,7 @@ from trainer.parallel import (
 )
 from trainer.parallel.families import FAMILIES
 from trainer.parallel.mapper import drops
-from trainer.parallel.parts import Part, Refused
+from trainer.parallel.parts import Part, Refused, Share
 
 
 def _random_pieces(draw: random.Random) -> tuple[tuple[int, ...], int, int, list[Part]]:
@@ -39,7 +39,7 @@ def _random_pieces(draw: random.Random) -> tuple[tuple[int, ...], int, int, list
 
 def _shards(shape: tuple[int, ...], dim: int, ranks: int, rank: int, parts: list[Part]) -> list[Shard]:
     """One for each part; neighbours that are cut alike in one."""
-    found: list[tuple[tuple[int, int, bool], list[int], int]] = []
+    found: list[tuple[Share, list[int], int]] = []
     start = 0
     for part in parts:
         place = part.place(ranks, rank)
@@ -48,7 +48,7 @@ def _shards(shape: tuple[int, ...], dim: int, ranks: int, rank: int, parts: list
         else:
             found.append((place, [part.size], start))
         start += part.size
-    return [Shard("w", shape, dim, i, of, tuple(sizes), at, own) for (i, of, own), sizes, at in found]
+    return [Shard("w", shape, dim, packed=tuple(sizes), start=at, **vars(share)) for share, sizes, at in found]
 
 
 @pytest.mark.fast

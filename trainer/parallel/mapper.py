@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.distributed import World
 from trainer.parallel.collectives import Group
+from trainer.parallel.heads import correct_key_value_groups
 from trainer.parallel.join import Joiner
 from trainer.parallel.layers import INSTALL, resize, share_pieces, sum_gradient
 from trainer.parallel.loss import VocabularyCrossEntropy
@@ -142,6 +143,11 @@ class TensorMapper:
 
     def install(self) -> None:
         """See `Mapper.install`."""
+        shared = {p.name: piece for p in self._plan.placements for piece in p.pieces if piece.copies > 1}
+        for copies in sorted({piece.copies for piece in shared.values()}):
+            self._holders(copies)  # on all pipeline stages, as all ranks make every group
+        heads = {p.name: shared[p.name].of for p in self._plan.placements if p.name in shared and p.is_divided}
+        correct_key_value_groups(self._model, heads, self._region.ranks)
         self._plan = self._plan.here(self._model)
         for placement in self._plan.placements:
             self._finish(placement)
@@ -157,7 +163,7 @@ class TensorMapper:
             refuse_sequence_parallel(self._model, self._plan, drops=self._region.draws)
             SequenceParallel(self._model, self._plan, self._region).install()
         self._model.register_forward_hook(lambda *_: self._region.forget())
-        self._watch = GradientWatch(self._model, self._plan, self._region.group)
+        self._watch = GradientWatch(self._model, self._plan, self._region.group, self._region.ranks)
 
     def leave(self, device: torch.device) -> None:
         """See `Mapper.leave`."""
@@ -189,32 +195,18 @@ class TensorMapper:
         self._watch.verify()
 
     def _finish(self, placement: Placement) -> None:
-        """Sums the gradients of what several ranks hold."""
+        """Sums the gradients of what several ranks hold and use on sharded activations."""
         owner, _, key = placement.name.rpartition(".")
         module = self._model.get_submodule(owner)
-        region = self._region
-        if placement.style.word == "replicated_with_grad_allreduce":
-            sum_gradient(module._parameters[key], region.group)  # type: ignore[arg-type]
         if len(placement.pieces) > 1 and key == "weight":
             share_pieces(module, len(placement.pieces))
-        for number, piece in enumerate(placement.pieces):
-            if 1 <= piece.of < region.ranks and not piece.is_whole:
-                held = module._parameters[f"{key}_piece{number}" if number else key]
-                assert held is not None
-                sum_gradient(held, self._replicas(region.ranks // piece.of))
-                if groups := getattr(self._parent(owner), "num_key_value_groups", None):
-                    self._kv_groups(owner, groups, piece.of)
+        for held, piece in placement.held(module):
+            if piece.copies > 1:
+                sum_gradient(held, self._holders(piece.copies))
 
-    def _parent(self, name: str) -> nn.Module:
-        return self._model.get_submodule(name.rpartition(".")[0])
-
-    def _kv_groups(self, owner: str, groups: int, units: int) -> None:
-        """Fewer query heads now share each key/value head."""
-        parent = self._parent(owner)
-        if not hasattr(parent, "_whole_key_value_groups"):
-            parent._whole_key_value_groups = groups  # type: ignore[assignment]
-        whole: int = parent._whole_key_value_groups  # type: ignore[assignment]
-        parent.num_key_value_groups = max(1, whole * units // self._region.ranks)  # type: ignore[assignment]
+    def _holders(self, copies: int) -> Group:
+        """This rank's group of the `copies` ranks that hold a part."""
+        return self._region.group if copies == self._region.ranks else self._replicas(copies)
 
     def _cut_buffers(self) -> None:
         for buffer_name, pieces in self._plan.buffers.items():

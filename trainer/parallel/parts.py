@@ -13,6 +13,16 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which of the equal shares of a part a rank holds; the fields have the meaning that they have in `Shard`."""
+
+    index: int
+    of: int
+    owner: bool = True
+    copies: int = 1
+
+
+@dataclass(frozen=True)
 class Part:
     """One of the matrices of a packed weight."""
 
@@ -20,13 +30,17 @@ class Part:
     units: int
     shared: bool
 
-    def place(self, ranks: int, rank: int) -> tuple[int, int, bool]:
-        """(index, of, owner) of this rank's share."""
+    def place(self, ranks: int, rank: int) -> Share:
+        """This rank's share.
+
+        Raises:
+            Refused: if the units can neither be divided among the ranks nor shared by equally many of them.
+        """
         if self.units % ranks == 0:
-            return rank, ranks, True
+            return Share(rank, ranks)
         if self.shared and ranks % self.units == 0:
             copies = ranks // self.units
-            return rank // copies, self.units, rank % copies == 0
+            return Share(rank // copies, self.units, owner=rank % copies == 0, copies=copies)
         raise Refused(f"its {self.units} units of {self.size // self.units} cannot be divided by tensor {ranks}")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,9 +39,23 @@ class Placement:
     pieces: tuple[Shard, ...]
     """What this rank holds of it; more than one where a part of a fused weight is shared by ranks."""
 
+    def held(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
+        """The parameters of `module`, which has it, in which this rank holds it after `Mapper.cut`."""
+        key = self.name.rpartition(".")[2]
+        for number, piece in enumerate(self.pieces):
+            parameter = module._parameters[f"{key}_piece{number}" if number else key]
+            assert parameter is not None
+            yield parameter, piece
+
     @property
     def is_cut(self) -> bool:
         return not all(piece.is_whole for piece in self.pieces)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether its style divides it into units among the ranks, though there may be one unit, which all of them
+        share."""
+        return self.style.word not in WHOLE
 
 
 @dataclass(frozen=True)
@@ -198,7 +213,7 @@ class _Audit:
         )
 
     def _tied(self, known: Placement, other: Placement) -> Placement:
-        boxes = [[(s.dim, s.index, s.of, s.packed) for s in p.pieces] for p in (known, other)]
+        boxes = [[(s.dim, s.index, s.of, s.packed, s.copies) for s in p.pieces] for p in (known, other)]
         if boxes[0] != boxes[1]:
             self._problems.append(
                 Problem(f"parallel.tensor_plan.{starred(other.name)}",
@@ -260,7 +275,8 @@ class _Audit:
             dimension, _, argument = argument.partition(":")
             dim = int(dimension)
         if dim is None:
-            return (Shard.whole(name, shape, owner=first, lone=style.word == "first_rank"),)
+            copies = self._ranks if style.word == "replicated_with_grad_allreduce" else 1
+            return (Shard.whole(name, shape, owner=first, lone=style.word == "first_rank", copies=copies),)
         if style.word in ("embedding_rowwise", "vocabulary_head"):  # may be padded
             return (Shard(name, shape, dim, self._rank, self._ranks, (shape[dim],)),)
         if argument and style.word in ("colwise", "kv_colwise", "colwise_gather_output") and not in_units(argument)[1]:
@@ -273,16 +289,11 @@ class _Audit:
 
     def _grouped(self, name: str, shape: tuple[int, ...], dim: int, parts: tuple[Part, ...]) -> Iterator[Shard]:
         """Neighbouring parts that are cut alike make one piece."""
-        start, packed, place = 0, [], None
-        for part in parts:
-            where = part.place(self._ranks, self._rank)
-            if place is not None and where != place:
-                yield Shard(name, shape, dim, place[0], place[1], tuple(packed), start, place[2])
-                start, packed = start + sum(packed), []
-            place = where
-            packed.append(part.size)
-        if place is not None:
-            yield Shard(name, shape, dim, place[0], place[1], tuple(packed), start, place[2])
+        start = 0
+        for share, group in groupby(parts, key=lambda part: part.place(self._ranks, self._rank)):
+            packed = tuple(part.size for part in group)
+            yield Shard(name, shape, dim, packed=packed, start=start, **vars(share))
+            start += sum(packed)
 
 
 def read_plan(model: PreTrainedModel, user: Mapping[str, str], ranks: int, rank: int) -> Plan:

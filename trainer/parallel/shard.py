@@ -39,9 +39,23 @@ class Shard:
     lone: bool = False
     """Whether only the owner has the weight, and the other ranks have zeros in its place, which nothing trains."""
 
+    copies: int = 1
+    """How many neighbouring tensor ranks hold this very part and use it on sharded activations, so that the gradient of
+    each is partial and has to be summed over them; 1 for a part that no other rank has, and for a weight that all ranks
+    have and use on full activations. Also of a full weight: a single key/value head, a norm of each head."""
+
     @classmethod
-    def whole(cls, name: str, shape: torch.Size | tuple[int, ...], *, owner: bool = True, lone: bool = False) -> Shard:
-        return cls(name, tuple(shape), packed=(shape[0],) if len(shape) else (), owner=owner, lone=lone)
+    def whole(
+        cls,
+        name: str,
+        shape: torch.Size | tuple[int, ...],
+        *,
+        owner: bool = True,
+        lone: bool = False,
+        copies: int = 1,
+    ) -> Shard:
+        packed = (shape[0],) if len(shape) else ()
+        return cls(name, tuple(shape), packed=packed, owner=owner, lone=lone, copies=copies)
 
     @property
     def is_whole(self) -> bool:

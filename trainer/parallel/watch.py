@@ -1,19 +1,20 @@
-"""What a plan cannot prove by itself: that the gradients of whole weights are the same on all tensor ranks.
+"""What a plan cannot prove by itself: that ranks that hold the same weight get the same gradient for it.
 
-A weight that is left whole but used on cut activations gets another gradient on each rank. The loss does not show it;
-the first backward pass does.
+A weight that is left whole but used on cut activations gets another gradient on each rank, and so does a key/value head
+that several ranks share, unless their gradients are summed. The loss does not show it; the first backward pass does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from trainer.errors import PlanError, Problem
 from trainer.parallel.collectives import Group, all_gather
-from trainer.parallel.plan import Plan
+from trainer.parallel.plan import Placement, Plan
 from trainer.parallel.styles import starred
 
 _DIFFERENCE = 0.02
@@ -23,24 +24,47 @@ _NOISE = 1e-3
 """Gradients smaller than this share of the largest are not compared: where the true one is zero, all is rounding."""
 
 
-class GradientWatch:
-    """Looks at one backward pass, and is gone."""
+@dataclass(frozen=True)
+class _Watched:
+    """A parameter that several ranks hold."""
 
-    def __init__(self, model: nn.Module, plan: Plan, group: Group) -> None:
-        self._group = group
-        self._seen: dict[str, Tensor] = {}
+    name: str
+    holders: int
+    """How many neighbouring tensor ranks hold it."""
+
+    is_summed: bool
+    """Whether the plan has its gradient summed over them."""
+
+
+class GradientWatch:
+    """Compares the gradients of one backward pass, as they are after all sums over ranks, among the ranks that hold the
+    same weight: all tensor ranks, or the group that shares a key/value head. Then it removes itself.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, group: Group, ranks: int) -> None:
+        """Args:
+        group: of all tensor ranks. ranks: how many they are.
+        """
+        self._group, self._ranks = group, ranks
+        self._seen: dict[_Watched, Tensor] = {}
         self._handles = []
         for placement in plan.placements:
-            owner, _, key = placement.name.rpartition(".")
-            parameter = model.get_submodule(owner)._parameters[key]
-            if placement.style.word == "replicate" and parameter is not None and parameter.requires_grad:
-                hook = self._recorder(placement.name)
+            module = model.get_submodule(placement.name.rpartition(".")[0])
+            for parameter, watched in self._watched(placement, module):
+                hook = self._recorder(watched)
                 self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _recorder(self, name: str) -> Callable[[Tensor], None]:
+    def _watched(self, placement: Placement, module: nn.Module) -> Iterator[tuple[nn.Parameter, _Watched]]:
+        for number, (parameter, piece) in enumerate(placement.held(module)):
+            is_full = piece.is_whole and not piece.lone
+            if parameter.requires_grad and (piece.copies > 1 or is_full):
+                name = f"{placement.name} (part {number})" if number else placement.name
+                yield parameter, _Watched(name, self._ranks if is_full else piece.copies, piece.copies > 1)
+
+    def _recorder(self, watched: _Watched) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:
             wide = gradient.detach().double()
-            self._seen[name] = torch.stack([wide.norm(), wide.sum()])
+            self._seen[watched] = torch.stack([wide.norm(), wide.sum()])
 
         return record
 
@@ -55,19 +79,41 @@ class GradientWatch:
         self._handles.clear()
         if not self._seen:
             return
-        names = sorted(self._seen)
-        table = all_gather(torch.stack([self._seen[name] for name in names]).unsqueeze(0), 0, self._group)
+        weights = sorted(self._seen, key=lambda watched: watched.name)
+        table = all_gather(torch.stack([self._seen[watched] for watched in weights]).unsqueeze(0), 0, self._group)
         self._seen.clear()
-        norms = table[..., 0].amax(0)
-        spread = (table.amax(0) - table.amin(0)).amax(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        spread = torch.where(norms > _NOISE * norms.max(), spread, 0)
-        worst = int(spread.argmax())
-        if float(spread[worst]) > _DIFFERENCE:
-            raise PlanError(
-                Problem(
-                    f"parallel.tensor_plan.{starred(names[worst])}",
-                    f"{names[worst]} is left whole by 'replicate', and its gradients on the tensor ranks differ by "
-                    f"{100 * float(spread[worst]):.0f} % of their norm: it is used on cut activations",
-                    "Give it 'replicated_with_grad_allreduce', or cut it",
-                )
-            )
+        largest = table[..., 0].max()
+        shares = [self._difference(table[:, n], watched.holders, largest) for n, watched in enumerate(weights)]
+        share, worst = torch.stack(shares).max(0)
+        if float(share) > _DIFFERENCE:
+            raise PlanError(_differ(weights[int(worst)], float(share)))
+
+    @staticmethod
+    def _difference(sketches: Tensor, holders: int, largest: Tensor) -> Tensor:
+        """Largest difference within a group of holders, as a share of the gradient's norm.
+
+        Args:
+            sketches: (tensor ranks, 2): norm and sum of one weight's gradient. largest: norm of any gradient.
+        """
+        groups = sketches.view(-1, holders, sketches.shape[-1])
+        norms = groups[..., 0].amax(1)
+        shares = (groups.amax(1) - groups.amin(1)).amax(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return torch.where(norms > _NOISE * largest, shares, 0).max()
+
+
+def _differ(watched: _Watched, share: float) -> Problem:
+    row = f"parallel.tensor_plan.{starred(watched.name.partition(' ')[0])}"
+    differ = f"its gradients there differ by {100 * share:.0f} % of their norm"
+    if watched.is_summed:
+        return Problem(
+            row,
+            f"{watched.name} is held by {watched.holders} tensor ranks, and {differ}, though they should have been "
+            "summed",
+            "This is an error of the trainer: please report it with the model's configuration; set parallel.tensor "
+            "so that no key/value head is shared, or to 1",
+        )
+    return Problem(
+        row,
+        f"{watched.name} is left whole on {watched.holders} tensor ranks, and {differ}: it is used on cut activations",
+        "Give it 'replicated_with_grad_allreduce', or cut it",
+    )

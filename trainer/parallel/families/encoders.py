@@ -330,8 +330,8 @@ PLANS: dict[str, Rows] = {
     },
     "moshi": {
         "layers.*.self_attn.q_proj.linear": "colwise:head_dim",
-        "layers.*.self_attn.k_proj.linear": "colwise:head_dim",
-        "layers.*.self_attn.v_proj.linear": "colwise:head_dim",
+        "layers.*.self_attn.k_proj.linear": "kv_colwise:head_dim",
+        "layers.*.self_attn.v_proj.linear": "kv_colwise:head_dim",
         "layers.*.self_attn.o_proj.linear": "rowwise",
         "layers.*.mlp.fc1": "packed_colwise:2",
         "layers.*.mlp.fc2": "rowwise",
