@@ -1,14 +1,21 @@
-"""What a model costs: parameters, FLOPs a token, bytes of model states. Arithmetic on a model on the meta device."""
+"""What a model costs: parameters, FLOPs of a token, bytes of model states. Counted on the meta device."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+
+from trainer.model.meta import MetaMode, matrix_flops
 
 PEAK_FLOPS: dict[str, float] = {
     "A100": 312e12,
@@ -48,7 +55,7 @@ class ModelCost:
     """Parameters that each token is multiplied with: no embedding look-ups, of the experts those routed to."""
 
     attention_flops_per_position: int
-    """FLOPs, forward and backward, that each key adds for each query, over all layers: 12 x layers x width."""
+    """FLOPs, forward and backward, that each key adds for each query, over all layers: 12 x width of its heads."""
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of forward and backward for one token in a sequence of `length`.
@@ -59,40 +66,145 @@ class ModelCost:
         return 6.0 * self.active_matrix_parameters + float(self.attention_flops_per_position) * length
 
 
-def _active_share(config: Any) -> float:
-    """Of a mixture's experts, the part that one token is routed to; 1 without a mixture."""
-    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    chosen = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-    experts = next((int(getattr(config, n)) for n in counts if isinstance(getattr(config, n, None), int)), 0)
-    picked = next((int(getattr(config, n)) for n in chosen if isinstance(getattr(config, n, None), int)), 0)
-    return min(1.0, picked / experts) if experts and picked else 1.0
-
-
 def model_cost(model: PreTrainedModel) -> ModelCost:
-    """Counts a model; its tensors may be on the meta device."""
-    config = model.config.get_text_config(decoder=True)
-    share = _active_share(config)
+    """Parameters and FLOPs of a model on the meta device.
+
+    What the layers do is traced in two forward passes without values, so that layers which differ, run several times
+    or not at all (an image encoder, cross-attention of a decoder) are counted as they run. A family that cannot be
+    traced is counted by its modules and their attributes.
+    """
+    short, long = (_trace(model, length) for length in _LENGTHS)
+    experts, share = _experts(model.config)
     head = getattr(model.get_output_embeddings(), "weight", None)
     active = 0.0 if head is None else float(prod(head.shape))
-    for module in model.modules():
+    for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, nn.Embedding) or parameter is head:
+            if parameter is head or isinstance(module, nn.Embedding) or parameter.dim() not in (2, 3):
                 continue
-            if parameter.dim() in (2, 3):  # three dimensions: the experts of a mixture
-                active += prod(parameter.shape) * (share if parameter.dim() == 3 else 1.0)
-    width = int(getattr(config, "num_attention_heads", 0) or 0) * _head_size(config)
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+            is_read = long is None or id(parameter) in long.read
+            stacked = parameter.dim() == 3 and parameter.shape[0] == experts and not isinstance(module, nn.Conv1d)
+            if stacked or (not is_read and "experts" in name.split(".")):
+                active += prod(parameter.shape) * share
+            elif is_read:
+                active += prod(parameter.shape) * (1 if long is None else max(1, long.calls[module]))
+    attention = 0.0 if short is None or long is None else _attention(model, short, long)
     return ModelCost(
         parameters=sum(prod(p.shape) for p in model.parameters()),
         active_matrix_parameters=round(active),
-        attention_flops_per_position=12 * layers * width,
+        attention_flops_per_position=round(attention) or _attention_by_attributes(model),
     )
 
 
-def _head_size(config: Any) -> int:
-    size = getattr(config, "head_dim", None)
-    heads = getattr(config, "num_attention_heads", None)
-    return int(size) if isinstance(size, int) else int(config.hidden_size) // int(heads) if heads else 0
+_LENGTHS = (20, 40)
+"""Tokens of the traced sequences: few, because some families loop over them, and unlike the usual sizes of a model."""
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
+)  # fmt: skip
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_HEAD_DIM = ("head_dim", "attention_head_size", "d_head", "dim_head")
+
+
+class _Trace(MetaMode):  # type: ignore[no-untyped-call]
+    """What a forward pass over one sequence of `length` tokens does."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = length
+        self._active: list[nn.Module] = []
+        self.calls: Counter[nn.Module] = Counter()
+        self.flops: Counter[nn.Module] = Counter()
+        """Of matrix products over the whole sequence, by the innermost module."""
+
+        self.read: set[int] = set()
+        """Identities of the tensors that operations read, parameters among them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.read.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
+        if self._active and any(self.length in tensor.shape[-2:] for tensor in tensors):
+            self.flops[self._active[-1]] += matrix_flops(func, args, kwargs or {}, result)
+        return result
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self._active.append(module)
+        self.calls[module] += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._active.pop()
+
+
+def _trace(model: PreTrainedModel, longest: int) -> _Trace | None:
+    """Trace one forward pass in evaluation mode; None if the family cannot run without values."""
+    positions = _integers(model.config.get_text_config(decoder=True), "max_position_embeddings")
+    length = min([longest, *(count * longest // _LENGTHS[1] for count in positions if count > 0)])
+    trace = _Trace(length)
+    ids = torch.zeros((1, length), dtype=torch.long, device="meta")
+    given = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    training, attention = model.training, model.config._attn_implementation
+    handles = [register_module_forward_pre_hook(trace.enter), register_module_forward_hook(trace.leave)]
+    try:
+        if attention not in ("eager", "sdpa"):  # kernels that run on a GPU only compute the same products
+            model.set_attn_implementation("eager")
+        with torch.no_grad(), trace:
+            model.eval()(input_ids=ids, **given)
+    except Exception:  # whatever an operation without values raises
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation(attention)
+        model.train(training)
+    return trace
+
+
+def _attention(model: PreTrainedModel, short: _Trace, long: _Trace) -> float:
+    """FLOPs forward and backward for each pair of query and key: the part that grows with the square of the length."""
+    total = 0.0
+    layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    for module, flops in long.flops.items():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and 0 <= layer < len(layers) and layers[layer] == "linear_attention":
+            continue  # in chunks longer than the traced sequences
+        ratio = long.length / short.length
+        squared = (flops - ratio * short.flops[module]) / (long.length**2 - ratio * short.length**2)
+        total += max(0.0, 3 * squared)
+    return total
+
+
+def _attention_by_attributes(model: PreTrainedModel) -> int:
+    """The same by the heads that attention modules say they have."""
+    total = 0
+    for module in model.modules():
+        heads = _first(module, _HEADS) or _first(getattr(module, "config", None), _HEADS)
+        total += 12 * heads * _first(module, _HEAD_DIM) if "Attention" in type(module).__name__ else 0
+    return total
+
+
+def _experts(config: Any) -> tuple[int, float]:
+    """Experts of a mixture, and the share of them that one token is routed to; (0, 1) without a mixture."""
+    text = config.get_text_config(decoder=True)
+    sources = [text, getattr(text, "ffn_config", None)]
+    experts = next((n for source in sources if (n := _first(source, _EXPERTS))), 0)
+    chosen = next((c for source in sources for key in _EXPERTS_PER_TOKEN if (c := _integers(source, key))), [])
+    return experts, min(1.0, sum(chosen) / len(chosen) / experts) if experts and chosen else 1.0
+
+
+def _integers(config: Any, name: str) -> list[int]:
+    """The values of a configuration's attribute, of which layers that differ may have one each; none if it has none."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # transformers refuses to read from the whole what differs between layers
+        value = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]
+
+
+def _first(source: Any, names: tuple[str, ...]) -> int:
+    return next((number for name in names for number in _integers(source, name)), 0)
 
 
 def state_bytes(parameters: int, *, stage: int, data_ranks: int, half: bool, moments: int = 2) -> dict[str, float]:

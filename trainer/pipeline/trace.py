@@ -17,36 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
+from trainer.model.meta import MetaMode, matrix_flops
 from trainer.pipeline.flow import BATCH, LENGTH, Call, Flow, Leaf, Place, Value
 
 NEVER_DIVIDED = {
     "reformer": "runs its layers in an autograd function of its own, which computes them again from the last one",
 }
 """Families that can be followed and yet not divided, and why."""
-
-
-class _Guess(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers what the meta device cannot: a number is 1, a truth is true, and nothing is chosen.
-
-    So a mask hides nothing and no token is sent to an expert; shapes and order stay what they are.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        if func is aten.nonzero.default and args[0].is_meta:
-            return torch.empty((0, args[0].ndim), dtype=torch.long, device="meta")
-        if func is aten.where.default and args[0].is_meta:
-            return [torch.empty(0, dtype=torch.long, device="meta") for _ in range(args[0].ndim)]
-        if func is aten._grouped_mm.default:  # whose shapes are checked for the kernels of one device
-            return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class _Unknown:
 _Sources = frozenset[Value | _Unknown]
 
 
-class _Follower(_Guess):  # type: ignore[no-untyped-call]
+class _Follower(MetaMode):  # type: ignore[no-untyped-call]
     """Notes every operation: what it reads, and where its result comes from."""
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
@@ -145,7 +125,7 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
         sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in given))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self._active:
-            flops = _flops(func, args, kwargs or {}, result)
+            flops = matrix_flops(func, args, kwargs or {}, result)
             self._active[-1].flops += flops
             for name in self._inside:
                 self.inner_flops[name] += flops
@@ -200,14 +180,6 @@ class _Follower(_Guess):  # type: ignore[no-untyped-call]
 
     def _here(self) -> Place:
         return self._active[-1].place if self._active else Place(self._begun, inside=False)
-
-
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Of a matrix product; 0 for anything else."""
-    if func is torch.ops.aten._grouped_mm.default:
-        return int(2 * args[0].numel() * result.shape[-1])
-    formula = flop_registry.get(func._overloadpacket)
-    return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 
 
 def _leaves(leaves: list[Any]) -> tuple[Leaf | None, ...]:
