@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from trainer.config.load import LoadedConfig, check
+from trainer.config.model_facts import scrub
 from trainer.data.indexed import IndexedWriter
 
 VOCABULARY = 4096
@@ -49,6 +52,13 @@ def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1
         },
     }
     return check(config, world=world, device="cpu")
+
+
+def inline(config: PreTrainedConfig) -> dict[str, Any]:
+    """A Hugging Face configuration as the value of `model.config`."""
+    unwanted = ("transformers_version", "dtype", "architectures")
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in scrub(fields).items() if key not in unwanted}
 
 
 def rank_environment(rank: int, world: int, port: int) -> None:

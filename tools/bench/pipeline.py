@@ -12,7 +12,7 @@ import deepspeed.runtime.pipe.engine as deepspeed_pipe
 import torch
 from torch import Tensor, nn
 
-from tools.bench.common import table
+from tools.bench.common import inline, table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
 from trainer.config.load import LoadedConfig, check
@@ -79,12 +79,9 @@ def _loaded(case: Case, world: int) -> LoadedConfig:
     config = tiny(case.model_type, num_hidden_layers=stages * case.layers, hidden_size=HIDDEN)
     if case.model_type == "mixtral":
         config.output_router_logits = True
-    inline = {key: value for key, value in config.to_diff_dict().items() if value is not None}
-    for key in ("dtype", "architectures", "transformers_version"):
-        inline.pop(key, None)
     raw = {
         "run": {"output_dir": "/tmp/unused"},
-        "model": {"config": inline},
+        "model": {"config": inline(config)},
         "parallel": {
             "tensor": case.tensor, "pipeline": case.stages, "sequence_parallel": case.sequence_parallel,
             "pipeline_layers": [case.layers] * stages, "pipeline_schedule": case.schedule,
