@@ -8,6 +8,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed's Muon compiles its kernels, half a minute a process
 
 import json
 import random

@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import extensions_of
+from trainer.config.deepspeed import extensions_of, weight_decay
 from trainer.data import document_frame
-from trainer.model import ModelCost, build_model_shape, model_cost, state_bytes
+from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
 from trainer.parallel import drops, read_plan, starred
 from trainer.pipeline import Division, divide_layers
 from trainer.topology import Topology
@@ -85,6 +85,21 @@ def _held_by_rank(loaded: LoadedConfig, model: Any, division: Division) -> list[
         for rank in ranks:
             held[rank] += sizes[name]
     return held
+
+
+def _group_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
+    decay = weight_decay(loaded.deepspeed_json)
+    options = weight_options(model, loaded.config.training, decay=decay)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    members: dict[WeightOptions, list[int]] = {}
+    for name, option in options.items():
+        members.setdefault(option, []).append(sizes[name])
+    if members.keys() == {WeightOptions()}:
+        return
+    for option, counts in sorted(members.items(), reverse=True):
+        scale = "" if option.scale == 1 else f", learning rate x {option.scale:g}"
+        yield (f"  {len(counts)} weights ({sum(counts):,} parameters): weight decay "
+               f"{decay if option.decays else 0:g}{scale}")  # fmt: skip
 
 
 def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
@@ -164,6 +179,7 @@ def describe(loaded: LoadedConfig) -> str:
         _checkpoint_line(loaded, cost),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
         + (f" (DeepSpeed's {', '.join(extensions)})" if extensions else ""),
+        *_group_lines(loaded, model),
         *_memory_lines(loaded, model, division),
         *_tensor_lines(loaded, model),
         *_pipeline_lines(loaded, model, division),

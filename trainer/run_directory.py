@@ -35,7 +35,7 @@ def _value(config: Mapping[str, Any], path: str) -> Any:
 
 
 def _leaves(value: Any, path: str) -> dict[str, Any]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         return {k: v for key, below in value.items() for k, v in _leaves(below, f"{path}.{key}").items()}
     return {path: value}
 

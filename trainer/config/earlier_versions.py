@@ -75,6 +75,8 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
         replacement='Set data.special_tokens: "end" stands for true, "none" for false',
     ),
     AddedKey("model.allow_unexpected_keys", _unexpected_keys),
+    AddedKey("training.weight_decay_exclude", []),
+    AddedKey("training.learning_rate_scales", {}),
 )
 
 

@@ -364,6 +364,9 @@ def state_can_be_saved(draft: Draft) -> Iterator[Problem]:
     if ratio is not None and ratio < 1:
         reason = f"{ratio}: the part of the state that stays on the device cannot be put into checkpoints"
         yield Problem(f"{path}.offload_optimizer.ratio", reason, "Leave it out")
+    if getattr(getattr(zero, "offload_optimizer", None), "super_offload", None):
+        reason = "true: its state is in another process and cannot be put into checkpoints"
+        yield Problem(f"{path}.offload_optimizer.super_offload", reason, "Leave it out")
     if getattr(zero, "zenflow", None) is not None:
         yield Problem(f"{path}.zenflow", "its state cannot be put into checkpoints", "Leave it out")
 

@@ -157,6 +157,16 @@ class TrainingSection(Section):
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     """So many tokens' logits are in fp32 at once in the loss; less memory, the same numbers. Default: all."""
 
+    weight_decay_exclude: Literal["biases_and_norms"] | list[Text] = "biases_and_norms"
+    """Weights without weight decay: patterns of full Hugging Face names, in which `*` stands for any text, such as
+    `["*.bias", "model.embed_tokens.weight"]`; `[]` excludes none. `biases_and_norms` excludes weights of at most one
+    dimension, weights whose name ends in `bias`, and weights of modules whose class name contains `Norm`."""
+
+    learning_rate_scales: dict[Text, Annotated[float, Field(ge=0)]] = {}
+    """Factors on the learning rate of the weights that a pattern matches, as in `{"model.embed_tokens.*": 0.1}`. A
+    factor applies to whichever rate the schedule and the optimizer give the weight (`lr`, `muon_lr`, `adam_lr`); the
+    logged rate is the unscaled one."""
+
 
 class EvaluationSection(Section):
     every_steps: Annotated[int, Field(ge=1)] | None = None

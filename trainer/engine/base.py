@@ -45,7 +45,9 @@ class BaseEngine:
         """Whether this rank speaks for the ranks that work on the same samples."""
 
     def _rate(self) -> float:
-        return float(self._engine.optimizer.param_groups[0]["lr"])
+        """The unscaled learning rate; of Muon's two, the matrices'."""
+        groups = self._engine.optimizer.param_groups
+        return float(next((group for group in groups if group.get("use_muon")), groups[0])["lr"])
 
     def _model_axes(self) -> list[Axis]:
         """Axes along which ranks hold different weights and read the same samples."""

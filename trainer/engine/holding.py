@@ -58,6 +58,11 @@ class Holding:
         """torch's optimizer."""
         return self._optimizer
 
+    @property
+    def adam(self) -> Any:
+        """The same; of Muon, the Adam that it steps everything but matrices with."""
+        return getattr(self.inner, "aux_optimizer", None) or self.inner
+
     def held(self, parameter: nn.Parameter) -> Held | None:
         """None where this rank holds nothing of it."""
         return Held(parameter, 0, 0, parameter.numel())
@@ -122,20 +127,21 @@ class Holding:
         After a jump it computes them otherwise, and the next update would differ in its last bit. So it takes the steps
         once more, on a single number; where the powers are next to nothing, nothing depends on them any more.
         """
-        inner = self.inner
-        on_cpu = isinstance(inner, DeepSpeedCPUAdam) or (
-            isinstance(inner, FusedAdam) and all(tensor.device.type == "cpu" for tensor in self.stepped())
+        adam = self.adam
+        on_cpu = isinstance(adam, DeepSpeedCPUAdam) or (
+            isinstance(adam, FusedAdam) and all(tensor.device.type == "cpu" for tensor in self.stepped())
         )
-        group = inner.param_groups[0]
+        # Groups differ in their decay alone, and one counter serves them all.
+        group = adam.param_groups[0]
         if not on_cpu or max(group["betas"]) ** steps < _NOTHING:
             return
         number = nn.Parameter(torch.zeros(1))
         number.grad = torch.zeros(1)
-        groups, inner.param_groups = inner.param_groups, [{**group, "params": [number]}]
+        groups, adam.param_groups = adam.param_groups, [{**group, "params": [number]}]
         for _ in range(steps):
-            inner.step()
-        inner.param_groups = groups
-        inner.state.pop(number, None)
+            adam.step()
+        adam.param_groups = groups
+        adam.state.pop(number, None)
 
     def publish(self) -> None:
         """Gives the weights that the model computes with the values of the fp32 ones. On all ranks."""
@@ -231,13 +237,19 @@ class _Partitions(Holding):
         yield from self._flats()
 
     def allocate(self) -> None:
-        for group, flat in zip(self.inner.param_groups, self._flats(), strict=True):
+        for number, (group, flat) in enumerate(zip(self.inner.param_groups, self._flats(), strict=True)):
             self._allocate_flat(group, flat)
+            if group.get("use_muon"):
+                self._allocate_muon_momentum(number, flat)
         self._optimizer._hp_optimizer_states_linked = False
-        for number, flat in enumerate(self._flats()):
-            parameters = getattr(self._optimizer, "params_in_partition", [()] * (number + 1))[number]
-            if parameters and self._has_muon_momentum(parameters[0]):
-                self.inner.state[flat].setdefault(_MOMENTUM, flat.new_zeros(sum(p.numel() for p in parameters)))
+
+    def _allocate_muon_momentum(self, number: int, flat: Tensor) -> None:
+        """Muon makes it in its first step. Ranks must agree on whether they have it, where they gather it."""
+        parameters = getattr(self._optimizer, "params_in_partition", [()] * (number + 1))[number]
+        elements = flat.numel()
+        if parameters and self._has_muon_momentum(parameters[0]):
+            elements = sum(parameter.numel() for parameter in parameters)
+        self.inner.state[flat].setdefault(_MOMENTUM, flat.detach().new_zeros(elements))
 
     def publish(self) -> None:
         self._optimizer.update_lp_params()

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import World
 from trainer.engine.base import BaseEngine
+from trainer.engine.groups import ParameterGroups
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
 from trainer.parallel import Mapper, all_parameters, counts, shard_of
@@ -347,6 +348,7 @@ def start_pipeline(
     division: Division,
     held_by: dict[str, tuple[int, ...]],
     settings: dict[str, Any],
+    groups: ParameterGroups,
     world: World,
     clipping: float | None,
     *,
@@ -376,5 +378,7 @@ def start_pipeline(
     # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
     # and gathering it knows only records of one tensor, all of the same shape.
     parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings | parts)
+    parameters = groups.of(trained, models)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=settings | parts)
+    groups.scale_rates(engine.optimizer)
     return PipelineEngine(engine, world, clipping, stages, held_by)

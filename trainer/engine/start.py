@@ -13,13 +13,14 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import clips_itself, extensions_of, for_engine
+from trainer.config.deepspeed import clips_itself, extensions_of, for_engine, weight_decay
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
+from trainer.engine.groups import ParameterGroups
 from trainer.engine.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
-from trainer.model import TASKS, give_weights
+from trainer.model import TASKS, give_weights, weight_options
 from trainer.parallel import Mapper, fill_elsewhere, tensor_mapper
 from trainer.pipeline import ONE_STAGE, Division, Stage, recompute, unite
 
@@ -60,8 +61,9 @@ def start_engine(
         load_extension(extension)
     prepare_nvme(settings, loaded.config.run.output_dir)
     assert division.ranks == world.topology.pipeline
+    options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
     start = _start_plain if division.ranks == 1 else _start_pipeline
-    return start(model, division, loaded, world, settings, blank)
+    return start(model, division, loaded, world, settings, ParameterGroups(options), blank)
 
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
@@ -81,8 +83,9 @@ def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
 
 
 def _start_plain(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any], blank: bool
-) -> PlainEngine:
+    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any],
+    groups: ParameterGroups, blank: bool,
+) -> PlainEngine:  # fmt: skip
     mapper, grid = _mapper(model, loaded, world), Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
     partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
@@ -97,7 +100,9 @@ def _start_plain(
     recompute(model, division.recomputed)
     task = _task(model, loaded, mapper)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=task, model_parameters=trained, config=settings, mpu=grid)
+    parameters = groups.of(trained, [model])
+    engine, *_ = deepspeed.initialize(model=task, model_parameters=parameters, config=settings, mpu=grid)
+    groups.scale_rates(engine.optimizer)
     _undo_first_step(engine.optimizer)
     keep_unaligned_gradients(engine.optimizer)
     engine.train()
@@ -123,8 +128,9 @@ def _undo_first_step(optimizer: Any) -> None:
 
 
 def _start_pipeline(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any], blank: bool
-) -> PipelineEngine:
+    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any],
+    groups: ParameterGroups, blank: bool,
+) -> PipelineEngine:  # fmt: skip
     assert division.flow is not None
     held_by = division.holding_ranks(model)
     numbers = division.of_rank(world.topology.stage)
@@ -144,4 +150,4 @@ def _start_pipeline(
         fill_elsewhere(own, world.device, _DTYPES[loaded.config.deepspeed.precision])
         modules.append(StageModule(_task(own, loaded, mapper), stage, mapper, world.device))
     even = loaded.config.data.packing == "concatenate"
-    return start_pipeline(modules, division, held_by, settings, world, _clipping(loaded, settings), even=even)
+    return start_pipeline(modules, division, held_by, settings, groups, world, _clipping(loaded, settings), even=even)

@@ -152,7 +152,7 @@ class TrainingState:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         kept = vars(scaler) if getattr(scaler, "dynamic", False) else {}
         scalars = {shard.name: found for p, shard in self._parameters() if (found := self._scalars(p))}
-        if isinstance(self._holding.inner, FusedAdam | FusedLion):
+        if isinstance(self._holding.adam, FusedAdam | FusedLion):
             # They count the steps of all parameters of a group at the last one alone.
             most = max((values["step"] for values in scalars.values()), default=0.0)
             scalars = {name: values | {"step": most} for name, values in scalars.items()}

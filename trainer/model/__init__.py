@@ -5,6 +5,7 @@ from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import load_exported, recipe_of, write_model
 from trainer.model.generate import generate_texts
 from trainer.model.initialize import initialize_weights
+from trainer.model.parameter_groups import WeightOptions, weight_options
 from trainer.model.read import read_weights
 from trainer.model.tasks import TASKS, TaskLoss
 
@@ -12,6 +13,7 @@ __all__ = [
     "TASKS",
     "ModelCost",
     "TaskLoss",
+    "WeightOptions",
     "build_from_recipe",
     "build_model",
     "build_model_shape",
@@ -24,5 +26,6 @@ __all__ = [
     "read_weights",
     "recipe_of",
     "state_bytes",
+    "weight_options",
     "write_model",
 ]

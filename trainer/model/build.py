@@ -13,6 +13,7 @@ from trainer.config.model_facts import config_from, model_config
 from trainer.config.schema import ModelSection
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
+from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weights, read_weights
 from trainer.parallel import drops, read_plan, refuse_sequence_parallel
 
@@ -27,7 +28,8 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
 
     Raises:
         ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
-            lacks, sizes that do not fit together, no support for activation checkpointing.
+            lacks, sizes that do not fit together, no support for activation checkpointing; or if a pattern of a
+            parameter group matches no weight.
         PlanError: if the tensor plan and the model do not fit together.
         ConfigError: if the weights in the folder at `model.path` are quantized, or hold unexpected keys.
     """
@@ -36,6 +38,7 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
     model = _on_meta(section, model_config(section), arguments)
     if section.path is not None and loaded.initialize == "pretrained":
         check_weights(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
+    weight_options(model, loaded.config.training, decay=0)
     if parallel.tensor > 1 or parallel.tensor_plan:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         if parallel.sequence_parallel:

@@ -6,7 +6,7 @@ classes are mirrored with our strictness, every key of an optimizer or scheduler
 arguments of its class, and every "auto" is resolved exactly or refused.
 """
 
-from trainer.config.deepspeed.optimizers import optimizer_problems, scheduler_problems
+from trainer.config.deepspeed.optimizers import optimizer_problems, scheduler_problems, weight_decay
 from trainer.config.deepspeed.refused import REFUSED
 from trainer.config.deepspeed.resolve import (
     AUTO_BUCKETS,
@@ -37,4 +37,5 @@ __all__ = [
     "resolve",
     "scheduler_problems",
     "smallest_data_ranks",
+    "weight_decay",
 ]

@@ -65,6 +65,20 @@ def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] |
     return frozenset(_arguments(found)) if found else None
 
 
+def weight_decay(resolved: Mapping[str, Any]) -> float:
+    """The optimizer's weight decay under a resolved configuration; its class's default where none is given."""
+    optimizer = resolved["optimizer"]
+    params = optimizer.get("params", {})
+    if "weight_decay" in params:
+        return float(params["weight_decay"])
+    name = optimizer["type"].lower()
+    kind = None if name in _DEEPSPEED_NAMES else _TORCH_OPTIMIZERS.get(_MUP.get(name, optimizer["type"]))
+    if name in ("adam", "adamw") and params.get("torch_adam"):
+        kind = torch.optim.AdamW if name == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
+    default = None if kind is None else _arguments(kind).get("weight_decay")
+    return 0.0 if default is None else float(default.default)
+
+
 def _unknown(path: str, what: str, value: str, known: Iterable[str]) -> Problem:
     candidates = sorted(known)
     near = get_close_matches(value, candidates, n=1) or get_close_matches(

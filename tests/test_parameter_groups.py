@@ -1,0 +1,276 @@
+"""Weights without decay and with scaled learning rates, in every layout, against torch's own parameter groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.checkpoints import several, state_of
+from tests.configs import tiny_config, with_values
+from tests.harness import run_command, run_ranks
+from tests.runs import Outcome, rates, scheduled_rates, train, train_bare
+from trainer.checkpoint.keep import name_of
+from trainer.config.deepspeed import weight_decay
+from trainer.config.load import check
+from trainer.config.schema import TrainingSection
+from trainer.engine.groups import ParameterGroups
+from trainer.errors import ConfigError
+from trainer.model import WeightOptions, build_model_shape, weight_options
+from trainer.run_directory import refuse_another_run
+
+STEPS = 6
+SCALES = {"model.embed_tokens.weight": 0.5, "*.mlp.*": 2.0}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.5},
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.5},
+    "Muon": {"lr": 0.02, "adam_lr": 0.01, "momentum": 0.9, "eps": 1e-3, "weight_decay": 0.5},
+    "Lion": {"lr": 0.002, "betas": [0.9, 0.99], "weight_decay": 5.0},
+}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 3, "warmup_type": "linear"}}
+
+Layout = dict[str, Any]
+OFFLOAD = {"device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tied embeddings, and biases that have gradients: keys' have none, which Adam and Lion would amplify."""
+    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
+    return with_values(
+        config, data__validation=[], data__packing="none", model__config__mlp_bias=True,
+        model__config__tie_word_embeddings=True, training__learning_rate_scales=SCALES,
+    )  # fmt: skip
+
+
+def with_optimizer(base: dict[str, Any], kind: str, **values: Any) -> dict[str, Any]:
+    return with_values(base, deepspeed__optimizer={"type": kind, "params": OPTIMIZERS[kind]}, **values)
+
+
+def layout(pipeline: int = 1, tensor: int = 1, precision: str = "", **zero: Any) -> Layout:
+    values = {"parallel__pipeline": pipeline, "parallel__tensor": tensor, "deepspeed__zero_optimization": zero}
+    return values | ({f"deepspeed__{precision}": {"enabled": True}} if precision else {})
+
+
+def assert_equal(
+    outcome: Outcome, expected: Outcome, tolerance: float, about: object = "", *, by_norm: bool = False
+) -> None:
+    """Losses, and each weight to a share of its largest element, or of its norm."""
+    losses, theirs = (np.array(curve)[:, 0] for curve in (outcome[0], expected[0]))
+    np.testing.assert_allclose(losses, theirs, rtol=tolerance, err_msg=str(about))
+    assert outcome[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        if by_norm:
+            error = np.linalg.norm(outcome[1][name] - weight) / np.linalg.norm(weight)
+            assert error < tolerance, f"{about} {name} {error}"
+            continue
+        limit = tolerance * max(np.abs(weight).max(), 0.01)
+        np.testing.assert_allclose(outcome[1][name], weight, atol=limit, rtol=0, err_msg=f"{about} {name}")
+
+
+def compare(rows: list[tuple[dict[str, Any], Layout]], tolerance: float, *, by_norm: bool = False) -> None:
+    """Trains every configuration in its layout on 2 ranks, and in a bare process."""
+    configs = {id(config): with_values(config, **values) for config, values in rows}
+    plain = dict(zip(configs, run_ranks(train_bare, 1, [(c, STEPS) for c in configs.values()])[0], strict=True))
+    by_topology: dict[tuple[int, int], list[int]] = {}
+    for number, (_, values) in enumerate(rows):
+        by_topology.setdefault((values["parallel__pipeline"], values["parallel__tensor"]), []).append(number)
+    for numbers in by_topology.values():
+        jobs = [(with_values(rows[n][0], **rows[n][1]), STEPS) for n in numbers]
+        for number, outcome in zip(numbers, run_ranks(train, 2, jobs)[0], strict=True):
+            assert_equal(outcome, plain[id(rows[number][0])], tolerance, rows[number][1], by_norm=by_norm)
+
+
+def test_groups_are_torchs(base: dict[str, Any]) -> None:
+    adam = with_optimizer(base, "AdamW")
+    scheduled = with_optimizer(base, "SGD", deepspeed__scheduler=WARMUP)
+    compare([(adam, layout(stage=1)), (scheduled, layout(stage=3)), (adam, layout(pipeline=2, stage=0)),
+             (scheduled, layout(tensor=2, stage=0))], 2e-4)  # fmt: skip
+
+
+def test_a_run_without_groups_is_told_apart(base: dict[str, Any]) -> None:
+    """The negative control: neither the decay nor the scales are too small to be seen."""
+    config = with_optimizer(base, "AdamW")
+    (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
+    jobs = [
+        with_values(config, training__learning_rate_scales={}),
+        with_values(config, training__weight_decay_exclude=[]),
+    ]
+    for outcome in run_ranks(train, 1, [(job, STEPS) for job in jobs])[0]:
+        with pytest.raises(AssertionError):
+            assert_equal(outcome, expected, 1e-2)
+
+
+ZERO = [layout(stage=stage) for stage in (0, 1, 2, 3)]
+OFFLOADED = [layout(stage=stage, offload_optimizer=OFFLOAD) for stage in (1, 2, 3)]
+PIPELINES = [layout(pipeline=2, stage=stage) for stage in (0, 1)]
+TENSOR = [layout(tensor=2, stage=stage) for stage in (0, 1, 2, 3)]
+MATRIX: dict[str, list[Layout]] = {
+    "AdamW": [*ZERO, *OFFLOADED, *PIPELINES, *TENSOR],
+    "SGD": [*ZERO, *PIPELINES, *TENSOR],
+    "Lion": [*OFFLOADED, layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD),
+             layout(tensor=2, stage=2, offload_optimizer=OFFLOAD)],
+    "Muon": [*ZERO[:3], layout(stage=3, reduce_scatter=False), *OFFLOADED[:2],
+             layout(stage=3, reduce_scatter=False, offload_optimizer=OFFLOAD), *PIPELINES],
+}  # fmt: skip
+"""Lion on a CPU is DeepSpeed's for offload alone; Muon computes with full matrices."""
+
+TOLERANCE = {"AdamW": 2e-4, "SGD": 2e-4, "Lion": 2e-4, "Muon": 2e-4}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", MATRIX)
+def test_groups_are_torchs_in_every_layout(kind: str, base: dict[str, Any]) -> None:
+    config = with_optimizer(base, kind, deepspeed__gradient_clipping=0 if kind == "Muon" else 0.5)
+    compare([(config, values) for values in MATRIX[kind]], TOLERANCE[kind])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_groups_in_bf16(kind: str, base: dict[str, Any]) -> None:
+    """As far as rounding allows; without groups the difference is larger."""
+    config = with_optimizer(base, kind)
+    layouts = [layout(stage=stage, precision="bf16") for stage in (0, 1, 2, 3)]
+    layouts += [layout(pipeline=2, stage=stage, precision="bf16") for stage in (0, 1)]
+    compare([(config, values) for values in layouts], 0.02, by_norm=True)
+    (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
+    without = with_values(config, training__weight_decay_exclude=[], **layouts[1])
+    with pytest.raises(AssertionError, match=r"weight|bias"):
+        assert_equal(run_ranks(train, 2, [(without, STEPS)])[0][0], expected, 0.02, by_norm=True)
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def resumes(config: dict[str, Any], first: Layout, others: list[Layout], folder: Path) -> None:
+    """Steps 4 to 6 after a checkpoint of step 3: bitwise in the layout that wrote it, the same losses in others."""
+    config = with_values(config, training__max_steps=STEPS)
+    begun = with_values(config, run__output_dir=str(folder / "whole"), **first)
+    resumed = with_values(config, checkpoint__resume=str(folder / "whole" / "checkpoints" / name_of(STEPS // 2)))
+    same = with_values(resumed, run__output_dir=str(folder / "same"), **first)
+    whole, rest = run_ranks(several, 2, [(begun, STEPS, (STEPS // 2, STEPS)), (same, STEPS, (STEPS,))])[0]
+    assert rest == {step: whole[step] for step in range(STEPS // 2 + 1, STEPS + 1)}, first
+    now, then = (state_of(folder / run / "checkpoints" / name_of(STEPS)) for run in ("same", "whole"))
+    assert now.keys() == then.keys()
+    assert [key for key in then if not now[key].equal(then[key])] == [], first
+    for number, other in enumerate(others):
+        elsewhere = with_values(resumed, run__output_dir=str(folder / f"other-{number}"), **other)
+        (losses,) = run_ranks(several, 2, [(elsewhere, STEPS, (STEPS,))])[0]
+        assert losses == pytest.approx(rest, rel=1e-4), (first, other)
+        reached = state_of(folder / f"other-{number}" / "checkpoints" / name_of(STEPS))
+        for key in [key for key in then if key.startswith("weight/")]:
+            limit = 2e-4 * max(then[key].abs().max().item(), 0.01)
+            assert torch.allclose(reached[key], then[key], rtol=0, atol=limit), (first, other, key)
+
+
+def test_a_run_with_groups_resumes(base: dict[str, Any], tmp_path: Path) -> None:
+    resumes(with_optimizer(base, "AdamW"), layout(stage=1), [layout(pipeline=2, stage=0)], tmp_path)
+
+
+RESUMED: list[tuple[str, Layout, list[Layout]]] = [
+    ("AdamW", layout(stage=0), [layout(stage=3), layout(tensor=2, stage=1)]),
+    ("AdamW", layout(stage=3), [layout(stage=2), layout(pipeline=2, stage=1)]),
+    ("AdamW", layout(pipeline=2, stage=1), [layout(stage=0), layout(tensor=2, stage=3)]),
+    ("AdamW", OFFLOADED[1], [layout(stage=1)]),
+    ("AdamW", layout(stage=0, precision="bf16"), []),
+    ("AdamW", layout(stage=1, precision="bf16"), []),
+    ("SGD", layout(stage=2), [layout(pipeline=2, stage=0), layout(tensor=2, stage=0)]),
+    ("Lion", OFFLOADED[1], [OFFLOADED[2]]),
+    ("Muon", layout(stage=0), [layout(stage=1), layout(stage=3, reduce_scatter=False)]),
+    ("Muon", layout(stage=1), [layout(stage=0), OFFLOADED[0], layout(pipeline=2, stage=0)]),
+    ("Muon", layout(stage=2), [layout(stage=0)]),
+    ("Muon", layout(stage=3, reduce_scatter=False), [layout(stage=1)]),
+    ("Muon", OFFLOADED[0], [layout(stage=1), OFFLOADED[1]]),
+    ("Muon", layout(stage=3, reduce_scatter=False, offload_optimizer=OFFLOAD), [layout(stage=0)]),
+    ("Muon", layout(pipeline=2, stage=1), [layout(stage=1)]),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", RESUMED, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_every_optimizer_with_groups_resumes(
+    row: tuple[str, Layout, list[Layout]], base: dict[str, Any], tmp_path: Path
+) -> None:
+    clipping = 0 if row[0] == "Muon" else 0.5
+    resumes(with_optimizer(base, row[0], deepspeed__gradient_clipping=clipping), row[1], row[2], tmp_path)
+
+
+# Which weights --------------------------------------------------------------------------------------------------------
+
+
+def without_decay(family: str, exclude: Any = "biases_and_norms", **sizes: Any) -> set[str]:
+    config = AutoConfig.for_model(family, **{"num_hidden_layers": 1, "vocab_size": 64} | sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    training = TrainingSection(max_steps=1, weight_decay_exclude=exclude)
+    return {name for name, option in weight_options(model, training, decay=0.1).items() if not option.decays}
+
+
+@pytest.mark.fast
+def test_default_spares_biases_and_norms_by_their_full_shape() -> None:
+    """Also norms and biases that are matrices: Cohere's of each head, GPT-OSS's of each expert."""
+    assert without_decay("llama") == {
+        "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight", "model.norm.weight",
+    }  # fmt: skip
+    assert {f"model.layers.0.self_attn.{of}_norm.weight" for of in "qk"} < without_decay("cohere", use_qk_norm=True)
+    mixture = without_decay("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
+    assert "model.layers.0.mlp.experts.gate_up_proj_bias" in mixture
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.embed_tokens.weight"}.isdisjoint(mixture)
+    assert without_decay("llama", ["*norm*", "lm_head.weight"]) == {*without_decay("llama"), "lm_head.weight"}
+    assert without_decay("llama", []) == set()
+
+
+@pytest.mark.fast
+def test_weights_that_are_treated_alike_are_one_group(tiny: dict[str, Any]) -> None:
+    """As ever: no group, no hook, no cost."""
+    parameters = list(torch.nn.Linear(2, 2).parameters())
+    groups = ParameterGroups({"weight": WeightOptions(), "bias": WeightOptions()})
+    assert groups.of(parameters, []) == parameters
+    plain = torch.optim.SGD(parameters, lr=0.1)
+    groups.scale_rates(plain)
+    assert not plain._optimizer_step_pre_hooks
+    loaded = check(tiny, world=1, device="cpu")
+    assert weight_decay(loaded.deepspeed_json) == 0
+    options = weight_options(build_model_shape(loaded), loaded.config.training, decay=0)
+    assert set(options.values()) == {WeightOptions()}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("kind", "params", "expected"),
+    [
+        ("AdamW", {}, 0.0), ("AdamW", {"weight_decay": 0.3}, 0.3), ("AdamW", {"torch_adam": True}, 0.01),
+        ("Adam", {"torch_adam": True}, 0.01), ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0),
+        ("SGD", {}, 0.0), ("Muon", {}, 0.0), ("Rprop", {}, 0.0),
+    ],
+)  # fmt: skip
+def test_weight_decay_is_that_of_the_optimizers_class(kind: str, params: dict[str, Any], expected: float) -> None:
+    assert weight_decay({"optimizer": {"type": kind, "params": params}}) == expected
+
+
+def test_logged_rate_is_the_unscaled_one(base: dict[str, Any]) -> None:
+    config = with_optimizer(base, "AdamW", deepspeed__scheduler=WARMUP, training__learning_rate_scales={"*": 0.5})
+    muon = with_optimizer(base, "Muon", training__learning_rate_scales={"model.layers.*": 0.5})
+    assert run_ranks(rates, 1, [(config, 4), (muon, 1)])[0] == [pytest.approx(scheduled_rates(config, 4)), [0.02]]
+
+
+def test_a_dry_run_lists_the_groups(base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(with_optimizer(base, "AdamW")))
+    said = run_command("launch/train.py", "--config", str(tmp_path / "config.json"), "--dry_run").out
+    assert "6 weights (12,288 parameters): weight decay 0.5, learning rate x 2\n" in said
+    assert "5 weights (160 parameters): weight decay 0\n" in said
+
+
+def test_other_groups_are_another_run(base: dict[str, Any]) -> None:
+    loaded = check(base, world=1, device="cpu")
+    other = with_values(base, training__weight_decay_exclude=["*.bias"], training__learning_rate_scales={"*": 2.0})
+    with pytest.raises(ConfigError) as refused:
+        refuse_another_run(loaded.resolved(), check(other, world=1, device="cpu"), "the run directory")
+    named = {problem.path for problem in refused.value.problems}
+    scales = {f"training.learning_rate_scales.{pattern}" for pattern in (*SCALES, "*")}
+    assert named == {"training.weight_decay_exclude", *scales}

@@ -1,0 +1,74 @@
+"""Parameter groups of the optimizer: excluded from weight decay, or with a scaled learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.engine.holding import holding_of
+from trainer.model import WeightOptions
+from trainer.pipeline import pieces_of
+
+_SCALE = "learning_rate_scale"
+_NAME = "name"
+"""A key of a group that every optimizer keeps, and DeepSpeed's Muon makes `NAME-muon-params` of."""
+
+
+class ParameterGroups:
+    """Builds the groups that DeepSpeed gets, and scales their learning rates in each step.
+
+    Schedules set the `lr` of every group to the unscaled rate. The scale is applied around the step of torch's
+    optimizer, so no schedule, logged rate or checkpoint ever sees a scaled one.
+    """
+
+    def __init__(self, options: Mapping[str, WeightOptions]) -> None:
+        """Args:
+        options: of every trained weight of the full model; equal on all ranks.
+        """
+        self._options = options
+        self._distinct = sorted(set(options.values()), key=lambda o: (not o.decays, o.scale))
+
+    def of(self, trained: Sequence[nn.Parameter], models: Sequence[nn.Module]) -> list[Any]:
+        """The parameters as `deepspeed.initialize` gets them: a plain list where all weights are treated alike.
+
+        Groups of which this rank has no weight are left out. All ranks of a data group hold the same weights, so
+        they agree on the groups; nothing depends on the number of groups of another pipeline stage.
+
+        Args:
+            models: of this rank's stages, which hold `trained`.
+        """
+        if all(option == WeightOptions() for option in self._distinct):
+            return list(trained)
+        names = {id(weight): name for name, held in pieces_of(models).items() for weight, _ in held}
+        groups: list[list[nn.Parameter]] = [[] for _ in self._distinct]
+        for parameter in trained:
+            groups[self._distinct.index(self._options[names[id(parameter)]])].append(parameter)
+        return [
+            {"params": group, _NAME: str(number), **({} if option.decays else {"weight_decay": 0.0})}
+            for number, (option, group) in enumerate(zip(self._distinct, groups, strict=True))
+            if group
+        ]
+
+    def scale_rates(self, optimizer: Any) -> None:
+        """Makes each step of DeepSpeed's optimizer use the scaled rates."""
+        if all(option.scale == 1 for option in self._distinct):
+            return
+        inner = holding_of(optimizer).inner
+        for group in inner.param_groups:
+            group[_SCALE] = self._distinct[int(group[_NAME].split("-")[0])].scale
+        inner.register_step_pre_hook(_scale)
+        inner.register_step_post_hook(_unscale)
+
+
+def _scale(inner: torch.optim.Optimizer, *_: Any) -> None:
+    for group in inner.param_groups:
+        group["unscaled_lr"] = group["lr"]
+        group["lr"] = group["lr"] * group[_SCALE]
+
+
+def _unscale(inner: torch.optim.Optimizer, *_: Any) -> None:
+    for group in inner.param_groups:
+        group["lr"] = group.pop("unscaled_lr")
