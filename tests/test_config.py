@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.configs import with_values
 from tests.harness import run_command
@@ -24,7 +26,8 @@ from trainer.config.deepspeed import (
     for_engine,
 )
 from trainer.config.load import apply_override, check, load_config, merge, read_config_file
-from trainer.config.model_facts import scrub
+from trainer.config.model_facts import config_from, scrub
+from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -323,3 +326,67 @@ def test_nvme_needs_its_extension(
     else:
         with pytest.raises(ConfigError, match=r"async_io cannot be compiled here.*Install libaio-dev"):
             check(values, world=1, device="cpu")
+
+
+# --- sizes of a model ------------------------------------------------------------------------------------------------
+
+
+def sizes_refused(model_type: str, **values: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        config_from({"model_type": model_type, **values}, "model.config")
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "expected"),
+    [
+        ("gpt2", {"n_layer": 0}, "model.config.n_layer: must be a whole number of at least 1 (got 0)"),
+        ("gpt2", {"num_hidden_layers": 0}, "model.config.num_hidden_layers: must be a whole number of at least 1"),
+        ("dbrx", {"attn_config": {"kv_n_heads": 0}}, "model.config.attn_config.kv_n_heads: must be a whole number"),
+        ("gemma3n_text", {"intermediate_size": [64, 0]}, "intermediate_size: must be a whole number of at least 1"),
+        ("gemma3", {"text_config": {"hidden_size": 2.5}}, "model.config.text_config.hidden_size: must be a whole"),
+        ("gemma3", {"text_config": {"num_attention_heads": 4, "num_key_value_heads": 3}},
+         "model.config.text_config.num_key_value_heads: must divide the 4 attention heads (got 3)"),
+        ("mistral", {"hidden_size": 66, "num_attention_heads": 4, "num_key_value_heads": 2},
+         "model.config.hidden_size: must be a multiple of the number of attention heads, 4"),
+        ("qwen2_moe", {"num_experts": -1}, "model.config.num_experts: must be a whole number of at least 0 (got -1)"),
+        ("deepseek_v3", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+         "num_experts_per_tok: must be between 1 and the number of experts, 4 (got 8)"),
+        ("phi3", {"max_position_embeddings": 0}, "max_position_embeddings: must be a whole number of at least 1"),
+        ("llama", {"vocab_size": -5}, "model.config.vocab_size: must be a whole number of at least 1 (got -5)"),
+    ],
+)  # fmt: skip
+def test_sizes_that_no_model_has(model_type: str, values: dict[str, Any], expected: str) -> None:
+    assert expected in sizes_refused(model_type, **values)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),
+        ("qwen2_moe", {"num_experts": 0, "sliding_window": 0, "shared_expert_intermediate_size": 0}),
+        ("gemma3n_text", {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}),
+        ("granitemoeshared", {"shared_intermediate_size": 0}),
+        ("qwen3", {"hidden_size": 66, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}),
+        ("qwen3", {"hidden_size": 66, "num_attention_heads": 4, "num_key_value_heads": 2}),  # its default head_dim
+        ("longcat_flash", {"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 12}),
+        ("llama", {"num_key_value_heads": None, "pad_token_id": -1}),
+    ],
+)
+def test_sizes_that_look_strange(model_type: str, values: dict[str, Any]) -> None:
+    config_from({"model_type": model_type, **values}, "model.config")
+
+
+def test_the_sizes_of_every_family_are_accepted() -> None:
+    """Its defaults, written whole as a folder has them."""
+    count = 0
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[model_type]()
+        except Exception:  # a family without defaults
+            continue
+        count += 1
+        for raw in (config.to_dict(), config.to_diff_dict()):
+            problems = [*size_problems(raw, model_type), *relation_problems(config, raw, model_type)]
+            assert not problems, problems
+    assert count > 150

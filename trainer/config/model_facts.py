@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.store import MANIFEST, is_checkpoint, read_manifest
 
@@ -98,6 +99,15 @@ def _inline_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _construct(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    if problems := list(size_problems(raw, where)):
+        raise ConfigError(problems)
+    config = _constructed(kind, raw, where)
+    if problems := list(relation_problems(config, raw, where)):
+        raise ConfigError(problems)
+    return config
+
+
+def _constructed(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
         return kind.from_dict(dict(raw))
     except Exception as error:  # the families' own validators raise what they like
