@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.errors import Problem
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _POSITIVE = re.compile(
     r"(num_hidden_layers|num_layers|num_decoder_layers|decoder_layers|n_layers?"
@@ -63,11 +60,11 @@ def _is_whole(value: Any) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
-def relation_problems(config: PreTrainedConfig, raw: Mapping[str, Any], where: str) -> Iterator[Problem]:
+def relation_problems(config: Any, raw: Mapping[str, Any], where: str) -> Iterator[Problem]:
     """Sizes that contradict each other.
 
     Args:
-        config: what the family makes of `raw`.
+        config: the Hugging Face configuration that the family makes of `raw`.
     """
     text = config.get_text_config(decoder=True)
     nested = next((key for key, part in raw.items() if isinstance(part, Mapping) and key.startswith("text")), "")
@@ -101,7 +98,7 @@ def relation_problems(config: PreTrainedConfig, raw: Mapping[str, Any], where: s
             return
 
 
-def _size(config: PreTrainedConfig, name: str) -> int | None:
+def _size(config: Any, name: str) -> int | None:
     """An attribute that is one whole number; None if there is none, or one for each layer."""
     try:
         value = getattr(config, name, None)
