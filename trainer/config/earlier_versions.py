@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.model_facts import causal_switch
 from trainer.config.schema import SECTIONS
 from trainer.errors import CheckpointError, Problem
 from trainer.store import MANIFEST, read_manifest
@@ -67,6 +68,15 @@ def _unexpected_keys(stored: Mapping[str, Any]) -> Any:
     return True if isinstance(value_at(stored, "model.path"), str) else ABSENT
 
 
+def _bidirectional(switch: str) -> Callable[[Mapping[str, Any]], Any]:
+    """Models with random weights were built without the switch that makes the attention of their family causal."""
+
+    def meaning(stored: Mapping[str, Any]) -> Any:
+        return False if causal_switch(value_at(stored, "model.config.model_type")) == switch else ABSENT
+
+    return meaning
+
+
 ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey(
         "data.special_tokens",
@@ -77,6 +87,8 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("model.allow_unexpected_keys", _unexpected_keys),
     AddedKey("training.weight_decay_exclude", []),
     AddedKey("training.learning_rate_scales", {}),
+    AddedKey("model.config.is_decoder", _bidirectional("is_decoder"), default=True),
+    AddedKey("model.config.causal", _bidirectional("causal"), default=True),
 )
 
 
@@ -178,7 +190,7 @@ def keep_stored_meanings(raw: Raw) -> str:
     kept = []
     for row in ADDED_KEYS:
         meaning = value_at(stored, row.key)
-        if meaning is ABSENT or value_at(raw, row.key) is not ABSENT:
+        if meaning is ABSENT or row.meaning_in(raw) is ABSENT or value_at(raw, row.key) is not ABSENT:
             continue
         _set(raw, row.key, meaning)
         if meaning != row.new_default:

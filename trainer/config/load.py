@@ -18,7 +18,13 @@ from trainer.config import rules as cross_section
 from trainer.config import strict_json
 from trainer.config.deepspeed import REFUSED, Batch, batch_arithmetic, resolve
 from trainer.config.earlier_versions import keep_stored_meanings, replaced_key, upgraded
-from trainer.config.model_facts import ModelFacts, default_attention, model_config, model_facts
+from trainer.config.model_facts import (
+    ModelFacts,
+    default_attention,
+    model_config,
+    model_facts,
+    with_causal_attention,
+)
 from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
 from trainer.errors import ConfigError, Problem
@@ -306,6 +312,7 @@ def _look_at_model(draft: Draft) -> list[Problem]:
     if section is None or (section.path is None) == (section.config is None):
         return []
     try:
+        draft.model = section = with_causal_attention(section)
         draft.facts = model_facts(model_config(section))
     except ConfigError as error:
         return error.problems

@@ -52,6 +52,16 @@ class ModelFacts:
     heads: int | None
     """Attention heads; None where the configuration says no single number."""
 
+    special_ids: frozenset[int] = frozenset()
+    """Token ids that the configuration names: end of text, padding, an image's place."""
+
+    causal_setting: tuple[str, Any] | None = None
+    """The configuration key that is not set for causal attention, and the value that it should have; None where the
+    family has no such key, or it is set."""
+
+    shortest_blocks: int = 0
+    """Sequences shorter than this turn off block-sparse attention for good (BigBird)."""
+
 
 def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -213,6 +223,70 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
+_SWITCHES = ("is_decoder", "causal")
+"""Keys that make the attention of an encoder family causal if true: BERT and its kin, XLM. They default to false."""
+
+
+def causal_switch(model_type: object) -> str | None:
+    """The configuration key that makes a family's attention causal if true; None for a family without one."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    config_class: Any = CONFIG_MAPPING[model_type]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    return next((key for key in _SWITCHES if key in fields), None)
+
+
+def make_causal(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set the attention of a model that is trained as a causal language model to causal, in place.
+
+    Changes the families that have a switch for it (`causal_switch`); the others are causal by themselves, or never.
+    """
+    if switch := causal_switch(config.model_type):
+        setattr(config, switch, True)
+    return config
+
+
+def with_causal_attention(section: ModelSection) -> ModelSection:
+    """The section with the family's `causal_switch` in `config`, unless it is set there.
+
+    A folder (`path`) is taken as it is: its weights were trained with its own attention.
+    """
+    raw = section.config
+    switch = None if raw is None else causal_switch(raw.get("model_type"))
+    if raw is None or switch is None or switch in raw:
+        return section
+    return section.model_copy(update={"config": {**raw, switch: True}})
+
+
+def _causal_setting(config: PreTrainedConfig) -> tuple[str, Any] | None:
+    switch = causal_switch(config.model_type)
+    if switch and not getattr(config, switch):
+        return switch, True
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "use_bidirectional_attention", False
+    if getattr(config, "attention_type", None) == "block_sparse":
+        return "attention_type", "original_full"
+    if "lsh" in (layers := getattr(config, "attn_layers", None) or ()):  # later tokens move the borders of its chunks
+        return "attn_layers", ["local"] * len(layers)
+    return None
+
+
+def _special_ids(config: PreTrainedConfig) -> frozenset[int]:
+    ids: set[int] = set()
+    for key, value in {**config.to_dict(), **config.get_text_config(decoder=True).to_dict()}.items():
+        if key.endswith(("_token_id", "_token_ids", "_token_index")):
+            ids.update(one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
+    return frozenset(ids)
+
+
+def _shortest_blocks(config: PreTrainedConfig) -> int:
+    if config.model_type != "big_bird" or getattr(config, "attention_type", None) != "block_sparse":
+        return 0
+    return int((5 + 2 * config.num_random_blocks) * config.block_size) + 1
+
+
 def default_attention(config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
     """`sdpa` where the family has it. Imports the family's code, so it is asked for a run and not for a check."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -245,4 +319,7 @@ def model_facts(config: PreTrainedConfig) -> ModelFacts:
         hidden_size=hidden if isinstance(hidden, int) else None,
         positions=positions if isinstance(positions, int) and positions > 0 else None,
         heads=heads if isinstance(heads, int) and heads > 0 else None,
+        special_ids=_special_ids(config),
+        causal_setting=_causal_setting(config),
+        shortest_blocks=_shortest_blocks(config),
     )

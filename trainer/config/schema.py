@@ -43,7 +43,8 @@ class ModelSection(Section):
     refusing them. Keys of quantized weights are always refused."""
 
     task: Literal["causal_lm"] = "causal_lm"
-    """What the model learns: `causal_lm` predicts the next token."""
+    """What the model learns: `causal_lm` predicts the next token. A model that sees later tokens is refused before the
+    first step; with `config`, `is_decoder` of BERT and its kin (`causal` of XLM) is true unless it is set."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     """The attention implementation of transformers. Default: `sdpa`, or `eager` for the families that have no sdpa."""
