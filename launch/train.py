@@ -43,6 +43,7 @@ def main() -> None:
 def train(loaded: LoadedConfig, launch: Launch) -> None:
     """The whole story, one call a room, in the order in which data passes."""
     # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
+    from trainer.causality import verify_causality
     from trainer.checkpoint import Checkpoints
     from trainer.data import open_batches, prepare_data
     from trainer.engine import start_engine
@@ -71,6 +72,8 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         model = build_model(loaded, prepared.tokenizer)
         checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
+        if not checkpoints.found:
+            verify_causality(loaded, world, engine, batches.train)
         progress, directory = checkpoints.restore(engine), checkpoints.directory
         if world.is_first:
             directory.write_config(loaded, frame=frame)

@@ -185,6 +185,7 @@ BAD_INPUTS = [
     Bad("unknown model type", 2, ("model.config.model_type", "did you mean 'llama'?"), values=llama(model_type="lama")),
     Bad("no decoder", 2, ("'vit' has no causal language model",), values={"model__config": {"model_type": "vit"}}),
     Bad("heads do not divide", 2, ("model.config", "not a multiple of the number of attention heads"), values=llama(num_attention_heads=5)),
+    Bad("an encoder as a causal model", 2, ("model.config.is_decoder: 'bert' sees later tokens", "the loss at position", "Set it to true"), values={"model__config": {"model_type": "bert", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64, "is_decoder": False}}),
     Bad("heads do not divide, found by the constructor", 2, ("model: transformers refuses it",), values={"model__config": {"model_type": "gpt2", "vocab_size": 320, "n_embd": 30, "n_head": 4, "n_layer": 1}}),
     Bad("no width", 2, ("model.config.hidden_size: must be a whole number of at least 1 (got 0)",), values=llama(hidden_size=0)),
     Bad("several sizes that make no sense", 2, ("3 mistakes", "model.config.num_hidden_layers: must be a whole number of at least 1 (got -1)", "model.config.num_attention_heads: must be a whole number of at least 1 (got 0)", "model.config.intermediate_size: must be a whole number of at least 1 (got '64')"), values=llama(num_hidden_layers=-1, num_attention_heads=0, intermediate_size="64")),

@@ -23,6 +23,10 @@ class Finished:
     status: int
     out: str
     err: str
+    """Of the first rank."""
+
+    errors: tuple[str, ...] = ()
+    """What each rank wrote to its standard error."""
 
 
 def _command(script: str, arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
@@ -62,9 +66,8 @@ def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
         processes[0].join(SECONDS)
         assert processes[0].exitcode is not None, f"{script} {arguments}: still running after {SECONDS} s"
         for process in processes[1:]:
-            process.join(30)
+            process.join(1 if processes[0].exitcode else 30)  # launchers end all ranks when one fails
             if process.is_alive():
                 process.kill()
-        return Finished(
-            processes[0].exitcode, (Path(folder) / "out-0").read_text(), (Path(folder) / "err-0").read_text()
-        )
+        errors = tuple((Path(folder) / f"err-{rank}").read_text() for rank in range(world))
+        return Finished(processes[0].exitcode, (Path(folder) / "out-0").read_text(), errors[0], errors)

@@ -65,6 +65,8 @@ def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequen
         exact = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
         torch.testing.assert_close(got.cross_entropy, expected[0].detach(), rtol=exact, atol=exact)
         torch.testing.assert_close(got.objective, expected[1].detach(), rtol=exact, atol=exact)
+        plain = F.cross_entropy(whole.to(got.per_token.dtype), labels, ignore_index=IGNORED, reduction="none")
+        torch.testing.assert_close(got.per_token, plain.view(2, -1), rtol=exact, atol=exact)
         exact = 8e-3 if dtype == torch.bfloat16 else 5 * exact
         torch.testing.assert_close(own.grad, wanted, rtol=exact, atol=exact)
         assert got.cross_entropy.dtype == torch.promote_types(dtype, torch.float32)

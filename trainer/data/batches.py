@@ -120,6 +120,10 @@ class TrainBatches:
         """Epochs read after `step` steps."""
         return self._order.epoch_of(step * self._shape.train + self._ahead)
 
+    def first_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """At most `length + 1` ids of the first source's first sample: the same on every rank."""
+        return self._sources[0].ids(0)
+
     def at(self, step: int) -> StepBatch:
         """The batch of step `step`, counted from 1. A pure function: any step costs the same.
 

@@ -57,6 +57,13 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """The token-weighted loss over all ranks' micro-batches; all ranks must pass equally many."""
 
+    def token_losses(self, micro_batch: MicroBatch) -> Tensor | None:
+        """The cross entropy of each label of one micro-batch, computed as in evaluation. All ranks must call it.
+
+        Returns:
+            (B, T) in fp32, 0 where the label is ignored; None on pipeline stages that do not compute the loss.
+        """
+
     def exchange(self, values: list[Tensor | float]) -> list[list[float]]:
         """Every rank's `values`, by rank: the one exchange of a step that logs."""
 

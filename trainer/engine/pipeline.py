@@ -53,6 +53,8 @@ class StageModule(nn.Module):
         """Until the first backward pass is through."""
 
         self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.first_token_losses: Tensor | None = None
+        """Of the schedule's first micro-batch, where the loss is computed."""
 
     @property
     def model(self) -> nn.Module:
@@ -66,6 +68,7 @@ class StageModule(nn.Module):
         self._waiting.extend(micro_batches)
         self._weights = weight, auxiliary_weight
         self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.first_token_losses = None
 
     def forward(self, received: Record | Tensor) -> Record | Tensor:
         micro = self._waiting.popleft().to(self._device)
@@ -80,6 +83,8 @@ class StageModule(nn.Module):
             return result[0] if len(result) == 1 else result
         self.loss_sum = self.loss_sum + result.loss_sum.detach()
         self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
+        if self.first_token_losses is None:
+            self.first_token_losses = result.token_losses_BT
         weight, auxiliary_weight = self._weights
         return result.objective * weight + result.auxiliary * auxiliary_weight
 
@@ -172,26 +177,44 @@ class PipelineEngine(BaseEngine):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """See `Engine.evaluate`."""
-        engine = self._engine
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
-        before, engine.dynamic_shape = (engine.dynamic_shape, engine.micro_batches), True
         waiting, count = iter(batches), EVALUATED_TOGETHER * self._world.topology.pipeline
-        while together := tuple(islice(waiting, count)):
-            engine.reset_activation_shape()
-            tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in together)
-            if self._least > 1:
-                together = _alike(together, self._least)
-            for stage in self._stages:
-                stage.feed(together)
-            engine.micro_batches = len(together)  # DualPipeV's buffers are counted by it, also in evaluation
-            engine.eval_batch(
-                iter(()), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(together)
-            )
-            loss_sum = loss_sum + self._stages[-1].loss_sum
+        with self._any_shape():
+            while together := tuple(islice(waiting, count)):
+                tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in together)
+                self._run_forward(together)
+                loss_sum = loss_sum + self._stages[-1].loss_sum
+        return self._evaluation(loss_sum, tokens)
+
+    @torch.no_grad()
+    def token_losses(self, micro_batch: MicroBatch) -> Tensor | None:
+        """See `Engine.token_losses`."""
+        with self._any_shape():
+            self._run_forward((micro_batch,))
+        return self._stages[-1].first_token_losses
+
+    @contextlib.contextmanager
+    def _any_shape(self) -> Iterator[None]:
+        """Evaluation: micro-batches may have other shapes than in training, and a schedule another number of them."""
+        engine = self._engine
+        before, engine.dynamic_shape = (engine.dynamic_shape, engine.micro_batches), True
+        yield
         engine.dynamic_shape, engine.micro_batches = before
         engine.reset_activation_shape()
         engine.train()
-        return self._evaluation(loss_sum, tokens)
+
+    def _run_forward(self, together: tuple[MicroBatch, ...]) -> None:
+        """Computes the losses of micro-batches in one schedule without a backward pass; the stages keep them."""
+        engine = self._engine
+        engine.reset_activation_shape()
+        if self._least > 1:
+            together = _alike(together, self._least)
+        for stage in self._stages:
+            stage.feed(together)
+        engine.micro_batches = len(together)  # DualPipeV's buffers are counted by it, also in evaluation
+        engine.eval_batch(
+            iter(()), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(together)
+        )
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.whole_weights`. Of several ranks of the pipeline that hold a weight the first gives it."""

@@ -67,6 +67,14 @@ class PlainEngine(BaseEngine):
         self._engine.train()
         return self._evaluation(loss_sum, tokens)
 
+    @torch.no_grad()
+    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
+        """See `Engine.token_losses`."""
+        self._engine.eval()
+        losses = self._forward(micro_batch).token_losses_BT
+        self._engine.train()
+        return losses
+
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.whole_weights`."""
         for name, parameter in self._engine.module.named_parameters():

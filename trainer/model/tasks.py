@@ -29,6 +29,9 @@ class TaskLoss(NamedTuple):
     """The family's own extra loss on this micro-batch (a mixture's load balancing), already weighted by its
     coefficient; 0 where there is none. fp32 scalar."""
 
+    token_losses_BT: Tensor
+    """The cross entropy of each label, 0 where it is ignored. fp32, without a gradient."""
+
 
 class CausalLanguageModeling(nn.Module):
     """Predicts each next token. The labels come shifted, so position t of the logits belongs to label t."""
@@ -40,8 +43,9 @@ class CausalLanguageModeling(nn.Module):
 
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, attention_mask_BT: Tensor | None = None) -> TaskLoss:
         output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-        loss_sum, objective = self._cross_entropy(output.logits, labels_BT)
-        return TaskLoss(loss_sum, objective, self._auxiliary(output, loss_sum))
+        sums = self._cross_entropy(output.logits, labels_BT)
+        auxiliary = self._auxiliary(output, sums.cross_entropy)
+        return TaskLoss(sums.cross_entropy, sums.objective, auxiliary, sums.per_token)
 
     def _auxiliary(self, output: object, like: Tensor) -> Tensor:
         auxiliary = getattr(output, "aux_loss", None)

@@ -30,6 +30,9 @@ class LossSums(NamedTuple):
     objective: Tensor
     """What is minimised: the cross entropy with label smoothing, and the z-loss. Scalar."""
 
+    per_token: Tensor
+    """The cross entropy of each token, 0 where the label is ignored. The labels' shape, without a gradient."""
+
 
 @dataclass(frozen=True)
 class VocabularyCrossEntropy:
@@ -65,8 +68,10 @@ class VocabularyCrossEntropy:
                 f"the logits have {logits.shape[-1]} columns where this rank's part of the head has {self.width}: the "
                 "model does not compute them with the module that it calls its output embeddings"
             )
-        sums = _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), self)  # type: ignore[no-untyped-call]
-        return LossSums(*sums)
+        per_token, objective = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+            logits.flatten(0, -2), labels.flatten(), self
+        )
+        return LossSums(per_token.sum(), objective, per_token.view(labels.shape))
 
     def _reduced(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.ranks > 1:
@@ -119,16 +124,15 @@ class _CrossEntropy(torch.autograd.Function):
         cross_entropy_N = torch.where(predicted_N, log_z_N - of_label[0], 0)
         smoothed_N = torch.where(predicted_N, log_z_N - of_label[1] / vocabulary, 0)
         z_N = torch.where(predicted_N, log_z_N.square(), 0)
-        cross_entropy = cross_entropy_N.sum()
         objective = (
-            (1 - loss.label_smoothing) * cross_entropy
+            (1 - loss.label_smoothing) * cross_entropy_N.sum()
             + loss.label_smoothing * smoothed_N.sum()
             + loss.z_loss * z_N.sum()
         )
         ctx.loss = loss
         ctx.save_for_backward(logits_NV, log_z_N, columns_N, here_N, predicted_N)
-        ctx.mark_non_differentiable(cross_entropy)
-        return cross_entropy, objective
+        ctx.mark_non_differentiable(cross_entropy_N)
+        return cross_entropy_N, objective
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, gradient: Tensor) -> Any:

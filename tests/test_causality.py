@@ -1,0 +1,366 @@
+"""The causality probe: models that see later tokens are refused in every layout, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+
+from launch.train import train as train_command
+from tests.configs import LENGTH, VOCABULARY, tiny_config, with_values
+from tests.harness import run_command, run_ranks
+from tests.runs import _loaded, _place
+from tests.test_model import GPT2, MIXTRAL
+from trainer import causality
+from trainer.causality import CONTROL, PROBED, verify_causality
+from trainer.config.load import METADATA_KEY, check, load_config
+from trainer.config.model_facts import make_causal, model_config
+from trainer.data import MicroBatch, open_batches, prepare_data
+from trainer.data.tokenizer import train_tokenizer
+from trainer.distributed import Launch, World, joined_world
+from trainer.engine import start_engine
+from trainer.engine.plain import PlainEngine
+from trainer.errors import ConfigError
+from trainer.model import build_model, build_model_shape
+from trainer.pipeline import divide_layers
+from trainer.store import read_manifest
+from trainer.topology import Topology
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+
+BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+MAMBA = {"model_type": "mamba", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+RECURRENT = {"model_type": "recurrent_gemma", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
+             "num_hidden_layers": 3, "num_attention_heads": 4, "lru_width": 32, "attention_window_size": 8}  # fmt: skip
+BF16 = {"enabled": True}
+
+Job = tuple[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs") / "run")
+    return with_values(config, data__validation=[], model__config__num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def bert(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained folder of an encoder."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(1)
+    BertLMHeadModel(BertConfig(**BERT)).save_pretrained(folder)
+    train_tokenizer(iter((corpus / "train.jsonl").read_text().splitlines()[:50]), VOCABULARY, folder)
+    return folder
+
+
+# On ranks -------------------------------------------------------------------------------------------------------------
+
+
+def examine(jobs: list[Job]) -> list[Any]:
+    """What comes of each job, in one world: the probe's error or log line, or the losses with and without it.
+
+    A job is (how, configuration); `maskless` drops Llama's causal mask, `curve` trains.
+    """
+    launch = Launch.from_environment()
+    with joined_world(launch, _place(jobs[0][1], launch), seed=jobs[0][1]["run"]["seed"]) as world:
+        return [
+            [_curve(config, launch, world, probed=probed) for probed in (False, True)]
+            if how == "curve"
+            else _probe(config, launch, world, maskless=how == "maskless")
+            for how, config in jobs
+        ]
+
+
+def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, Any, Any]:
+    loaded = _loaded(config, launch.world)
+    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    model = build_model(loaded, prepared.tokenizer)
+    engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
+    return loaded, engine, open_batches(loaded, prepared, world.topology).train
+
+
+def _probe(config: dict[str, Any], launch: Launch, world: World, *, maskless: bool) -> str:
+    from transformers.models.llama import modeling_llama
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    causality.log.addHandler(handler)
+    causality.log.setLevel(logging.INFO)
+    create_mask = modeling_llama.create_causal_mask
+    if maskless:
+        modeling_llama.create_causal_mask = _mask_of_ones
+    try:
+        loaded, engine, batches = _start(config, launch, world)
+        verify_causality(loaded, world, engine, batches)
+        return "\n".join(lines)
+    except ConfigError as error:
+        return f"refused: {error}"
+    finally:
+        modeling_llama.create_causal_mask = create_mask
+        causality.log.removeHandler(handler)
+
+
+def _mask_of_ones(inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+    batch, length = inputs_embeds.shape[:2]
+    return torch.ones(batch, 1, length, length, dtype=torch.bool, device=inputs_embeds.device)
+
+
+def _curve(config: dict[str, Any], launch: Launch, world: World, *, probed: bool) -> list[float]:
+    loaded, engine, batches = _start(config, launch, world)
+    torch.manual_seed(5)
+    if probed:
+        verify_causality(loaded, world, engine, batches)
+    found = [float(torch.rand(()))]
+    for step, batch in enumerate(batches.steps(1, 3), start=1):
+        world.seed_step(step)
+        result = engine.train_step(batch)
+        found += [float(result.loss_sum), float(result.grad_norm)]
+    return found
+
+
+def counted_run(config: dict[str, Any]) -> int:
+    """Trains as the command does; how often the probe has asked for losses."""
+    asked = []
+    token_losses = PlainEngine.token_losses
+
+    def count(engine: PlainEngine, micro_batch: MicroBatch) -> Any:
+        asked.append(micro_batch)
+        return token_losses(engine, micro_batch)
+
+    PlainEngine.token_losses = count  # type: ignore[method-assign]
+    launch = Launch.from_environment()
+    train_command(_loaded(config, launch.world), launch)
+    return len(asked)
+
+
+# Refused and not refused ----------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tensor": (2, {"parallel__tensor": 2}),
+    "pipeline": (2, {"parallel__pipeline": 2, "deepspeed__zero_optimization": {"stage": 1}}),
+    "ZeRO-3": (2, {"deepspeed__zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tensor": {"parallel__sequence_parallel": True, "data__packing": "none"},
+    "pipeline": {"parallel__pipeline_schedule": "dualpipev", "deepspeed__train_micro_batch_size_per_gpu": 1},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_models_that_see_later_tokens_are_refused(layout: str, base: dict[str, Any], bert: Path) -> None:
+    """And a run in the same layout that is not refused computes, dropout included, what it does without the probe."""
+    world, values = LAYOUTS[layout]
+    config = with_values(base, **values)
+    of_bert = with_values(config, model={"path": str(bert)})
+    variant = with_values(config, **VARIANTS.get(layout, {}))
+    curve = with_values(config, model={"config": GPT2})
+    jobs = [("probe", of_bert), ("maskless", config), ("probe", config), ("maskless", variant), ("probe", variant)]
+    ranks = run_ranks(examine, world, [*jobs, ("curve", curve)])
+    for found in ranks:
+        red, maskless, green, variant_red, variant_green, (without, probed) = found
+        assert red.startswith("refused: model.path: 'bert' sees later tokens")
+        assert "with the inputs from position 24 on replaced, the loss at position" in red
+        assert f"Set is_decoder to true in {bert}/config.json" in red
+        for text in (maskless, variant_red):
+            assert text.startswith("refused: model.config: 'llama' sees later tokens")
+            assert "Take another family" in text
+        for text in (green, variant_green):
+            assert text.startswith("causality probed in")
+        assert probed == without
+    assert len({(found[0], found[1], found[3]) for found in ranks}) == 1, "all ranks raise the same error"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_causal_models_are_not_refused(precision: str, base: dict[str, Any], bert: Path, tmp_path: Path) -> None:
+    config = with_values(base, deepspeed__bf16=BF16) if precision == "bf16" else base
+    model = AutoModelForCausalLM.from_pretrained(bert)
+    make_causal(model.config)
+    model.save_pretrained(tmp_path)
+    train_tokenizer(iter(["some text"]), VOCABULARY, tmp_path)
+    models = [*({"config": one} for one in (GPT2, MIXTRAL, MAMBA, RECURRENT, BERT)), {"path": str(tmp_path)}]
+    jobs = [("probe", with_values(config, model=one)) for one in models]
+    bidirectional = with_values(config, model={"config": {**BERT, "is_decoder": False}})
+    *found, refused = run_ranks(examine, 1, [*jobs, ("probe", bidirectional)])[0]
+    for text in found:
+        assert text.startswith("causality probed in")
+        assert "depends on later tokens" in text
+    assert refused.startswith("refused: model.config.is_decoder: 'bert' sees later tokens")
+    assert refused.endswith("Set it to true"), "random weights leak little, and are refused in bf16 too"
+
+
+def test_the_command_ends_with_one_message(base: dict[str, Any], bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(with_values(base, model={"path": str(bert)}, run__output_dir=str(tmp_path / "run"))))
+    ended = run_command(TRAIN, "--config", str(path), world=2)
+    assert ended.status == 2, ended.err
+    assert "".join(ended.errors).count("'bert' sees later tokens") == 1
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_only_a_run_that_begins_is_probed(base: dict[str, Any], tmp_path: Path) -> None:
+    """A model that is made causal says so wherever it is rebuilt from."""
+    config = with_values(base, model={"config": BERT}, run__output_dir=str(tmp_path), checkpoint={"every_steps": 2})
+    asked = [run_ranks(counted_run, 1, with_values(config, training__max_steps=steps))[0] for steps in (2, 3)]
+    assert asked == [2, 0]
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["config"]["is_decoder"] is True
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["is_decoder"] is True
+    assert read_manifest(tmp_path / "checkpoints" / "step-00000002").model["config"]["is_decoder"] is True
+
+
+# The configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (BERT, {"is_decoder": True}),
+        ({**BERT, "is_decoder": False}, {"is_decoder": False}),
+        ({"model_type": "xlm", "vocab_size": 320, "emb_dim": 32, "n_layers": 2, "n_heads": 4}, {"causal": True}),
+        (GPT2, {}),
+    ],
+    ids=["bert", "bert explicit", "xlm", "gpt2"],
+)
+def test_random_weights_are_causal(config: dict[str, Any], expected: dict[str, bool], tiny: dict[str, Any]) -> None:
+    loaded = check(with_values(tiny, model={"config": config}), world=1, device="cpu")
+    resolved = loaded.resolved()["model"]["config"]
+    assert resolved == config | expected
+    for key, value in expected.items():
+        assert getattr(model_config(loaded.config.model), key) is value
+        assert (loaded.facts.causal_setting is None) == value
+
+
+@pytest.mark.fast
+def test_a_begun_run_stays_bidirectional(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Its stored configuration lacks the key; a run of another family in its place hears nothing of it."""
+    path, run = tmp_path / "config.json", tmp_path / "run"
+    path.write_text(json.dumps(with_values(tiny, model={"config": BERT}, run__output_dir=str(run))))
+    stored = load_config(path, world=1, device="cpu").resolved()
+    del stored["model"]["config"]["is_decoder"]
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(stored | {METADATA_KEY: {}}))
+    resumed = load_config(path, world=1, device="cpu")
+    assert model_config(resumed.config.model).is_decoder is False
+    assert resumed.resolved()["model"]["config"]["is_decoder"] is False
+    path.write_text(json.dumps(with_values(tiny, run__output_dir=str(run))))
+    assert "is_decoder" not in load_config(path, world=1, device="cpu").resolved()["model"]["config"]
+
+
+# The sample and the verdict -------------------------------------------------------------------------------------------
+
+
+class _Stub:
+    """An engine that answers with given losses, and the batches of a run."""
+
+    def __init__(self, passes: list[torch.Tensor], ids: Any) -> None:
+        self.passes, self.ids, self.asked = passes, ids, list[MicroBatch]()
+
+    def token_losses(self, micro_batch: MicroBatch) -> torch.Tensor:
+        self.asked.append(micro_batch)
+        return self.passes[len(self.asked) - 1]
+
+    def exchange(self, values: list[float]) -> list[list[float]]:
+        return [[0.0] * len(values), values]
+
+    def first_ids(self) -> Any:
+        return self.ids
+
+
+def asked(config: dict[str, Any], ids: Any, passes: list[torch.Tensor] | None = None) -> list[MicroBatch]:
+    """The micro-batches that the probe runs, over losses that say nothing unless `passes` do."""
+    world = World(Topology.of(1, 0), torch.device("cpu"), 1, {})
+    stub = _Stub(passes or [torch.ones(2, 4096)] * 2, np.array(ids, dtype=np.int64))
+    verify_causality(check(config, world=None, device="cpu"), world, stub, stub)  # type: ignore[arg-type]
+    return stub.asked
+
+
+@pytest.mark.fast
+def test_the_sample_is_the_datas_own_and_its_last_quarter_is_replaced(tiny: dict[str, Any]) -> None:
+    ids = list(range(10, 10 + LENGTH + 1))
+    original, changed = asked(tiny, ids)
+    assert original.input_ids_BT.tolist() == [ids[:-1]] * 2
+    assert original.labels_BT.tolist() == changed.labels_BT.tolist() == [ids[1:]] * 2
+    assert changed.input_ids_BT[CONTROL].tolist() == ids[:-1]
+    same = (changed.input_ids_BT[PROBED] == original.input_ids_BT[PROBED]).tolist()
+    assert same == [True] * 24 + [False] * 8
+    assert 0 <= int(changed.input_ids_BT.min()) <= int(changed.input_ids_BT.max()) < VOCABULARY
+    assert original.attention_mask_BT is None
+    assert torch.equal(asked(tiny, ids)[1].input_ids_BT, changed.input_ids_BT)
+    long = with_values(tiny, data__sequence_length=64)
+    assert asked(long, range(65))[0].input_ids_BT.shape == (2, 64)
+    (padded, _) = asked(with_values(tiny, data__packing="none"), ids[:14])
+    assert padded.attention_mask_BT is not None
+    assert padded.attention_mask_BT.tolist() == [[1] * 12 + [0]] * 2
+
+
+@pytest.mark.fast
+def test_short_samples(tiny: dict[str, Any]) -> None:
+    original, changed = asked(tiny, [7, 8, 9])
+    assert original.input_ids_BT.shape == (2, LENGTH), "random ids where the data has too few"
+    assert not torch.equal(original.input_ids_BT, changed.input_ids_BT)
+    short = with_values(tiny, data__sequence_length=3)
+    assert asked(short, [7, 8, 9, 10])[0].input_ids_BT.tolist() == [[7, 8, 9]] * 2
+    assert asked(with_values(tiny, data__sequence_length=1), [7, 8]) == []
+    cut = with_values(tiny, parallel={"tensor": 4, "sequence_parallel": True})
+    assert asked(cut, range(15))[0].input_ids_BT.shape == (2, 12)
+    assert asked(with_values(cut, data__sequence_length=4), range(4))[0].input_ids_BT.shape == (2, 4)
+
+
+@pytest.mark.fast
+def test_block_sparse_attention_is_probed_where_it_is_used(tiny: dict[str, Any]) -> None:
+    big_bird = {**BERT, "model_type": "big_bird", "max_position_embeddings": 2048}
+    config = with_values(tiny, model={"config": big_bird}, data__sequence_length=1024)
+    assert asked(config, range(200))[0].input_ids_BT.shape == (2, 705), "a shorter one would turn it off for good"
+    assert check(config, world=1, device="cpu").facts.causal_setting == ("attention_type", "original_full")
+
+
+def changed_losses(changes: dict[tuple[int, int], float]) -> list[torch.Tensor]:
+    before = torch.full((2, LENGTH), 5.0)
+    after = before.clone()
+    for place, change in changes.items():
+        after[place] += change
+    return [before, after]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("precision", "changes", "outcome"),
+    [
+        ("fp32", {}, "no loss"),
+        ("fp32", {(PROBED, 9): 4e-5}, "no loss"),
+        ("fp32", {(PROBED, 24): 1.0}, "no loss"),
+        ("fp32", {(PROBED, 9): 6e-5}, "position 9 goes from 5 to 5.00006"),
+        ("fp32", {(PROBED, 23): -1.0}, "position 23 goes from 5 to 4 (largest change of a loss: 1)"),
+        ("fp32", {(PROBED, 9): 1.0, (CONTROL, 3): 6e-5}, "cannot be probed"),
+        ("fp32", {(PROBED, 9): float("nan"), (CONTROL, 9): float("nan")}, "cannot be probed"),
+        ("bf16", {(PROBED, 9): 4e-3}, "no loss"),
+        ("bf16", {(PROBED, 9): 6e-3}, "position 9"),
+        ("bf16", {(PROBED, n): 4e-3 for n in range(4, 16)}, "position 4"),
+        ("bf16", {**{(PROBED, n): 4e-3 for n in range(4, 16)}, (CONTROL, 1): 1e-3}, "no loss"),
+    ],
+)
+def test_verdict(
+    precision: str, changes: dict[tuple[int, int], float], outcome: str, tiny: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = with_values(tiny, deepspeed__bf16=BF16) if precision == "bf16" else tiny
+    caplog.set_level(logging.INFO, "trainer")
+    causality.log.propagate = True
+    logging.getLogger("trainer").propagate = True
+    refused = ""
+    try:
+        asked(config, range(LENGTH + 1), changed_losses(changes))
+    except ConfigError as error:
+        refused = str(error)
+    assert outcome in (refused or caplog.text)
+    assert bool(refused) == outcome.startswith("position")
