@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from typing import Any
 
 from trainer.distributed import Launch, configure_logging, joined_world, local_device, prepare_environment
@@ -37,6 +38,8 @@ def main() -> None:
         if not looks_only:
             train(loaded, launch)
         elif launch.rank == 0:
+            if loaded.kept:
+                print(f"[tessera] {loaded.kept}", file=sys.stderr)
             print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
 
 
@@ -67,6 +70,8 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
     frame = prepared.frame and prepared.frame.as_json()
     configure_logging(launch.rank, directory.path / "logs")
+    if loaded.kept:
+        log.info("%s", loaded.kept)
     with joined_world(launch, topology, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)

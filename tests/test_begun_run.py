@@ -85,8 +85,50 @@ def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert explicit.status == 0, explicit.err
         assert_equal(outcome(tmp_path / "run"), outcome(tmp_path / "explicit"))
         assert_equal(outcome(tmp_path / "run"), STORED, 1e-5)
+    said = [line for line in resumed.out.splitlines() if "resuming with the values" in line]
+    assert len(said) == 1, resumed.out
+    assert said[0].removeprefix("[tessera] ") in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    for key, value in BEFORE.items():
+        assert f"{key} = {json.dumps(value)} (new runs: " in said[0]
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {key: value_at(stored, key) for key in BEFORE} == BEFORE, "the next attempt finds them written down"
+
+
+def test_new_run_has_the_new_defaults(tmp_path: Path) -> None:
+    """The negative control: without the run directory the same command computes something else."""
+    ended = train(tmp_path / "run", **{"training.max_steps": STORED_STEPS})
+    assert ended.status == 0, ended.err
+    assert "resuming with the values" not in ended.out
+    new = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert all(value_at(new, key) != before for key, before in BEFORE.items())
+    found = losses(tmp_path / "run" / "metrics.jsonl")
+    assert all(abs(found["train", step] - STORED[0]["train", step]) > 1e-4 for step in (2, 3)), found
+
+
+@pytest.mark.fast
+def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
+    """From the run directory, or from what checkpoint.resume names; not where a run begins anew."""
+    run, paths = begun(tmp_path / "run"), [f"data.cache_dir={tmp_path}"]
+    elsewhere = f"run.output_dir={tmp_path / 'other'}"
+    resumes = [f"checkpoint.resume={run}", f"checkpoint.resume={run}/checkpoints/step-00000003"]
+    for settings in ([f"run.output_dir={run}"], *([elsewhere, resume] for resume in resumes)):
+        loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
+        assert {key: value_at(loaded.resolved(), key) for key in BEFORE} == BEFORE
+        assert loaded.kept.count(str(tmp_path)) == 1
+    for settings in ([f"run.output_dir={run}", "checkpoint.resume=never"], [elsewhere]):
+        loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
+        assert all(value_at(loaded.resolved(), key) != before for key, before in BEFORE.items())
+        assert not loaded.kept
+
+
+@pytest.mark.fast
+def test_dry_run_says_what_is_kept(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    for option in ("--dry_run", "--print_config"):
+        ended = train(run, option)
+        assert ended.status == 0, ended.err
+        assert sum("resuming with the values" in line for line in ended.err.splitlines()) == 1
+    assert value_at(json.loads(ended.out), "data.special_tokens") == "end"
 
 
 @pytest.mark.fast
@@ -99,6 +141,7 @@ def test_upgraded_configuration_has_every_added_key() -> None:
     assert upgraded(new) == new
     without = with_values(old, data__append_end_of_text=False)
     assert value_at(upgraded(without), "data.special_tokens") == "none"
+    assert value_at(upgraded(with_values(old, data__packing="none")), "data.drop_last") is False, "as it must be there"
     explicit = with_values(old, data__special_tokens="none")
     assert value_at(upgraded(explicit), "data.special_tokens") == "none", "what is set stays"
 

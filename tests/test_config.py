@@ -259,7 +259,7 @@ def test_dry_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tm
     for words in (
         *expected,
         "parameters   39,072;",
-        "tokens       256 a step",
+        "tokens       at most 256 a step",
         "documents    TEXT <|endoftext|> (0)",
         "of model states",
     ):

@@ -75,6 +75,18 @@ def test_weights_are_times_an_epoch() -> None:
     assert sorted(read[0] + read[1]) == list(range(100)), "half an epoch each, and nothing twice"
 
 
+def test_order_of_earlier_versions_stays() -> None:
+    """A begun run must find the samples where it left them: pinned by value."""
+    source, sample = SampleOrder((100, 37), (1.0, 0.5), 3).at(np.arange(64))
+    ones = [1, 13, 16, 32, 34, 45, 49, 51, 52, 55, 57]
+    assert np.flatnonzero(source).tolist() == ones
+    assert sample.tolist() == [
+        89, 5, 35, 63, 80, 67, 78, 17, 50, 32, 64, 84, 46, 1, 75, 70, 25, 88, 41, 37, 23, 4, 66, 95, 8, 99, 6, 79, 26,
+        77, 92, 15, 26, 59, 20, 29, 2, 9, 11, 54, 86, 31, 24, 69, 18, 16, 39, 14, 61, 8, 43, 21, 27, 51, 68, 6, 96, 28,
+        87, 22, 44, 20, 21, 98,
+    ]  # fmt: skip
+
+
 def test_any_position_costs_the_same() -> None:
     order = SampleOrder((10**9, 10**7), (1.0, 3.0), seed=1)
     order.at(np.arange(1000))
@@ -420,6 +432,76 @@ def test_concatenated_samples_share_their_border(tmp_path: Path) -> None:
     assert len(samples) == 3
     assert [samples.ids(i).tolist() for i in range(3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
     assert samples.targets(np.arange(3)) == 9
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 6, 7, 8, 100])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_concatenated_samples_predict_every_token_once(tokens: int, drop_last: bool, tmp_path: Path) -> None:
+    written = write_tokens(tmp_path / "t", [list(range(tokens))])
+    if drop_last and tokens < 4:
+        with pytest.raises(DataError, match="fewer than one sample"):
+            ConcatenatedSamples(written, 3, drop_last=True)
+        return
+    samples = ConcatenatedSamples(written, 3, drop_last=drop_last)
+    labels = [label for n in range(len(samples)) for label in samples.ids(n)[1:].tolist()]
+    assert labels == list(range(1, 1 + 3 * len(samples) if drop_last else tokens))
+    assert tokens - 1 - len(labels) < (3 if drop_last else 1)
+    for chosen in (np.arange(len(samples)), np.array([len(samples) - 1] * 2), np.array([0])):
+        assert samples.targets(chosen) == sum(len(samples.ids(n)) - 1 for n in chosen)
+
+
+def test_one_token_is_no_sample(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 tokens, and a sample has 2 at least"):
+        ConcatenatedSamples(write_tokens(tmp_path / "t", [[5]]), 3)
+
+
+def two_sources(tiny: dict[str, Any], folder: Path, **values: Any) -> dict[str, Any]:
+    """Two token files: 6 whole samples and one with 5 targets, and one sample with 2 targets."""
+    paths: dict[str, list[dict[str, str]]] = {}
+    for split in ("train", "validation"):
+        for name, count in (("long", 6 * LENGTH + 6), ("short", 3)):
+            tokens = write_tokens(folder / f"{split}-{name}", [[1 + n % 300 for n in range(count)]])
+            paths.setdefault(split, []).append({"path": str(tokens.bin_path)})
+    return with_values(tiny, data__train=paths["train"], data__validation=paths["validation"], **values)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_no_token_is_lost(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
+    """An epoch trains on every target once, whatever the world; micro-batches keep one shape and need no mask."""
+    config = two_sources(tiny, tmp_path, deepspeed__train_micro_batch_size_per_gpu=1)
+    loaded = check(config, world=world, device="cpu")
+    opened = [open_batches(loaded, prepared(config), Topology.of(world, rank)) for rank in range(world)]
+    assert {batches.train.epoch_after(1) for batches in opened} == {1.0}
+    micros = [micro for batches in opened for micro in batches.train.at(1).micro_batches]
+    counts = sorted(int((micro.labels_BT != IGNORED).sum()) for micro in micros)
+    assert counts == [2, 5, *[LENGTH] * 6]
+    assert {batches.train.at(1).tokens for batches in opened} == {6 * LENGTH + 7} == {sum(counts)}
+    assert {tuple(micro.input_ids_BT.shape) for micro in micros} == {(1, LENGTH)}
+    assert all(micro.attention_mask_BT is None for micro in micros)
+    held_out = [micro for batches in opened for micro in batches.validation or ()]
+    assert sum(int((micro.labels_BT != IGNORED).sum()) for micro in held_out) == 6 * LENGTH + 7
+    assert {micro.input_ids_BT.shape[1] for micro in held_out} == {LENGTH}
+
+
+def test_dropped_last_samples(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = two_sources(tiny, tmp_path, data__drop_last=True)
+    with pytest.raises(DataError, match="short\\.bin: 3 tokens, fewer than one sample"):
+        open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0))
+    alone = with_values(config, data__train=config["data"]["train"][:1], data__validation=[])
+    opened = open_batches(check(alone, world=1, device="cpu"), prepared(alone), Topology.of(1, 0))
+    assert opened.train.epoch_after(3) == pytest.approx(3 * 8 / 6)
+    assert opened.train.at(1).tokens == 8 * LENGTH
+
+
+def test_load_balancing_ignores_padding(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A mixture's load-balancing loss counts tokens, so there padding is masked out."""
+    mixture = {"model_type": "mixtral", "vocab_size": 320, "hidden_size": 32, "num_local_experts": 4}
+    for balances, expected in ((True, [2, 5]), (False, [])):
+        config = two_sources(tiny, tmp_path, model={"config": {**mixture, "output_router_logits": balances}},
+                             deepspeed__train_micro_batch_size_per_gpu=1)  # fmt: skip
+        opened = open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0))
+        masks = [micro.attention_mask_BT for micro in opened.train.at(1).micro_batches]
+        assert sorted(int(mask.sum()) for mask in masks if mask is not None) == expected
 
 
 def test_document_samples_are_cut_and_padded(tmp_path: Path) -> None:

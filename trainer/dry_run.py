@@ -107,7 +107,7 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     tokens = batch.train * config.data.sequence_length
     yield (f"batch        {batch.train} samples a step = {batch.micro} a micro-batch x {batch.accumulation} "
            f"accumulated x {loaded.data_ranks} data ranks")  # fmt: skip
-    most = "" if config.data.packing == "concatenate" else "at most "
+    most = "" if config.data.packing == "concatenate" and config.data.drop_last else "at most "
     steps = config.training.max_steps
     frame = document_frame(loaded)
     shown = f'{frame} (data.special_tokens "{config.data.special_tokens}")' if frame else "as the token files hold them"

@@ -77,6 +77,10 @@ def _bidirectional(switch: str) -> Callable[[Mapping[str, Any]], Any]:
     return meaning
 
 
+def _drop_last(stored: Mapping[str, Any]) -> bool:
+    return value_at(stored, "data.packing") in (ABSENT, "concatenate")
+
+
 ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey(
         "data.special_tokens",
@@ -89,6 +93,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("training.learning_rate_scales", {}),
     AddedKey("model.config.is_decoder", _bidirectional("is_decoder"), default=True),
     AddedKey("model.config.causal", _bidirectional("causal"), default=True),
+    AddedKey("data.drop_last", _drop_last),
 )
 
 

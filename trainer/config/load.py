@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +28,6 @@ from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
 from trainer.errors import ConfigError, Problem
 
-log = logging.getLogger(__name__)
-
 Raw = dict[str, Any]
 
 METADATA_KEY = "tessera"
@@ -49,6 +46,8 @@ class LoadedConfig:
     """What DeepSpeed receives: resolved, plain JSON."""
 
     warnings: tuple[Problem, ...] = ()
+    kept: str = ""
+    """One line about values that the resumed run began with and new runs do not have; empty if there are none."""
 
     @property
     def data_ranks(self) -> int:
@@ -398,7 +397,4 @@ def load_config(
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
     kept = keep_stored_meanings(raw)
-    loaded = check(raw, world=world, device=device)
-    if kept:
-        log.info("%s", kept)
-    return loaded
+    return replace(check(raw, world=world, device=device), kept=kept)

@@ -62,6 +62,9 @@ class ModelFacts:
     shortest_blocks: int = 0
     """Sequences shorter than this turn off block-sparse attention for good (BigBird)."""
 
+    balances_experts: bool = False
+    """Whether the family adds a load-balancing loss of its mixture, which counts tokens."""
+
 
 def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -322,4 +325,5 @@ def model_facts(config: PreTrainedConfig) -> ModelFacts:
         special_ids=_special_ids(config),
         causal_setting=_causal_setting(config),
         shortest_blocks=_shortest_blocks(config),
+        balances_experts=bool(getattr(text, "output_router_logits", False)),
     )

@@ -152,6 +152,14 @@ def stages_are_described_once(draft: Draft) -> Iterator[Problem]:
                       "Leave one of the two out")  # fmt: skip
 
 
+@rule("data.packing", "data.drop_last")
+def last_sample_can_be_dropped(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    if draft.data.drop_last and draft.data.packing == "none":
+        yield Problem("data.drop_last", "true, and under data.packing 'none' no sample is cut off a source",
+                      "Set it to false, or packing to 'concatenate'")  # fmt: skip
+
+
 @rule("parallel", "data.packing", "deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu",
       "deepspeed.gradient_accumulation_steps")  # fmt: skip
 def two_ways_need_micro_batches(draft: Draft) -> Iterator[Problem]:

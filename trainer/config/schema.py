@@ -121,8 +121,11 @@ class DataSection(Section):
     """What is evaluated on; never trained on."""
 
     packing: Literal["concatenate", "none"] = "concatenate"
-    """`concatenate` joins documents into one stream and cuts it into samples; `none` makes each document one
-    sample, cut at `sequence_length` and padded within its micro-batch."""
+    """`concatenate` joins documents into one stream and cuts it into samples, the last one of a source padded; `none`
+    makes each document one sample, cut at `sequence_length` and padded within its micro-batch."""
+
+    drop_last: bool = False
+    """Leave out the last, shorter sample of each source under `concatenate`, training and validation."""
 
     text_field: Text = "text"
     """The field that holds the text in .jsonl, .parquet, .csv, .arrow and hub datasets."""

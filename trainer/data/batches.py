@@ -35,7 +35,7 @@ class MicroBatch:
     input_ids_BT: Tensor
     labels_BT: Tensor
     attention_mask_BT: Tensor | None
-    """1 where there is a token; None where every position holds one."""
+    """1 where there is a token; None where every position holds one, or where padding needs no mask."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`, copied without waiting where the memory is pinned."""
@@ -66,10 +66,15 @@ class StepBatch:
 
 
 def pad(
-    rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], length: int, pad_id: int, multiple: int = PAD_MULTIPLE
+    rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
+    length: int,
+    pad_id: int,
+    multiple: int = PAD_MULTIPLE,
+    *,
+    masks: bool = True,
 ) -> MicroBatch:
     """Rows of 2 to `length + 1` ids as one micro-batch, padded on the right to a common length: a multiple of
-    `multiple`, or `length`."""
+    `multiple`, or `length`. See `BatchShape.masks`."""
     longest = max(len(row) for row in rows) - 1
     width = min(length, -(-longest // multiple) * multiple)
     inputs = np.full((len(rows), width), pad_id, np.int64)
@@ -80,8 +85,8 @@ def pad(
         inputs[place, :count] = row[:-1]
         labels[place, :count] = row[1:]
         mask[place, :count] = 1
-    whole = bool(mask.all())
-    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), None if whole else torch.from_numpy(mask))
+    shown = torch.from_numpy(mask) if masks and not mask.all() else None
+    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), shown)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,14 @@ class BatchShape:
     pad_id: int
     multiple: int = PAD_MULTIPLE
     """What the width of a padded micro-batch is a multiple of, unless it is `length`."""
+
+    masks: bool = True
+    """Whether padding is masked out. Under a causal mask no token attends to the padding after it, so the loss and its
+    gradients need no mask; a load-balancing loss, which counts all tokens, does."""
+
+    def padded(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> MicroBatch:
+        """The rows as one micro-batch of this shape."""
+        return pad(rows, self.length, self.pad_id, self.multiple, masks=self.masks)
 
 
 class TrainBatches:
@@ -143,7 +156,7 @@ class TrainBatches:
     def _micro_batch(self, source: Integers, sample: Integers, start: int) -> MicroBatch:
         places = range(start, start + self._shape.micro)
         rows = [self._sources[source[p]].ids(int(sample[p])) for p in places]
-        batch = pad(rows, self._shape.length, self._shape.pad_id, self._shape.multiple)
+        batch = self._shape.padded(rows)
         return batch.pinned() if self._pin else batch
 
     def _targets(self, source: Integers, sample: Integers) -> int:
@@ -209,7 +222,7 @@ class EvaluationBatches:
             start = (number * shape.data_ranks + shape.data_rank) * shape.micro
             rows = [self._ids(p) for p in range(start, min(start + shape.micro, self.samples))]
             if rows:
-                yield pad(rows, shape.length, shape.pad_id, shape.multiple)
+                yield shape.padded(rows)
             else:
-                idle = pad([self._ids(0)], shape.length, shape.pad_id, shape.multiple)
+                idle = shape.padded([self._ids(0)])
                 yield MicroBatch(idle.input_ids_BT, torch.full_like(idle.labels_BT, IGNORED), idle.attention_mask_BT)

@@ -40,7 +40,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     data = loaded.config.data
 
     def checked(tokens: IndexedTokens) -> CheckedSamples:
-        samples = samples_of(tokens, data.packing, data.sequence_length)
+        samples = samples_of(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
         if isinstance(samples, DocumentSamples) and samples.cut:
             log.warning("%s: %d of %d documents are longer than data.sequence_length + 1 = %d and are cut there",
                         tokens.bin_path, samples.cut, len(tokens), data.sequence_length + 1)  # fmt: skip
@@ -51,7 +51,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     tokenizer = prepared.tokenizer
     pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
                    if i is not None), 0)  # fmt: skip
-    parallel = loaded.config.parallel
+    parallel, is_concatenated = loaded.config.parallel, data.packing == "concatenate"
     shape = BatchShape(
         train=loaded.batch.train,
         micro=loaded.batch.micro,
@@ -59,7 +59,10 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
         data_ranks=topology.data,
         length=data.sequence_length,
         pad_id=pad_id,
-        multiple=math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
+        multiple=data.sequence_length
+        if is_concatenated  # all of one shape, as engines may rely on
+        else math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
+        masks=not is_concatenated or loaded.facts.balances_experts,
     )
     order = SampleOrder(tuple(len(s) for s in train), prepared.weights, loaded.config.run.seed)
     batches = TrainBatches(train, order, shape, pin)

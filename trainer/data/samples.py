@@ -26,16 +26,31 @@ class Samples(Protocol):
 
 
 class ConcatenatedSamples:
-    """All documents as one stream, cut every `length` ids; a sample's last id is the next one's first."""
+    """All documents as one stream, cut every `length` ids; a sample's last id is the next one's first.
 
-    def __init__(self, tokens: IndexedTokens, length: int) -> None:
+    The last sample is as long as what is left: every token but the stream's first is predicted exactly once.
+    """
+
+    def __init__(self, tokens: IndexedTokens, length: int, *, drop_last: bool = False) -> None:
+        """Args:
+            drop_last: leave out the last sample if it is shorter than the others.
+
+        Raises:
+            DataError: not one sample.
+        """
         self._tokens, self._length = tokens, length
-        self._count = (tokens.tokens - 1) // length
-        if self._count < 1:
+        targets = max(0, tokens.tokens - 1)
+        self._count = targets // length if drop_last else -(-targets // length)
+        self._missing = max(0, self._count * length - targets)
+        """Targets that the last sample has fewer than `length`."""
+
+        if self._count < 1 and drop_last:
             raise DataError(
-                f"{tokens.bin_path}: {tokens.tokens} tokens, fewer than one sample of "
-                f"data.sequence_length + 1 = {length + 1}. Shorten the sequence or add text"
+                f"{tokens.bin_path}: {tokens.tokens} tokens, fewer than one sample of data.sequence_length + 1 = "
+                f"{length + 1}. Set data.drop_last to false, shorten the sequence or add text"
             )
+        if self._count < 1:
+            raise DataError(f"{tokens.bin_path}: {tokens.tokens} tokens, and a sample has 2 at least. Add text")
 
     def __len__(self) -> int:
         return self._count
@@ -44,7 +59,7 @@ class ConcatenatedSamples:
         return self._tokens.stream(number * self._length, self._length + 1)
 
     def targets(self, numbers: npt.NDArray[np.int64]) -> int:
-        return len(numbers) * self._length
+        return len(numbers) * self._length - self._missing * int((numbers == self._count - 1).sum())
 
 
 class DocumentSamples:
@@ -72,9 +87,13 @@ class DocumentSamples:
         return int(self._targets[numbers].sum(dtype=np.int64))
 
 
-def samples_of(tokens: IndexedTokens, packing: Literal["concatenate", "none"], length: int) -> Samples:
+def samples_of(
+    tokens: IndexedTokens, packing: Literal["concatenate", "none"], length: int, *, drop_last: bool
+) -> Samples:
     """The samples of one token file under a way of packing."""
-    return ConcatenatedSamples(tokens, length) if packing == "concatenate" else DocumentSamples(tokens, length)
+    if packing == "concatenate":
+        return ConcatenatedSamples(tokens, length, drop_last=drop_last)
+    return DocumentSamples(tokens, length)
 
 
 class CheckedSamples:
