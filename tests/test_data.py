@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tests.hub import COMMIT, REPOSITORY, hub
 from tests.small_tokenizers import KINDS, framed_by, make, save
 from trainer.config.load import check
 from trainer.data import DocumentFrame, document_frame, frame_of, open_batches, prepare_data
-from trainer.data.batches import IGNORED, BatchShape, EvaluationBatches, TrainBatches, pad
+from trainer.data.batches import IGNORED, BatchShape, EvaluationBatches, TrainBatches, evaluated_samples, pad
 from trainer.data.indexed import IndexedTokens, IndexedWriter
 from trainer.data.order import SampleOrder, permute
 from trainer.data.prepare import Cache
@@ -586,6 +587,64 @@ def test_evaluation_reads_every_sample_once(ranks: int, limit: int | None, tmp_p
     assert len({len(batches) for batches in per_rank}) == 1, "ranks must take equally many steps"
     seen = [row[0] for batches in per_rank for m in batches for row in m.labels_BT.tolist() if row[0] != IGNORED]
     assert sorted(seen) == list(range(1, 1 + min(11, (limit or 99) * 4)))
+
+
+@pytest.mark.parametrize(
+    ("samples", "limit", "shares"),
+    [
+        ((100, 100), 10, [20, 20]),
+        ((300, 100), 10, [30, 10]),
+        ((1000, 1), 10, [39, 1]),
+        ((1000, 10, 10), 10, [32, 4, 4]),
+        ((90, 70, 10, 3), 10, [19, 14, 4, 3]),
+        ((100, 100, 100), 1, [4, 4, 4]),
+        ((100, 2), 1, [4, 2]),
+        ((7, 5), 3, [7, 5]),
+        ((7, 5), None, [7, 5]),
+        ((50,), 3, [12]),
+    ],
+)
+def test_evaluated_samples_of_each_source(samples: tuple[int, ...], limit: int | None, shares: list[int]) -> None:
+    """In proportion, of batches of 4 samples, and at least one batch of each source or all of it."""
+    assert evaluated_samples(samples, 4, limit) == shares
+
+
+def test_evaluated_samples_for_any_sizes() -> None:
+    draw = random.Random(3)
+    for _ in range(300):
+        samples = [draw.randint(1, 200) for _ in range(draw.randint(1, 6))]
+        batch, limit = draw.randint(1, 16), draw.randint(1, 40)
+        shares = evaluated_samples(samples, batch, limit)
+        least = [min(count, batch) for count in samples]
+        assert all(low <= share <= count for low, share, count in zip(least, shares, samples, strict=True))
+        assert sum(shares) == min(sum(samples), max(limit * batch, sum(shares) if shares == least else 0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_limited_evaluation_reads_every_source(ranks: int, tmp_path: Path) -> None:
+    """Each chosen sample once, the same ones on any number of ranks."""
+    sources = []
+    for number, count in enumerate((20, 6, 3)):
+        tokens = write_tokens(tmp_path / str(number), [[1, 30 * number + n, 99] for n in range(count)])
+        sources.append(CheckedSamples(DocumentSamples(tokens, 4), tokens, 100))
+    per_rank = [list(EvaluationBatches(sources, _shape(data_rank=r, data_ranks=ranks), 4)) for r in range(ranks)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    seen = [row[0] for batches in per_rank for m in batches for row in m.labels_BT.tolist() if row[0] != IGNORED]
+    assert sorted(seen) == [*range(9), *range(30, 34), *range(60, 63)]
+
+
+def test_source_of_several_token_files_is_one(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The files of a glob share what their source may have: one batch of each source, not of each file."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            write_tokens(tmp_path / folder / str(number), [[1 + (ord(folder) + number) % 7] * (5 * LENGTH + 1)])
+    paths = [{"path": str(tmp_path / folder / "*.bin")} for folder in ("a", "b")]
+    config = with_values(tiny, data__validation=paths, evaluation={"max_batches": 2})
+    opened = open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0))
+    assert opened.validation is not None
+    rows = [row[0] for micro in opened.validation for row in micro.labels_BT.tolist()]
+    assert rows == [1 + (ord(folder) + n) % 7 for folder in ("a", "b") for n in (0, 0, 0, 0, 0, 1, 1, 1)]
 
 
 def test_samples_have_one_id_more_than_the_sequence(tiny: dict[str, Any]) -> None:

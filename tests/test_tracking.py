@@ -52,7 +52,8 @@ def wandb_records(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     """One process: the rows, the run directory, the offline W&B run, the model, and the same command again."""
-    values = {"training__max_steps": 5, "evaluation": {"every_steps": 2}, "tracking": {"wandb": {"mode": "offline"}}}
+    values = {"training__max_steps": 5, "evaluation": {"every_steps": 2}, "tracking": {"wandb": {"mode": "offline"}},
+              "data__drop_last": True}  # fmt: skip
     ended = start(tiny, tmp_path, **values)
     assert ended.status == 0, ended.err
     run = tmp_path / "run"

@@ -177,7 +177,9 @@ class EvaluationSection(Section):
     """Steps between two evaluations. Default: only at step 0 and at the end."""
 
     max_batches: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate on the first so many global batches (of `train_batch_size` samples). Default: on all."""
+    """Evaluate on so many global batches (of `train_batch_size` samples): the first samples of each source, in
+    proportion to what it has, but at least one batch of each, also where these are more than `max_batches` together.
+    Default: on all."""
 
 
 class CheckpointSection(Section):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
 
 import numpy as np
 import torch
@@ -197,23 +198,65 @@ class TrainBatches:
             thread.join()
 
 
+def evaluated_samples(samples: Sequence[int], batch: int, max_batches: int | None) -> list[int]:
+    """How many samples of each source are evaluated.
+
+    Args:
+        samples: that each source has. batch: samples of a global batch. max_batches: None for all samples.
+
+    Returns:
+        Shares of max_batches x batch in proportion to `samples`, but at least one batch of each source, or all of it.
+    """
+    if max_batches is None or max_batches * batch >= sum(samples):
+        return list(samples)
+    shares = [min(count, batch) for count in samples]
+    larger = list(range(len(samples)))
+    while True:  # sources whose share in proportion is less than a batch keep that, and the others share the rest
+        rest = max_batches * batch - sum(shares[n] for n in range(len(samples)) if n not in larger)
+        whole = sum(samples[n] for n in larger)
+        kept = [n for n in larger if rest * samples[n] >= shares[n] * whole]
+        if kept == larger:
+            break
+        larger = kept
+    ends = [0, *accumulate(samples[n] for n in larger)]
+    rounded = [(2 * rest * end + whole) // (2 * whole) if larger else 0 for end in ends]
+    for n, (start, end) in zip(larger, pairwise(rounded), strict=True):
+        shares[n] = end - start
+    return shares
+
+
 class EvaluationBatches:
-    """Held-out data: every sample exactly once, in order, whatever the number of ranks.
+    """Held-out data: of each source the first samples, each exactly once, in order, whatever the number of ranks.
 
     All ranks yield the same number of micro-batches (ZeRO-3 gathers weights in each forward pass); where the
     samples run out, a rank yields one whose labels are all ignored.
     """
 
-    def __init__(self, sources: list[CheckedSamples], shape: BatchShape, max_batches: int | None) -> None:
-        self._sources, self._shape = sources, shape
-        self._borders = np.cumsum([len(s) for s in sources])
-        whole = int(self._borders[-1]) if len(sources) else 0
-        self.samples = whole if max_batches is None else min(whole, max_batches * shape.train)
+    def __init__(
+        self,
+        files: list[CheckedSamples],
+        shape: BatchShape,
+        max_batches: int | None,
+        files_of_source: Sequence[int] | None = None,
+    ) -> None:
+        """Args:
+        files_of_source: how many of `files`, in their order, make each source. Default: one each.
+        """
+        self._files, self._shape = files, shape
+        sizes = iter([len(samples) for samples in files])
+        sources = [list(islice(sizes, count)) for count in files_of_source or [1] * len(files)]
+        shares = evaluated_samples([sum(source) for source in sources], shape.train, max_batches)
+        ends = [min(end, share) for source, share in zip(sources, shares, strict=True) for end in accumulate(source)]
+        firsts = np.repeat(np.cumsum([0, *shares[:-1]]), [len(source) for source in sources])
+        self._borders = np.asarray(ends) + firsts
+        """Of each file: evaluated samples up to its last one."""
+
+        self.samples = sum(shares)
 
     def _ids(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        source = int(np.searchsorted(self._borders, number, side="right"))
-        first = int(self._borders[source - 1]) if source else 0
-        return self._sources[source].ids(number - first)
+        file = int(np.searchsorted(self._borders, number, side="right"))
+        first = int(self._borders[file - 1]) if file else 0
+        return self._files[file].ids(number - first)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         shape = self._shape

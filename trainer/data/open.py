@@ -69,6 +69,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     log.info("training reads %s samples of up to %d tokens: %.2f epochs",
              f"{loaded.config.training.max_steps * shape.train:,}", data.sequence_length,
              batches.epoch_after(loaded.config.training.max_steps))  # fmt: skip
-    held_out = EvaluationBatches(validation, shape, loaded.config.evaluation.max_batches) if validation else None
+    limit = loaded.config.evaluation.max_batches
+    held_out = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None
     sources = [tokens.fingerprint() for tokens in prepared.train]
     return Batches(batches, held_out, {"sources": sources, "weights": list(prepared.weights)})

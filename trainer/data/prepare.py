@@ -55,6 +55,9 @@ class PreparedData:
     """How often an epoch reads each of `train`."""
 
     validation: list[IndexedTokens]
+    validation_files: tuple[int, ...]
+    """How many of `validation` each source of `data.validation` has."""
+
     tokenizer: PreTrainedTokenizerBase | None
     """None where all sources were token files already and no tokenizer was named."""
 
@@ -327,12 +330,17 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
 
     opened: dict[str, list[IndexedTokens]] = {"train": [], "validation": []}
     weights: list[float] = []
+    validation_files: list[int] = []
     for split, found in sources.items():
         for source, section in zip(found, getattr(data, split), strict=True):
             parts = tokens_of(source)
             opened[split] += parts
             if split == "train":
                 weights += [section.weight] * len(parts)
+            else:
+                validation_files.append(len(parts))
             log.info("%s data: %s: %s documents, %s tokens", split, source.path, f"{sum(map(len, parts)):,}",
                      f"{sum(p.tokens for p in parts):,}")  # fmt: skip
-    return PreparedData(opened["train"], tuple(weights), opened["validation"], tokenizer, frame)
+    return PreparedData(
+        opened["train"], tuple(weights), opened["validation"], tuple(validation_files), tokenizer, frame
+    )
