@@ -24,8 +24,8 @@ CONFIG = str(BEGUN / "config.json")
 STEPS = 12
 STORED_STEPS = 3
 
-BEFORE = {row.key: row.meaning_in({}) for row in ADDED_KEYS if row.meaning_in({}) is not ABSENT}
-"""What a configuration of that version meant by the keys that it lacks."""
+BEFORE = {row.key: row.meaning_in({}) for row in ADDED_KEYS if row.meaning_in({}) not in (ABSENT, row.new_default)}
+"""What a configuration of that version meant by the keys that it lacks, where new runs differ."""
 
 Weights = dict[str, torch.Tensor]
 

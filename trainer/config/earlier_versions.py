@@ -37,7 +37,8 @@ class AddedKey:
 
     meaning: Any
     """The value with which a configuration that lacks the key ran; or a function of that configuration, which returns
-    `ABSENT` where the key does not apply to it (`model.config` has other keys in each family)."""
+    `ABSENT` where the key does not apply to it: then a key of the schema has its default, and one of `model.config`,
+    whose keys are each family's own, is not set."""
 
     default: Any = ABSENT
     """What a new run uses, for keys that the schema does not list. Listed keys have the schema's default."""
@@ -53,11 +54,16 @@ class AddedKey:
         return self.meaning(stored) if callable(self.meaning) else copy.deepcopy(self.meaning)
 
     @property
-    def new_default(self) -> Any:
-        """What a run that begins now uses where the key is not set."""
+    def listed_default(self) -> Any:
+        """The schema's default; `ABSENT` if it does not list the key."""
         section, _, key = self.key.partition(".")
         field = SECTIONS[section].model_fields.get(key)
-        return self.default if field is None else field.get_default(call_default_factory=True)
+        return ABSENT if field is None else field.get_default(call_default_factory=True)
+
+    @property
+    def new_default(self) -> Any:
+        """What a run that begins now uses where the key is not set."""
+        return self.default if self.listed_default is ABSENT else self.listed_default
 
 
 def _end_of_text(stored: Mapping[str, Any]) -> str:
@@ -127,8 +133,11 @@ def upgraded(stored: Mapping[str, Any]) -> Raw:
     """A stored configuration with today's keys: those added since have the meaning that it had without them."""
     config: Raw = copy.deepcopy(dict(stored))
     for row in ADDED_KEYS:
-        if value_at(stored, row.key) is ABSENT and (meaning := row.meaning_in(stored)) is not ABSENT:
-            _set(config, row.key, meaning)
+        if value_at(stored, row.key) is ABSENT:
+            meaning = row.meaning_in(stored)
+            meaning = row.listed_default if meaning is ABSENT else meaning
+            if meaning is not ABSENT:
+                _set(config, row.key, meaning)
         if row.replaces:
             _remove(config, row.replaces)
     return config
