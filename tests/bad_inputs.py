@@ -203,6 +203,7 @@ BAD_INPUTS = [
     Bad("quantized weights", 2, ("model.path: the weights in", "are quantized", "1 weights stored as I8", "1 scales", "model.norm.weight_scale"), values=in_folder(allow_unexpected_keys=True), files=folder({"model.norm.weight": np.zeros(32, np.int8), "model.norm.weight_scale": np.ones(1)})),
     Bad("unexpected keys", 2, ("model.path: ", "unexpected keys", "got 1:", "model.layers.7.mlp.up_proj.weight", "model.allow_unexpected_keys"), values=in_folder(), files=folder({"model.layers.7.mlp.up_proj.weight": np.ones(3)})),
     Bad("NaN in the weights", 2, ("model.path: weights in", "NaN or infinite", "model.norm.weight in model.safetensors: 2 of 32 values"), values=in_folder(), files=folder({"model.norm.weight": np.array([np.nan, np.inf] + [1.0] * 30)})),
+    Bad("text without a tokenizer", 2, ("model.path: no tokenizer can be loaded from", "it has no vocabulary. Set data.tokenizer"), values={"model": {"path": "{tmp}/model"}}, files=folder({}, model_type="gpt2")),
     Bad("code in an inline config", 2, ("model.config.auto_map", "not taken"), values=llama(auto_map={"AutoModel": "x.Y"})),
     Bad("sequence longer than positions", 2, ("data.sequence_length: 65 is longer than the 64 positions",), values={"data__sequence_length": 65}, rule="sequence_fits_the_model"),
     Bad("vocabulary smaller than tokenizer's", 2, ("model.config.vocab_size: 300 is smaller than the tokenizer's vocabulary of 320",), values={**llama(vocab_size=300), "data__tokenizer": "{tokenizer}"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 import time
@@ -32,6 +33,7 @@ from trainer.model import (
 )
 from trainer.model.initialize import _Initializer
 from trainer.model.read import read_weights
+from trainer.model.tasks import auxiliary_coefficient
 from trainer.parallel import TensorMapper, VocabularyCrossEntropy, read_plan, shard_of
 from trainer.parallel.elsewhere import put_elsewhere
 
@@ -229,6 +231,60 @@ def test_attention_is_by_default_the_best_that_the_family_has(family: str, expec
 def test_an_attention_that_is_not_there_is_refused(tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"model\.attention: 'flash_attention_2' cannot be used"):
         built(tiny, model__attention="flash_attention_2")
+
+
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "ffn_config.moe_loss_weight")
+BALANCED = [family for family in FAMILIES if family.task == "causal_lm" and not family.variant]
+
+
+def added_by_family(family: Family, given: float) -> tuple[float, float] | None:
+    """What the family's own loss adds to the cross entropy with `given` as coefficient, where ours is `given` too.
+
+    Returns:
+        (load-balancing loss, what is added for it); None for a family without one.
+    """
+    try:
+        config = tiny_family(family.model_type, **family.fields)
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+    except Exception:  # there is no tiny model
+        return None
+    if "aux_loss" not in inspect.getsource(kind.forward):
+        return None
+    text = config.get_text_config(decoder=True)
+    for path in COEFFICIENTS:
+        *parents, last = path.split(".")
+        holder = text if not parents else getattr(text, parents[0], None)
+        if hasattr(holder, last):
+            setattr(holder, last, given)
+    for part in (config, text):
+        part.output_router_logits = True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 200, (2, 16))
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+    if not isinstance(getattr(output, "aux_loss", None), torch.Tensor):
+        return None
+    assert auxiliary_coefficient(model.config) == given
+    own = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return float(output.aux_loss), float(output.loss - own)
+
+
+@pytest.mark.parametrize("family", [Family(name) for name in ("dbrx", "mixtral", "jetmoe")], ids=str)
+def test_the_auxiliary_coefficient_is_the_familys(family: Family) -> None:
+    found = added_by_family(family, 0.37)
+    assert found is not None
+    assert found[1] == pytest.approx(0.37 * found[0], rel=1e-4)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", BALANCED, ids=str)
+def test_the_auxiliary_coefficient_of_every_family(family: Family) -> None:
+    found = added_by_family(family, 0.37)
+    if found is None:
+        pytest.skip("no load-balancing loss")
+    assert found[1] == pytest.approx(0.37 * found[0], rel=1e-4)
 
 
 def test_cost_by_hand(tiny: dict[str, Any]) -> None:

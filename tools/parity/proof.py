@@ -22,7 +22,7 @@ from tools.parity.families import Family
 from tools.parity.shrink import MINIMAL, tiny
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
-from trainer.model.tasks import AUXILIARY_COEFFICIENTS
+from trainer.model.tasks import auxiliary_coefficient
 from trainer.parallel import (
     Mapper,
     Plan,
@@ -159,8 +159,7 @@ def _auxiliary(model: PreTrainedModel, output: Any) -> Tensor | float:
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):
         return 0.0
-    config = model.config.get_text_config(decoder=True)
-    return loss * next((getattr(config, name) for name in AUXILIARY_COEFFICIENTS if hasattr(config, name)), 0.01)
+    return loss * auxiliary_coefficient(model.config)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -36,7 +36,7 @@ from trainer.engine.pipeline import PipelineEngine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model, build_model_shape, initialize_weights
-from trainer.model.tasks import AUXILIARY_COEFFICIENTS
+from trainer.model.tasks import auxiliary_coefficient
 from trainer.parallel import shard_of
 from trainer.parallel.collectives import all_gather
 from trainer.pipeline import divide_layers
@@ -221,9 +221,7 @@ def _bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig
     auxiliary = getattr(output, "aux_loss", None)
     if not isinstance(auxiliary, Tensor):
         return cross_entropy.detach(), objective, torch.zeros(())
-    config = model.config.get_text_config(decoder=True)
-    weight = next((getattr(config, name) for name in AUXILIARY_COEFFICIENTS if hasattr(config, name)), 0.0)
-    return cross_entropy.detach(), objective, auxiliary.float() * weight
+    return cross_entropy.detach(), objective, auxiliary.float() * auxiliary_coefficient(model.config)
 
 
 def reference(job: Job) -> Reference | Refusal:

@@ -31,7 +31,7 @@ from trainer.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.store import is_checkpoint, tokenizer_beside
 
 if TYPE_CHECKING:
@@ -279,6 +279,15 @@ def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> Pr
     return load_tokenizer(str(folder), "data.tokenizer")
 
 
+def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the model, which no data needs; None if it has none."""
+    try:
+        return _named_tokenizer(loaded)
+    except ConfigError as error:
+        log.info("the trained model will be written without a tokenizer: %s", error.problems[0].reason)
+        return None
+
+
 def _indexed(path: Path) -> IndexedTokens:
     tokens = IndexedTokens(path)
     if not tokens.is_contiguous:
@@ -306,8 +315,11 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
     tokenizer: PreTrainedTokenizerBase | None = None
     frame: DocumentFrame | None = None
     held_out_texts = [s for s in sources["validation"] if not s.is_indexed]
-    if texts or held_out_texts or data.tokenizer or loaded.config.model.path:
+    if texts or held_out_texts or data.tokenizer:
         tokenizer = _tokenizer_of(loaded, texts, cache)
+    elif loaded.config.model.path:
+        tokenizer = _tokenizer_for_export(loaded)
+    if tokenizer is not None:
         check_tokenizer(tokenizer, loaded.facts.vocabulary)
         if texts or held_out_texts:
             frame = frame_of(tokenizer, data.special_tokens)

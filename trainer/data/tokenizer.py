@@ -30,6 +30,8 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, trust_remote_code=False
         )
+        if len(tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()) <= 1:
+            raise ValueError("it has no vocabulary")  # what transformers makes of a folder without one
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

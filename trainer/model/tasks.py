@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.errors import TesseraError
 from trainer.parallel import VocabularyCrossEntropy
 
-AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef")
-"""What configurations call the weight of their load-balancing loss."""
+_AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "ffn_config.moe_loss_weight")
+"""What configurations call the weight of their load-balancing loss; the last is dbrx's."""
+
+
+def auxiliary_coefficient(config: PreTrainedConfig) -> float:
+    """The weight of the load-balancing loss that the family's own loss gives it.
+
+    Raises:
+        TesseraError: if the configuration has none.
+    """
+    text = config.get_text_config(decoder=True)
+    for path in _AUXILIARY_COEFFICIENTS:
+        value: Any = text
+        for key in path.split("."):
+            value = getattr(value, key, None)
+        if value is not None:
+            return float(value)
+    raise TesseraError(f"{text.model_type} returns a load-balancing loss, and its configuration no coefficient")
 
 
 class TaskLoss(NamedTuple):
@@ -51,11 +67,7 @@ class CausalLanguageModeling(nn.Module):
         auxiliary = getattr(output, "aux_loss", None)
         if not isinstance(auxiliary, Tensor):
             return torch.zeros_like(like)
-        config = self.model.config.get_text_config(decoder=True)
-        for name in AUXILIARY_COEFFICIENTS:
-            if hasattr(config, name):
-                return auxiliary.float() * float(getattr(config, name))
-        raise TesseraError(f"{config.model_type} returns a load-balancing loss, and its configuration no coefficient")
+        return auxiliary.float() * auxiliary_coefficient(self.model.config)
 
 
 TASKS = {"causal_lm": CausalLanguageModeling}
