@@ -205,6 +205,7 @@ BAD_INPUTS = [
     Bad("NaN in the weights", 2, ("model.path: weights in", "NaN or infinite", "model.norm.weight in model.safetensors: 2 of 32 values"), values=in_folder(), files=folder({"model.norm.weight": np.array([np.nan, np.inf] + [1.0] * 30)})),
     Bad("text without a tokenizer", 2, ("model.path: no tokenizer can be loaded from", "it has no vocabulary. Set data.tokenizer"), values={"model": {"path": "{tmp}/model"}}, files=folder({}, model_type="gpt2")),
     Bad("code in an inline config", 2, ("model.config.auto_map", "not taken"), values=llama(auto_map={"AutoModel": "x.Y"})),
+    Bad("reformer of another length", 2, ("data.sequence_length: must be 24, the product of axial_pos_shape", "(got 32)"), values={"model__config": {"model_type": "reformer", "vocab_size": 320, "is_decoder": True, "hidden_size": 64, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [4, 6]}}),
     Bad("sequence longer than positions", 2, ("data.sequence_length: 65 is longer than the 64 positions",), values={"data__sequence_length": 65}, rule="sequence_fits_the_model"),
     Bad("vocabulary smaller than tokenizer's", 2, ("model.config.vocab_size: 300 is smaller than the tokenizer's vocabulary of 320",), values={**llama(vocab_size=300), "data__tokenizer": "{tokenizer}"}),
     Bad("vocabulary too small for bytes", 2, ("model.config.vocab_size: 100 is smaller than",), values=llama(vocab_size=100)),

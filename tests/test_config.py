@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.configs import with_values
 from tests.harness import run_command
+from tools.parity.shrink import tiny as tiny_family
 from trainer.config import rules
 from trainer.config.deepspeed import (
     REFUSED,
@@ -26,7 +27,7 @@ from trainer.config.deepspeed import (
     for_engine,
 )
 from trainer.config.load import apply_override, check, load_config, merge, read_config_file
-from trainer.config.model_facts import config_from, scrub
+from trainer.config.model_facts import config_from, model_facts, scrub
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.errors import ConfigError
 
@@ -390,3 +391,10 @@ def test_the_sizes_of_every_family_are_accepted() -> None:
             problems = [*size_problems(raw, model_type), *relation_problems(config, raw, model_type)]
             assert not problems, problems
     assert count > 150
+
+
+def test_heads_of_layers_that_differ() -> None:
+    """What every layer can be sharded into: 16 heads in two layers, 8 in the others."""
+    assert model_facts(tiny_family("dots3_note_text")).heads == 8
+    assert model_facts(tiny_family("llama")).heads == 8
+    assert model_facts(tiny_family("mamba")).heads is None

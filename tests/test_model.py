@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from tests.configs import with_values
 from tests.harness import run_ranks
+from tools.bench.common import inline
 from tools.parity.families import FAMILIES, Family
 from tools.parity.proof import CLASSES, reference_model
 from tools.parity.shrink import tiny as tiny_family
@@ -23,12 +24,14 @@ from trainer.config.load import check
 from trainer.errors import ConfigError
 from trainer.model import (
     TASKS,
+    build_from_recipe,
     build_model,
     give_weights,
     initialize_weights,
     load_exported,
     model_cost,
     peak_flops,
+    recipe_of,
     write_model,
 )
 from trainer.model.initialize import _Initializer
@@ -323,6 +326,22 @@ def test_the_exported_model_gives_the_live_models_logits(tied: bool, tiny: dict[
         assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
     assert again.config.use_cache
     assert not list(tmp_path.glob(".final*"))
+
+
+@pytest.mark.parametrize("model_type", ["emu3", "mllama"])
+def test_a_language_model_of_a_multimodal_family_is_found_again(
+    model_type: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its own configuration is not in the auto class's table; the family's, which is, contains it."""
+    model = made(tiny, model__config=inline(tiny_family(model_type))).eval()
+    write_model(model, model.named_parameters(), tmp_path / "final", None)
+    again = load_exported(tmp_path / "final")
+    ids = torch.randint(5, 256, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    rebuilt = build_from_recipe(recipe_of(model))
+    assert type(rebuilt) is type(model)
+    assert {n: p.shape for n, p in rebuilt.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
 # --- pretrained ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -50,7 +51,10 @@ class ModelFacts:
     """Longest sequence the model was made for; None where it has no such bound."""
 
     heads: int | None
-    """Attention heads; None where the configuration says no single number."""
+    """Attention heads, of layers that differ the greatest common divisor; None where the configuration says none."""
+
+    only_length: int | None = None
+    """The one sequence length that the model can be trained on; None for nearly all families."""
 
     special_ids: frozenset[int] = frozenset()
     """Token ids that the configuration names: end of text, padding, an image's place."""
@@ -298,6 +302,16 @@ def default_attention(config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
     return "sdpa" if kind._supports_sdpa else "eager"
 
 
+def _heads(config: PreTrainedConfig) -> list[int]:
+    """Attention heads: one number, or one for each layer where layers differ."""
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except Exception:  # transformers refuses to read from the whole what differs between layers
+        heads = [getattr(layer, "num_attention_heads", None) for layer in config.per_layer_config]
+    found = heads if isinstance(heads, list | tuple) else [heads]
+    return [number for number in found if isinstance(number, int) and number > 0]
+
+
 def model_facts(config: PreTrainedConfig) -> ModelFacts:
     """The numbers of `config` that rules ask for.
 
@@ -312,16 +326,14 @@ def model_facts(config: PreTrainedConfig) -> ModelFacts:
         )
     hidden = getattr(text, "hidden_size", None)
     positions = getattr(text, "max_position_embeddings", None)
-    try:
-        heads = getattr(text, "num_attention_heads", None)
-    except Exception:  # gemma4 refuses to say one number for layers that differ
-        heads = None
+    axes = getattr(text, "axial_pos_shape", None) if getattr(text, "axial_pos_embds", False) else None
     return ModelFacts(
         model_type=str(config.model_type),
         vocabulary=vocabulary,
         hidden_size=hidden if isinstance(hidden, int) else None,
         positions=positions if isinstance(positions, int) and positions > 0 else None,
-        heads=heads if isinstance(heads, int) and heads > 0 else None,
+        heads=math.gcd(*_heads(text)) or None,
+        only_length=math.prod(axes) if axes else None,
         special_ids=_special_ids(config),
         causal_setting=_causal_setting(config),
         shortest_blocks=_shortest_blocks(config),

@@ -450,6 +450,14 @@ def sequence_fits_the_model(draft: Draft) -> Iterator[Problem]:
             f"{draft.data.sequence_length} is longer than the {draft.facts.positions} positions of the model",
             "Shorten it, or raise max_position_embeddings in model.config",
         )
+    only = draft.facts.only_length if draft.facts else None
+    if draft.facts and only and draft.data.sequence_length != only:
+        yield Problem(
+            "data.sequence_length",
+            f"must be {only}, the product of axial_pos_shape, which {draft.facts.model_type} is trained on "
+            f"(got {draft.data.sequence_length})",
+            "Change one of them, or set axial_pos_embds in model.config to false",
+        )
 
 
 @rule("data")

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -96,10 +98,25 @@ def _by_block(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> 
         yield held
 
 
+def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration by which the auto class finds the model's class again.
+
+    For the language model of a multimodal family (Emu3, Mllama) that is the family's, with the model's own inside.
+    """
+    config = model.config
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return config
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        kind = CONFIG_MAPPING[model_type]
+        if name == type(model).__name__ and kind.sub_configs.get("text_config") is type(config):
+            return kind(text_config=config.to_dict())
+    return config
+
+
 def recipe_of(model: PreTrainedModel) -> dict[str, Any]:
     """What makes the model without its weights, as plain JSON: Hugging Face's configurations and class."""
     generation = json.loads(model.generation_config.to_json_string()) if model.can_generate() else None
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = json.loads(_loadable_config(model).to_json_string(use_diff=False))
     return {"config": config, "class": type(model).__name__, "generation": generation}
 
 
@@ -151,7 +168,7 @@ def write_model(
         for name, tensor in revert_weight_conversion(model, named).items():
             writer.add(name, tensor)
     writer.close()
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(_loadable_config(model))
     config.use_cache, config.dtype, config.architectures = True, written, [type(model).__name__]
     config.save_pretrained(partial)
     if model.can_generate():
