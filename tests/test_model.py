@@ -328,6 +328,13 @@ def test_the_exported_model_gives_the_live_models_logits(tied: bool, tiny: dict[
     assert not list(tmp_path.glob(".final*"))
 
 
+def test_an_infinite_number_in_a_recipe_is_read(tiny: dict[str, Any]) -> None:
+    """Transformers writes it into JSON as an object."""
+    model = built(tiny, model__config=inline(tiny_family("bamba")))
+    recipe = json.loads(json.dumps(recipe_of(model), allow_nan=False))
+    assert build_from_recipe(recipe).config.time_step_limit == model.config.time_step_limit == (0.0, float("inf"))
+
+
 @pytest.mark.parametrize("model_type", ["emu3", "mllama"])
 def test_a_language_model_of_a_multimodal_family_is_found_again(
     model_type: str, tiny: dict[str, Any], tmp_path: Path

@@ -126,7 +126,7 @@ def _construct(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str)
 
 def _constructed(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
-        return kind.from_dict(dict(raw))
+        return kind.from_dict(kind._decode_special_floats(dict(raw)))  # infinity, which JSON has no number for
     except Exception as error:  # the families' own validators raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         field = next((line.split("'")[1] for line in lines if line.startswith("Validation error for field")), "")

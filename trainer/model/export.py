@@ -107,9 +107,10 @@ def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return config
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        kind = CONFIG_MAPPING[model_type]
+        kind: Any = CONFIG_MAPPING[model_type]
         if name == type(model).__name__ and kind.sub_configs.get("text_config") is type(config):
-            return kind(text_config=config.to_dict())
+            found: PreTrainedConfig = kind(text_config=config.to_dict())
+            return found
     return config
 
 
