@@ -42,10 +42,11 @@ matrix: $(VENV)/.installed-test  ## the long tests
 soak: $(VENV)/.installed-test  ## runs killed at random instants, over and over (about half an hour on 2 cores)
 	$(PY) -m pytest -m soak
 
-bench: $(VENV)/.installed-dev  ## overhead, model states, data, pipeline (about a quarter of an hour on 2 cores)
+bench: $(VENV)/.installed-dev  ## every figure of the README (about a quarter of an hour on 2 cores)
 	$(PY) -m pip install -q -c constraints.txt -e '.[bench]'
 	$(PY) -m tools.bench data
 	$(PY) -m tools.bench states
+	$(PY) -m tools.bench traffic
 	$(PY) -m tools.bench pipeline
 	$(PY) -m tools.bench checkpoint
 	$(PY) -m tools.bench overhead

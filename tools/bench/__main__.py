@@ -24,7 +24,7 @@ prepare_environment()
 
 from tools.bench import checkpoint, data, overhead, pipeline, states, traffic
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Any] = {
     "overhead": overhead,
     "states": states,
     "data": data,
@@ -51,8 +51,12 @@ def main() -> None:
     for name, module in BENCHMARKS.items():
         sub = names.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(sub)
+        sub.add_argument("--quick", action="store_true", help="a short round, to see that the benchmark works: "
+                         + ", ".join(f"{key} {value}" for key, value in module.QUICK.items()))  # fmt: skip
         sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
+    if options.quick:
+        vars(options).update(BENCHMARKS[options.name].QUICK)
     figures = BENCHMARKS[options.name].run(options)
     if options.json is not None:
         options.json.write_text(

@@ -17,20 +17,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tools.bench.common import configuration, table, write_tokens
+from tools.bench.common import assemble, configuration, table, write_tokens
 from tools.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.checkpoint.keep import name_of
 from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.run import FOLDER
 from trainer.config import LoadedConfig
-from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
-from trainer.engine import Engine, start_engine
-from trainer.model import build_model, recipe_of
+from trainer.engine import Engine
+from trainer.model import recipe_of
 from trainer.run_directory import RunDirectory
 from trainer.store import read_manifest, verify_files
 from trainer.topology import Topology
+
+QUICK: dict[str, Any] = {"size": 1, "rounds": 2}
 
 _BLOCK = 1 << 22
 
@@ -103,17 +104,14 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
     loaded = configuration(Path(folder), size, world=world_size, zero_optimization={"stage": 1})
     measured = Measured()
     with joined_world(launch, place, seed=1) as world:
-        prepared = prepare_data(loaded, builder=launch.rank == 0)
-        dist.barrier()
-        batches = open_batches(loaded, prepared, place)
-        model = build_model(loaded, prepared.tokenizer)
-        engine = start_engine(model, loaded, world)
-        engine.train_step(batches.train.at(1))
+        run = assemble(loaded, world)
+        engine, recipe = run.started.engine, recipe_of(run.started.model)
+        engine.train_step(run.batches.train.at(1))
 
         def checkpoints(**values: Any) -> Checkpoints:
             section = loaded.config.checkpoint.model_copy(update=values)
             changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
-            return Checkpoints(changed, RunDirectory.examine(changed), world, batches.fingerprint, recipe_of(model))
+            return Checkpoints(changed, RunDirectory.examine(changed), world, run.batches.fingerprint, recipe)
 
         at_once, later = (checkpoints(resume="never", asynchronous=how) for how in (False, True))
         for number in range(rounds + 1):

@@ -1,19 +1,28 @@
-"""What the benchmarks share: models of a given size, configurations, token files, tables."""
+"""What the benchmarks share: models of a given size, configurations, the parts of a run, token files, tables."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from trainer.checkpoint import Checkpoints
 from trainer.config.load import LoadedConfig, check
 from trainer.config.model_facts import scrub
+from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter
+from trainer.distributed import World
+from trainer.engine import Engine, start_engine
+from trainer.model import ModelCost, build_model, build_model_shape, model_cost, recipe_of
+from trainer.pipeline import Division, divide_layers
+from trainer.run_directory import RunDirectory
+from trainer.tracking import Meter
 
 VOCABULARY = 4096
 LENGTH = 256
@@ -43,6 +52,7 @@ def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1
         "model": {"config": model},
         "data": {"train": [{"path": str(folder / "tokens.bin")}], "sequence_length": LENGTH},
         "training": {"max_steps": 100_000},
+        "checkpoint": {"resume": "never"},
         "deepspeed": {
             "train_batch_size": batch * world * deepspeed.get("gradient_accumulation_steps", 1),
             "train_micro_batch_size_per_gpu": batch,
@@ -59,6 +69,49 @@ def inline(config: PreTrainedConfig) -> dict[str, Any]:
     unwanted = ("transformers_version", "dtype", "architectures")
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in scrub(fields).items() if key not in unwanted}
+
+
+@dataclass(frozen=True)
+class Started:
+    """A model and the engine that trains it."""
+
+    shape: PreTrainedModel
+    """The model as it was before it was sharded, on the meta device."""
+
+    cost: ModelCost
+    division: Division
+    model: PreTrainedModel
+    engine: Engine
+
+
+def start(loaded: LoadedConfig, world: World) -> Started:
+    """Build the model and start its engine, as `launch/train.py` does."""
+    shape = build_model_shape(loaded)
+    cost, division = model_cost(shape), divide_layers(shape, loaded)
+    model = build_model(loaded)
+    return Started(shape, cost, division, model, start_engine(model, loaded, world, division))
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The parts of a run, all that `fit` takes but the trackers."""
+
+    started: Started
+    batches: Batches
+    checkpoints: Checkpoints
+    meter: Meter
+
+
+def assemble(loaded: LoadedConfig, world: World) -> Assembled:
+    """Put a run together from its first step on, as `launch/train.py` does."""
+    topology = world.topology
+    batches = open_batches(loaded, prepare_data(loaded, builder=topology.rank == 0), topology)
+    started = start(loaded, world)
+    directory = RunDirectory.examine(loaded)
+    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(started.model))
+    length = loaded.config.data.sequence_length
+    meter = Meter(started.engine, world.device, topology.world, started.cost, length, attempt=1)
+    return Assembled(started, batches, checkpoints, meter)
 
 
 def rank_environment(rank: int, world: int, port: int) -> None:

@@ -13,6 +13,8 @@ from tools.bench.common import configuration, table, write_tokens
 from trainer.data import open_batches, prepare_data
 from trainer.topology import Topology
 
+QUICK: dict[str, Any] = {"steps": 5}
+
 _STARTS = (0, 10**3, 10**6, 10**9)
 
 

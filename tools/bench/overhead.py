@@ -21,18 +21,18 @@ import deepspeed
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tools.bench.common import LENGTH, configuration, rank_environment, table, write_tokens
+from tools.bench.common import LENGTH, assemble, configuration, rank_environment, table, write_tokens
 from trainer.config.deepspeed import for_engine
 from trainer.config.load import LoadedConfig
-from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedTokens
 from trainer.distributed import Launch, World, free_port, joined_world
-from trainer.engine import start_engine
 from trainer.loop import fit
 from trainer.model import build_model, initialize_weights, model_cost
 from trainer.topology import Topology
-from trainer.tracking import Meter, Trackers
+from trainer.tracking import Trackers
 from trainer.tracking.jsonl import JsonLines
+
+QUICK: dict[str, Any] = {"sizes": [1], "stages": [0], "rounds": 2}
 
 _LOG_EVERY = 10
 _WARM_UP = 3
@@ -107,23 +107,20 @@ def _model(loaded: LoadedConfig) -> Any:
 
 def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
     """The real `fit`; it pauses where it asks for the next batch."""
-    batches = open_batches(loaded, prepare_data(loaded, builder=True), world.topology)
-    model = build_model(loaded)
-    cost = model_cost(model)
-    engine = start_engine(model, loaded, world)
-    meter = Meter(engine, world.device, 1, cost, LENGTH, attempt=1)
+    run = assemble(loaded, world)
+    train = run.batches.train
     trackers = Trackers([JsonLines(folder / "metrics.jsonl")])
 
     def loop(pause: Callable[[], None]) -> None:
-        steps = batches.train.steps
+        steps = train.steps
 
         def pausing(first: int, last: int) -> Iterator[Any]:
             for batch in steps(first, last):
                 yield batch
                 pause()  # so that the reading thread fills the place of the next batch in our own turn
 
-        batches.train.steps = pausing  # type: ignore[method-assign]
-        fit(loaded.config, engine, Batches(batches.train, None), meter, trackers)
+        train.steps = pausing  # type: ignore[method-assign]
+        fit(loaded.config, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers)
 
     return Contestant("Tessera", loop)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +13,22 @@ import deepspeed.runtime.pipe.engine as deepspeed_pipe
 import torch
 from torch import Tensor, nn
 
-from tools.bench.common import inline, table
+from tools.bench.common import inline, start, table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
 from trainer.config.load import LoadedConfig, check
 from trainer.data.batches import MicroBatch, StepBatch
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import divide_layers, pieces_of
+from trainer.engine.pipeline import PipelineEngine
+from trainer.pipeline import pieces_of
 from trainer.topology import Topology
 
 FORWARD_SECONDS = 0.05
 """What a stage sleeps in a forward pass; twice that in a backward one."""
 
 BATCH, LENGTH, HIDDEN = 2, 32, 64
+_STATE = BATCH * LENGTH * HIDDEN * 4
+"""Bytes of a hidden state of a micro-batch in fp32."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,9 @@ def measure(cases: list[Case]) -> list[Measured]:
 
 def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     loaded = _loaded(case, launch.world)
-    shape = build_model_shape(loaded)
-    division = divide_layers(shape, loaded)
-    engine = start_engine(build_model(loaded), loaded, world, division)
+    started = start(loaded, world)
+    shape, division, engine = started.shape, started.division, started.engine
+    assert isinstance(engine, PipelineEngine)
     assert division.flow is not None
     if case.sleeps:
         _sleep_in(engine.models, [name for unit in division.flow.units for name in unit])
@@ -152,67 +154,80 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     return Measured(stage, result.idle_share(), dict(sent), held, share)
 
 
+CASES = {
+    "llama": Case("llama", 4, 8, layers=2),
+    "mixtral": Case("mixtral", 4, 8, layers=2),
+    "llama, tensor 2": Case("llama", 2, 8, tensor=2, layers=2),
+    "llama, tensor 2, sequence": Case("llama", 2, 8, tensor=2, sequence_parallel=True, layers=2),
+}
+"""Pipelines whose boundaries and parameters are counted."""
+
+QUICK: dict[str, Any] = {"stages": [2], "micro_batches": [4], "cases": ["llama, tensor 2"]}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4], help="pipelines (default 2 3 4)")
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[4, 8, 16, 32], help="default 4 8 16 32")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"forward_seconds": FORWARD_SECONDS, "idle": [], "boundaries": [], "parameters": []}
-    rows = []
     for stages in options.stages:
-        cases = [
-            Case("llama", stages, count, sleeps=True, schedule=schedule)
-            for schedule in ("1f1b", "dualpipev")
-            for count in options.micro_batches
-            if schedule == "1f1b" or count >= 2 * stages
-        ]
-        by_rank = run_ranks(measure, stages, cases)
-        for number, case in enumerate(cases):
-            idle = sum(rank[number].idle for rank in by_rank) / stages
-            theory = _loaded(case, stages).config.parallel.bubble(case.micro_batches)
-            more = f"{100 * (idle - theory):+.2f}"
-            rows.append((case.schedule, stages, case.micro_batches, f"{theory:.2%}", f"{idle:.2%}", more))
-            figures["idle"].append(
-                {"schedule": case.schedule, "ranks": stages, "micro_batches": case.micro_batches, "theory": theory,
-                 "measured": idle}
-            )  # fmt: skip
+        figures["idle"] += _idle(stages, options.micro_batches)
     print(f"Idle share of a step, stages that sleep {1000 * FORWARD_SECONDS:.0f} ms forward, "
           f"{2000 * FORWARD_SECONDS:.0f} ms backward.\n")  # fmt: skip
+    rows = [
+        (f["schedule"], f["ranks"], f["micro_batches"], f"{f['theory']:.2%}", f"{f['measured']:.2%}",
+         f"{100 * (f['measured'] - f['theory']):+.2f}")
+        for f in figures["idle"]
+    ]  # fmt: skip
     print(table(("schedule", "ranks", "micro-batches", "theory", "measured", "points more"), rows))
-    rows, parameters = [], []
-    hidden = BATCH * LENGTH * HIDDEN * 4
-    for case in (
-        Case("llama", 4, 8, layers=2),
-        Case("mixtral", 4, 8, layers=2),
-        Case("llama", 2, 8, tensor=2, layers=2),
-        Case("llama", 2, 8, tensor=2, sequence_parallel=True, layers=2),
-    ):
-        ranks = run_ranks(measure, case.stages * case.tensor, [case])
-        name = (
-            f"{case.model_type}{f', tensor {case.tensor}' * (case.tensor > 1)}{', sequence' * case.sequence_parallel}"
-        )
-        for found in (rank[0] for rank in ranks[:: case.tensor]):
-            for (source, to), count in sorted(found.sent.items()):
-                each = count / case.micro_batches
-                what = "activations" if to > source else "gradients"
-                rows.append((name, f"{source} to {to}", what, f"{each:.0f}", f"{each / hidden:.4f}"))
-                figures["boundaries"].append(
-                    {
-                        "case": name,
-                        "from": source,
-                        "to": to,
-                        "bytes_of_a_micro_batch": each,
-                        "hidden_states": each / hidden,
-                    }
-                )
-            over = found.held / found.share - 1
-            parameters.append((name, found.stage, f"{found.share:,}", f"{found.held:,}", f"{over:+.2%}"))
+    for name in options.cases:
+        case = CASES[name]
+        for found in (rank[0] for rank in run_ranks(measure, case.stages * case.tensor, [case])[:: case.tensor]):
+            figures["boundaries"] += _boundaries(name, found, case.micro_batches)
             figures["parameters"].append({"case": name, "stage": found.stage, "share": found.share, "held": found.held})
     print(
-        f"\nSent of a micro-batch by a rank. A hidden state: {BATCH} x {LENGTH} x {HIDDEN} in fp32, {hidden} bytes.\n"
+        f"\nSent of a micro-batch by a rank. A hidden state: {BATCH} x {LENGTH} x {HIDDEN} in fp32, {_STATE} bytes.\n"
     )
+    rows = [
+        (f["case"], f"{f['from']} to {f['to']}", "activations" if f["to"] > f["from"] else "gradients",
+         f"{f['bytes_of_a_micro_batch']:.0f}", f"{f['hidden_states']:.4f}")
+        for f in figures["boundaries"]
+    ]  # fmt: skip
     print(table(("model", "stages", "what", "bytes", "hidden states"), rows))
     print("\nParameters of a stage's first rank.\n")
-    print(table(("model", "stage", "share", "held", "more"), parameters))
+    rows = [
+        (f["case"], f["stage"], f"{f['share']:,}", f"{f['held']:,}", f"{f['held'] / f['share'] - 1:+.2%}")
+        for f in figures["parameters"]
+    ]
+    print(table(("model", "stage", "share", "held", "more"), rows))
     return figures
+
+
+def _idle(stages: int, micro_batches: list[int]) -> Iterator[dict[str, Any]]:
+    """The idle share of the ranks of one pipeline under each schedule, by formula and measured."""
+    cases = [
+        Case("llama", stages, count, sleeps=True, schedule=schedule)
+        for schedule in ("1f1b", "dualpipev")
+        for count in micro_batches
+        if schedule == "1f1b" or count >= 2 * stages
+    ]
+    by_rank = run_ranks(measure, stages, cases)
+    for number, case in enumerate(cases):
+        yield {
+            "schedule": case.schedule,
+            "ranks": stages,
+            "micro_batches": case.micro_batches,
+            "theory": _loaded(case, stages).config.parallel.bubble(case.micro_batches),
+            "measured": sum(rank[number].idle for rank in by_rank) / stages,
+        }
+
+
+def _boundaries(name: str, found: Measured, micro_batches: int) -> Iterator[dict[str, Any]]:
+    for (source, to), count in sorted(found.sent.items()):
+        each = count / micro_batches
+        yield {
+            "case": name, "from": source, "to": to, "bytes_of_a_micro_batch": each, "hidden_states": each / _STATE,
+        }  # fmt: skip

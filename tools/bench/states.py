@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.common import configuration, rank_environment, table, write_tokens
+from tools.bench.common import configuration, start, table, write_tokens
+from tools.ranks import run_ranks
 from trainer.config.load import LoadedConfig
-from trainer.distributed import Launch, free_port, joined_world
+from trainer.distributed import Launch, World, joined_world
 from trainer.engine.plain import PlainEngine
-from trainer.engine.start import start_engine
-from trainer.model import build_model, state_bytes
+from trainer.model import state_bytes
 from trainer.topology import Topology
+
+QUICK: dict[str, Any] = {"size": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,43 +29,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     cases = [(stage, half) for half in (False, True) for stage in (0, 1, 2, 3)]
-    context = multiprocessing.get_context("spawn")
     figures, rows = {}, []
     with tempfile.TemporaryDirectory() as name:
         write_tokens(Path(name))
-        for stage, half in cases:
-            port, results = free_port(), context.SimpleQueue()
-            arguments = (options.world, port, name, options.size, stage, half, results)
-            ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(options.world)]
-            for rank in ranks:
-                rank.start()
-            measured = [results.get() for _ in ranks]
-            for rank in ranks:
-                rank.join()
-            worst = max(measured, key=lambda m: sum(m["counted"].values()))
-            counted, formula = sum(worst["counted"].values()), sum(worst["formula"].values())
-            figures[f"zero{stage}-{'bf16' if half else 'fp32'}"] = worst
-            parts = "  ".join(f"{k} {v / 1e6:.2f}" for k, v in worst["counted"].items())
-            rows.append((stage, "bf16" if half else "fp32", f"{counted / 1e6:.2f}", f"{formula / 1e6:.2f}",
-                         f"{100 * (counted / formula - 1):+.2f} %", parts))  # fmt: skip
+        by_rank = run_ranks(measure, options.world, name, options.size, cases)
+    for number, (stage, half) in enumerate(cases):
+        worst = max((rank[number] for rank in by_rank), key=lambda m: sum(m["counted"].values()))
+        counted, formula = sum(worst["counted"].values()), sum(worst["formula"].values())
+        figures[f"zero{stage}-{'bf16' if half else 'fp32'}"] = worst
+        parts = "  ".join(f"{k} {v / 1e6:.2f}" for k, v in worst["counted"].items())
+        rows.append((stage, "bf16" if half else "fp32", f"{counted / 1e6:.2f}", f"{formula / 1e6:.2f}",
+                     f"{100 * (counted / formula - 1):+.2f} %", parts))  # fmt: skip
     print(f"model states of {options.size} M parameters on each of {options.world} ranks, MB")
     print(table(("ZeRO", "type", "counted", "formula", "difference", "counted parts"), rows))
     return figures
 
 
-def _rank(rank: int, world_size: int, port: int, folder: str, size: int, stage: int, half: bool, results: Any) -> None:
-    rank_environment(rank, world_size, port)
-    torch.set_num_threads(1)
+def measure(folder: str, size: int, cases: list[tuple[int, bool]]) -> list[dict[str, dict[str, float]]]:
+    """Bytes that this rank holds, and those of the formula, by part, for each (ZeRO stage, half precision)."""
+    launch = Launch.from_environment()
+    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+        return [_measure(Path(folder), size, stage, half, world) for stage, half in cases]
+
+
+def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> dict[str, dict[str, float]]:
+    ranks = world.topology.world
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"zero_optimization": zero, "bf16": {"enabled": half}, "gradient_accumulation_steps": 2}
-    loaded = configuration(Path(folder), size, world=world_size, **settings)
-    with joined_world(Launch(rank, world_size, rank, world_size), Topology.of(world_size, rank), seed=1) as world:
-        model = build_model(loaded)
-        engine = start_engine(model, loaded, world)
-        counted = _count(engine, loaded)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        formula = state_bytes(parameters, stage=stage, data_ranks=world_size, half=half)
-        results.put({"counted": counted, "formula": formula})
+    loaded = configuration(folder, size, world=ranks, **settings)
+    started = start(loaded, world)
+    assert isinstance(started.engine, PlainEngine)
+    formula = state_bytes(started.cost.parameters, stage=stage, data_ranks=ranks, half=half)
+    return {"counted": _count(started.engine, loaded), "formula": formula}
 
 
 def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:

@@ -186,8 +186,13 @@ def _sums_of_a_transposed_tensor() -> dict[str, bool]:
     }
 
 
+QUICK: dict[str, Any] = {"ranks": [2], "families": ["llama"]}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    families = list(dict.fromkeys(case.model_type for case in CASES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="sizes of the tensor group (default 2 4)")
+    parser.add_argument("--families", nargs="+", default=families, choices=families, help="default: all")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -196,10 +201,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"batch": BATCH, "sequence": LENGTH, "hidden": HIDDEN}
     summed: dict[str, bool] = {}
     began = time.perf_counter()
+    cases = [case for case in CASES if case.model_type in options.families]
     for ranks in options.ranks:
-        ours = [case for case in CASES if case.system == "Tessera"]
+        ours = [case for case in cases if case.system == "Tessera"]
         found = dict(zip((case.name for case in ours), run_ranks(measure, ranks, ours)[0], strict=True))
-        for case in CASES:
+        for case in cases:
             if case.system == "AutoTP":
                 found[case.name], summed = run_ranks(measure_autotp, ranks, case)[0]
             measured = found[case.name]

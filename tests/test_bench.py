@@ -1,0 +1,62 @@
+"""Every benchmark's short round: the command works, and prints and writes the rows that it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_command
+from tools.bench.__main__ import BENCHMARKS
+
+ROWS: dict[str, list[str]] = {
+    "overhead": ["bare torch", "plain DeepSpeed", "Tessera"],
+    "states": [f"{stage}  {kind}" for stage in range(4) for kind in ("fp32", "bf16")],
+    "data": ["waiting for data", "1,000,000,000"],
+    "traffic": ["Tessera     whole", "Tessera       cut", "AutoTP     whole", "AutoTP: the sum", "Tessera: the sum"],
+    "pipeline": ["1f1b", "dualpipev", "0 to 1  activations", "1 to 0    gradients", "llama, tensor 2      1"],
+    "checkpoint": [
+        "save, against dd conv=fsync", "load, against a sequential read", "then DeepSpeed gathers the weights",
+        "asynchronous stall, of a save", "bytes, of the least", "files", "memory beside the state, loading",
+    ],
+}  # fmt: skip
+"""What begins the lines of its tables, or stands in them."""
+
+
+def numbers(figures: Any) -> Iterator[float]:
+    """All numbers in what a benchmark writes."""
+    if isinstance(figures, dict | list):
+        for value in figures.values() if isinstance(figures, dict) else figures:
+            yield from numbers(value)
+    elif isinstance(figures, int | float):
+        yield figures
+
+
+def test_every_benchmark_has_a_short_round() -> None:
+    assert set(ROWS) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_short_round(name: str, tmp_path: Path) -> None:
+    written = tmp_path / "figures.json"
+    folder = ["--folder", str(tmp_path)] if name == "checkpoint" else []
+    ended = run_command("tools/bench/__main__.py", name, "--quick", "--json", str(written), *folder)
+    assert ended.status == 0, ended.out + ended.err
+    for row in ROWS[name]:
+        assert row in ended.out, f"{row} is missing in\n{ended.out}"
+    assert "nan" not in ended.out
+    figures = json.loads(written.read_text())["figures"]
+    found = list(numbers(figures))
+    assert len(found) > 4
+    assert all(math.isfinite(number) and number >= 0 for number in found)
+    if name == "overhead":
+        (case,) = figures.values()
+        accelerate = importlib.util.find_spec("accelerate") is not None
+        assert ("HF Trainer + DeepSpeed" in case["medians"]) == accelerate
+        assert ("without HF Trainer: " in ended.out) != accelerate
+        assert min(case["medians"].values()) > 0
