@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ ONE_HEAD = [
     one_head("zamba"),  # one attention in several layers
 ]
 
+NORMS = [
+    Family("cohere", variant="a norm's weights for each head", fields={"use_qk_norm": True}),
+    Family("stablelm", variant="a norm for each head", fields={"qk_layernorm": True}),
+    Family("phi", variant="one norm for all heads", fields={"qk_layernorm": True}),
+    Family("glm4_moe", variant="one norm for all heads", fields={"use_qk_norm": True}),
+    Family("olmo2", variant="a norm over all heads"),
+    Family("olmoe", variant="a norm over all heads"),
+]
+"""Norms of queries and keys, in which heads that ranks share take part."""
+
 
 def in_stages(families: list[Family]) -> list[Verdict]:
     return prove(families, pipeline=2)
@@ -51,6 +62,36 @@ def test_every_gradient_of_heads_shared_by_four_ranks() -> None:
     two = [Family(name, variant="two heads", fields={"num_key_value_heads": 2}) for name in ("llama", "gemma2")]
     found = run_ranks(prove, 4, [*ONE_HEAD[:2], *two])[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_gradient_of_norms_over_shared_heads(ranks: int) -> None:
+    """One head on two ranks, two heads on four."""
+    families = [replace(f, fields=f.fields | {"num_key_value_heads": ranks // 2}) for f in NORMS]
+    found = run_ranks(prove, ranks, families)[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+def test_every_gradient_of_weights_that_a_switch_adds() -> None:
+    """Of published models that have it: Command R+, GLM-4.5, StableLM 2 12B, Phi, ERNIE, X-MOD."""
+    more = [
+        Family("ernie", "masked_lm", "task ids", {"use_task_id": True}),
+        Family("xmod", "masked_lm", "a norm before the adapters", {"adapter_layer_norm": True}),
+        Family("xglm", variant="cross-attention", fields={"add_cross_attention": True}),
+        Family("blt", variant="tied", fields={"tie_word_embeddings": True}),
+    ]
+    found = run_ranks(prove, 2, [*NORMS[:4], *more])[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+def norms_of_other_heads(families: list[Family]) -> list[Verdict]:
+    return prove(families, {"layers.*.self_attn.q_layernorm": "local_params"})
+
+
+def test_norms_of_other_heads_are_noticed() -> None:
+    """Each rank would apply the first ones."""
+    (verdict,) = run_ranks(norms_of_other_heads, 2, [NORMS[1]])[0]
+    assert verdict.outcome == "wrong"
 
 
 def test_every_gradient_of_one_key_value_head_in_stages() -> None:

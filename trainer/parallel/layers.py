@@ -128,7 +128,10 @@ def share_pieces(module: nn.Module, count: int) -> None:
 
 
 class _RMSNorm(nn.Module):
-    """An RMS norm over a dimension that is cut: the mean square is that of the whole (Zhang & Sennrich 2019)."""
+    """An RMS norm over a dimension that is cut: the mean square is that of the whole (Zhang & Sennrich 2019).
+
+    Where ranks share units, each unit is held by equally many, so the mean over all ranks' parts is that of the whole.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         region: Region = self.region  # type: ignore[assignment]
@@ -147,6 +150,36 @@ def _install_rms_norm(region: Region, at: ModuleStyle, style: Style) -> None:
     own = type(f"Cut{type(module).__name__}", (_RMSNorm, type(module)), {})
     module.__class__ = own
     module.region, module.epsilon = region, epsilon  # type: ignore[assignment]
+
+
+class _PerHeadNorms(nn.Module):
+    """Layer norms of a list, one for each head, of which this rank applies those of its heads.
+
+    Every rank reads all of them, in the same order: each then has a gradient on every rank, zero for other ranks'
+    heads, and the sums over ranks meet.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Args:
+        hidden_states: (batch, heads of this rank, sequence, head size)
+        """
+        region: Region = self.region  # type: ignore[assignment]
+        norms = [norm for norm in self.norms if isinstance(norm, nn.LayerNorm)]  # type: ignore[union-attr]
+        weights = torch.stack([norm.weight for norm in norms])
+        own = weights.narrow(0, region.rank * len(norms) // region.ranks, hidden_states.shape[1])
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        normed = F.layer_norm(wide, hidden_states.shape[-1:], eps=norms[0].eps) * own.unsqueeze(1).to(wide.dtype)
+        return normed.to(hidden_states.dtype)
+
+
+def _install_per_head_norms(region: Region, at: ModuleStyle, style: Style) -> None:
+    norms = getattr(at.module, "norms", None)
+    if not isinstance(norms, nn.ModuleList) or not all(
+        isinstance(norm, nn.LayerNorm) and norm.bias is None for norm in norms
+    ):
+        raise PlanError(Problem("parallel.tensor_plan", f"{at.name} is not a list of layer norms without biases"))
+    at.module.__class__ = type(f"Cut{type(at.module).__name__}", (_PerHeadNorms, type(at.module)), {})
+    at.module.region = region  # type: ignore[assignment]
 
 
 class _GroupedRMSNorm(nn.Module):
@@ -459,6 +492,7 @@ INSTALL: dict[str, Callable[[Region, ModuleStyle, Style], None]] = {
     "embedding_rowwise": _install_vocabulary_embedding,
     "embedding_colwise": _install_wide_embedding,
     "rms_norm": _install_rms_norm,
+    "per_head_norms": _install_per_head_norms,
     "replicated_with_grad_allreduce": _install_nothing,
     "replicate": _install_nothing,
     "first_rank": _install_nothing,

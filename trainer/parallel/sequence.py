@@ -30,7 +30,7 @@ SEQUENCE = 1
 
 _PLAIN = {"colwise", "kv_colwise", "packed_colwise", "rowwise", "packed_rowwise", "replicated_with_grad_allreduce",
           "rms_norm", "grouped_rms_norm", "cut", "divide", "split_input", "local_params", "unfused",
-          "inside"}  # fmt: skip
+          "inside", "per_head_norms"}  # fmt: skip
 """Styles of a module whose input enters once and whose output leaves once, and which can therefore be given and give a
 cut sequence itself. Others get the whole sequence and give it, at twice the traffic."""
 

@@ -23,8 +23,9 @@ WORDS = {
     "embedding_rowwise": "an embedding cut along the vocabulary",
     "embedding_colwise": "an embedding cut along the vector, its outputs joined again",
     "vocabulary_head": "the head cut along the vocabulary; its logits stay cut",
-    "rms_norm": "an RMS norm over a cut dimension; the mean square is summed over ranks",
+    "rms_norm": "an RMS norm over a cut dimension, its mean square summed over ranks: rms_norm[:parts, as in cut]",
     "grouped_rms_norm": "a gated RMS norm over groups of a cut dimension; its mean squares likewise",
+    "per_head_norms": "a module that applies its list `norms`, one for each head: those of this rank's heads",
     "replicated_with_grad_allreduce": "whole, used on cut activations: its gradient is summed",
     "replicate": "whole, used on whole activations: replicate[:reason]",
     "first_rank": "whole on the first rank and zero on the others: a bias inside a sum over ranks",
@@ -53,7 +54,7 @@ WORDS = {
 ON_MODULES = {
     "moe_tp_experts", "moe_identity_expert", "all_reduce", "enter", "enter_output", "enter_through", "inside",
     "gather_output", "gather_input", "narrow_input", "residual_inside", "needs", "split_output", "split_input",
-    "parallel_residual", "divide", "unfused", "local_params", "mla_kv_a_proj",
+    "parallel_residual", "divide", "unfused", "local_params", "mla_kv_a_proj", "per_head_norms",
 }  # fmt: skip
 """Styles that act on a module and say nothing about its parameters."""
 

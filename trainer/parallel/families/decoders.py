@@ -57,7 +57,12 @@ _NEOX_PAIR: Rows = {
     "layers.*.attention.query_key_value": "colwise:3*head_size + inside",
     "layers.*.mlp.dense_h_to_4h": "colwise + inside",
 }
-_COHERE: Rows = {"layers.*": "parallel_residual:self_attn.o_proj,mlp.down_proj"}
+_COHERE: Rows = {
+    "layers.*": "parallel_residual:self_attn.o_proj,mlp.down_proj",
+    # A row of weights for each head.
+    "layers.*.self_attn.q_norm.weight": "cut:0",
+    "layers.*.self_attn.k_norm.weight": "cut:0:~all/1",
+}
 
 PLANS: dict[str, Rows] = {
     "bloom": {
@@ -100,7 +105,11 @@ PLANS: dict[str, Rows] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "gpt_neox?use_parallel_residual=True": _NEOX_PAIR,
-    "phi": {"layers.*": "parallel_residual:self_attn.dense,mlp.fc2"},
+    "phi": {
+        "layers.*": "parallel_residual:self_attn.dense,mlp.fc2",
+        "layers.*.self_attn.q_layernorm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_layernorm": "replicated_with_grad_allreduce",
+    },
     "stablelm?use_parallel_residual=True": {"layers.*": "parallel_residual:self_attn.o_proj,mlp.down_proj"},
     "fuyu": {
         **{f"language_model.{name}": style for name, style in _PERSIMMON.items()},
@@ -170,5 +179,12 @@ PLANS: dict[str, Rows] = {
         "decoder.layers.*.fc2": "rowwise",
     },
     "persimmon": _PERSIMMON,
-    "stablelm": {**_SEPARATE_QKV, "layers.*.self_attn": "divide:num_heads,num_key_value_heads,hidden_size"},
+    "stablelm": {
+        **_SEPARATE_QKV,
+        "layers.*.self_attn": "divide:num_heads,num_key_value_heads,hidden_size",
+        "layers.*.self_attn.q_layernorm": "per_head_norms",
+        "layers.*.self_attn.k_layernorm": "per_head_norms",
+        "layers.*.self_attn.q_layernorm.norms.*": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_layernorm.norms.*": "replicated_with_grad_allreduce",
+    },
 }

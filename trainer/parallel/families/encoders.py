@@ -80,6 +80,11 @@ GPT_LIKE_BART: Rows = {
     "layers.*.self_attn.k_proj": "colwise:head_dim",
     "layers.*.self_attn.v_proj": "colwise:head_dim",
     "layers.*.self_attn.out_proj": "rowwise",
+    "layers.*.encoder_attn": "divide:num_heads,embed_dim",
+    "layers.*.encoder_attn.q_proj": "colwise:head_dim",
+    "layers.*.encoder_attn.k_proj": "colwise:head_dim",
+    "layers.*.encoder_attn.v_proj": "colwise:head_dim",
+    "layers.*.encoder_attn.out_proj": "rowwise",
     "layers.*.fc1": "colwise",
     "layers.*.fc2": "rowwise",
 }
@@ -272,7 +277,7 @@ PLANS: dict[str, Rows] = {
         "vocab_transform": TRANSFORM,
     },
     "electra": BERT | {"embeddings_project": PROJECTION, "generator_predictions.dense": TRANSFORM},
-    "ernie": BERT,
+    "ernie": BERT | {"embeddings.task_type_embeddings": TYPES},
     "esm": BERT | {"encoder.layer.*.attention.LayerNorm": BEFORE, "contact_head.regression": CONTACT},
     "flaubert": XLM,
     "fnet": BERT | {"embeddings.projection": PROJECTION, "pooler.dense": TRANSFORM},
@@ -440,6 +445,7 @@ PLANS: dict[str, Rows] = {
     "yoso": BERT,
     "xmod": BERT
     | {
+        "encoder.layer.*.output.adapter_layer_norm": AFTER,
         # One adapter for each language; further languages need rows like these.
         "encoder.layer.*.output.adapter_modules.en_XX.dense1": "colwise",
         "encoder.layer.*.output.adapter_modules.en_XX.dense2": "rowwise",

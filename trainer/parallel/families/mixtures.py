@@ -21,13 +21,10 @@ _ATTENTION: Rows = {
 _QK_NORMS: Rows = {"layers.*.self_attn.q_norm": PER_HEAD, "layers.*.self_attn.k_norm": PER_HEAD}
 
 _WIDE_QK_NORMS: Rows = {
-    # The norms sum over all heads, so ranks cannot share one.
-    "layers.*.self_attn.q_proj": "colwise:head_dim",
-    "layers.*.self_attn.k_proj": "colwise:head_dim",
-    "layers.*.self_attn.v_proj": "colwise:head_dim",
-    "layers.*.self_attn.q_norm": "rms_norm",
-    "layers.*.self_attn.k_norm": "rms_norm",
-    "layers.*.self_attn.o_proj": "rowwise",
+    # The norms sum over all heads; the weight of a key head that ranks share is shared with it.
+    **_ATTENTION,
+    "layers.*.self_attn.q_norm": "rms_norm:all/head_dim",
+    "layers.*.self_attn.k_norm": "rms_norm:~all/head_dim",
 }
 
 _LATENT_ATTENTION: Rows = {
@@ -176,6 +173,7 @@ PLANS: dict[str, Rows] = {
         "patcher.embed_tokens": "embedding_colwise",
         "patcher.lm_head": "replicate:of few outputs",
     },
+    "blt?tie_word_embeddings=True": {"local_encoder.embed_tokens": "embedding_rowwise"},
     "dbrx": {
         "blocks.*.norm_attn_norm.norm_1": "replicate",
         "blocks.*.norm_attn_norm.norm_2": "replicate",
@@ -277,6 +275,7 @@ PLANS: dict[str, Rows] = {
     "gemma4_text": {**_PER_LAYER_EMBEDDINGS, "layers.*.router.proj": ROUTER},
     "glm": _PACKED_MLP,
     "glm4": _PACKED_MLP,
+    "glm4_moe": _QK_NORMS,
     "glm4_moe_lite": {**_LATENT_ATTENTION, **_SHARED_EXPERTS},
     "glm_moe_dsa": {**_LATENT_ATTENTION, **_INDEXER},
     "gpt_oss": {

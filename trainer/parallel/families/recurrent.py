@@ -301,13 +301,10 @@ PLANS: dict[str, Rows] = {
         "layers.*.linear_attn.dt_bias": "cut:0",
         "layers.*.linear_attn.o_norm": PER_HEAD,
         "layers.*.linear_attn.o_proj": "rowwise",
-        # The norms go over all heads, so ranks cannot share one.
-        "layers.*.self_attn.q_proj": "colwise:head_dim",
-        "layers.*.self_attn.k_proj": "colwise:head_dim",
-        "layers.*.self_attn.v_proj": "colwise:head_dim",
-        "layers.*.self_attn.q_norm": "rms_norm",
-        "layers.*.self_attn.k_norm": "rms_norm",
-        "layers.*.self_attn.o_proj": "rowwise",
+        **_SELF_ATTENTION,
+        # The norms sum over all heads.
+        "layers.*.self_attn.q_norm": "rms_norm:all/head_dim",
+        "layers.*.self_attn.k_norm": "rms_norm:~all/head_dim",
     },
     "qwen3_next": _GATED_DELTA,
     "qwen3_5_text": _GATED_DELTA,
