@@ -303,6 +303,26 @@ def clipping_needs_the_norm(draft: Draft) -> Iterator[Problem]:
         yield Problem(path, "false, which DeepSpeed refuses beside offload_optimizer", "Leave one of them out")
 
 
+@rule("deepspeed", "parallel")
+def muon_has_its_gradients(draft: Draft) -> Iterator[Problem]:
+    section, parallel = draft.deepspeed, draft.parallel
+    assert section is not None
+    assert parallel is not None
+    if section.optimizer is None or section.optimizer.type.lower() != "muon":
+        return
+    if getattr(section.zero_optimization, "compute_grad_norm", None) is False:
+        path = "deepspeed.zero_optimization.compute_grad_norm"
+        yield Problem(path, "false, and Muon's update is computed with the norm", "Leave it out")
+    if section.precision != "bf16" or section.offload_device != "none":
+        return
+    reason = "with this precision and ZeRO stage DeepSpeed 0.19 has no Muon"
+    if parallel.pipeline > 1 and section.zero_stage == 0:
+        yield Problem("deepspeed.optimizer.type", f"{reason} in a pipeline", "Set zero_optimization.stage to 1")
+    if section.zero_stage == 1 and getattr(section.data_types, "grad_accum_dtype", None) == "fp32":
+        remedy = "Leave data_types.grad_accum_dtype out, or set zero_optimization.stage to 2"
+        yield Problem("deepspeed.optimizer.type", f"{reason} that accumulates gradients in fp32", remedy)
+
+
 @rule("deepspeed.bf16", "deepspeed.fp16")
 def one_precision(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed

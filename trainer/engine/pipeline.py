@@ -32,6 +32,7 @@ from trainer.distributed import World
 from trainer.engine.base import BaseEngine
 from trainer.engine.groups import ParameterGroups
 from trainer.engine.interface import Evaluation, StepResult
+from trainer.engine.muon import clip_before_muon
 from trainer.model import TaskLoss
 from trainer.parallel import Mapper, all_parameters, counts, shard_of
 from trainer.pipeline import Division, Record, Stage, pieces_of, shared_weights
@@ -404,4 +405,5 @@ def start_pipeline(
     parameters = groups.of(trained, models)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=settings | parts)
     groups.scale_rates(engine.optimizer)
+    clip_before_muon(engine.optimizer)
     return PipelineEngine(engine, world, clipping, stages, held_by)

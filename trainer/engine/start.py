@@ -17,6 +17,7 @@ from trainer.config.deepspeed import clips_itself, extensions_of, for_engine, we
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
 from trainer.engine.groups import ParameterGroups
+from trainer.engine.muon import clip_before_muon
 from trainer.engine.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
@@ -103,6 +104,7 @@ def _start_plain(
     parameters = groups.of(trained, [model])
     engine, *_ = deepspeed.initialize(model=task, model_parameters=parameters, config=settings, mpu=grid)
     groups.scale_rates(engine.optimizer)
+    clip_before_muon(engine.optimizer)
     _undo_first_step(engine.optimizer)
     keep_unaligned_gradients(engine.optimizer)
     engine.train()

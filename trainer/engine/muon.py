@@ -1,0 +1,153 @@
+"""Clips gradients before Muon's update instead of after it.
+
+Muon replaces the gradient of each matrix by an orthogonal update, whose norm says nothing about the gradient's. Under
+ZeRO 1, 2 and 3 DeepSpeed 0.19 computes the gradient norm over these updates: it reports that norm, and clips updates
+and all other gradients with it. Here the norm is that of the gradients, as for every other optimizer; gradients are
+clipped; Muon's momentum takes the clipped ones; and its update is not clipped again.
+
+At ZeRO 0 no such thing is needed: the gradients are clipped before the optimizer's step, which contains Muon's update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+_EPSILON = 1e-6
+"""DeepSpeed's, added to the norm where it clips."""
+
+
+def clip_before_muon(optimizer: Any) -> None:
+    """Changes the order in one of DeepSpeed's optimizers, where it steps matrices with Muon.
+
+    Args:
+        optimizer: DeepSpeed's, before its first step.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and optimizer.use_muon:
+        _clip_before_muon_at_stage_3(optimizer)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer) and any(map(_uses_muon, optimizer.optimizer.param_groups)):
+        _clip_before_muon_at_stages_1_and_2(optimizer)
+
+
+def _uses_muon(group: dict[str, Any]) -> bool:
+    return bool(group.get("use_muon", False))
+
+
+def _scale(optimizer: Any, norm: Tensor, *, is_unscaled: bool) -> Tensor | None:
+    """Factor from a gradient to the clipped one; None if it is 1.
+
+    Args:
+        norm: of all gradients, times the loss scale. is_unscaled: whether the loss scale is taken away elsewhere.
+    """
+    loss_scale = 1.0 if is_unscaled else float(optimizer.loss_scale)
+    if optimizer.clip_grad <= 0:
+        return None if loss_scale == 1 else torch.tensor(1 / loss_scale)
+    excess = (norm / optimizer.loss_scale + _EPSILON) / optimizer.clip_grad
+    return 1 / (torch.clamp(excess, min=1.0) * loss_scale)
+
+
+@contextmanager
+def _scaled_gradients(scale: Tensor | None) -> Iterator[None]:
+    """Meanwhile Muon gets scaled gradients. DeepSpeed looks the function up whenever it needs it."""
+    from deepspeed.runtime.zero.muon import original_muon  # importing it compiles kernels
+
+    update = original_muon.muon_update
+
+    def scaled(grad: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        result: Tensor = update(grad.mul_(scale.to(grad.device)), *arguments, **options)  # type: ignore[union-attr]
+        return result
+
+    if scale is not None:
+        original_muon.muon_update = scaled
+    try:
+        yield
+    finally:
+        original_muon.muon_update = update
+
+
+def _leave_unclipped(optimizer: Any, is_update: Callable[[Any], bool]) -> None:
+    """Takes only the loss scale from what `is_update` recognises, by the first argument, as Muon's updates."""
+    unscale_and_clip = optimizer.unscale_and_clip_grads
+
+    def unscale(gradients: Any, norm: Tensor) -> None:
+        threshold = optimizer.clip_grad
+        optimizer.clip_grad = 0.0 if is_update(gradients) else threshold
+        unscale_and_clip(gradients, norm)
+        optimizer.clip_grad = threshold
+
+    optimizer.unscale_and_clip_grads = unscale
+
+
+def _clip_before_muon_at_stage_3(optimizer: Any) -> None:
+    apply_muon, norm_groups = optimizer._apply_muon_to_accumulated_grads, optimizer._get_norm_groups
+
+    @torch.no_grad()
+    def norms_before_muon() -> list[Tensor]:
+        optimizer.sub_groups_lacking_loss_scale.clear()
+        norms: list[Tensor] = norm_groups()
+        norm = combine_grad_norm_groups(norms)
+        if not is_invalid_grad_norm(norm):  # else the step is left out
+            with _scaled_gradients(_scale(optimizer, norm, is_unscaled=bool(optimizer.offload_optimizer))):
+                apply_muon()
+        return norms
+
+    optimizer._apply_muon_to_accumulated_grads = lambda: None
+    optimizer._get_norm_groups = norms_before_muon
+    _leave_unclipped(optimizer, optimizer.sub_groups_using_muon.__getitem__)
+
+
+def _clip_before_muon_at_stages_1_and_2(optimizer: Any) -> None:
+    offloads = bool(optimizer.cpu_offload)
+    global_norm, flat_partition = optimizer.scaled_global_norm, optimizer.get_flat_partition
+    apply_muon = optimizer._apply_muon_updates_cpu_offload
+    waiting: dict[int, tuple[list[Tensor], Callable[[], list[Tensor]]]] = {}
+    """Of each group of matrices: the gradients, and what makes the updates of this rank's partition of them."""
+
+    def flat_gradients(parameters: list[Tensor], *arguments: Any, param_group_idx: int, **options: Any) -> list[Tensor]:
+        """As DeepSpeed's, for the gradients themselves."""
+
+        def make() -> list[Tensor]:
+            made: list[Tensor] = flat_partition(parameters, *arguments, param_group_idx=param_group_idx, **options)
+            return made
+
+        if not parameters or not optimizer._is_muon_group(parameters):
+            return make()
+        waiting[param_group_idx] = list(optimizer.all_grad_tensors[param_group_idx]), make
+        for parameter in parameters:
+            parameter.use_muon = False  # type: ignore[attr-defined]
+        gradients = make()
+        for parameter in parameters:
+            parameter.use_muon = True  # type: ignore[attr-defined]
+        return gradients
+
+    @torch.no_grad()
+    def norm_before_muon(norm_type: int = 2) -> Tensor:
+        optimizer.groups_lacking_loss_scale.clear()
+        norm: Tensor = global_norm(norm_type)
+        checks = optimizer.dtype != torch.bfloat16 or optimizer.check_grad_overflow
+        if not (checks and is_invalid_grad_norm(norm)):  # else the step is left out
+            with _scaled_gradients(_scale(optimizer, norm, is_unscaled=offloads)):
+                if offloads:
+                    apply_muon()
+                for group, (gradients, make) in waiting.items():
+                    optimizer.all_grad_tensors[group] = gradients
+                    optimizer.averaged_gradients[group] = make()
+                    optimizer.all_grad_tensors[group] = None
+        waiting.clear()
+        return norm
+
+    def is_update(gradients: list[Tensor]) -> bool:
+        flats = zip(optimizer.optimizer.param_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        return any(_uses_muon(group) and flat.grad is gradients[0] for group, flat in flats)
+
+    optimizer.get_flat_partition = flat_gradients
+    optimizer._apply_muon_updates_cpu_offload = lambda: None
+    optimizer.scaled_global_norm = norm_before_muon
+    _leave_unclipped(optimizer, is_update)
