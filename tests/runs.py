@@ -258,7 +258,7 @@ def rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
     """The learning rate that each step used."""
     launch = Launch.from_environment()
     found = []
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+    with joined_world(launch, _place(jobs[0][0], launch), seed=1) as world:
         for config, steps in jobs:
             batches, engine, _ = _start(config, launch, world)
             found.append([engine.train_step(b).learning_rate for b in batches.steps(1, steps)])

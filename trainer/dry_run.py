@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from math import prod
 from typing import Any
 
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import extensions_of, weight_decay
+from trainer.config.deepspeed import extensions_of, first_rates, weight_decay
 from trainer.data import document_frame
 from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
 from trainer.parallel import drops, read_plan, starred
@@ -16,6 +17,8 @@ from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
 _SHOWN_RANKS = 16
+_WALKED_STEPS = 1000
+"""In how many steps a schedule's zeros are looked for."""
 
 
 def _moments(loaded: LoadedConfig) -> int:
@@ -102,6 +105,27 @@ def _group_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
                f"{decay if option.decays else 0:g}{scale}")  # fmt: skip
 
 
+def _schedule_lines(loaded: LoadedConfig) -> Iterator[str]:
+    section, steps = loaded.deepspeed_json.get("scheduler"), loaded.config.training.max_steps
+    if section is None:
+        return
+    yield f"schedule     {section['type']} {section['params']}"
+    rates = first_rates(loaded.deepspeed_json, min(steps, _WALKED_STEPS))
+    still = [step for step, rate in enumerate(rates, start=1) if rate == 0]
+    if still:
+        plural = "s" if len(still) > 1 else ""
+        yield f"  the rate is 0 in step{plural} {_ranges(still)}: nothing is learned there"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words: 1, 2 and 90 to 100."""
+    parts: list[str] = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        first, *rest = [number for _, number in group]
+        parts += [f"{first} to {rest[-1]}"] if len(rest) > 1 else map(str, (first, *rest))
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
 def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     batch, config = loaded.batch, loaded.config
     tokens = batch.train * config.data.sequence_length
@@ -180,6 +204,7 @@ def describe(loaded: LoadedConfig) -> str:
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
         + (f" (DeepSpeed's {', '.join(extensions)})" if extensions else ""),
         *_group_lines(loaded, model),
+        *_schedule_lines(loaded),
         *_memory_lines(loaded, model, division),
         *_tensor_lines(loaded, model),
         *_pipeline_lines(loaded, model, division),

@@ -590,6 +590,31 @@ def schedule_is_long_enough(draft: Draft) -> Iterator[Problem]:
         )
 
 
+@rule("deepspeed.scheduler", "deepspeed.optimizer", "training.max_steps")
+def wsd_has_its_phases(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    assert draft.training is not None
+    section, optimizer = draft.deepspeed.scheduler, draft.deepspeed.optimizer
+    if section is None or section.type != "WSD" or optimizer is None:
+        return
+    path, params = "deepspeed.scheduler.params", section.params
+    total = params.get("total_num_steps")
+    total = draft.training.max_steps if total == "auto" else total
+    warmup, decay = params.get("warmup_num_steps", 0), params.get("decay_num_steps")
+    if all(isinstance(value, int) for value in (total, warmup, decay)) and warmup + decay > total:
+        yield Problem(
+            f"{path}.decay_num_steps",
+            f"{decay} and warmup_num_steps = {warmup} are more than total_num_steps = {total}",
+            "Shorten one of them",
+        )
+    peak = params.get("warmup_max_lr", "auto")
+    peak = optimizer.params.get("lr") if peak == "auto" else peak
+    for key in ("warmup_min_lr", "decay_min_lr"):
+        least = params.get(key)
+        if isinstance(least, int | float) and isinstance(peak, int | float) and least > peak:
+            yield Problem(f"{path}.{key}", f"{least} is higher than the highest rate, {peak}", "Lower it")
+
+
 def warnings_of(draft: Draft) -> Iterator[Problem]:
     """What is allowed and probably not meant."""
     section, training = draft.deepspeed, draft.training

@@ -16,7 +16,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
@@ -30,9 +29,8 @@ from torch.nn import functional as F
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import World
 from trainer.engine.base import BaseEngine
-from trainer.engine.groups import ParameterGroups
 from trainer.engine.interface import Evaluation, StepResult
-from trainer.engine.muon import clip_before_muon
+from trainer.engine.optimization import Optimization
 from trainer.model import TaskLoss
 from trainer.parallel import Mapper, all_parameters, counts, shard_of
 from trainer.pipeline import Division, Record, Stage, pieces_of, shared_weights
@@ -372,7 +370,7 @@ def start_pipeline(
     division: Division,
     held_by: dict[str, tuple[int, ...]],
     settings: dict[str, Any],
-    groups: ParameterGroups,
+    optimization: Optimization,
     world: World,
     clipping: float | None,
     *,
@@ -398,12 +396,8 @@ def start_pipeline(
     for name, pieces in pieces_of(models).items():
         for parameter, _ in pieces:  # DeepSpeed's flag for "another rank counts it in the norm"
             parameter.ds_pipe_replicated = place.stage != held_by[name][0]  # type: ignore[attr-defined]
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
     # and gathering it knows only records of one tensor, all of the same shape.
     parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
-    parameters = groups.of(trained, models)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=settings | parts)
-    groups.scale_rates(engine.optimizer)
-    clip_before_muon(engine.optimizer)
+    engine = optimization.initialize(module, models, settings | parts)
     return PipelineEngine(engine, world, clipping, stages, held_by)

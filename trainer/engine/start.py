@@ -13,12 +13,12 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import clips_itself, extensions_of, for_engine, weight_decay
+from trainer.config.deepspeed import clips_itself, extensions_of, for_engine, own_schedule, weight_decay
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
 from trainer.engine.groups import ParameterGroups
-from trainer.engine.muon import clip_before_muon
 from trainer.engine.nvme import keep_unaligned_gradients, prepare_nvme
+from trainer.engine.optimization import Optimization
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights, weight_options
@@ -63,8 +63,9 @@ def start_engine(
     prepare_nvme(settings, loaded.config.run.output_dir)
     assert division.ranks == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
+    optimization = Optimization(ParameterGroups(options), own_schedule(loaded.deepspeed_json))
     start = _start_plain if division.ranks == 1 else _start_pipeline
-    return start(model, division, loaded, world, settings, ParameterGroups(options), blank)
+    return start(model, division, loaded, world, settings, optimization, blank)
 
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
@@ -85,7 +86,7 @@ def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
 
 def _start_plain(
     model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any],
-    groups: ParameterGroups, blank: bool,
+    optimization: Optimization, blank: bool,
 ) -> PlainEngine:  # fmt: skip
     mapper, grid = _mapper(model, loaded, world), Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
@@ -100,11 +101,7 @@ def _start_plain(
     mapper.install()
     recompute(model, division.recomputed)
     task = _task(model, loaded, mapper)
-    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    parameters = groups.of(trained, [model])
-    engine, *_ = deepspeed.initialize(model=task, model_parameters=parameters, config=settings, mpu=grid)
-    groups.scale_rates(engine.optimizer)
-    clip_before_muon(engine.optimizer)
+    engine = optimization.initialize(task, [model], settings, mpu=grid)
     _undo_first_step(engine.optimizer)
     keep_unaligned_gradients(engine.optimizer)
     engine.train()
@@ -131,7 +128,7 @@ def _undo_first_step(optimizer: Any) -> None:
 
 def _start_pipeline(
     model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any],
-    groups: ParameterGroups, blank: bool,
+    optimization: Optimization, blank: bool,
 ) -> PipelineEngine:  # fmt: skip
     assert division.flow is not None
     held_by = division.holding_ranks(model)
@@ -152,4 +149,5 @@ def _start_pipeline(
         fill_elsewhere(own, world.device, _DTYPES[loaded.config.deepspeed.precision])
         modules.append(StageModule(_task(own, loaded, mapper), stage, mapper, world.device))
     even = loaded.config.data.packing == "concatenate"
-    return start_pipeline(modules, division, held_by, settings, groups, world, _clipping(loaded, settings), even=even)
+    clipping = _clipping(loaded, settings)
+    return start_pipeline(modules, division, held_by, settings, optimization, world, clipping, even=even)

@@ -6,7 +6,7 @@ classes are mirrored with our strictness, every key of an optimizer or scheduler
 arguments of its class, and every "auto" is resolved exactly or refused.
 """
 
-from trainer.config.deepspeed.optimizers import optimizer_problems, scheduler_problems, weight_decay
+from trainer.config.deepspeed.optimizers import first_rates, optimizer_problems, scheduler_problems, weight_decay
 from trainer.config.deepspeed.refused import REFUSED
 from trainer.config.deepspeed.resolve import (
     AUTO_BUCKETS,
@@ -16,6 +16,7 @@ from trainer.config.deepspeed.resolve import (
     extensions_of,
     for_engine,
     nvme_can_be_read,
+    own_schedule,
     resolve,
     smallest_data_ranks,
 )
@@ -31,9 +32,11 @@ __all__ = [
     "class_problems",
     "clips_itself",
     "extensions_of",
+    "first_rates",
     "for_engine",
     "nvme_can_be_read",
     "optimizer_problems",
+    "own_schedule",
     "resolve",
     "scheduler_problems",
     "smallest_data_ranks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from deepspeed.runtime import lr_schedules
 
 from trainer.config.deepspeed.section import RESOLVED_AUTOS, DeepSpeedSection, OptimizerSection, SchedulerSection
+from trainer.config.deepspeed.wsd import DECAYS, WSD
 from trainer.errors import Problem
 
 _TORCH_OPTIMIZERS = {
@@ -92,7 +94,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_PARAM_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
+
+_PARAM_CHECKS: Checks = {
     "lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "muon_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "adam_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
@@ -103,8 +111,8 @@ _PARAM_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
         "two numbers in [0, 1)",
     ),
-    "warmup_num_steps": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number >= 1"),
-    "total_num_steps": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number >= 1"),
+    "warmup_num_steps": (lambda v: _is_count(v, 1), "a whole number >= 1"),
+    "total_num_steps": (lambda v: _is_count(v, 1), "a whole number >= 1"),
     "warmup_type": (lambda v: v in ("log", "linear"), "'log' or 'linear'"),
     "warmup_min_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "warmup_max_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
@@ -113,7 +121,18 @@ _PARAM_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _param_problems(where: str, params: Mapping[str, Any], known: frozenset[str]) -> Iterator[Problem]:
+_WSD_CHECKS: Checks = {
+    **_PARAM_CHECKS,
+    "warmup_num_steps": (lambda v: _is_count(v, 0), "a whole number >= 0"),
+    "decay_num_steps": (lambda v: _is_count(v, 0), "a whole number >= 0"),
+    "decay_min_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "decay_type": (lambda v: v in DECAYS, "'linear', 'cosine' or '1-sqrt'"),
+}
+
+
+def _param_problems(
+    where: str, params: Mapping[str, Any], known: frozenset[str], checks: Checks = _PARAM_CHECKS
+) -> Iterator[Problem]:
     for key, value in params.items():
         path = f"deepspeed.{where}.params.{key}"
         if key == "max_grad_norm":
@@ -125,8 +144,8 @@ def _param_problems(where: str, params: Mapping[str, Any], known: frozenset[str]
         elif value == "auto":
             if f"{where}.params.{key}" not in RESOLVED_AUTOS:
                 yield Problem(path, '"auto" cannot be resolved here: nothing else says this value', "Give the value")
-        elif key in _PARAM_CHECKS and not _PARAM_CHECKS[key][0](value):
-            yield Problem(path, f"expected {_PARAM_CHECKS[key][1]}, got {value!r}")
+        elif key in checks and not checks[key][0](value):
+            yield Problem(path, f"expected {checks[key][1]}, got {value!r}")
 
 
 def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
@@ -199,17 +218,37 @@ def _scheduler_refusal(kind: type, section: SchedulerSection) -> str | None:
     }
     params = {k: v for k, v in params.items() if v != "auto"}
 
-    def run() -> None:
-        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-        schedule: Any = kind(optimizer, **params)
-        for _ in range(3):
-            optimizer.step()
-            schedule.step()
+    return _trial(lambda: _walk(kind, params, 1e-3, 3))
 
-    return _trial(run)
+
+def _walk(kind: type, params: Mapping[str, Any], rate: float, steps: int) -> list[float]:
+    """The rates of the first steps. With two parameter groups, as a run may have: no value may be for one alone."""
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=rate)
+    schedule: Any = kind(optimizer, **params)
+    rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch misses the optimizer's steps in between
+        for _ in range(steps):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            schedule.step()
+    return rates
+
+
+def first_rates(resolved: Mapping[str, Any], steps: int) -> list[float]:
+    """The learning rates of the first steps under a resolved configuration, of Muon's two groups the matrices'."""
+    optimizer, section = resolved["optimizer"], resolved.get("scheduler")
+    params = optimizer.get("params", {})
+    rate = float(params.get("muon_lr", params.get("lr", 1e-3)))
+    if section is None:
+        return [rate] * steps
+    kind = _scheduler_class(section["type"])
+    assert kind is not None
+    return _walk(kind, section["params"], rate, steps)
 
 
 def _scheduler_class(name: str) -> type | None:
+    if name == WSD.__name__:
+        return WSD
     if name in lr_schedules.VALID_LR_SCHEDULES:
         return getattr(lr_schedules, name)  # type: ignore[no-any-return]
     kind = getattr(torch.optim.lr_scheduler, name, None)
@@ -227,11 +266,13 @@ def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
     path = "deepspeed.scheduler"
     kind = _scheduler_class(section.scheduler.type)
     if kind is None:
-        yield _unknown(f"{path}.type", "scheduler", section.scheduler.type, list(lr_schedules.VALID_LR_SCHEDULES))
+        names = [*lr_schedules.VALID_LR_SCHEDULES, WSD.__name__]
+        yield _unknown(f"{path}.type", "scheduler", section.scheduler.type, names)
         return
     arguments = _arguments(kind)
     known = frozenset(arguments) - {"last_batch_iteration"}
-    found = list(_param_problems("scheduler", section.scheduler.params, known))
+    checks = _WSD_CHECKS if kind is WSD else _PARAM_CHECKS
+    found = list(_param_problems("scheduler", section.scheduler.params, known, checks))
     for name, parameter in arguments.items():
         if parameter.default is inspect.Parameter.empty and name not in section.scheduler.params:
             found.append(Problem(f"{path}.params.{name}", "required, but missing"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
 from trainer.config.deepspeed.optimizers import ELEMENTWISE
 from trainer.config.deepspeed.section import DeepSpeedSection
+from trainer.config.deepspeed.wsd import WSD
 from trainer.errors import Problem
 
 
@@ -122,8 +124,20 @@ def clips_itself(resolved: Mapping[str, Any]) -> bool:
 
 
 def for_engine(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved section as `deepspeed.initialize` gets it: clipping is 0 where the engine clips."""
-    return dict(resolved) if clips_itself(resolved) else {**resolved, "gradient_clipping": 0.0}
+    """The resolved section as `deepspeed.initialize` gets it: clipping is 0 where the engine clips, and a schedule of
+    ours, which DeepSpeed does not know, is left out."""
+    settings = dict(resolved) if clips_itself(resolved) else {**resolved, "gradient_clipping": 0.0}
+    if own_schedule(resolved) is not None:
+        del settings["scheduler"]
+    return settings
+
+
+def own_schedule(resolved: Mapping[str, Any]) -> Callable[[Any], WSD] | None:
+    """What makes the schedule for an optimizer, where it is none of DeepSpeed's or torch's."""
+    section = resolved.get("scheduler")
+    if section is None or section["type"] != WSD.__name__:
+        return None
+    return partial(WSD, **section["params"])
 
 
 EXTENSIONS: Mapping[tuple[str, bool], str] = {

@@ -98,7 +98,8 @@ class OptimizerSection(Section):
 
 class SchedulerSection(Section):
     type: str
-    """LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR, or one of `torch.optim.lr_scheduler`."""
+    """LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR (DeepSpeed's), WSD (ours: warm-up, stable, decay),
+    or one of `torch.optim.lr_scheduler`."""
 
     params: dict[str, Any] = {}
     """Arguments of the scheduler's class."""
