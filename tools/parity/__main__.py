@@ -23,7 +23,7 @@ from trainer.distributed import Launch, prepare_environment
 
 prepare_environment()
 
-from tools.parity import layouts, matrix, subject
+from tools.parity import layouts, matrix, page, results, subject
 from trainer.exit import Arguments, exit_on_errors
 
 _LAYOUTS = """layouts:
@@ -57,12 +57,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     families.add_argument("--tensor", type=int, default=None, metavar="N", help="tensor ranks (default: 2, or 1 with "
                           "--pipeline)")  # fmt: skip
     families.add_argument("--pipeline", type=int, default=None, metavar="N", help="stages (default: 1)")
-    families.add_argument("--sequence_parallel", action="store_true", help="with the sequence cut")
-    families.add_argument(
-        "--write",
-        action="store_true",
-        help=f"with --families all: prove tensor, sequence and pipeline parallelism, write {matrix.PAGE}",
-    )
+    families.add_argument("--sequence_parallel", action="store_true", help="with sequence parallelism")
+    families.add_argument("--shapes", action="store_true", help="also in other shapes: key/value heads, widths, ties, "
+                          "biases, every boolean that changes the set of weights")  # fmt: skip
+    families.add_argument("--training", action="store_true", help="also through launch/train.py: a step, a checkpoint, "
+                          "a step in another layout, the export")  # fmt: skip
+    families.add_argument("--matrix", action="store_true", help="all of it: tensor, sequence and pipeline parallelism, "
+                          "other shapes, training")  # fmt: skip
+    families.add_argument("--write", action="store_true", help=f"with --families all: the same as --matrix, and write "
+                          f"{page.PAGE} and the totals in {page.README}")  # fmt: skip
+    families.add_argument("--fresh", action="store_true",
+                          help=f"prove again what is kept in {results.FOLDER} for these sources")  # fmt: skip
     options = parser.parse_args(arguments)
     _check(parser, options)
     return options
@@ -73,8 +78,9 @@ def _check(parser: Arguments, options: argparse.Namespace) -> None:
     if (options.config is None) == (options.families is None):
         parser.error("give either --config with --layouts, or --families")
     own = {"--layouts": options.layouts, "--shrink": options.shrink, "--set": options.set}
-    of_families = {"--tensor": options.tensor, "--pipeline": options.pipeline,
-                   "--sequence_parallel": options.sequence_parallel, "--write": options.write}  # fmt: skip
+    of_families = {"--tensor": options.tensor, "--pipeline": options.pipeline, "--shapes": options.shapes,
+                   "--sequence_parallel": options.sequence_parallel, "--training": options.training,
+                   "--matrix": options.matrix, "--write": options.write, "--fresh": options.fresh}  # fmt: skip
     if options.config is not None and options.layouts is None:
         parser.error("--config needs --layouts, for example --layouts tensor=2")
     for name, value in (of_families if options.config is not None else own).items():
@@ -85,7 +91,9 @@ def _check(parser: Arguments, options: argparse.Namespace) -> None:
             parser.error(f"{name}: {size} ranks share nothing; give 2 or more")
     if options.sequence_parallel and options.pipeline and not options.tensor:
         parser.error("--sequence_parallel needs --tensor: tensor ranks share a sequence")
-    chosen = options.sequence_parallel or options.tensor or options.pipeline
+    chosen = any((options.sequence_parallel, options.tensor, options.pipeline, options.shapes, options.training))
+    if options.matrix and chosen:
+        parser.error("--matrix proves all of its columns, all shapes and training; leave the other options out")
     if options.write and (options.families != ["all"] or chosen):
         parser.error("--write goes with --families all alone, and proves all of its columns")
 
@@ -98,11 +106,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     if options.families is not None:
-        tensor = options.tensor or (1 if options.pipeline else 2)
-        column = matrix.Column(tensor, options.pipeline or 1, options.sequence_parallel)
-        return matrix.run(options.families, column, write=options.write)
+        return _families(options)
     wanted = subject.parse_layouts(options.layouts)
     return layouts.compare(options.config, wanted, options.set, shrink=options.shrink)
+
+
+def _families(options: argparse.Namespace) -> int:
+    whole = options.matrix or options.write
+    tensor = options.tensor or (1 if options.pipeline else 2)
+    column = matrix.Column(tensor, options.pipeline or 1, options.sequence_parallel)
+    kept = results.Results(fresh=options.fresh)
+    rows = matrix.run(
+        options.families,
+        matrix.PAGES_COLUMNS if whole else (column,),
+        kept,
+        shapes=whole or options.shapes,
+        training=whole or options.training,
+    )
+    if options.write:
+        page.write(rows, kept.seconds())
+    return 0 if matrix.is_sound(rows) else 1
 
 
 if __name__ == "__main__":

@@ -9,9 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 Task = Literal["causal_lm", "masked_lm", "seq2seq_lm"]
+
+CLASSES: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+}
+"""What builds a model for each task."""
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,37 @@
-"""The support matrix: every family of the table, proven one by one, and written down as a page."""
+"""The support matrix: every family of the table in every shape, divided in several ways, proven cell by cell.
+
+Not the full product. Every family is proven in its generic shape in all ways of dividing it, and its whole way through
+`launch/train.py`; every other shape in one way that shards it; the families of `EXEMPLARY` in all shapes and all ways.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
-import textwrap
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.metadata import version
-from pathlib import Path
 
 from tools.parity.families import FAMILIES, Family
 from tools.parity.proof import Verdict, prove
+from tools.parity.results import Results
+from tools.parity.shapes import GENERIC, Variation, variations
+from tools.parity.training import Layout, prove_training
 from tools.ranks import run_ranks
 from trainer.errors import ConfigError, Problem
 
-PAGE = Path("docs/support_matrix.md")
 OUTCOMES = ("right", "partly", "wrong", "refused", "not built", "failed")
+SOUND = ("right", "partly")
 BAD = ("wrong", "failed")
 """Outcomes that are faults of ours."""
 
-_REASON = 150
-"""Characters of a reason in the table."""
+TRAINING = "training"
+"""What the cell is called in which a family is trained by the command."""
+
+EXEMPLARY = (
+    "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite",
+    "jamba", "llama", "mamba2", "mixtral", "olmo2", "opt", "phi3", "qwen3", "qwen3_next", "starcoder2",
+)  # fmt: skip
+"""Families that are proven in every shape and every way."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,34 @@ class Column:
 PAGES_COLUMNS = (Column(2), Column(2, sequence_parallel=True), Column(pipeline=2), Column(2, 2))
 """What the page shows; the first one says how much of a model is cut."""
 
+MORE_COLUMNS = (Column(4),)
+"""Ways in which the exemplary families are divided in addition: fewer key/value heads than ranks."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Row:
-    """What was found about one family, by way of dividing it."""
+    """What was found about one family."""
 
     family: Family
-    found: dict[Column, Verdict]
+    found: dict[Column, Verdict] = field(default_factory=dict)
+    """In the generic shape."""
+
+    training: Verdict | None = None
+    """Of the run through `launch/train.py`; None where it has no such task."""
+
+    shapes: dict[tuple[str, Column], Verdict] = field(default_factory=dict)
+    """In the other shapes."""
+
+    def outcome(self, column: Column) -> str:
+        """A way of dividing a family is right only if the command trains the family, too."""
+        own = self.found[column].outcome
+        if own in SOUND and self.training is not None and self.training.outcome not in SOUND:
+            return self.training.outcome
+        return own
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return list(self.found.values())
+        return [*self.found.values(), *([self.training] if self.training else []), *self.shapes.values()]
 
 
 def chosen(names: list[str]) -> list[Family]:
@@ -75,29 +98,11 @@ def chosen(names: list[str]) -> list[Family]:
         if name not in known:
             near = get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(
-                Problem(
-                    "--families",
-                    f"'{name}' is not in the table{hint}",
-                    "" if near else "Give names of tools/parity/families.py, or 'all'",
-                )
-            )
+            remedy = "" if near else "Give names of tools/parity/families.py, or 'all'"
+            problems.append(Problem("--families", f"'{name}' is not in the table{hint}", remedy))
     if problems:
         raise ConfigError(problems)
     return [family for family in FAMILIES if family.model_type in names or str(family) in names]
-
-
-def _prove(family: Family, column: Column) -> Verdict:
-    return prove([family], sequence_parallel=column.sequence_parallel, pipeline=column.pipeline)[0]
-
-
-def _verdict(family: Family, column: Column) -> Verdict:
-    """The proof of one family in ranks of its own; a rank that crashes is the family's verdict."""
-    try:
-        verdict: Verdict = run_ranks(_prove, column.world, family, column)[0]
-    except AssertionError as error:
-        return Verdict(str(family), column.world, "failed", last_line(str(error)))
-    return verdict
 
 
 def last_line(report: str) -> str:
@@ -108,15 +113,114 @@ def last_line(report: str) -> str:
     return (after or lines or ["no message"])[0].strip()
 
 
-def prove_all(families: list[Family], columns: Sequence[Column]) -> Iterator[Row]:
-    """Proves the families one by one, each divided in every way, with a line each."""
+def _prove(families: list[Family], column: Column) -> list[Verdict]:
+    # What a shape lacks of the default's layers, the generic shape says; a flip has other ones on purpose.
+    like_default = len(families) == 1 and ";" not in families[0].variant and families[0] in FAMILIES
+    return prove(
+        families,
+        like_default=like_default,
+        sequence_parallel=column.sequence_parallel,
+        pipeline=column.pipeline,
+    )
+
+
+def _verdicts(families: list[Family], column: Column) -> list[Verdict]:
+    """Proofs in ranks of their own; a rank that crashes is the verdict of the family that it was at."""
+    if not families:
+        return []
+    try:
+        verdicts: list[Verdict] = run_ranks(_prove, column.world, families, column)[0]
+    except AssertionError as error:
+        if len(families) > 1:
+            return [verdict for family in families for verdict in _verdicts([family], column)]
+        return [Verdict(str(families[0]), column.world, "failed", last_line(str(error)))]
+    return verdicts
+
+
+class Prover:
+    """Reaches the verdicts that are not known yet."""
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self.new = 0
+        """Verdicts reached by this run."""
+
+    def row(self, family: Family, columns: Sequence[Column], *, shapes: bool, training: bool) -> Row:
+        """All cells of a family.
+
+        Args:
+            columns: of the generic shape. shapes: prove the other shapes, too. training: train it by the command.
+        """
+        row = Row(family)
+        generic = Variation(family, GENERIC, ())
+        for column in columns:
+            (row.found[column],) = self._cells(family, [generic], column)
+        if training and family.task == "causal_lm":
+            row.training = self._training(row)
+        if shapes and any(verdict.outcome in SOUND for verdict in row.found.values()):
+            self._shapes(row, columns)
+        return row
+
+    def _shapes(self, row: Row, columns: Sequence[Column]) -> None:
+        family, varied = row.family, list(variations(row.family))
+        best = next((c for c in columns if row.found[c].outcome in SOUND), columns[0])
+        exemplary = family.model_type in EXEMPLARY and family.task == "causal_lm" and not family.variant
+        for column in (*columns, *MORE_COLUMNS) if exemplary else (best,):
+            chosen = varied if exemplary and column in MORE_COLUMNS else varied[1:]
+            for variation, verdict in zip(chosen, self._cells(family, chosen, column), strict=True):
+                row.shapes[variation.shape, column] = verdict
+
+    def _cells(self, family: Family, varied: list[Variation], column: Column) -> list[Verdict]:
+        """The verdicts of a family in several shapes, divided in one way."""
+        keys = [(str(family), variation.shape, str(column)) for variation in varied]
+        unknown = [n for n, key in enumerate(keys) if self._results.get(key) is None]
+        began = time.monotonic()
+        reached = _verdicts([varied[n].family for n in unknown], column)
+        for n, verdict in zip(unknown, reached, strict=True):
+            self._add(keys[n], verdict, (time.monotonic() - began) / len(unknown))
+        return [verdict for key in keys if (verdict := self._results.get(key)) is not None]
+
+    def _training(self, row: Row) -> Verdict:
+        layouts = _training_layouts(row)
+        key = (str(row.family), GENERIC, f"{TRAINING} {layouts[0]}, {layouts[1]}")
+        if self._results.get(key) is None:
+            began = time.monotonic()
+            self._add(key, prove_training(row.family, *layouts), time.monotonic() - began)
+        verdict = self._results.get(key)
+        assert verdict is not None
+        return verdict
+
+    def _add(self, key: tuple[str, str, str], verdict: Verdict, seconds: float) -> None:
+        self._results.add(key, verdict, seconds)
+        self.new += 1
+
+
+def _training_layouts(row: Row) -> tuple[Layout, Layout]:
+    """In which the first step is taken, and the second: both divide the model, where it can be divided."""
+    sound = [column for column, verdict in row.found.items() if verdict.outcome in SOUND and column.world == 2]
+    plain = [Layout(c.tensor, c.pipeline) for c in sound if not c.sequence_parallel]
+    return (plain[0] if plain else Layout(data=2)), (plain[1] if len(plain) > 1 else Layout())
+
+
+def prove_all(
+    families: list[Family], columns: Sequence[Column], results: Results, *, shapes: bool = False, training: bool = False
+) -> Iterator[Row]:
+    """Proves the families one by one, with a line each."""
+    prover = Prover(results)
     began = time.monotonic()
     width = max(len(str(family)) for family in families)
+    waited = 0
     for number, family in enumerate(families, start=1):
-        row = Row(family, {column: _verdict(family, column) for column in columns})
+        before = prover.new
+        row = prover.row(family, columns, shapes=shapes, training=training)
+        waited += prover.new > before
         spent = time.monotonic() - began
-        left = spent / number * (len(families) - number)
-        outcomes = " / ".join(v.outcome for v in row.verdicts)
+        left = spent / max(1, waited) * (len(families) - number)
+        outcomes = " / ".join(v.outcome for v in row.found.values())
+        if row.training is not None:
+            outcomes += f"; trained: {row.training.outcome}"
+        if row.shapes:
+            outcomes += f"; {len(row.shapes)} in other shapes: {totals([v.outcome for v in row.shapes.values()])}"
         print(f"[{number:{len(str(len(families)))}}/{len(families)}] {_clock(left)} left  {family!s:{width}}  "
               f"{outcomes}{_remark(row)}", flush=True)  # fmt: skip
         yield row
@@ -127,127 +231,37 @@ def _clock(seconds: float) -> str:
 
 
 def _remark(row: Row) -> str:
-    reasons = dict.fromkeys(_reason(v) for v in row.verdicts if v.outcome not in ("right", "partly") and v.reason)
+    reasons = {f"{v.family}: {reason_of(v)}" if v.outcome in BAD else reason_of(v): None
+               for v in row.verdicts if v.outcome not in SOUND and v.reason}  # fmt: skip
     worst = max((v.worst for v in row.verdicts), default=0.0)
     if any(v.outcome == "wrong" for v in row.verdicts):
         reasons[f"largest difference {worst:.1e}"] = None
-    return "  " + shortened("; ".join(reasons), 100) if reasons else ""
+    return "  " + "; ".join(reasons)[:300] if reasons else ""
 
 
-def _reason(verdict: Verdict) -> str:
+def reason_of(verdict: Verdict) -> str:
     """Of a refusal without the key, which every one of them names."""
     key, colon, rest = verdict.reason.partition(": ")
     return rest if colon and key.startswith("parallel.") else verdict.reason
 
 
-def shortened(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters, cut between words."""
-    return textwrap.shorten(text, width, placeholder=" ...")
-
-
-def totals(verdicts: list[Verdict]) -> str:
+def totals(outcomes: Sequence[str]) -> str:
     """How many came out how, in words."""
-    count = Counter(verdict.outcome for verdict in verdicts)
-    return ", ".join(f"{count[outcome]} {outcome}" for outcome in OUTCOMES if count[outcome])
+    return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in outcomes)
 
 
-def _explained(row: Row) -> str:
-    """What stays whole and why, or why there is no proof; on one line."""
-    first = row.verdicts[0]
-    if first.outcome not in ("right", "partly"):
-        return _reason(first)
-    parts = []
-    for column, verdict in list(row.found.items())[1:]:
-        reason = _reason(verdict)
-        if verdict.outcome not in ("right", "partly") and not any(reason in part for part in parts):
-            parts.append(f"{column}: {reason}")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in first.whole.items():
-        reasons.setdefault(reason, []).append(name.rpartition("*.")[2].removesuffix(".weight"))
-    parts += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    if first.share_without_gradient > 0.05:
-        parts.append(f"{first.share_without_gradient:.0%} of the parameters get no gradient in this proof")
-    return "; ".join(parts)
+def run(names: list[str], columns: Sequence[Column], results: Results, *, shapes: bool, training: bool) -> list[Row]:
+    """Proves the families called `names`, divided as `columns` say, and prints how many came out how."""
+    rows = list(prove_all(chosen(names), columns, results, shapes=shapes, training=training))
+    for column in columns:
+        print(f"{column}: {totals([row.outcome(column) for row in rows])}")
+    if trained := [row.training.outcome for row in rows if row.training]:
+        print(f"trained by launch/train.py: {totals(trained)}")
+    if varied := [verdict.outcome for row in rows for verdict in row.shapes.values()]:
+        print(f"{len(varied)} proofs in other shapes: {totals(varied)}")
+    return rows
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("<", "&lt;")
-
-
-def _line(row: Row) -> str:
-    proven = [v for v in row.verdicts if v.outcome in ("right", "partly", "wrong")]
-    name = f"{row.family.model_type} ({row.family.variant})" if row.family.variant else row.family.model_type
-    cells = [
-        _cell(name),
-        _cell(row.family.task),
-        *(v.outcome for v in row.verdicts),
-        f"{row.verdicts[0].share_cut:.0%}" if row.verdicts[0] in proven else "",
-        f"{max(v.worst for v in proven):.0e}" if proven else "",
-        _cell(shortened(_explained(row), _REASON)),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def page(rows: list[Row]) -> str:
-    """The support matrix as Markdown; every row has been proven under all of `PAGES_COLUMNS`."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
-    rows = sorted(rows, key=lambda row: (row.family.model_type, row.family.task, row.family.variant))
-    lines = [
-        "# Support matrix",
-        "",
-        "What tensor and pipeline parallelism do with each family of transformers. A small model of the family, with",
-        "every kind of layer that its default configuration has, is divided over the ranks; its loss and **every",
-        "gradient** are compared with the plain Hugging Face model in one process. Written by",
-        "",
-        "    python -m tools.parity --families all --write",
-        "",
-        f"on {_date()} with {versions}, in fp32 on {os.cpu_count()} CPU cores "
-        f"({platform.system()} {platform.machine()}).",
-        "For your own model, with its own sizes: `python -m tools.parity --config X.json --layouts tensor=2`.",
-        "",
-        "- **right**: all gradients agree (to 1e-4 of the largest element); under tensor parallelism at least 90 % of",
-        "  the elements of the blocks' matrices are cut, and every stage of a pipeline has layers of its own.",
-        "- **partly**: all gradients agree; more than 10 % of the matrices stay whole on every rank, or over 5 %",
-        "  of the parameters get no gradient from this proof's inputs.",
-        "- **refused**: the family cannot be divided so, and training says so before it starts.",
-        "- **not built**: transformers cannot build a small model of the family here, or not one with the default's",
-        "  layers. Nothing is claimed about it.",
-        "- **wrong**, **failed**: a gradient differs; a rank crashed. Faults of ours.",
-        "",
-        "*Cut* is the share of the elements of the blocks' matrices that is divided among tensor ranks. *Difference*",
-        "is the largest one of a gradient, as a share of that gradient's largest element, under any column.",
-        "",
-        "| | families | outcomes |",
-        "| --- | --: | --- |",
-    ]
-    for column in PAGES_COLUMNS:
-        for task in dict.fromkeys(row.family.task for row in rows):
-            own = [row.found[column] for row in rows if row.family.task == task]
-            lines.append(f"| {column}: {_cell(task)} | {len(own)} | {totals(own)} |")
-    titles = " | ".join(str(column) for column in PAGES_COLUMNS)
-    lines += [
-        "",
-        f"| family | task | {titles} | cut | difference | whole, or why not |",
-        f"| --- | --- |{' --- |' * len(PAGES_COLUMNS)} --: | --: | --- |",
-        *map(_line, rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _date() -> str:
-    today = date.today()
-    return f"{today.day} {today:%B %Y}"
-
-
-def run(names: list[str], column: Column, *, write: bool) -> int:
-    """Proves the families called `names` divided as `column` says; with `write`, in all ways of the page, and writes
-    that. 1 if any is wrong."""
-    columns = PAGES_COLUMNS if write else (column,)
-    rows = list(prove_all(chosen(names), columns))
-    for one in columns:
-        print(f"{one}: {totals([row.found[one] for row in rows])}")
-    if write:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows))
-        print(f"written: {PAGE}")
-    return int(any(v.outcome in BAD for row in rows for v in row.verdicts))
+def is_sound(rows: list[Row]) -> bool:
+    """Whether nothing was found wrong."""
+    return not any(verdict.outcome in BAD for row in rows for verdict in row.verdicts)

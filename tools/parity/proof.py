@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tools.parity.families import Family
+from tools.parity.families import CLASSES, Family
 from tools.parity.shrink import MINIMAL, tiny
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
@@ -37,11 +37,6 @@ from trainer.parallel import (
 from trainer.pipeline import Stage, divide, follow, refuse_other_uses, shared_weights
 from trainer.topology import Topology
 
-CLASSES: dict[str, Any] = {
-    "causal_lm": AutoModelForCausalLM,
-    "masked_lm": AutoModelForMaskedLM,
-    "seq2seq_lm": AutoModelForSeq2SeqLM,
-}
 BATCH, LENGTH = 2, 24
 LARGEST = 20_000_000
 """Parameters that a tiny model may have at most."""
@@ -82,6 +77,15 @@ class _NotBuilt(Exception):
     """Why there is no tiny model."""
 
 
+def tiny_config(family: Family) -> PreTrainedConfig:
+    """The configuration of a family's tiny model, as the proof trains it: causal, and without dropout."""
+    config = tiny(family.model_type, **family.fields)
+    if family.task == "causal_lm" and getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True
+    _without_dropout(config)
+    return config
+
+
 def _without_dropout(config: Any) -> None:
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
     for part in (config, *parts):
@@ -106,8 +110,7 @@ def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedM
         like_default: refuse one whose parameters and module classes are not those of the family's default.
     """
     try:
-        config = tiny(family.model_type, **family.fields)
-        _without_dropout(config)
+        config = tiny_config(family)
         kind = CLASSES[family.task]
         with torch.device("meta"):
             shape = kind.from_config(config)
@@ -130,6 +133,13 @@ def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedM
             if name.endswith("tid2eid"):  # DeepSeek-V4's table from tokens to experts, which is read from a checkpoint
                 buffer.copy_(torch.randint_like(buffer, config.n_routed_experts))
     return model.train()
+
+
+@torch.no_grad()
+def computes(family: Family) -> None:
+    """Runs the family's tiny model forward, by Hugging Face's own code alone; raises what that raises."""
+    model = reference_model(family, like_default=False)
+    model(**_inputs(family, model)[0])
 
 
 def _inputs(family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Tensor]:
@@ -273,7 +283,10 @@ def _compare(
     inputs |= more
     for model in (plain, cut):
         _seed_every_block(model)
-    output = plain(**inputs)
+    try:
+        output = plain(**inputs)
+    except Exception as error:  # sizes that a constructor takes and no forward pass can have
+        raise _NotBuilt(f"Hugging Face's own model fails: {type(error).__name__}: {error}".splitlines()[0]) from None
     logits = output.logits[:, -LENGTH:]  # behind those of an image
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten()) + _auxiliary(plain, output)

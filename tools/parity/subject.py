@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tools.parity.matrix import shortened
+from tools.parity.page import shortened
 from tools.parity.proof import LARGEST, _signature
 from tools.parity.shrink import shrunk
 from trainer.config import strict_json

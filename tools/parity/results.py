@@ -1,0 +1,77 @@
+"""Verdicts that have been reached, kept so that a long run goes on where it was stopped.
+
+A verdict holds for the family in its shape, the way it was divided, and the sources that were proven: any change of
+`trainer/`, of the proof, or of torch, transformers or DeepSpeed makes it worthless.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tools.parity.proof import Verdict
+
+FOLDER = Path(".cache/parity")
+PROVEN = ("trainer", "tools/parity", "launch/train.py", "tools/ranks.py")
+"""Sources on which a verdict depends."""
+
+_UNPROVEN = ("tools/parity/page.py", "tools/parity/__main__.py")
+_PACKAGES = ("torch", "transformers", "deepspeed")
+
+Key = tuple[str, str, str]
+"""(family, shape, way of dividing it)."""
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of all that a verdict depends on."""
+    whole = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in _PACKAGES).encode())
+    for root in map(Path, PROVEN):
+        files = [root] if root.is_file() else sorted(root.rglob("*.py"))
+        for file in files:
+            if file.as_posix() not in _UNPROVEN:
+                whole.update(file.as_posix().encode() + file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+class Results:
+    """Verdicts by key, in a file to which each is appended as soon as it is reached."""
+
+    def __init__(self, folder: Path = FOLDER, *, fresh: bool = False) -> None:
+        """Args:
+        fresh: pass over what earlier runs have kept.
+        """
+        self._path = folder / f"{source_hash()}.jsonl"
+        self._known: dict[Key, tuple[Verdict, float]] = {}
+        if not fresh and self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        try:
+            row: dict[str, Any] = json.loads(line)
+            verdict = Verdict(**row["verdict"] | {"loss": tuple(row["verdict"]["loss"])})
+        except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+            return
+        self._known[row["family"], row["shape"], row["layout"]] = verdict, row["seconds"]
+
+    def get(self, key: Key) -> Verdict | None:
+        found = self._known.get(key)
+        return None if found is None else found[0]
+
+    def add(self, key: Key, verdict: Verdict, seconds: float) -> None:
+        self._known[key] = verdict, seconds
+        family, shape, layout = key
+        row = {"family": family, "shape": shape, "layout": layout, "seconds": seconds, "verdict": asdict(verdict)}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def seconds(self) -> float:
+        """How long all verdicts that are known took to reach."""
+        return sum(seconds for _, seconds in self._known.values())

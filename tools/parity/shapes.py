@@ -1,0 +1,217 @@
+"""Shapes of a family: what the tiny model is varied by, so that a proof does not share its sizes with what it proves.
+
+The generic shape divides everywhere: 4 of 8 key/value heads, heads as wide as hidden / heads, powers of two. A fault
+that these sizes hide is found by the others: one key/value head, heads of another width, widths and a vocabulary that
+do not divide, ties and biases the other way round, and every boolean of the configuration that changes which weights
+there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from tools.parity.families import CLASSES, Family
+from tools.parity.proof import computes, tiny_config
+from tools.parity.shrink import COUPLED
+
+Fields = dict[str, Any]
+
+GENERIC = "generic"
+HEADS = "one key/value head"
+FEW_HEADS = "two key/value heads"
+WIDTH = "wide heads"
+UNEVEN = "uneven"
+OPPOSITE = "ties and biases reversed"
+SHAPES = (GENERIC, HEADS, FEW_HEADS, WIDTH, UNEVEN, OPPOSITE)
+"""The shapes that every family has, as far as its configuration knows what they change."""
+
+FLIP = "flip "
+"""Begins the name of a shape in which one boolean of the configuration has its other value."""
+
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
+HEAD_WIDTHS = ("head_dim", "d_kv", "attention_head_size", "d_head", "dim_head", "v_head_dim", "attention_head_dim")
+WIDTHS = {
+    "intermediate_size": 124, "ffn_dim": 124, "d_ff": 124, "dff": 124, "dim_ff": 124, "n_inner": 124, "d_inner": 124,
+    "encoder_ffn_dim": 124, "decoder_ffn_dim": 124, "ffn_hidden_size": 124, "feed_forward_size": 124,
+    "dense_intermediate_size": 124, "moe_intermediate_size": 36, "shared_expert_intermediate_size": 36,
+    "expert_ffn_hidden_size": 36, "shared_intermediate_size": 36, "shared_experts_intermediate_size": 36,
+    "moe_shared_expert_intermediate_size": 36, "ffn_config": {"ffn_hidden_size": 124},
+}  # fmt: skip
+"""Two tensor ranks get columns that are no multiple of 16 bytes in fp32, four an odd number; experts too."""
+
+VOCABULARY = 257
+
+NOT_STRUCTURE = ("is_encoder_decoder", "add_cross_attention", "cross_attention", "use_cache", "torchscript")
+"""Booleans that make another kind of model of it, with inputs that no task here has."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A family in one shape."""
+
+    family: Family
+    """With the fields of the shape."""
+
+    shape: str
+    changed: tuple[str, ...]
+    """Fields of the configuration that differ from the generic shape, as `name=value`."""
+
+
+def variations(family: Family) -> Iterator[Variation]:
+    """The generic shape of a family, then every other that changes its tiny model and can be built."""
+    yield Variation(family, GENERIC, ())
+    try:
+        generic = _Built(family)
+    except Exception:  # not built: the generic row says why
+        return
+    for shape in SHAPES[1:]:
+        found = next(filter(None, (_built_with(family, shape, fields) for fields in _CANDIDATES[shape](generic))), None)
+        if found is not None:
+            yield found
+    for fields in _booleans(generic):
+        found = _built_with(family, FLIP + next(_named(fields)), fields)
+        if found is not None and _Built(found.family).shapes != generic.shapes:
+            yield found
+
+
+class _Built:
+    """A family's tiny model on the meta device."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.config = tiny_config(family)
+        with torch.device("meta"):
+            model: nn.Module = CLASSES[family.task].from_config(self.config)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def parts(self) -> Iterator[tuple[str, PreTrainedConfig]]:
+        """(name, configuration) of those that say what the language model is made of; "" is the configuration itself."""
+        yield "", self.config
+        text = self.config.get_text_config(decoder=True)
+        for name in getattr(self.config, "sub_configs", None) or {}:
+            if getattr(self.config, name, None) is text and text is not self.config:
+                yield name, text
+
+
+def _built_with(family: Family, shape: str, fields: Fields) -> Variation | None:
+    varied = replace(
+        family,
+        variant=f"{family.variant}; {shape}" if family.variant else shape,
+        fields=_merged(family.fields, fields),
+    )
+    try:
+        _Built(varied)
+        if shape in (HEADS, FEW_HEADS, WIDTH):  # sizes that the constructor takes and the forward pass does not
+            computes(varied)
+    except Exception:  # the families' validators raise what they like
+        return None
+    return Variation(varied, shape, tuple(_named(fields)))
+
+
+def _merged(base: Fields, over: Fields) -> Fields:
+    return base | {
+        key: base[key] | value if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
+
+
+def _named(fields: Fields, prefix: str = "") -> Iterator[str]:
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _named(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value}"
+
+
+def _settable(config: PreTrainedConfig, key: str) -> Any:
+    """The value of a field that the configuration's constructor takes by this name; None where there is none."""
+    if any(isinstance(vars(kind).get(key), property) for kind in type(config).__mro__) or key in config.attribute_map:
+        return None
+    try:
+        return getattr(config, key, None)
+    except Exception:  # a family that forbids to read it
+        return None
+
+
+def _placed(part: str, fields: Fields) -> Fields:
+    return {part: fields} if part else fields
+
+
+def _few_heads(generic: _Built, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fields]:
+    """The fewest key/value heads first; always so many that each serves equally many query heads."""
+    row = COUPLED.get(generic.config.model_type, {})
+    for part, config in generic.parts():
+        for holder in ("", "attn_config"):
+            inner = getattr(config, holder, None) if holder else config
+            for key in KEY_VALUE_HEADS:
+                heads = _settable(inner, key) if isinstance(inner, PreTrainedConfig) else None
+                for count in counts if isinstance(heads, int) else ():
+                    fields = {key: count}
+                    if count < heads:
+                        yield _placed(part, {holder: row.get(holder, {}) | fields} if holder else fields)
+
+
+def _wide_heads(generic: _Built) -> Iterator[Fields]:
+    for part, config in generic.parts():
+        for key in HEAD_WIDTHS:
+            width = _settable(config, key)
+            if isinstance(width, int):
+                yield from (_placed(part, {key: wide}) for wide in (2 * width, 3 * width, width // 2))
+
+
+def _uneven(generic: _Built) -> Iterator[Fields]:
+    for part, config in generic.parts():
+        widths = {}
+        for key, width in WIDTHS.items():
+            value = _settable(config, key)
+            if isinstance(value, int) and isinstance(width, int):
+                widths[key] = width
+            elif isinstance(value, list) and value and isinstance(width, int) and isinstance(value[0], int):
+                widths[key] = [width] * len(value)
+            elif isinstance(value, PreTrainedConfig) and isinstance(width, dict):
+                widths[key] = COUPLED.get(generic.config.model_type, {}).get(key, {}) | width
+        vocabulary = {"vocab_size": VOCABULARY} if isinstance(_settable(config, "vocab_size"), int) else {}
+        for fields in (widths | vocabulary, vocabulary, widths):
+            if fields:
+                yield _placed(part, fields)
+
+
+def _opposite(generic: _Built) -> Iterator[Fields]:
+    for part, config in generic.parts():
+        biases = {key: not value for key, value in _flags(config) if "bias" in key}
+        tied = getattr(config, "tie_word_embeddings", None) if part == "" else None
+        if isinstance(tied, bool):
+            yield {"tie_word_embeddings": not tied, **_placed(part, biases)}
+            yield {"tie_word_embeddings": not tied}
+        if biases:
+            yield _placed(part, biases)
+
+
+def _flags(config: PreTrainedConfig) -> Iterator[tuple[str, bool]]:
+    for key in sorted(vars(config)):
+        value = _settable(config, key)
+        if isinstance(value, bool) and not key.startswith("_") and key not in NOT_STRUCTURE:
+            yield key, value
+
+
+def _booleans(generic: _Built) -> Iterator[Fields]:
+    for part, config in generic.parts():
+        for key, value in _flags(config):
+            if key != "tie_word_embeddings":
+                yield _placed(part, {key: not value})
+
+
+_CANDIDATES: dict[str, Callable[[_Built], Iterator[Fields]]] = {
+    HEADS: _few_heads,
+    FEW_HEADS: lambda generic: _few_heads(generic, (2,)),
+    WIDTH: _wide_heads,
+    UNEVEN: _uneven,
+    OPPOSITE: _opposite,
+}
+"""For each shape the fields to try, the best first; the first that a model can be built with is taken."""
