@@ -7,9 +7,14 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.harness import run_ranks
+from tools.parity import matrix, training
 from tools.parity.families import FAMILIES, Family
-from tools.parity.matrix import Column, prove_all
+from tools.parity.matrix import Column
 from tools.parity.proof import Verdict, prove
+from tools.parity.results import Results
+from tools.parity.shapes import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WIDTH, variations
+from tools.parity.subject import parse_layout
+from tools.parity.training import prove_training, tiny_model
 from trainer.parallel import collectives, layers
 from trainer.parallel.families import FAMILIES as PLANS
 
@@ -44,8 +49,8 @@ REPRESENTATIVE = [
 ]
 """What attention, experts and recurrences there are, each at least once."""
 
-COUNTED = {"causal_lm": 140, "built": 150, "others": 25, "pipeline": 130, "hybrid": 120}
-"""At least so many families are right."""
+COUNTED = {Column(2): (181, 55), Column(pipeline=2): (173, 53), Column(2, 2): (173, 53)}
+"""At least so many causal language models, and so many others, are right."""
 
 
 def in_float64(families: list[Family]) -> list[Verdict]:
@@ -158,24 +163,83 @@ def test_every_plan_belongs_to_a_family_of_the_table() -> None:
     assert not strangers, f"{sorted(strangers)}: a plan without a row in tools/parity/families.py"
 
 
+def shaped(model_type: str, shape: str) -> Family:
+    """A family in one shape; the table says which shapes it has."""
+    return next(one.family for one in variations(Family(model_type)) if one.shape == shape)
+
+
+SHAPED = [
+    ("llama", HEADS),
+    ("gemma3_text", HEADS),
+    ("qwen2", HEADS),
+    ("qwen3", WIDTH),
+    ("gpt_oss", UNEVEN),
+    ("mixtral", UNEVEN),
+    ("deepseek_v3", UNEVEN),
+    ("gpt2", OPPOSITE),
+    ("starcoder2", OPPOSITE),
+    ("cohere", "flip use_qk_norm=True"),
+    ("stablelm", "flip qk_layernorm=True"),
+    ("falcon", "flip bias=True"),
+]
+"""What the generic shape hides, each at least once."""
+
+
+def in_any_shape(families: list[Family]) -> list[Verdict]:
+    return prove(families, like_default=False)
+
+
+def test_every_gradient_in_other_shapes() -> None:
+    found = run_ranks(in_any_shape, 2, [shaped(*pair) for pair in SHAPED])[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+def test_shared_heads_on_more_ranks_than_heads() -> None:
+    families = [shaped("llama", HEADS), shaped("llama", FEW_HEADS), shaped("olmo2", FEW_HEADS)]
+    found = run_ranks(in_any_shape, 4, families)[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+@pytest.mark.fast
+def test_shapes_are_what_their_names_say() -> None:
+    llama = {one.shape: one.changed for one in variations(Family("llama"))}
+    assert llama == {
+        GENERIC: (),
+        HEADS: ("num_key_value_heads=1",),
+        FEW_HEADS: ("num_key_value_heads=2",),
+        WIDTH: ("head_dim=16",),
+        UNEVEN: ("intermediate_size=124", "vocab_size=257"),
+        OPPOSITE: ("tie_word_embeddings=True", "attention_bias=True", "mlp_bias=True"),
+        "flip attention_bias=True": ("attention_bias=True",),
+        "flip mlp_bias=True": ("mlp_bias=True",),
+    }
+
+
+@pytest.mark.parametrize(("model_type", "layouts"), [("gemma4_text", ("tensor=2", "pipeline=2"))])
+def test_training_by_the_command(model_type: str, layouts: tuple[str, str]) -> None:
+    verdict = prove_training(model_type, tiny_model(Family(model_type)), [*map(parse_layout, layouts)])
+    assert verdict.outcome == "right", describe(verdict)
+
+
+def steps_further(family: str, path: str) -> Verdict:
+    training.RATE *= 1.01
+    return training.compare(family, path)
+
+
+def test_training_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the bare loop takes larger steps than the command."""
+    monkeypatch.setattr(training, "judge", steps_further)
+    verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
+    assert (verdict.outcome, "is not what a bare loop trains" in verdict.reason) == ("wrong", True), describe(verdict)
+
+
 @pytest.mark.matrix
 def test_the_whole_population() -> None:
-    found = [run_ranks(prove, 2, [family])[0][0] for family in FAMILIES]
-    assert [describe(v) for v in found if v.outcome == "wrong"] == []
-    causal = [v for family, v in zip(FAMILIES, found, strict=True) if family.task == "causal_lm" and not family.variant]
-    others = {
-        f.model_type for f, v in zip(FAMILIES, found, strict=True) if f.task != "causal_lm" and v.outcome == "right"
-    }
-    assert sum(v.outcome != "not built" for v in causal) >= COUNTED["built"]
-    assert sum(v.outcome == "right" for v in causal) >= COUNTED["causal_lm"]
-    assert len(others) >= COUNTED["others"]
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize(("column", "count"), [(Column(pipeline=2), "pipeline"), (Column(2, 2), "hybrid")], ids=str)
-def test_the_whole_population_in_stages(column: Column, count: str) -> None:
-    rows = list(prove_all(FAMILIES, [column]))
-    found = [row.found[column] for row in rows]
-    assert [describe(v) for v in found if v.outcome in ("wrong", "failed")] == []
-    causal = [row.found[column] for row in rows if row.family.task == "causal_lm" and not row.family.variant]
-    assert sum(v.outcome == "right" for v in causal) >= COUNTED[count]
+    """Goes on where it was stopped: verdicts are kept for as long as the sources stay the same."""
+    rows = matrix.run(["all"], matrix.PAGES_COLUMNS, Results(), shapes=True, training=True)
+    assert [describe(v) for row in rows for v in row.verdicts if v.outcome in matrix.BAD] == []
+    causal = [row for row in rows if row.family.task == "causal_lm"]
+    others = [row for row in rows if row.family.task != "causal_lm"]
+    for column, (causal_count, other_count) in COUNTED.items():
+        assert sum(row.outcome(column) == "right" for row in causal) >= causal_count, str(column)
+        assert sum(row.outcome(column) == "right" for row in others) >= other_count, str(column)

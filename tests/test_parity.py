@@ -11,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.configs import with_values
 from tests.harness import run_command
-from tools.parity import matrix, sides
+from tools.parity import matrix, page, sides
 from tools.parity.__main__ import main
 from tools.parity.families import Family
 from tools.parity.proof import Verdict
+from tools.parity.results import Results, source_hash
 from tools.parity.subject import parse_layout, prepare
 from trainer.errors import ConfigError
 
@@ -142,6 +143,8 @@ def test_bad_layouts(text: str) -> None:
         ["--families", "llama", "--tensor", "1"],
         ["--families", "llama", "--pipeline", "2", "--sequence_parallel"],
         ["--families", "all", "--write", "--pipeline", "2"],
+        ["--families", "llama", "--matrix", "--shapes"],
+        ["--config", "x.json", "--layouts", "tensor=2", "--fresh"],
     ],
 )
 def test_bad_command_lines(arguments: list[str]) -> None:
@@ -179,16 +182,76 @@ def test_shrink_keeps_what_is_built(
     assert subject.raw["data"]["sequence_length"] == 32
 
 
-def crash(family: Family, column: matrix.Column) -> Verdict:
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder of kept verdicts that nobody else writes into."""
+    monkeypatch.setattr(Results.__init__, "__defaults__", (tmp_path / "kept",))
+    return tmp_path / "kept"
+
+
+def crash(families: list[Family], column: matrix.Column) -> list[Verdict]:
     raise RuntimeError("the size of a tensor")
 
 
-def test_a_crash_is_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crash_is_a_verdict(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(matrix, "_prove", crash)
     assert main(["--families", "llama"]) == 1
-    assert "failed  RuntimeError: the size of a tensor" in capsys.readouterr().out
+    assert "failed  llama: RuntimeError: the size of a tensor" in capsys.readouterr().out
 
 
-def test_families_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_families_are_counted_and_verdicts_kept(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--families", "gpt_neox", "--tensor", "2"]) == 0
     assert "tensor 2: 2 right" in capsys.readouterr().out
+    (file,) = results.iterdir()
+    file.write_text(file.read_text() + '{"family": "killed while wri')
+    monkeypatch.setattr(matrix, "_prove", crash)
+    assert main(["--families", "gpt_neox", "--tensor", "2"]) == 0
+    assert main(["--families", "gpt_neox", "--tensor", "2", "--fresh"]) == 1
+    monkeypatch.setattr("tools.parity.results.source_hash", lambda: "another")
+    assert main(["--families", "gpt_neox", "--tensor", "2"]) == 1
+
+
+@pytest.mark.fast
+def test_every_source_that_is_proven_is_hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("trainer/parallel", "tools/parity", "launch"):
+        (tmp_path / folder).mkdir(parents=True)
+    sources = ("trainer/parallel/region.py", "tools/parity/proof.py", "launch/train.py", "tools/ranks.py")
+    for source in sources:
+        (tmp_path / source).write_text("a = 1\n")
+    monkeypatch.chdir(tmp_path)
+    hashes = {source_hash.__wrapped__()}
+    for source in sources:
+        (tmp_path / source).write_text("a = 2\n")
+        hashes.add(source_hash.__wrapped__())
+    assert len(hashes) == 1 + len(sources)
+
+
+@pytest.mark.fast
+def test_one_command_writes_page_and_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Totals on the page and in the README come from the same rows, and a row that the command cannot train is not
+    right."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{page.BEGIN}\nold totals\n{page.END}\nafter\n")
+    monkeypatch.setattr(page, "README", readme)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "docs" / "page.md")
+    rows = []
+    for model_type, trained in (("llama", "right"), ("gemma4_text", "failed")):
+        row = matrix.Row(Family(model_type), training=Verdict(model_type, 2, trained, "a reason"))
+        row.found = {column: Verdict(model_type, column.world, "right") for column in matrix.PAGES_COLUMNS}
+        row.shapes = {("uneven", matrix.Column(2)): Verdict(model_type, 2, "refused", "122 columns")}
+        rows.append(row)
+    page.write(rows, seconds=90.0)
+    said, totals = page.PAGE.read_text(), " ".join(readme.read_text().split())
+    assert "| tensor 2: causal\\_lm | 2 | 1 right, 1 failed |" in said
+    assert "| trained by launch/train.py | 2 | 1 right, 1 failed |" in said
+    assert "| llama | uneven | tensor 2 | refused | 122 columns |" in said
+    assert "1 are proven right under tensor 2, 1 with sequence parallelism" in totals
+    assert "2 more proofs vary heads" in totals
+    assert "2 refused" in totals
+    assert totals.startswith("before")
+    assert totals.endswith("after")
+    assert "old totals" not in totals

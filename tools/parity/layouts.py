@@ -1,7 +1,8 @@
 """A user's own configuration in several layouts, against one process that never saw our engine.
 
 Compared are the losses and gradient norms of three steps, every gradient of the first one, and every parameter after
-the last one; for a layout that differs, the blocks' outputs say where it begins.
+the last one; for a layout that differs, the blocks' outputs say where it begins. Then the command itself goes from each
+layout to the next through a checkpoint, and its export is compared.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 from tools import ranks
 from tools.parity import sides
-from tools.parity.matrix import last_line
 from tools.parity.proof import TOLERANCE
 from tools.parity.sides import Found, Job, Reference, Refusal
 from tools.parity.subject import STEPS, Layout, Subject, deepspeed_section, prepare
+from tools.parity.text import last_line
+from tools.parity.training import prove_training
 from trainer.config.load import check
 from trainer.errors import ConfigError, Problem
 from trainer.model import build_model_shape
@@ -71,7 +73,21 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
     refused = [problem for line in lines for problem in line.refusal]
     if refused:
         raise ConfigError(refused)
-    return int(any(line.verdict != "equal" for line in lines))
+    trained = _train(subject, layouts if len(layouts) > 1 else [*layouts, Layout("one process")])
+    return int(not trained or any(line.verdict != "equal" for line in lines))
+
+
+def _train(subject: Subject, layouts: list[Layout]) -> bool:
+    """Goes through `launch/train.py` as a run does: data, steps, checkpoints, the export."""
+    sections = {key: subject.raw[key] for key in ("model", "training")}
+    sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
+    print(f"launch/train.py: a step as {', then as '.join(one.text for one in layouts)} from its checkpoint; the "
+          "export ...", flush=True)  # fmt: skip
+    began = time.monotonic()
+    verdict = prove_training("the model", sections, layouts, length=subject.raw["data"]["sequence_length"])
+    told = "equal" if verdict.outcome == "right" else f"{verdict.outcome}: {verdict.reason}"
+    print(f"  {told}; {time.monotonic() - began:.1f} s", flush=True)
+    return verdict.outcome == "right"
 
 
 def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float], folder: str = "") -> Job:

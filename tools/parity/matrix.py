@@ -15,7 +15,9 @@ from tools.parity.families import FAMILIES, Family
 from tools.parity.proof import Verdict, prove
 from tools.parity.results import Results
 from tools.parity.shapes import GENERIC, Variation, variations
-from tools.parity.training import Layout, prove_training
+from tools.parity.subject import Layout, parse_layout
+from tools.parity.text import clock, last_line
+from tools.parity.training import prove_training, tiny_model
 from tools.ranks import run_ranks
 from trainer.errors import ConfigError, Problem
 
@@ -105,14 +107,6 @@ def chosen(names: list[str]) -> list[Family]:
     return [family for family in FAMILIES if family.model_type in names or str(family) in names]
 
 
-def last_line(report: str) -> str:
-    """The exception's own line in a rank's report, behind which its output may follow."""
-    lines = [line for line in report.splitlines() if line.strip()]
-    inside = [n for n, line in enumerate(lines) if line.startswith("  ")]
-    after = lines[inside[-1] + 1 :] if inside else lines
-    return (after or lines or ["no message"])[0].strip()
-
-
 def _prove(families: list[Family], column: Column) -> list[Verdict]:
     # What a shape lacks of the default's layers, the generic shape says; a flip has other ones on purpose.
     like_default = len(families) == 1 and ";" not in families[0].variant and families[0] in FAMILIES
@@ -182,10 +176,10 @@ class Prover:
 
     def _training(self, row: Row) -> Verdict:
         layouts = _training_layouts(row)
-        key = (str(row.family), GENERIC, f"{TRAINING} {layouts[0]}, {layouts[1]}")
+        key = (str(row.family), GENERIC, " ".join((TRAINING, *(layout.text for layout in layouts))))
         if self._results.get(key) is None:
             began = time.monotonic()
-            self._add(key, prove_training(row.family, *layouts), time.monotonic() - began)
+            self._add(key, _trained(row.family, layouts), time.monotonic() - began)
         verdict = self._results.get(key)
         assert verdict is not None
         return verdict
@@ -195,11 +189,19 @@ class Prover:
         self.new += 1
 
 
-def _training_layouts(row: Row) -> tuple[Layout, Layout]:
+def _trained(family: Family, layouts: Sequence[Layout]) -> Verdict:
+    try:
+        sections = tiny_model(family)
+    except Exception as error:  # the families' constructors raise what they like
+        return Verdict(str(family), 1, "not built", f"{type(error).__name__}: {error}".splitlines()[0])
+    return prove_training(str(family), sections, layouts)
+
+
+def _training_layouts(row: Row) -> list[Layout]:
     """In which the first step is taken, and the second: both divide the model, where it can be divided."""
     sound = [column for column, verdict in row.found.items() if verdict.outcome in SOUND and column.world == 2]
-    plain = [Layout(c.tensor, c.pipeline) for c in sound if not c.sequence_parallel]
-    return (plain[0] if plain else Layout(data=2)), (plain[1] if len(plain) > 1 else Layout())
+    ways = [f"tensor={c.tensor},pipeline={c.pipeline}" for c in sound if not c.sequence_parallel]
+    return [parse_layout(way) for way in [*ways, "data=2", "data=1"][:2]]
 
 
 def prove_all(
@@ -221,13 +223,9 @@ def prove_all(
             outcomes += f"; trained: {row.training.outcome}"
         if row.shapes:
             outcomes += f"; {len(row.shapes)} in other shapes: {totals([v.outcome for v in row.shapes.values()])}"
-        print(f"[{number:{len(str(len(families)))}}/{len(families)}] {_clock(left)} left  {family!s:{width}}  "
+        print(f"[{number:{len(str(len(families)))}}/{len(families)}] {clock(left)} left  {family!s:{width}}  "
               f"{outcomes}{_remark(row)}", flush=True)  # fmt: skip
         yield row
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _remark(row: Row) -> str:

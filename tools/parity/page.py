@@ -10,8 +10,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from tools.parity.matrix import BAD, EXEMPLARY, MORE_COLUMNS, PAGES_COLUMNS, SOUND, Column, Row, reason_of, totals
+from tools.parity.matrix import EXEMPLARY, MORE_COLUMNS, PAGES_COLUMNS, SOUND, Column, Row, reason_of, totals
 from tools.parity.shapes import FLIP, SHAPES
+from tools.parity.text import shortened
 
 PAGE = Path("docs/support_matrix.md")
 README = Path("README.md")
@@ -48,11 +49,6 @@ For your own model, with its own sizes: `python -m tools.parity --config X.json 
 *Sharded* is the share of the elements of the blocks' matrices that is divided among tensor ranks. *Difference* is the
 largest one of a gradient, as a share of that gradient's largest element, under any column.
 """
-
-
-def shortened(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters, cut between words."""
-    return textwrap.shorten(text, width, placeholder=" ...")
 
 
 def page(rows: list[Row], seconds: float) -> str:
@@ -137,9 +133,9 @@ def _shapes(rows: list[Row]) -> Iterator[str]:
     yield "## Other shapes"
     yield ""
     yield textwrap.fill(
-        "Each family is also proven with one key/value head (or the fewest that it can have) and with two, with heads of "
-        "another width than hidden size / heads, with widths and a vocabulary that do not divide evenly, with ties and "
-        "biases reversed, and with every boolean of its configuration flipped that changes the set of weights; in "
+        "Each family is also proven with one key/value head (or the fewest that it can have) and with two, with heads "
+        "of another width than hidden size / heads, with widths and a vocabulary that do not divide evenly, with ties "
+        "and biases reversed, and with every boolean of its configuration flipped that changes the set of weights; in "
         f"one way of sharding it, and for {len(EXEMPLARY)} families ({', '.join(EXEMPLARY)}) in all of "
         f"{', '.join(map(str, (*PAGES_COLUMNS, *MORE_COLUMNS)))}.",
         118,
@@ -177,17 +173,16 @@ def readme_totals(rows: list[Row]) -> str:
 
     tensor, sequence, pipeline, both = PAGES_COLUMNS
     trained = sum(row.training is not None and row.training.outcome in SOUND for row in causal)
-    bad = sum(outcome in BAD for outcome in varied)
     text = (
-        f"Of {len(causal)} causal language models of transformers {version('transformers')} (variants counted), "
-        f"{right(causal, tensor)} are proven right under tensor 2, {right(causal, sequence)} with sequence parallelism, "
-        f"{right(causal, pipeline)} in 2 pipeline stages and {right(causal, both)} under tensor 2 x pipeline 2: every "
-        f"gradient compared with one process, and {trained} of them trained, resumed in another layout and exported by "
-        f"the command. Of {len(others)} encoders and encoder-decoders {right(others, tensor)}, "
+        f"Of {len(causal)} causal language models of transformers {version('transformers')} (variants counted) "
+        f"{right(causal, tensor)} are proven right under tensor 2, {right(causal, sequence)} with sequence "
+        f"parallelism, {right(causal, pipeline)} in 2 pipeline stages and {right(causal, both)} under tensor 2 x "
+        f"pipeline 2: every gradient compared with one process. {trained} of them were trained, resumed in another "
+        f"layout and exported by the command. Of {len(others)} encoders and encoder-decoders {right(others, tensor)}, "
         f"{right(others, sequence)}, {right(others, pipeline)} and {right(others, both)} have every gradient right. "
-        f"{len(varied)} more proofs vary heads, widths, ties, biases and every boolean that changes the set of weights: "
-        f"{totals(varied)}, {bad or 'none'} wrong. What is not right is refused before training starts, with the reason. "
-        f"(`docs/support_matrix.md`, {_date()}; `python -m tools.parity --families all --write` does it again.)"
+        f"{len(varied)} more proofs vary heads, widths, ties, biases and every boolean that changes the set of "
+        f"weights: {totals(varied)}. What is not right is refused before training starts, with the reason "
+        f"(`docs/support_matrix.md`, {_date()}; `python -m tools.parity --families all --write` does it again)."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 

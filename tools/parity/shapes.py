@@ -91,7 +91,7 @@ class _Built:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def parts(self) -> Iterator[tuple[str, PreTrainedConfig]]:
-        """(name, configuration) of those that say what the language model is made of; "" is the configuration itself."""
+        """(name, configuration) of those that say what the language model is made of; "" is the whole one."""
         yield "", self.config
         text = self.config.get_text_config(decoder=True)
         for name in getattr(self.config, "sub_configs", None) or {}:

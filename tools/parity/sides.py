@@ -187,8 +187,8 @@ def _real(output: Any) -> Iterator[Tensor]:
             yield from _real(item)
 
 
-def _bare_model(loaded: LoadedConfig) -> PreTrainedModel:
-    """The model with its weights; pretrained ones read by transformers itself."""
+def bare_model(loaded: LoadedConfig) -> PreTrainedModel:
+    """The plain Hugging Face model with its weights; pretrained ones read by transformers itself."""
     if loaded.initialize == "random":
         model = build_model(loaded)
         initialize_weights(model, loaded.config.run.seed)
@@ -207,10 +207,10 @@ def _bare_model(loaded: LoadedConfig) -> PreTrainedModel:
     return read
 
 
-def _bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
+def bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
     """(summed cross entropy, summed objective, auxiliary loss) in the words of torch."""
     options = loaded.config.training
-    output = model(input_ids=micro.input_ids_BT, use_cache=False)
+    output = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT, use_cache=False)
     logits, labels = output.logits.float().flatten(0, 1), micro.labels_BT.flatten()
     cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     objective = F.cross_entropy(
@@ -239,7 +239,7 @@ def _refusal(error: TesseraError) -> Refusal:
 def _reference(job: Job) -> Reference:
     began = time.monotonic()
     loaded = check(job.raw, world=1, device="cpu")
-    model = _bare_model(loaded)
+    model = bare_model(loaded)
     if sum(p.numel() for p in model.parameters()) > _LARGE:
         torch.set_num_threads(os.cpu_count() or 1)
     dropout = without_dropout(model)
@@ -254,7 +254,7 @@ def _reference(job: Job) -> Reference:
         tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
         loss = 0.0
         for micro in micro_batches:
-            cross_entropy, objective, auxiliary = _bare_losses(model, micro, loaded)
+            cross_entropy, objective, auxiliary = bare_losses(model, micro, loaded)
             (objective / tokens + auxiliary / len(micro_batches)).backward()
             loss += float(cross_entropy) / tokens
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tools.parity.page import shortened
 from tools.parity.proof import LARGEST, _signature
 from tools.parity.shrink import shrunk
+from tools.parity.text import shortened
 from trainer.config import strict_json
 from trainer.config.load import LoadedConfig, apply_override, check, read_config_file
 from trainer.config.model_facts import model_config, scrub
