@@ -36,7 +36,7 @@ from trainer.errors import ConfigError
 from trainer.parallel import drops
 from trainer.topology import Topology
 
-LENGTH = 16
+LENGTH = 24
 RATE = 0.1
 _MICRO = 2
 _SAMPLES = 12
