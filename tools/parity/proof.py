@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tools.parity.families import CLASSES, Family
 from tools.parity.shrink import MINIMAL, tiny
+from trainer.config.model_facts import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.model.tasks import auxiliary_coefficient
@@ -80,8 +81,8 @@ class _NotBuilt(Exception):
 def tiny_config(family: Family) -> PreTrainedConfig:
     """The configuration of a family's tiny model, as the proof trains it: causal, and without dropout."""
     config = tiny(family.model_type, **family.fields)
-    if family.task == "causal_lm" and getattr(config, "is_decoder", None) is False:
-        config.is_decoder = True
+    if family.task == "causal_lm":
+        make_causal(config)
     _without_dropout(config)
     return config
 

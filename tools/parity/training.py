@@ -51,6 +51,9 @@ _DRIFT = 2e-3
 _FLOOR = 1e-2
 """A tensor that changed by less than this share of the largest change is held against that."""
 
+_RESOLUTION = 1e-3
+"""A change is held against at least this share of the tensor's largest element: fp32 has 24 bits."""
+
 
 def tiny_model(family: Family) -> Raw:
     """The sections of a configuration that say what a family's tiny model is.
@@ -176,7 +179,8 @@ def _compare_weights(
         own = exported.get(name)
         error = math.inf
         if own is not None and own.shape == parameter.shape:
-            error = float((own.detach() - parameter.detach()).abs().max()) / max(changed[name], floor)
+            scale = max(changed[name], floor, _RESOLUTION * float(parameter.detach().abs().max()))
+            error = float((own.detach() - parameter.detach()).abs().max()) / scale
         if not error <= verdict.worst:
             verdict.worst, verdict.worst_name = error, name
     if not verdict.worst <= _DRIFT:
