@@ -161,22 +161,21 @@ def test_models_that_see_later_tokens_are_refused(layout: str, base: dict[str, A
     world, values = LAYOUTS[layout]
     config = with_values(base, **values)
     of_bert = with_values(config, model={"path": str(bert)})
-    variant = with_values(config, **VARIANTS.get(layout, {}))
+    configs = [config, *([with_values(config, **VARIANTS[layout])] if layout in VARIANTS else [])]
+    jobs = [(how, one) for how in ("maskless", "probe") for one in configs]
     curve = with_values(config, model={"config": GPT2})
-    jobs = [("probe", of_bert), ("maskless", config), ("probe", config), ("maskless", variant), ("probe", variant)]
-    ranks = run_ranks(examine, world, [*jobs, ("curve", curve)])
-    for found in ranks:
-        red, maskless, green, variant_red, variant_green, (without, probed) = found
+    ranks = run_ranks(examine, world, [("probe", of_bert), *jobs, ("curve", curve)])
+    for red, *found, (without, probed) in ranks:
         assert red.startswith("refused: model.path: 'bert' sees later tokens")
         assert "with the inputs from position 24 on replaced, the loss at position" in red
         assert f"Set is_decoder to true in {bert}/config.json" in red
-        for text in (maskless, variant_red):
+        for text in found[: len(configs)]:
             assert text.startswith("refused: model.config: 'llama' sees later tokens")
             assert "Take another family" in text
-        for text in (green, variant_green):
+        for text in found[len(configs) :]:
             assert text.startswith("causality probed in")
         assert probed == without
-    assert len({(found[0], found[1], found[3]) for found in ranks}) == 1, "all ranks raise the same error"
+    assert len({tuple(found[: 1 + len(configs)]) for found in ranks}) == 1, "all ranks raise the same error"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
