@@ -163,7 +163,7 @@ def bare_torch(loaded: LoadedConfig) -> Contestant:
 
 def hf_trainer(loaded: LoadedConfig, folder: Path) -> Contestant:
     """Hugging Face's Trainer on the same DeepSpeed configuration (needs the package accelerate)."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     model = _model(loaded)
     arguments = TrainingArguments(
@@ -191,6 +191,7 @@ def hf_trainer(loaded: LoadedConfig, folder: Path) -> Contestant:
             train_dataset=Samples(Path(loaded.config.data.train[0].path)),
             callbacks=[Pause],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
     return Contestant("HF Trainer + DeepSpeed", loop)
