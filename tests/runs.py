@@ -127,6 +127,7 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     loaded = _loaded({**config, "deepspeed": whole_batch}, 1)
     batches = open_batches(loaded, prepared, Topology.of(1, 0))
     model = build_model(loaded, prepared.tokenizer)
+    model.set_experts_implementation("eager")
     initialize_weights(model, loaded.config.run.seed)
     model.train()
     optimizer = _torch_optimizer(config, model)

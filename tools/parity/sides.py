@@ -37,7 +37,7 @@ from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model, build_model_shape, initialize_weights
 from trainer.model.tasks import auxiliary_coefficient
-from trainer.parallel import shard_of
+from trainer.parallel import choose_experts_implementation, shard_of
 from trainer.parallel.collectives import all_gather
 from trainer.pipeline import divide_layers
 from trainer.topology import Topology
@@ -192,6 +192,7 @@ def bare_model(loaded: LoadedConfig) -> PreTrainedModel:
     if loaded.initialize == "random":
         model = build_model(loaded)
         initialize_weights(model, loaded.config.run.seed)
+        choose_experts_implementation(model, torch.float32)
         return model
     path = loaded.config.model.path
     assert path is not None
@@ -204,6 +205,7 @@ def bare_model(loaded: LoadedConfig) -> PreTrainedModel:
         use_safetensors=True,
         trust_remote_code=False,
     )
+    choose_experts_implementation(read, torch.float32)
     return read
 
 

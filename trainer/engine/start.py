@@ -69,8 +69,8 @@ def start_engine(
 
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
-    parallel = loaded.config.parallel
-    return tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel)
+    parallel, dtype = loaded.config.parallel, _DTYPES[loaded.config.deepspeed.precision]
+    return tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
 
 
 def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:

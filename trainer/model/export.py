@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
-from trainer.parallel import all_parameters
+from trainer.parallel import all_parameters, choose_experts_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,5 +191,6 @@ def load_exported(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), use_safetensors=True, trust_remote_code=False
     )
+    choose_experts_implementation(model, model.dtype)
     model.eval()
     return model

@@ -2,6 +2,7 @@
 
 from trainer.parallel.boxes import boxes_of, flat_boxes, parts_in_whole
 from trainer.parallel.elsewhere import all_parameters, fill_elsewhere, lies_elsewhere, put_elsewhere
+from trainer.parallel.experts import choose_experts_implementation
 from trainer.parallel.join import Joiner
 from trainer.parallel.loss import IGNORED, VocabularyCrossEntropy
 from trainer.parallel.mapper import Mapper, TensorMapper, WholeModel, drops, tensor_mapper
@@ -22,6 +23,7 @@ __all__ = [
     "WholeModel",
     "all_parameters",
     "boxes_of",
+    "choose_experts_implementation",
     "counts",
     "drops",
     "fill_elsewhere",

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.distributed import World
 from trainer.parallel.collectives import Group
+from trainer.parallel.experts import choose_experts_implementation
 from trainer.parallel.heads import correct_key_value_groups
 from trainer.parallel.join import Joiner
 from trainer.parallel.layers import INSTALL, resize, share_pieces, sum_gradient
@@ -91,7 +92,11 @@ class TensorMapper:
         replicas: Replicas,
         *,
         sequence_parallel: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """Args:
+        dtype: of the computation; by default that of the parameters.
+        """
         self._model, self._plan = model, plan
         self._region = Region(group, ranks, rank, draws=drops(model), is_training=lambda: model.training)
         self._replicas = replicas
@@ -100,6 +105,7 @@ class TensorMapper:
         for placement in plan.placements:
             mark(placement.parameter, placement.pieces[0])
             self._pieces[placement.name] = placement.pieces
+        choose_experts_implementation(model, dtype or next(model.parameters()).dtype)
 
     def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
         """See `Mapper.cross_entropy`."""
@@ -247,19 +253,27 @@ class WholeModel:
 
 
 def tensor_mapper(
-    model: PreTrainedModel, user: Mapping[str, str], world: World, *, sequence_parallel: bool = False
+    model: PreTrainedModel,
+    user: Mapping[str, str],
+    world: World,
+    *,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Mapper:
     """What cuts `model` for this rank.
 
     Args:
         user: `parallel.tensor_plan`.
         sequence_parallel: `parallel.sequence_parallel`.
+        dtype: of the computation.
 
     Raises:
-        PlanError: if the plan and the model do not fit together.
+        PlanError: if the plan and the model do not fit together, or no implementation of the experts takes their
+            widths.
     """
     place = world.topology
     if place.tensor == 1:
+        choose_experts_implementation(model, dtype)
         return WholeModel()
     plan = read_plan(model, user, place.tensor, place.tensor_rank)
     return TensorMapper(
@@ -270,4 +284,5 @@ def tensor_mapper(
         place.tensor_rank,
         world.tensor_neighbours,
         sequence_parallel=sequence_parallel,
+        dtype=dtype,
     )

@@ -1,0 +1,96 @@
+"""Experts whose widths do not suit the grouped matrix product, which wants multiples of 16 bytes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.configs import tiny_config, with_values
+from tests.harness import run_ranks
+from tests.runs import train, train_bare
+from tests.test_families import describe
+from tests.test_model import MIXTRAL
+from tests.test_plan import meta
+from tools.parity.families import Family
+from tools.parity.proof import prove
+from trainer.errors import PlanError
+from trainer.parallel import TensorMapper, choose_experts_implementation, read_plan
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("hidden", "width", "ranks", "dtype", "implementation"),
+    [
+        (64, 32, 1, FP32, "grouped_mm"),
+        (64, 36, 1, FP32, "grouped_mm"),
+        (64, 36, 1, BF16, "eager"),
+        (64, 34, 1, FP32, "eager"),
+        (72, 40, 2, FP32, "grouped_mm"),
+        (72, 40, 2, BF16, "eager"),
+        (64, 12, 2, FP32, "eager"),
+        (68, 32, 1, BF16, "eager"),
+    ],
+)
+def test_experts_are_computed_by_what_suits_their_widths(
+    hidden: int, width: int, ranks: int, dtype: torch.dtype, implementation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = meta("mixtral", hidden_size=hidden, intermediate_size=width, head_dim=8)
+    with caplog.at_level(logging.INFO, "trainer"):
+        if ranks > 1:
+            TensorMapper(model, read_plan(model, {}, ranks, 0), None, ranks, 0, lambda count: None, dtype=dtype)
+        else:
+            choose_experts_implementation(model, dtype)
+    assert model.model.layers[0].mlp.experts.config._experts_implementation == implementation
+    assert "_experts_implementation" not in model.config.to_json_string()
+    lines = [line for line in caplog.messages if line.startswith("computing experts one at a time")]
+    assert len(lines) == (implementation == "eager")
+
+
+@pytest.mark.fast
+def test_experts_that_nothing_computes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = meta("mixtral", intermediate_size=34)
+    monkeypatch.setattr(type(model), "set_experts_implementation", lambda self, name: None)
+    with pytest.raises(PlanError, match=r"width of 34 on a rank, 136 bytes in float32.*a multiple of 4"):
+        choose_experts_implementation(model, FP32)
+
+
+def test_every_gradient_of_experts_of_any_width() -> None:
+    """The full width, 12, is a multiple of 16 bytes; a rank's, 6, is none."""
+    families = [
+        Family("mixtral", variant="narrow", fields={"intermediate_size": 12}),
+        Family("qwen3_moe", variant="narrow", fields={"moe_intermediate_size": 12}),
+        Family("gpt_oss", variant="narrow", fields={"intermediate_size": 12}),
+        Family("nemotron_h", variant="narrow", fields={"moe_intermediate_size": 12}),
+    ]
+    found = run_ranks(prove, 2, families)[0]
+    assert [describe(v) for v in found if v.outcome != "right"] == []
+
+
+def test_a_run_computes_experts_of_any_width(corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
+    """Against a bare process that computes one expert at a time: a width that suits nowhere (18), and one that does not
+    on two ranks (12 and 6; 24 and 12 in bf16), at ZeRO 0 and 3."""
+    base = with_values(tiny_config(corpus, shared_cache, tmp_path), data__validation=[])
+
+    def config(width: int, **values: Any) -> dict[str, Any]:
+        return with_values(
+            base, model={"config": {**MIXTRAL, "intermediate_size": width, "router_aux_loss_coef": 0.0}}, **values
+        )
+
+    zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    expected = run_ranks(train_bare, 1, [(config(width), 2) for width in (18, 12, 24)])[0]
+    alone = run_ranks(train, 1, [(config(18), 2)])[0]
+    parted = [config(12, parallel__tensor=2), config(12, parallel__tensor=2, deepspeed__zero_optimization=zero3)]
+    half = config(24, parallel__tensor=2, deepspeed__bf16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
+    *exact, rounded = run_ranks(train, 2, [(job, 2) for job in (*parted, half)])[0]
+    for found, reference in zip([*alone, *exact], [expected[n] for n in (0, 1, 1)], strict=True):
+        np.testing.assert_allclose(found[0], reference[0], rtol=2e-5)
+        for name in reference[1]:
+            np.testing.assert_allclose(found[1][name], reference[1][name], atol=2e-5, rtol=0, err_msg=name)
+    np.testing.assert_allclose(rounded[0], expected[2][0], rtol=2e-2)
