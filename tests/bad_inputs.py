@@ -205,6 +205,7 @@ BAD_INPUTS = [
     Bad("more experts a token than there are", 2, ("model.config.num_experts_per_tok: must be between 1 and the number of experts, 4 (got 5)",), values=llama(model_type="mixtral", num_local_experts=4, num_experts_per_tok=5)),
     Bad("automatic bucket without a size", 2, ("zero_optimization.reduce_bucket_size", "no single one"), values={"model__config": {"model_type": "blt"}, **zero(stage=1, reduce_bucket_size="auto")}, rule="automatic_buckets_have_a_size"),
     Bad("path and config", 2, ("both is given",), values={"model__path": "{tmp}"}, rule="model_is_named_once"),
+    Bad("family that sees later tokens", 2, ("model.config.model_type: 'xlnet' sees later tokens", "Take another family"), values={"model__config": {"model_type": "xlnet", "vocab_size": 320, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}}, rule="family_is_causal"),
     Bad("pretrained without weights", 2, ("model.initialize",), values={"model__initialize": "pretrained"}),
     Bad("model folder missing", 2, ("model.path: './nowhere' does not exist",), values={"model": {"path": "./nowhere"}}),
     Bad("model folder without config", 2, ("holds no config.json",), values={"model": {"path": "{tmp}"}}),

@@ -10,11 +10,12 @@ from tests.harness import run_ranks
 from tools.parity import matrix, training
 from tools.parity.families import FAMILIES, Family
 from tools.parity.matrix import Column
-from tools.parity.proof import Verdict, prove
+from tools.parity.proof import Verdict, prove, prove_causality
 from tools.parity.results import Results
 from tools.parity.shapes import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WIDTH, variations
 from tools.parity.subject import parse_layout
 from tools.parity.training import prove_training, tiny_model
+from trainer.config.model_facts import NEVER_CAUSAL
 from trainer.parallel import collectives, layers
 from trainer.parallel.families import FAMILIES as PLANS
 
@@ -173,8 +174,13 @@ SHAPED = [
     ("gemma3_text", HEADS),
     ("qwen2", HEADS),
     ("qwen3", WIDTH),
+    ("gpt_oss", UNEVEN),
+    ("mixtral", UNEVEN),
+    ("deepseek_v3", UNEVEN),
     ("gpt2", OPPOSITE),
     ("starcoder2", OPPOSITE),
+    ("cohere", "flip use_qk_norm=True"),
+    ("stablelm", "flip qk_layernorm=True"),
     ("falcon", "flip bias=True"),
 ]
 """What the generic shape hides, each at least once."""
@@ -190,7 +196,7 @@ def test_every_gradient_in_other_shapes() -> None:
 
 
 def test_shared_heads_on_more_ranks_than_heads() -> None:
-    families = [shaped("llama", HEADS), shaped("llama", FEW_HEADS)]
+    families = [shaped("llama", HEADS), shaped("llama", FEW_HEADS), shaped("olmo2", FEW_HEADS)]
     found = run_ranks(in_any_shape, 4, families)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
@@ -226,6 +232,18 @@ def test_training_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(training, "judge", steps_further)
     verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
     assert (verdict.outcome, "is not what a bare loop trains" in verdict.reason) == ("wrong", True), describe(verdict)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("model_type", "outcome"),
+    [("llama", "right"), ("bert", "right"), ("xlnet", "wrong"), ("prophetnet", "wrong"), ("cpmant", "wrong")],
+)
+def test_causality_of_families(model_type: str, outcome: str) -> None:
+    """Those that see later tokens are refused by name; the long test looks whether there are others."""
+    verdict = prove_causality(Family(model_type))
+    assert verdict.outcome == outcome, describe(verdict)
+    assert (model_type in NEVER_CAUSAL) == (outcome == "wrong")
 
 
 @pytest.mark.matrix

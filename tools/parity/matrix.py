@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from tools.parity.families import FAMILIES, Family
-from tools.parity.proof import Verdict, prove
+from tools.parity.proof import Verdict, prove, prove_causality
 from tools.parity.results import Results
 from tools.parity.shapes import GENERIC, Variation, variations
 from tools.parity.subject import Layout, parse_layout
@@ -26,8 +26,8 @@ SOUND = ("right", "partly")
 BAD = ("wrong", "failed")
 """Outcomes that are faults of ours."""
 
-TRAINING = "training"
-"""What the cell is called in which a family is trained by the command."""
+TRAINING, CAUSALITY = "training", "causality"
+"""What the cells are called in which a family is trained by the command, and in which it must not see later tokens."""
 
 EXEMPLARY = (
     "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite",
@@ -71,19 +71,24 @@ class Row:
     training: Verdict | None = None
     """Of the run through `launch/train.py`; None where it has no such task."""
 
+    causality: Verdict | None = None
+    """Whether its logits depend on later tokens; `refused` where they do, and training says so."""
+
     shapes: dict[tuple[str, Column], Verdict] = field(default_factory=dict)
     """In the other shapes."""
 
     def outcome(self, column: Column) -> str:
-        """A way of dividing a family is right only if the command trains the family, too."""
+        """A way of dividing a family is right only if the command trains the family, too, and it is causal."""
         own = self.found[column].outcome
-        if own in SOUND and self.training is not None and self.training.outcome not in SOUND:
-            return self.training.outcome
+        for whole in (self.causality, self.training):
+            if own in SOUND and whole is not None and whole.outcome not in (*SOUND, "not built"):
+                return whole.outcome
         return own
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return [*self.found.values(), *([self.training] if self.training else []), *self.shapes.values()]
+        whole = [verdict for verdict in (self.training, self.causality) if verdict is not None]
+        return [*self.found.values(), *whole, *self.shapes.values()]
 
 
 def chosen(names: list[str]) -> list[Family]:
@@ -151,6 +156,7 @@ class Prover:
             (row.found[column],) = self._cells(family, [generic], column)
         if training and family.task == "causal_lm":
             row.training = self._training(row)
+            row.causality = self._causality(row)
         if shapes and any(verdict.outcome in SOUND for verdict in row.found.values()):
             self._shapes(row, columns)
         return row
@@ -183,6 +189,16 @@ class Prover:
         verdict = self._results.get(key)
         assert verdict is not None
         return verdict
+
+    def _causality(self, row: Row) -> Verdict:
+        key = (str(row.family), GENERIC, CAUSALITY)
+        if self._results.get(key) is None:
+            began = time.monotonic()
+            self._add(key, run_ranks(prove_causality, 1, row.family)[0], time.monotonic() - began)
+        verdict = self._results.get(key)
+        assert verdict is not None
+        told = row.training is not None and row.training.outcome == "refused"
+        return replace(verdict, outcome="refused") if told and verdict.outcome == "wrong" else verdict
 
     def _add(self, key: tuple[str, str, str], verdict: Verdict, seconds: float) -> None:
         self._results.add(key, verdict, seconds)

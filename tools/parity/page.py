@@ -28,8 +28,8 @@ What tensor and pipeline parallelism do with each family of transformers. A smal
 of layer that its default configuration has, is sharded over the ranks; its loss and **every gradient** are compared
 with the plain Hugging Face model in one process. A causal language model is also trained by `launch/train.py`: one step
 in one layout, a checkpoint, one step after it was loaded in another layout, an export that `from_pretrained` reads; its
-weights and its held-out loss are compared with those of a bare torch loop. That run also proves that no position sees
-the tokens after it. Written by
+weights and its held-out loss are compared with those of a bare torch loop. No logits of it may depend on later tokens,
+by the probe of that run and by the plain model with larger weights. Written by
 
     python -m tools.parity --families all --write
 

@@ -7,7 +7,7 @@ import inspect
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class Verdict:
 
     whole: dict[str, str] = field(default_factory=dict)
     """Matrices in blocks that stay whole, with the reason."""
+
+
+_ENLARGED = 5.0
+"""What matrices are multiplied by where causality is proven."""
 
 
 class _NotBuilt(Exception):
@@ -141,6 +145,34 @@ def computes(family: Family) -> None:
     """Runs the family's tiny model forward, by Hugging Face's own code alone; raises what that raises."""
     model = reference_model(family, like_default=False)
     model(**_inputs(family, model)[0])
+
+
+@torch.no_grad()
+def prove_causality(family: Family) -> Verdict:
+    """Whether no logits of the plain model depend on later tokens, in float32.
+
+    The weights are larger than random ones usually are: with those, ProphetNet's logits change by 8e-8 only.
+    """
+    verdict = Verdict(str(family), 1, "right")
+    try:
+        model = reference_model(family, like_default=False).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(_ENLARGED)
+        inputs, _ = _inputs(family, model)
+        _seed_every_block(model)
+        first = LENGTH - LENGTH // 4
+        ids = inputs["input_ids"]
+        later = ids.index_fill(1, torch.arange(first, LENGTH), int(ids.min()))
+        before, after = (model(**inputs | {"input_ids": own}).logits[:, -LENGTH:][:, :first] for own in (ids, later))
+    except Exception as error:
+        return replace(verdict, outcome="not built", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+    changes = (after - before).abs().amax((0, 2)) / before.abs().max()
+    verdict.worst = float(changes.max())
+    if not verdict.worst <= TOLERANCE:
+        at = int((~(changes <= TOLERANCE)).nonzero()[0])
+        verdict.outcome, verdict.reason = "wrong", f"position {at} sees the tokens from position {first} on"
+    return verdict
 
 
 def _inputs(family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Tensor]:

@@ -230,6 +230,14 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
+NEVER_CAUSAL: dict[str, str] = {
+    "cpmant": "takes all tokens of a sample for context, which is seen in both directions",
+    "prophetnet": "mixes positions in its n-gram attention, by a reshape",
+    "xlnet": "attends in both directions unless it is given a permutation",
+}
+"""Families whose causal class sees later tokens with every configuration, and how. The causality probe would notice
+most of them only once they are trained; `tools/parity` proves that there are no others."""
+
 _SWITCHES = ("is_decoder", "causal")
 """Keys that make the attention of an encoder family causal if true: BERT and its kin, XLM. They default to false."""
 

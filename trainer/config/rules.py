@@ -20,7 +20,7 @@ from trainer.config.deepspeed import (
     scheduler_problems,
     smallest_data_ranks,
 )
-from trainer.config.model_facts import ModelFacts
+from trainer.config.model_facts import NEVER_CAUSAL, ModelFacts
 from trainer.config.paths import has_splits, is_local, matching_files, only_tokens, problems_of_path
 from trainer.config.schema import (
     DEFAULT_CACHE,
@@ -105,6 +105,16 @@ def model_is_named_once(draft: Draft) -> Iterator[Problem]:
             "'pretrained' needs weights, and an inline 'config' has none",
             "Set model.path, or initialize to 'random'",
         )
+
+
+@rule("model")
+def family_is_causal(draft: Draft) -> Iterator[Problem]:
+    assert draft.model is not None
+    kind = draft.facts.model_type if draft.facts else None
+    if kind in NEVER_CAUSAL:
+        where = "model.config.model_type" if draft.model.path is None else "model.path"
+        yield Problem(where, f"'{kind}' sees later tokens, so it cannot be trained as a causal language model: it "
+                      f"{NEVER_CAUSAL[kind]}", "Take another family")  # fmt: skip
 
 
 @rule("parallel", "deepspeed.zero_optimization.stage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections import Counter
@@ -73,6 +74,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     or not at all (an image encoder, cross-attention of a decoder) are counted as they run. A family that cannot be
     traced is counted by its modules and their attributes.
     """
+    model = copy.deepcopy(model)  # a forward pass may change a model: RWKV rescales its weights when it is evaluated
     short, long = (_trace(model, length) for length in _LENGTHS)
     experts, share = _experts(model.config)
     head = getattr(model.get_output_embeddings(), "weight", None)
