@@ -105,6 +105,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
 def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
     """The held-out loss of the exported folder, computed by Hugging Face alone."""
     import torch
+    from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
     from trainer.data import open_batches, prepare_data
@@ -117,10 +118,10 @@ def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
     total = tokens = 0.0
     with torch.no_grad():
         for micro in batches:
-            ids = torch.cat([micro.input_ids_BT, micro.labels_BT[:, -1:]], dim=1)
-            count = micro.labels_BT.numel()
-            total += float(model(input_ids=ids, labels=ids).loss) * count
-            tokens += count
+            logits = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT).logits
+            labels = micro.labels_BT.flatten()
+            total += float(F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum"))
+            tokens += int((labels != -100).sum())
     return total / tokens
 
 
