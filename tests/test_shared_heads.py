@@ -64,7 +64,7 @@ def test_every_gradient_of_heads_shared_by_four_ranks() -> None:
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.matrix), 4])
 def test_every_gradient_of_norms_over_shared_heads(ranks: int) -> None:
     """One head on two ranks, two heads on four."""
     families = [replace(f, fields=f.fields | {"num_key_value_heads": ranks // 2}) for f in NORMS]
@@ -79,6 +79,9 @@ def test_every_gradient_of_weights_that_a_switch_adds() -> None:
         Family("xmod", "masked_lm", "a norm before the adapters", {"adapter_layer_norm": True}),
         Family("xglm", variant="cross-attention", fields={"add_cross_attention": True}),
         Family("blt", variant="tied", fields={"tie_word_embeddings": True}),
+        Family("cohere2_moe", variant="shared experts", fields={"num_shared_experts": 1}),
+        Family("roformer", variant="projected", fields={"embedding_size": 32}),
+        Family("xlm", variant="languages", fields={"n_langs": 2}),
     ]
     found = run_ranks(prove, 2, [*NORMS[:4], *more])[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
@@ -94,6 +97,7 @@ def test_norms_of_other_heads_are_noticed() -> None:
     assert verdict.outcome == "wrong"
 
 
+@pytest.mark.matrix
 def test_every_gradient_of_one_key_value_head_in_stages() -> None:
     (verdict,) = run_ranks(in_stages, 4, [one_head("llama")])[0]
     assert verdict.outcome == "right", describe(verdict)
@@ -149,7 +153,7 @@ def without_sums(config: dict[str, Any], cases: list[str]) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize(("heads", "cases"), [(1, ["k_proj", "v_proj", ""]), (2, ["v_proj", "q_norm", ""])])
+@pytest.mark.parametrize(("heads", "cases"), [(1, ["v_proj"]), (2, ["k_proj", "q_norm", ""])])
 def test_the_first_step_misses_a_sum(heads: int, cases: list[str], llama: dict[str, Any]) -> None:
     """One head on two ranks; two heads on four, each on two of them."""
     ranks = 2 * heads
@@ -157,6 +161,6 @@ def test_the_first_step_misses_a_sum(heads: int, cases: list[str], llama: dict[s
                          model__config__model_type="qwen3", model__config__head_dim=8)  # fmt: skip
     for rank in run_ranks(without_sums, ranks, config, cases):
         assert [bool(message) for message in rank] == [bool(case) for case in cases]
-        for case, message in zip(cases[:2], rank, strict=False):
+        for case, message in zip(filter(None, cases), rank, strict=False):
             holders = ranks if case == "q_norm" else 2
             assert f"{case}.weight is held by {holders} tensor ranks, and its gradients there differ by" in message

@@ -44,6 +44,11 @@ VARIANTS = [
     Family("big_bird", "masked_lm", "full attention", {"attention_type": "original_full"}),
     Family("bigbird_pegasus", "seq2seq_lm", "full attention", {"attention_type": "original_full"}),
     Family("falcon", variant="grouped", fields={"new_decoder_architecture": True, "num_kv_heads": 4}),
+    Family(
+        "falcon",
+        variant="grouped, one norm",
+        fields={"new_decoder_architecture": True, "num_kv_heads": 4, "num_ln_in_parallel_attn": 1},
+    ),
     Family("falcon", variant="per head", fields={"multi_query": False, "num_kv_heads": 8}),
     Family("falcon", variant="ALiBi", fields={"alibi": True}),
     Family("gpt_bigcode", variant="multi-head", fields={"multi_query": False}),

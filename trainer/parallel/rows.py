@@ -101,13 +101,14 @@ class Rows:
         return UNITS.get(name.rpartition(".")[2], text) if text in ("colwise", "colwise_gather_output") else text
 
     def _family(self) -> Iterator[_Rows]:
-        """The family's own rows, then those of the variants (`type?attribute=value`) that its configuration is."""
+        """The family's own rows, then those of the variants (`type?attribute=value&...`) that its configuration is."""
         config = self._model.config
         yield FAMILIES.get(config.model_type, {})
         for key, rows in FAMILIES.items():
-            model_type, _, condition = key.partition("?")
-            attribute, _, value = condition.partition("=")
-            if condition and model_type == config.model_type and str(getattr(config, attribute, None)) == value:
+            model_type, _, conditions = key.partition("?")
+            pairs = [condition.split("=") for condition in conditions.split("&") if condition]
+            is_variant = pairs and all(str(getattr(config, name, None)) == value for name, value in pairs)
+            if is_variant and model_type == config.model_type:
                 yield rows
 
     def _no_match(self, name: str, text: str) -> Problem:

@@ -102,6 +102,11 @@ PLANS: dict[str, Rows] = {
         "h.*.self_attention.query_key_value": "colwise:num_heads//num_kv_heads*head_dim+2*head_dim + inside",
         "h.*.mlp.dense_h_to_4h": "colwise + inside",
     },
+    "falcon?new_decoder_architecture=True&num_ln_in_parallel_attn=1": {
+        # One norm for both branches: its output enters.
+        "h.*.self_attention.query_key_value": "colwise:num_heads//num_kv_heads*head_dim+2*head_dim",
+        "h.*.mlp.dense_h_to_4h": "colwise",
+    },
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "gpt_neox?use_parallel_residual=True": _NEOX_PAIR,

@@ -143,6 +143,7 @@ T5: Rows = {
 
 XLM: Rows = {
     "position_embeddings": POSITIONS,
+    "lang_embeddings": TYPES,
     "attentions.*": "divide:n_heads",
     "attentions.*.q_lin": "colwise:head_dim",
     "attentions.*.k_lin": "colwise:head_dim",
@@ -293,6 +294,7 @@ PLANS: dict[str, Rows] = {
         "image_encoder.vision_model.encoder.layers.*.mlp.fc1": "colwise",
         "image_encoder.vision_model.encoder.layers.*.mlp.fc2": "rowwise",
         "visual_projection.visual_projection.0": PROJECTION,
+        "img_temporal_embedding.*": POSITIONS,
     },
     "gte": NEW_BERT,
     "jina_embeddings_v3": NEW_BERT,
@@ -371,7 +373,7 @@ PLANS: dict[str, Rows] = {
         "embeddings.shape_embed": TYPES,
         "embeddings.map_inputs_layer": PROJECTION,
     },
-    "roformer": BERT | {"encoder.embed_positions": ANGLES},
+    "roformer": BERT | {"encoder.embed_positions": ANGLES, "embeddings_project": PROJECTION},
     "seamless_m4t": {
         "shared": "embedding_rowwise",
         "text_encoder.embed_tokens": "embedding_rowwise",

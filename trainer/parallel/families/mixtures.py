@@ -174,6 +174,7 @@ PLANS: dict[str, Rows] = {
         "patcher.lm_head": "replicate:of few outputs",
     },
     "blt?tie_word_embeddings=True": {"local_encoder.embed_tokens": "embedding_rowwise"},
+    "cohere2_moe": _SHARED_EXPERTS,
     "dbrx": {
         "blocks.*.norm_attn_norm.norm_1": "replicate",
         "blocks.*.norm_attn_norm.norm_2": "replicate",
