@@ -81,7 +81,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert "validation/perplexity" in text
     assert "train_micro_batch_size_per_gpu" in text, "the resolved configuration is attached"
 
-    held_out = evaluate_exported(run, tiny, tmp_path)
+    held_out = evaluate_exported(run, with_values(tiny, **values), tmp_path)
     assert held_out == pytest.approx(rows[-1]["loss"], rel=1e-6), "the exported model is the live one"
 
     again = start(tiny, tmp_path, **values)
