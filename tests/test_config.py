@@ -365,6 +365,7 @@ def test_sizes_that_no_model_has(model_type: str, values: dict[str, Any], expect
     ("model_type", "values"),
     [
         ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),
+        ("jamba", {"num_experts": 1}),
         ("qwen2_moe", {"num_experts": 0, "sliding_window": 0, "shared_expert_intermediate_size": 0}),
         ("gemma3n_text", {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}),
         ("granitemoeshared", {"shared_intermediate_size": 0}),

@@ -16,7 +16,7 @@ from tools.parity.shapes import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WID
 from tools.parity.subject import parse_layout
 from tools.parity.training import prove_training, tiny_model
 from trainer.config.model_facts import NEVER_CAUSAL
-from trainer.parallel import collectives, layers
+from trainer.parallel import TensorMapper, collectives, layers
 from trainer.parallel.families import FAMILIES as PLANS
 
 REPRESENTATIVE = [
@@ -136,6 +136,30 @@ def norms_left_whole(families: list[Family]) -> list[Verdict]:
     return prove(families, {"layers.*.self_attn.q_norm": "replicate:a test"})
 
 
+def gradient_becomes(value: float, name: str) -> None:
+    """Changes the gradient of the first parameter that holds a part of the weight `name`, after it has been summed."""
+    install = TensorMapper.install
+
+    def installed(self: TensorMapper) -> None:
+        install(self)
+        parameter = self._model.get_submodule(name)._parameters["weight"]
+        assert parameter is not None
+        parameter.register_hook(lambda gradient: gradient * value)
+
+    TensorMapper.install = installed  # type: ignore[method-assign]
+
+
+def gradient_is_nan(families: list[Family]) -> list[Verdict]:
+    gradient_becomes(float("nan"), "model.layers.1.mlp.down_proj")
+    return prove(families)
+
+
+def first_part_is_tripled(families: list[Family]) -> list[Verdict]:
+    """Falcon's fused q|k|v lies in two parameters: queries, and the key and value that ranks share."""
+    gradient_becomes(3.0, "transformer.h.1.self_attention.query_key_value")
+    return prove(families)
+
+
 @pytest.mark.parametrize(
     ("sabotage", "model_type", "loss_tells"),
     [
@@ -145,6 +169,8 @@ def norms_left_whole(families: list[Family]) -> list[Verdict]:
         (no_sum_of_shared_gradients, "qwen3", False),
         (wrong_arrangement, "gpt2", True),
         (norms_left_whole, "qwen3", False),
+        (gradient_is_nan, "llama", False),
+        (first_part_is_tripled, "falcon", False),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

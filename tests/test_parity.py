@@ -81,6 +81,14 @@ def test_wrong_plan_is_placed(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert "worst parameter: transformer." in said
 
 
+def test_scales_of_the_learning_rate_are_proven(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = json.loads(config.read_text())
+    scales = {"model.embed_tokens.weight": 0.1, "model.layers.0.*": 0.5}
+    config.write_text(json.dumps(with_values(raw, training__learning_rate_scales=scales)))
+    status = main(["--config", str(config), "--layouts", "tensor=2"])
+    assert status == 0, capsys.readouterr().out
+
+
 def one_gradient_doubled(job: sides.Job, expected: sides.Reference) -> sides.Found | sides.Refusal:
     start = sides.start_engine
 

@@ -437,3 +437,19 @@ def test_no_folder_of_the_family_has_unexpected_keys(family: Family, tmp_path: P
 def test_no_folder_of_any_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
     meta_or_skip(family)
     assert not false_errors(family, tmp_path)[1]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_weights_that_differ_are_refused(folder: Path, same: bool) -> None:
+    change_config(folder, tie_word_embeddings=True)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_weights(folder, **{"lm_head.weight": embedding.clone() if same else embedding + 0.001})
+    config = config_at(str(folder))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if same:
+        read_weights(model, str(folder))
+        assert torch.equal(model.lm_head.weight, embedding)
+    else:
+        with pytest.raises(ConfigError, match=r"'model.embed_tokens.weight' and 'lm_head.weight' in .* different"):
+            read_weights(model, str(folder))

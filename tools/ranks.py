@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -124,8 +124,14 @@ def _command(script: str, arguments: list[str], out: str, err: str, environment:
 
 
 def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
-    """What `python SCRIPT ARGUMENTS...` does on the first of `world` ranks, without the five seconds of imports: forked
-    processes run the script as `__main__`, each with its own file descriptors, environment and exit status."""
+    """What `python SCRIPT ARGUMENTS...` does on `world` ranks, without the five seconds of imports: forked processes
+    run the script as `__main__`, each with its own file descriptors, environment and exit status.
+
+    As under a launcher, the command's status is that of the first rank that fails, and the others are ended then.
+
+    Raises:
+        AssertionError: if ranks still run after `SECONDS`; they are killed.
+    """
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
         processes = []
@@ -139,11 +145,38 @@ def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
             process = context.Process(target=_command, args=(script, list(arguments), str(out), str(err), environment))
             process.start()
             processes.append(process)
-        processes[0].join(SECONDS)
-        assert processes[0].exitcode is not None, f"{script} {arguments}: still running after {SECONDS} s"
-        for process in processes[1:]:
-            process.join(1 if processes[0].exitcode else 30)  # launchers end all ranks when one fails
-            if process.is_alive():
-                process.kill()
+        try:
+            status = _status(processes)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        assert status is not None, f"{script} {arguments}: still running after {SECONDS} s"
         errors = tuple((Path(folder) / f"err-{rank}").read_text() for rank in range(world))
-        return Finished(processes[0].exitcode, (Path(folder) / "out-0").read_text(), errors[0], errors)
+        return Finished(status, (Path(folder) / "out-0").read_text(), errors[0], errors)
+
+
+def _status(processes: Sequence[Any]) -> int | None:
+    """The status of the first process that fails, 0 if all succeed; None if some still run after `SECONDS`."""
+    deadline = time.monotonic() + SECONDS
+    running = {process.sentinel: process for process in processes}
+    while running:
+        ended = wait(list(running), timeout=deadline - time.monotonic())
+        if not ended:
+            return None
+        statuses = [running.pop(sentinel).exitcode for sentinel in ended]
+        if failed := [status for status in statuses if status]:
+            return int(failed[0])
+    return 0
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within, ranks and commands may take so many seconds."""
+    global SECONDS
+    usual, SECONDS = SECONDS, seconds
+    try:
+        yield
+    finally:
+        SECONDS = usual

@@ -11,11 +11,9 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tools import ranks
 from tools.parity import sides
@@ -64,29 +62,31 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
     _refuse_early(jobs)
     lines = []
     known: dict[int, tuple[Job, Reference]] = {}
-    with tempfile.TemporaryDirectory(prefix="tessera-parity-") as folder:
+    with ranks.patience(SECONDS), tempfile.TemporaryDirectory(prefix="tessera-parity-") as folder:
         for job in jobs:
             if job.micro_batches not in known:
                 known[job.micro_batches] = _run_reference(job, Path(folder), subject, first=not known)
             lines.append(_run_layout(job, *known[job.micro_batches], subject, whole))
-    _print_table(lines)
-    refused = [problem for line in lines for problem in line.refusal]
-    if refused:
-        raise ConfigError(refused)
-    trained = _train(subject, layouts if len(layouts) > 1 else [*layouts, Layout("one process")])
-    return int(not trained or any(line.verdict != "equal" for line in lines))
+        _print_table(lines)
+        refused = [problem for line in lines for problem in line.refusal]
+        if refused:
+            raise ConfigError(refused)
+        is_trained = _train(subject, layouts if len(layouts) > 1 else [*layouts, Layout("one process")])
+    return int(not is_trained or any(line.verdict != "equal" for line in lines))
 
 
 def _train(subject: Subject, layouts: list[Layout]) -> bool:
     """Goes through `launch/train.py` as a run does: data, steps, checkpoints, the export."""
     sections = {key: subject.raw[key] for key in ("model", "training")}
     sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
+    sections["deepspeed"] = {"zero_optimization": subject.raw["deepspeed"]["zero_optimization"]}
     print(f"launch/train.py: a step as {', then as '.join(one.text for one in layouts)} from its checkpoint; the "
           "export ...", flush=True)  # fmt: skip
     began = time.monotonic()
     verdict = prove_training("the model", sections, layouts, length=subject.raw["data"]["sequence_length"])
-    told = "equal" if verdict.outcome == "right" else f"{verdict.outcome}: {verdict.reason}"
-    print(f"  {told}; {time.monotonic() - began:.1f} s", flush=True)
+    outcome = "equal" if verdict.outcome == "right" else verdict.outcome
+    print(f"  {f'{outcome}: {verdict.reason}' if verdict.reason else outcome}; {time.monotonic() - began:.1f} s",
+          flush=True)  # fmt: skip
     return verdict.outcome == "right"
 
 
@@ -122,15 +122,6 @@ def _of_layout(layout: Layout, problem: Problem) -> Problem:
     return Problem(f"{where}: {problem.path}" if problem.path else where, problem.reason, problem.remedy)
 
 
-def _run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """`run_ranks` with more patience."""
-    usual, ranks.SECONDS = ranks.SECONDS, SECONDS
-    try:
-        return ranks.run_ranks(function, world, *arguments)
-    finally:
-        ranks.SECONDS = usual
-
-
 def _run_reference(job: Job, folder: Path, subject: Subject, *, first: bool) -> tuple[Job, Reference]:
     below = folder / str(job.micro_batches)
     below.mkdir()
@@ -144,7 +135,7 @@ def _run_reference(job: Job, folder: Path, subject: Subject, *, first: bool) -> 
     print(f"one process, plain torch: {STEPS} steps on {rows} x {length} random tokens, "
           f"{job.micro_batches} micro-batch{'es' * (job.micro_batches > 1)} ...", flush=True)  # fmt: skip
     try:
-        result = _run(sides.reference, 1, own)[0]
+        result = ranks.run_ranks(sides.reference, 1, own)[0]
     except AssertionError as error:
         raise ConfigError(
             Problem("model", f"the plain Hugging Face model fails by itself: {last_line(str(error))}",
@@ -174,7 +165,7 @@ def _run_layout(job: Job, bare: Job, expected: Reference, subject: Subject, whol
     print(f"{job.layout.text}: {job.layout.world} process{'es' * (job.layout.world > 1)}{extra} ...", flush=True)
     began = time.monotonic()
     try:
-        results = _run(sides.layout, job.layout.world, job, expected)
+        results = ranks.run_ranks(sides.layout, job.layout.world, job, expected)
     except AssertionError as error:
         line = Line(job.layout, "failed")
         line.remarks = [last_line(str(error)), f"the whole report is in {_report(str(error))}"]

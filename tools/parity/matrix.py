@@ -29,6 +29,9 @@ BAD = ("wrong", "failed")
 TRAINING, CAUSALITY = "training", "causality"
 """What the cells are called in which a family is trained by the command, and in which it must not see later tokens."""
 
+SEES = "sees later tokens"
+"""Stands in every refusal of a model that is not causal."""
+
 EXEMPLARY = (
     "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite",
     "jamba", "llama", "mamba2", "mixtral", "olmo2", "opt", "phi3", "qwen3", "qwen3_next", "starcoder2",
@@ -197,8 +200,8 @@ class Prover:
             self._add(key, run_ranks(prove_causality, 1, row.family)[0], time.monotonic() - began)
         verdict = self._results.get(key)
         assert verdict is not None
-        told = row.training is not None and row.training.outcome == "refused"
-        return replace(verdict, outcome="refused") if told and verdict.outcome == "wrong" else verdict
+        is_refused = row.training is not None and row.training.outcome == "refused" and SEES in row.training.reason
+        return replace(verdict, outcome="refused") if is_refused and verdict.outcome == "wrong" else verdict
 
     def _add(self, key: tuple[str, str, str], verdict: Verdict, seconds: float) -> None:
         self._results.add(key, verdict, seconds)

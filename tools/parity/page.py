@@ -10,7 +10,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from tools.parity.matrix import EXEMPLARY, MORE_COLUMNS, PAGES_COLUMNS, SOUND, Column, Row, reason_of, totals
+from tools.parity.matrix import EXEMPLARY, MORE_COLUMNS, PAGES_COLUMNS, SOUND, Column, Row, is_sound, reason_of, totals
 from tools.parity.shapes import FLIP, SHAPES
 from tools.parity.text import shortened
 
@@ -181,10 +181,20 @@ def readme_totals(rows: list[Row]) -> str:
         f"layout and exported by the command. Of {len(others)} encoders and encoder-decoders {right(others, tensor)}, "
         f"{right(others, sequence)}, {right(others, pipeline)} and {right(others, both)} have every gradient right. "
         f"{len(varied)} more proofs vary heads, widths, ties, biases and every boolean that changes the set of "
-        f"weights: {totals(varied)}. What is not right is refused before training starts, with the reason "
-        f"(`docs/support_matrix.md`, {_date()}; `python -m tools.parity --families all --write` does it again)."
+        f"weights: {totals(varied)}. {_rest(rows)} (`docs/support_matrix.md`, {_date()}; "
+        "`python -m tools.parity --families all --write` does it again.)"
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _rest(rows: list[Row]) -> str:
+    """What holds for those that are not right."""
+    if not is_sound(rows):
+        return "What is wrong or fails is listed with its reason."
+    return (
+        "Partly means that more than a tenth of the matrices is replicated; what is refused is refused before training "
+        "starts, with the reason; of what is not built nothing is known."
+    )
 
 
 def write(rows: list[Row], seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -334,7 +335,9 @@ def _compare(
     own = pipe.loss(compute)
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     floor = NOISE * max(float(g.abs().max()) for g in expected.values() if g is not None)
-    names, errors = [], []
+    if not (math.isfinite(floor) and bool(loss.isfinite())):
+        raise _NotBuilt("Hugging Face's own model computes a loss or a gradient that is not finite")
+    errors: dict[str, float] = {}
     for name, parameter in cut.named_parameters():
         shard = shard_of(parameter) or Shard.whole(name, parameter.shape, owner=True)
         if not parameter.requires_grad:
@@ -342,11 +345,11 @@ def _compare(
         wanted = expected[shard.name]
         wanted = torch.zeros(shard.whole_shape) if wanted is None else wanted
         got = torch.zeros(shard.local_shape()) if parameter.grad is None else parameter.grad
-        error = float((got - shard.take(wanted)).abs().max())
-        names.append(shard.name)
-        errors.append(error / max(float(wanted.abs().max()), floor))
+        error = float((got - shard.take(wanted)).abs().max()) / max(float(wanted.abs().max()), floor)
+        # A weight may lie in several parameters, and a maximum passes over what is not a number.
+        errors[shard.name] = max(errors.get(shard.name, 0.0), error if math.isfinite(error) else math.inf)
     gathered: list[Any] = [None] * place.world
-    dist.all_gather_object(gathered, dict(zip(names, errors, strict=True)))
+    dist.all_gather_object(gathered, errors)
     own = sum(pipe.reports(own))
     worst: dict[str, float] = {}
     for found in gathered:

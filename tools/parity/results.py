@@ -1,4 +1,4 @@
-"""Verdicts that have been reached, kept so that a long run goes on where it was stopped.
+"""Verdicts that have been reached, kept so that a long run that was stopped resumes.
 
 A verdict holds for the family in its shape, the way it was divided, and the sources that were proven: any change of
 `trainer/`, of the proof, or of torch, transformers or DeepSpeed makes it worthless.

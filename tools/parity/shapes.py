@@ -8,6 +8,7 @@ there are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,9 @@ WIDTHS = {
 """Two tensor ranks get columns that are no multiple of 16 bytes in fp32, four an odd number; experts too."""
 
 VOCABULARY = 257
+
+_SMALL_HEAD = 8
+"""Width of a head in the generic shape."""
 
 NOT_STRUCTURE = ("is_encoder_decoder", "add_cross_attention", "cross_attention", "use_cache", "torchscript")
 """Booleans that make another kind of model of it, with inputs that no task here has."""
@@ -107,8 +111,7 @@ def _built_with(family: Family, shape: str, fields: Fields) -> Variation | None:
     )
     try:
         _Built(varied)
-        if shape in (HEADS, FEW_HEADS, WIDTH):  # sizes that the constructor takes and the forward pass does not
-            computes(varied)
+        computes(varied)  # sizes that the constructor takes and no forward pass can have
     except Exception:  # the families' validators raise what they like
         return None
     return Variation(varied, shape, tuple(_named(fields)))
@@ -157,10 +160,18 @@ def _few_heads(generic: _Built, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fi
                         yield _placed(part, {holder: row.get(holder, {}) | fields} if holder else fields)
 
 
+def _is_left_out(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a field has no value, so that the family derives one."""
+    fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    return key in fields and key not in config.attribute_map and getattr(config, key, 0) is None
+
+
 def _wide_heads(generic: _Built) -> Iterator[Fields]:
     for part, config in generic.parts():
         for key in HEAD_WIDTHS:
             width = _settable(config, key)
+            if width is None and _is_left_out(config, key):
+                width = _SMALL_HEAD
             if isinstance(width, int):
                 yield from (_placed(part, {key: wide}) for wide in (2 * width, 3 * width, width // 2))
 
@@ -170,7 +181,7 @@ def _uneven(generic: _Built) -> Iterator[Fields]:
         widths = {}
         for key, width in WIDTHS.items():
             value = _settable(config, key)
-            if isinstance(value, int) and isinstance(width, int):
+            if isinstance(width, int) and (isinstance(value, int) or _is_left_out(config, key)):
                 widths[key] = width
             elif isinstance(value, list) and value and isinstance(width, int) and isinstance(value[0], int):
                 widths[key] = [width] * len(value)

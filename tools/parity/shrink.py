@@ -85,7 +85,7 @@ COUPLED: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA2, "shared_intermediate_size": 128},
     "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": [2] * 4, "moe_intermediate_size": [32] * 4},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": [2] * 4},
     "hy_v4": {**_DSA, "hc_mult": 2},
     "inkling2_text": _INKLING,
     "inkling_text": _INKLING,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -226,6 +227,13 @@ def bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig)
     return cross_entropy.detach(), objective, auxiliary.float() * auxiliary_coefficient(model.config)
 
 
+def rate_scale(name: str, loaded: LoadedConfig) -> float:
+    """The factor of `training.learning_rate_scales` for a weight; 1 where no pattern matches its name."""
+    scales = loaded.config.training.learning_rate_scales
+    patterns = ((re.escape(pattern).replace(r"\*", ".*"), scale) for pattern, scale in scales.items())
+    return next((scale for pattern, scale in patterns if re.fullmatch(pattern, name)), 1.0)
+
+
 def reference(job: Job) -> Reference | Refusal:
     """One process, plain torch and Hugging Face: no engine of any kind."""
     try:
@@ -274,9 +282,9 @@ def _reference(job: Job) -> Reference:
             outputs |= {key: tensor.contiguous() for key, tensor in kept.of_step(step)}
         nn.utils.clip_grad_norm_(trained.values(), clipping)
         with torch.no_grad():
-            for p in trained.values():
+            for name, p in trained.items():
                 if p.grad is not None:
-                    p -= rate * p.grad
+                    p -= rate * rate_scale(name, loaded) * p.grad
                 p.grad = None
         losses.append(loss)
         norms.append(norm)

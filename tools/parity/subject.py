@@ -150,6 +150,8 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> Subject:
     loaded = check(raw, world=1, device="cpu")
     shape = build_model_shape(loaded)
     if shrink:
+        left_out = [key for key in ("learning_rate_scales", "weight_decay_exclude") if raw["training"].pop(key, None)]
+        notes += [f"left out: training.{key}, whose names need not be those of the small model" for key in left_out]
         notes.append(_shrink(raw, loaded, shape))
     return Subject(raw, samples, notes)
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from tools.parity.families import Family
 from tools.parity.proof import TOLERANCE, Verdict, tiny_config
-from tools.parity.sides import bare_losses, bare_model
+from tools.parity.sides import bare_losses, bare_model, rate_scale
 from tools.parity.subject import Layout, Raw
 from tools.parity.text import last_line
 from tools.ranks import run_command, run_ranks
@@ -68,11 +68,23 @@ def tiny_model(family: Family) -> Raw:
     return {"model": {"config": config, "initialize": "random"}}
 
 
+def _without_dropout(value: Any, key: str = "") -> Any:
+    """A model's configuration with every rate of dropout, and of a router's noise, at 0."""
+    if isinstance(value, dict):
+        return {inner: _without_dropout(below, inner) for inner, below in value.items()}
+    drops_out = ("drop" in key or "jitter" in key) and isinstance(value, float)
+    return 0.0 if drops_out else value
+
+
 def prove_training(name: str, sections: Raw, layouts: Sequence[Layout], *, length: int = LENGTH) -> Verdict:
     """Trains a model by the command, a step in each of `layouts`.
 
+    Dropout is set to 0 in an inline configuration; the weights of a folder's model that has dropout are not compared,
+    and the verdict's reason says so.
+
     Args:
-        sections: `model`, and where they are given `parallel.tensor_plan` and the loss's options in `training`.
+        sections: `model`, and where they are given `parallel.tensor_plan`, `training` and
+            `deepspeed.zero_optimization`, whose stage holds for layouts that say none.
         length: `data.sequence_length`.
     """
     with tempfile.TemporaryDirectory(prefix="tessera-training-") as folder:
@@ -81,10 +93,13 @@ def prove_training(name: str, sections: Raw, layouts: Sequence[Layout], *, lengt
         except ConfigError as error:
             return Verdict(name, layouts[0].world, "refused", str(error.problems[0]))
         for step, layout in enumerate(layouts, start=1):
-            ended = run_command(
-                "launch/train.py", "--config", str(config), f"--set=training.max_steps={step}",
-                *(f"--set={override}" for override in _overrides(layout)), world=layout.world,
-            )  # fmt: skip
+            try:
+                ended = run_command(
+                    "launch/train.py", "--config", str(config), f"--set=training.max_steps={step}",
+                    *(f"--set={override}" for override in _overrides(layout)), world=layout.world,
+                )  # fmt: skip
+            except AssertionError as error:  # a hang
+                return Verdict(name, layout.world, "failed", f"{layout.text}: {last_line(str(error))}")
             if ended.status:
                 outcome = "refused" if ended.status == 2 else "failed"
                 return Verdict(name, layout.world, outcome, f"{layout.text}: {_cause(ended.err)}")
@@ -96,28 +111,29 @@ def prove_training(name: str, sections: Raw, layouts: Sequence[Layout], *, lengt
 
 
 def _overrides(layout: Layout) -> list[str]:
-    zero = 1 if layout.zero is None else layout.zero
     return [
         f"parallel.tensor={layout.tensor}",
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
         f"parallel.pipeline_schedule={'dualpipev' if layout.two_ways else '1f1b'}",
-        f"deepspeed.zero_optimization.stage={zero}",
+        *([] if layout.zero is None else [f"deepspeed.zero_optimization.stage={layout.zero}"]),
     ]
 
 
 def _cause(err: str) -> str:
     """The error in what a command has printed."""
     lines = [line.strip() for line in err.splitlines() if line.strip()]
-    told = [line for line in lines if "error" in line.lower()]
-    return (told or lines or ["no message"])[-1].removeprefix("[tessera] ").removeprefix("error: ")
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["no message"])[-1].removeprefix("[tessera] ").removeprefix("error: ")
 
 
 def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) -> Path:
     """The configuration, and random ids as token files."""
     micro_batches = math.lcm(*(one.data for one in layouts)) * max(4, *(2 * one.pipeline for one in layouts))
+    model = sections["model"]
     raw = {
         **sections,
+        "model": model | {"config": _without_dropout(model["config"])} if model.get("config") else model,
         "run": {"output_dir": str(folder / "run"), "seed": 5},
         "data": {
             "train": [{"path": str(folder / "train.bin")}], "validation": [{"path": str(folder / "validation.bin")}],
@@ -128,7 +144,7 @@ def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) 
         "deepspeed": {
             "train_batch_size": _MICRO * micro_batches, "train_micro_batch_size_per_gpu": _MICRO,
             "optimizer": {"type": "SGD", "params": {"lr": RATE}}, "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 1},
+            **sections.get("deepspeed", {"zero_optimization": {"stage": 1}}),
         },
     }  # fmt: skip
     path = folder / "config.json"
@@ -161,7 +177,9 @@ def compare(name: str, path: str) -> Verdict:
     verdict.loss = _held_out(exported.eval(), batches.validation, loaded), reported
     if not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", "the export's held-out loss is not the run's"
-    elif not drops(model):  # with dropout the two draw different numbers
+    elif drops(model):  # the two draw different numbers
+        verdict.reason = "weights not compared, because dropout is active"
+    else:
         _compare_weights(verdict, dict(exported.named_parameters()), dict(model.named_parameters()), before)
     return verdict
 
@@ -181,7 +199,8 @@ def _compare_weights(
         if own is not None and own.shape == parameter.shape:
             scale = max(changed[name], floor, _RESOLUTION * float(parameter.detach().abs().max()))
             error = float((own.detach() - parameter.detach()).abs().max()) / scale
-        if not error <= verdict.worst:
+        error = error if math.isfinite(error) else math.inf  # what is not a number is less than nothing
+        if error > verdict.worst:
             verdict.worst, verdict.worst_name = error, name
     if not verdict.worst <= _DRIFT:
         verdict.outcome, verdict.reason = "wrong", f"{verdict.worst_name} is not what a bare loop trains"
@@ -196,10 +215,10 @@ def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: Loade
     for micro in micro_batches:
         _, objective, auxiliary = bare_losses(model, micro, loaded)
         (objective / tokens + auxiliary / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
-    trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
-    nn.utils.clip_grad_norm_(trained, 1.0)
-    torch.optim.SGD(trained, RATE).step()
-    for p in trained:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    nn.utils.clip_grad_norm_(trained.values(), 1.0)
+    torch.optim.SGD([{"params": [p], "lr": RATE * rate_scale(name, loaded)} for name, p in trained.items()]).step()
+    for p in trained.values():
         p.grad = None
 
 

@@ -93,7 +93,7 @@ def relation_problems(config: Any, raw: Mapping[str, Any], where: str) -> Iterat
     for name in _CHOSEN:
         chosen = _size(text, name)
         available = (experts or 0) + (_size(text, "zero_expert_num") or 0)
-        if experts and chosen is not None and not 1 <= chosen <= available:
+        if experts and experts > 1 and chosen is not None and not 1 <= chosen <= available:  # one expert: dense
             yield Problem(spelled(name), f"must be between 1 and the number of experts, {available} (got {chosen})")
             return
 

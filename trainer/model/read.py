@@ -246,6 +246,44 @@ def _checked(
     return targets, leftovers
 
 
+_COMPARED_ROWS = 4096
+
+
+def _refuse_untied(model: PreTrainedModel, path: str, targets: dict[str, _Target], files: _Source) -> None:
+    """Compare weights that the files hold under several names though the model ties them.
+
+    transformers does not tie such weights; here one of them would be lost, another one on each pipeline stage.
+
+    Raises:
+        ConfigError: naming two keys whose values differ.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in all_parameters(model):
+        if name in targets and targets[name].converter is None:
+            names.setdefault(id(parameter), []).append(targets[name].sources[0][0])
+    for first, *others in names.values():
+        for other in others:
+            if not _are_equal(files.slice(first), files.slice(other)):
+                raise ConfigError(
+                    Problem(
+                        "model.path",
+                        f"'{first}' and '{other}' in '{path}' have different values, and the configuration ties them",
+                        f"Set tie_word_embeddings to false in {path}/config.json, or delete the one that is not meant",
+                    )
+                )
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two stored tensors have the same values. A few rows at a time are in memory."""
+    shape = tuple(one.get_shape())
+    if shape != tuple(other.get_shape()):
+        return False
+    parts = [slice(start, start + _COMPARED_ROWS) for start in range(0, shape[0], _COMPARED_ROWS)] if shape else [...]
+    rest = tuple(slice(None) for _ in shape[1:])
+    boxes = [(part, *rest) if shape else () for part in parts]
+    return all(torch.equal(one[box].float(), other[box].float()) for box in boxes)
+
+
 def _config_of(path: str) -> PreTrainedConfig | None:
     """The whole configuration beside the weights, which may be of a larger model; None where there is none."""
     try:
@@ -443,6 +481,7 @@ def read_weights(
         files = _open(path)
         initialize_buffers(model)
         targets, leftovers = _checked(model, path, files, allow_unexpected_keys=allow_unexpected_keys)
+        _refuse_untied(model, path, targets, files)
         reader = _Reader(model, files, complete)
         for target in targets.values():
             reader.fill(target)
