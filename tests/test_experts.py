@@ -84,11 +84,11 @@ def test_a_run_computes_experts_of_any_width(corpus: Path, shared_cache: Path, t
         )
 
     zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    expected = run_ranks(train_bare, 1, [(config(width), 2) for width in (18, 12, 24)])[0]
-    alone = run_ranks(train, 1, [(config(18), 2)])[0]
+    expected = run_ranks(train_bare, 1, [(config(width), 1) for width in (18, 12, 24)])[0]
+    alone = run_ranks(train, 1, [(config(18), 1)])[0]
     parted = [config(12, parallel__tensor=2, deepspeed__zero_optimization=zero) for zero in ({"stage": 0}, zero3)]
     half = config(24, parallel__tensor=2, deepspeed__bf16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
-    *exact, rounded = run_ranks(train, 2, [(job, 2) for job in (*parted, half)])[0]
+    *exact, rounded = run_ranks(train, 2, [(job, 1) for job in (*parted, half)])[0]
     for found, reference in zip([*alone, *exact], [expected[n] for n in (0, 1, 1)], strict=True):
         np.testing.assert_allclose(found[0], reference[0], rtol=2e-5)
         for name in reference[1]:
