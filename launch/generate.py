@@ -18,7 +18,7 @@ prepare_environment()
 
 import torch
 
-from trainer.config.earlier_versions import stored_configuration, value_at
+from trainer.config.earlier_versions import stored_run
 from trainer.data import added_ids, load_tokenizer
 from trainer.errors import ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
@@ -64,10 +64,17 @@ def tokenizer_in(folder: Path) -> Any:
 
 
 def prefix_of(run: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids before each prompt: those that stood before each document of the run, `data.special_tokens`."""
-    stored = stored_configuration(run)
-    is_framed = stored is None or value_at(stored, "data.special_tokens") == "tokenizer"
-    return added_ids(tokenizer)[0] if is_framed else ()
+    """Ids before each prompt: those before each document of the run, as its config.json records them.
+
+    Without a config.json, those that the tokenizer adds to every text.
+    """
+    stored = stored_run(run)
+    if stored is not None:  # earlier versions record no frame, and put nothing before a document
+        return tuple((stored.about.get("document_frame") or {}).get("prefix", ()))
+    try:
+        return added_ids(tokenizer)[0]
+    except ConfigError:  # it does not add the same ids to every text
+        return ()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,7 +21,7 @@ from trainer.distributed import Launch, configure_logging, joined_world, local_d
 prepare_environment()
 
 from trainer.config import LoadedConfig, load_config
-from trainer.config.load import METADATA_KEY
+from trainer.config.earlier_versions import METADATA_KEY
 from trainer.exit import Arguments, exit_on_errors
 
 log = logging.getLogger("trainer.train")

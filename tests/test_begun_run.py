@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 
 from tests.configs import with_values
 from tests.harness import Finished, run_command
-from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_configuration, upgraded, value_at
-from trainer.config.load import load_config
+from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_run, upgraded, value_at
+from trainer.config.load import LoadedConfig, load_config
 from trainer.errors import ConfigError
-from trainer.run_directory import refuse_another_run
+from trainer.run_directory import RunDirectory, refuse_another_run
+from trainer.store import read_manifest
 
 ROOT = Path(__file__).parent.parent
 BEGUN = ROOT / "tests" / "data" / "begun_run"
@@ -92,6 +94,33 @@ def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert f"{key} = {json.dumps(value)} (new runs: " in said[0]
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {key: value_at(stored, key) for key in BEFORE} == BEFORE, "the next attempt finds them written down"
+    newest = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08}"
+    assert set(BEFORE) <= set(stored["tessera"]["kept_meanings"])
+    assert set(BEFORE) <= set(read_manifest(newest).about["kept_meanings"])
+
+
+@pytest.mark.parametrize("upload", [False, True])
+def test_begun_run_resumes_a_second_time(upload: bool, tmp_path: Path) -> None:
+    """Also where only its copies at `checkpoint.upload` are left, with the arguments that the refusal names."""
+    run, copies, settings = tmp_path / "run", tmp_path / "copies", ()
+    if upload:
+        begun(tmp_path / "begun")
+        shutil.copytree(tmp_path / "begun" / "checkpoints", copies)
+        place = {"checkpoint.upload": f"file://{copies}"}
+        refused = train(run, **place)
+        assert refused.status == 2, refused.err
+        settings = tuple(f"{key}={json.dumps(value)}" for key, value in BEFORE.items())
+        assert all(f"(--set {shlex.quote(setting)})" in refused.err for setting in settings), refused.err
+        given = [part for setting in settings for part in ("--set", setting)]
+    else:
+        place, given = {}, []
+        begun(run)
+    for steps in (STORED_STEPS + 1, STORED_STEPS + 2):
+        resumed = train(run, *given, **place, **{"training.max_steps": steps})
+        assert resumed.status == 0, resumed.err
+    assert f"behind step {STORED_STEPS + 1}" in resumed.out
+    found = losses(run / "metrics.jsonl")
+    assert found["train", steps] == pytest.approx(STORED[0]["train", steps], rel=1e-5)
 
 
 def test_new_run_has_the_new_defaults(tmp_path: Path) -> None:
@@ -148,13 +177,14 @@ def test_upgraded_configuration_has_every_added_key() -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000003"])
-def test_stored_configuration_is_found(place: str, tmp_path: Path) -> None:
-    stored = stored_configuration(BEGUN / "run" / place)
-    assert stored is not None
-    assert value_at(stored, "data.special_tokens") == "end"
-    assert stored_configuration(tmp_path) is None
+def test_stored_run_is_read(place: str, tmp_path: Path) -> None:
+    run = stored_run(BEGUN / "run" / place)
+    assert run is not None
+    assert value_at(run.config, "data.special_tokens") == "end"
+    assert run.about["world"]["processes"] == 1
+    assert stored_run(tmp_path) is None
     (tmp_path / "config.json").write_text("{")
-    assert stored_configuration(tmp_path) is None
+    assert stored_run(tmp_path) is None
 
 
 @pytest.mark.fast
@@ -175,6 +205,65 @@ def test_keys_of_model_families_may_have_a_row(monkeypatch: pytest.MonkeyPatch, 
 def test_run_directory_configuration_can_be_given_again() -> None:
     loaded = load_config(BEGUN / "run" / "config.json", world=1, device="cpu")
     assert loaded.config.data.special_tokens == "end"
+
+
+def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]]:
+    """A run directory as this version writes it, with `values` of the user; and the arguments that resume it."""
+    settings = [f"run.output_dir={folder}", f"data.cache_dir={folder}"]
+    chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    loaded = load_config(CONFIG, [*settings, *chosen], world=1, device="cpu")
+    RunDirectory(folder, 1, None).write_config(loaded, frame=None)
+    return folder, settings
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("training.learning_rate_scales", {"model.norm.weight": 0.0}), ("training.weight_decay_exclude", []),
+     ("data.special_tokens", "none")],
+)  # fmt: skip
+def test_values_that_a_user_chose_are_not_kept(key: str, value: Any, tmp_path: Path) -> None:
+    """Deleting the key again is another value, as with every key that identifies a run."""
+    run, settings = with_new_configuration(tmp_path / "run", **{key: value})
+    loaded = load_config(CONFIG, settings, world=1, device="cpu")
+    assert not loaded.kept
+    assert not loaded.kept_meanings
+    old = json.loads((run / "config.json").read_text())
+    with pytest.raises(ConfigError) as refused:
+        refuse_another_run(old, loaded, "the run directory")
+    assert all(problem.path.startswith(key) for problem in refused.value.problems)
+    assert f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" in str(refused.value)
+
+
+@pytest.mark.fast
+def test_kept_meanings_stay_kept(tmp_path: Path) -> None:
+    """Through attempts that name the values, and not where an attempt has changed one."""
+    run = begun(tmp_path / "run")
+    settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}"]
+
+    def attempt(*arguments: str) -> LoadedConfig:
+        loaded = load_config(CONFIG, [*settings, *arguments], world=1, device="cpu")
+        RunDirectory(run, 2, None).write_config(loaded, frame=None)
+        return loaded
+
+    for arguments in ((), ("data.special_tokens=end",), ()):
+        loaded = attempt(*arguments)
+        assert loaded.config.data.special_tokens == "end"
+        assert set(BEFORE) <= set(loaded.kept_meanings)
+    changed = attempt("data.special_tokens=none", 'checkpoint.allow_changed=["data.special_tokens"]')
+    assert "data.special_tokens" not in changed.kept_meanings
+    assert attempt().config.data.special_tokens == "tokenizer", "and refused where it is compared"
+
+
+@pytest.mark.fast
+def test_kept_values_apply_to_the_new_packing(tmp_path: Path) -> None:
+    """`data.drop_last` has no meaning without concatenation: the values of the run do not make the change invalid."""
+    allowed = 'checkpoint.allow_changed=["data.packing"]'
+    settings = [f"run.output_dir={begun(tmp_path / 'run')}", f"data.cache_dir={tmp_path}", "data.packing=none", allowed]
+    loaded = load_config(CONFIG, settings, world=1, device="cpu")
+    assert loaded.config.data.drop_last is False
+    assert "data.drop_last" not in loaded.kept
+    assert "data.special_tokens" in loaded.kept
 
 
 @pytest.mark.fast

@@ -19,7 +19,8 @@ from tests.runs import _loaded, _place
 from tests.test_model import GPT2, MIXTRAL
 from trainer import causality
 from trainer.causality import CONTROL, PROBED, verify_causality
-from trainer.config.load import METADATA_KEY, check, load_config
+from trainer.config.earlier_versions import METADATA_KEY
+from trainer.config.load import check, load_config
 from trainer.config.model_facts import make_causal, model_config
 from trainer.data import MicroBatch, open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer

@@ -394,6 +394,24 @@ def test_tokenizer_that_frames_by_the_text_is_refused() -> None:
         frame_of(Moody(), "tokenizer")  # type: ignore[arg-type]
 
 
+@pytest.mark.fast
+def test_prompts_have_the_recorded_prefix(tmp_path: Path) -> None:
+    """And none after token files, or without a record where the tokenizer does not add the same to every text."""
+    from launch.generate import prefix_of, tokenizer_in
+
+    class Moody:
+        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+            return {"input_ids": [*([len(text)] if add_special_tokens else []), 7, 8]}
+
+    tokenizer = tokenizer_in(save("llama", tmp_path))
+    assert prefix_of(tmp_path, tokenizer) == tuple(tokenizer.convert_tokens_to_ids(["<s>"])), "no config.json"
+    assert prefix_of(tmp_path, Moody()) == ()
+    for frame, prefix in ((DocumentFrame((5, 6), (2,)).as_json(), (5, 6)), (None, ())):
+        stored = {"run": {}, "data": {"special_tokens": "tokenizer"}, "tessera": {"document_frame": frame}}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        assert prefix_of(tmp_path, Moody()) == prefix
+
+
 @pytest.mark.parametrize(("mode", "prefix"), [("tokenizer", ["<s>"]), ("end", []), ("none", []), (None, [])])
 def test_prompts_are_framed_as_documents(
     mode: str | None, prefix: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -403,8 +421,9 @@ def test_prompts_are_framed_as_documents(
     from trainer.model import generate_texts
 
     data = {"append_end_of_text": True} if mode is None else {"special_tokens": mode}
-    (tmp_path / "config.json").write_text(json.dumps({"run": {}, "data": data}))
     tokenizer = tokenizer_in(save("llama", tmp_path))
+    about = {} if mode is None else {"document_frame": frame_of(tokenizer, mode).as_json()}  # type: ignore[arg-type]
+    (tmp_path / "config.json").write_text(json.dumps({"run": {}, "data": data, "tessera": about}))
     asked = []
 
     class Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import uuid
 from collections.abc import Iterable, Mapping
@@ -14,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import LoadedConfig
-from trainer.config.earlier_versions import ADDED_KEYS, upgraded
-from trainer.config.load import METADATA_KEY
+from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgraded, value_at
 from trainer.errors import ConfigError, Problem
 from trainer.store import TOKENIZER
 
 _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
 _IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
-"""What makes a run this run: with another value of these it cannot be gone on with. `ADDED_KEYS` beside them."""
+"""What makes a run this run: with another value of these it cannot be gone on with. In addition: `ADDED_KEYS`."""
 
 _NOT_IDENTITY = (
     "data.cache_dir", "model.attention", "model.activation_checkpointing", "model.allow_unexpected_keys",
@@ -58,10 +58,19 @@ def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str)
                 continue
             found.append(
                 Problem(key, f"{json.dumps(now.get(key))} here, {json.dumps(before.get(key))} in {where}",
-                        "Take the old value, another run.output_dir to begin anew, or name the key with --allow_change")
+                        f"Take the old value{_setting(key, old)}, another run.output_dir to begin anew, or name the "
+                        "key with --allow_change")
             )  # fmt: skip
     if found:
         raise ConfigError(found)
+
+
+def _setting(key: str, old: Mapping[str, Any]) -> str:
+    """The argument that sets an added key to its value in `old`, because users cannot look it up in an old file."""
+    for row in ADDED_KEYS:
+        if is_below(key, [row.key]) and (value := value_at(old, row.key)) is not ABSENT:
+            return f" (--set {shlex.quote(f'{row.key}={json.dumps(value)}')})"
+    return ""
 
 
 def is_below(key: str, paths: Iterable[str]) -> bool:
@@ -95,12 +104,13 @@ def _git_commit() -> str | None:
 
 
 def about_run(loaded: LoadedConfig) -> dict[str, Any]:
-    """What a run computes on: versions, commit, layout."""
+    """What a run computes on: versions, commit, layout; and what it keeps of an earlier version."""
     topology = {axis: getattr(loaded.config.parallel, axis) for axis in ("pipeline", "tensor")}
     return {
         "versions": _versions(),
         "git_commit": _git_commit(),
         "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
+        "kept_meanings": list(loaded.kept_meanings),
     }
 
 

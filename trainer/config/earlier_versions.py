@@ -27,6 +27,9 @@ ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
 
 Raw = dict[str, Any]
 
+METADATA_KEY = "tessera"
+"""What a run directory's config.json says about the run itself stands under it; ignored when it is run again."""
+
 
 @dataclass(frozen=True)
 class AddedKey:
@@ -83,8 +86,8 @@ def _bidirectional(switch: str) -> Callable[[Mapping[str, Any]], Any]:
     return meaning
 
 
-def _drop_last(stored: Mapping[str, Any]) -> bool:
-    return value_at(stored, "data.packing") in (ABSENT, "concatenate")
+def _drop_last(stored: Mapping[str, Any]) -> Any:
+    return True if value_at(stored, "data.packing") in (ABSENT, "concatenate") else ABSENT
 
 
 ADDED_KEYS: tuple[AddedKey, ...] = (
@@ -151,30 +154,57 @@ def replaced_key(key: str) -> Problem | None:
     return None
 
 
-def stored_configuration(folder: Path) -> Raw | None:
-    """The upgraded configuration of a run directory or a checkpoint.
+@dataclass(frozen=True)
+class StoredRun:
+    """What a run directory or a checkpoint stores about its run."""
+
+    folder: Path
+    """The folder that was searched."""
+
+    written: Raw
+    """The configuration in the keys of the version that wrote it."""
+
+    about: Mapping[str, Any]
+    """Metadata: `METADATA_KEY` of a config.json, `about` of a manifest."""
+
+    @property
+    def config(self) -> Raw:
+        """The upgraded configuration."""
+        return upgraded(self.written)
+
+    def keeps_meaning(self, key: str) -> bool:
+        """Whether an earlier version began the run without `key`, so that no user has chosen its value."""
+        return value_at(self.written, key) is ABSENT or key in (self.about.get("kept_meanings") or ())
+
+
+def stored_run(folder: Path) -> StoredRun | None:
+    """What `folder` stores about its run.
 
     Args:
         folder: a checkpoint, a run directory, or the folder of its checkpoints.
 
     Returns:
-        None if there is none that can be read: whoever needs it says what is wrong.
+        None if no configuration can be read there: whoever needs it says what is wrong.
     """
     try:
         if (folder / MANIFEST).is_file():
-            return upgraded(read_manifest(folder).config)
+            manifest = read_manifest(folder)
+            return StoredRun(folder, dict(manifest.config), manifest.about)
         if (folder / "config.json").is_file():
             stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             is_ours = isinstance(stored, dict) and all(isinstance(stored.get(name), dict) for name in ("run", "data"))
-            return upgraded(stored) if is_ours else None
+            if not is_ours:
+                return None
+            about = stored.get(METADATA_KEY)
+            return StoredRun(folder, stored, about if isinstance(about, dict) else {})
         manifests = sorted([*folder.glob(f"step-*/{MANIFEST}"), *folder.glob(f"checkpoints/step-*/{MANIFEST}")])
-        return stored_configuration(manifests[-1].parent) if manifests else None
+        return stored_run(manifests[-1].parent) if manifests else None
     except (OSError, ValueError, CheckpointError):
         return None
 
 
-def _resumed_run(raw: Raw) -> tuple[Path, Raw] | None:
-    """Where the configuration of the run stands that `raw` resumes, and that configuration upgraded."""
+def _resumed_run(raw: Raw) -> StoredRun | None:
+    """The run that `raw` resumes, as far as this machine's folders tell."""
     resume, output = value_at(raw, "checkpoint.resume"), value_at(raw, "run.output_dir")
     resume = "auto" if resume is ABSENT else resume
     if resume == "never":
@@ -182,34 +212,45 @@ def _resumed_run(raw: Raw) -> tuple[Path, Raw] | None:
     for name in (output,) if resume == "auto" else (resume, output):
         if not isinstance(name, str) or not name or "://" in name:
             continue
-        folder = Path(name).expanduser()
-        if (stored := stored_configuration(folder)) is not None:
-            return folder, stored
+        if (run := stored_run(Path(name).expanduser())) is not None:
+            return run
     return None
 
 
-def keep_stored_meanings(raw: Raw) -> str:
-    """Sets those added keys that `raw` leaves out to what the run that it resumes has there.
+@dataclass(frozen=True)
+class KeptMeanings:
+    """What a resumed run keeps of an earlier version."""
+
+    keys: tuple[str, ...] = ()
+    """Added keys with the value that the run had before they existed. Stored with the run, for its next attempt."""
+
+    message: str = ""
+    """One line about values that a new run would not have; empty if there are none."""
+
+
+def keep_stored_meanings(raw: Raw) -> KeptMeanings:
+    """Sets those added keys that `raw` leaves out to their meaning in the run that it resumes.
+
+    Only keys that an earlier version did not know: a value that this version stored is compared like any other.
 
     Args:
         raw: a merged configuration that has not been checked; changed in place.
-
-    Returns:
-        One line about values that a new run would not have; empty if there are none.
     """
-    found = _resumed_run(raw)
-    if found is None:
-        return ""
-    folder, stored = found
-    kept = []
+    run = _resumed_run(raw)
+    if run is None:
+        return KeptMeanings()
+    stored, keys, changes = run.config, [], []
     for row in ADDED_KEYS:
-        meaning = value_at(stored, row.key)
-        if meaning is ABSENT or row.meaning_in(raw) is ABSENT or value_at(raw, row.key) is not ABSENT:
+        meaning, current = value_at(stored, row.key), value_at(raw, row.key)
+        applies = meaning is not ABSENT and row.meaning_in(raw) is not ABSENT
+        if not applies or not run.keeps_meaning(row.key) or current not in (ABSENT, meaning):
+            continue
+        keys.append(row.key)
+        if current is not ABSENT:
             continue
         _set(raw, row.key, meaning)
         if meaning != row.new_default:
             new = "unset" if row.new_default is ABSENT else json.dumps(row.new_default)
-            kept.append(f"{row.key} = {json.dumps(meaning)} (new runs: {new})")
-    if not kept:
-        return ""
-    return f"resuming with the values that the run in {folder} began with: {', '.join(kept)}"
+            changes.append(f"{row.key} = {json.dumps(meaning)} (new runs: {new})")
+    message = f"resuming with the values that the run in {run.folder} began with: {', '.join(changes)}"
+    return KeptMeanings(tuple(keys), message if changes else "")

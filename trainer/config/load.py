@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import rules as cross_section
 from trainer.config import strict_json
 from trainer.config.deepspeed import REFUSED, Batch, batch_arithmetic, resolve
-from trainer.config.earlier_versions import keep_stored_meanings, replaced_key, upgraded
+from trainer.config.earlier_versions import METADATA_KEY, keep_stored_meanings, replaced_key, upgraded
 from trainer.config.model_facts import (
     ModelFacts,
     default_attention,
@@ -29,9 +29,6 @@ from trainer.config.schema import SECTIONS, Config
 from trainer.errors import ConfigError, Problem
 
 Raw = dict[str, Any]
-
-METADATA_KEY = "tessera"
-"""What a run directory's config.json says about the run itself stands under it; ignored when it is run again."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,9 @@ class LoadedConfig:
     warnings: tuple[Problem, ...] = ()
     kept: str = ""
     """One line about values that the resumed run began with and new runs do not have; empty if there are none."""
+
+    kept_meanings: tuple[str, ...] = ()
+    """Keys with the value that the resumed run had in an earlier version, which did not know them."""
 
     @property
     def data_ranks(self) -> int:
@@ -397,4 +397,4 @@ def load_config(
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
     kept = keep_stored_meanings(raw)
-    return replace(check(raw, world=world, device=device), kept=kept)
+    return replace(check(raw, world=world, device=device), kept=kept.message, kept_meanings=kept.keys)
