@@ -144,6 +144,60 @@ def test_groups_in_bf16(kind: str, base: dict[str, Any]) -> None:
         assert_equal(run_ranks(train, 2, [(without, STEPS)])[0][0], expected, 0.02, by_norm=True)
 
 
+# Groups that some ranks have none of ----------------------------------------------------------------------------------
+
+LOPSIDED = {"deepspeed__train_batch_size": 12, "model__config__tie_word_embeddings": False}
+GPT_OSS = {
+    "model_type": "gpt_oss", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": 16, "rope_scaling": None,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+"""Every token goes to all experts: rounding sends none elsewhere. The bias of the experts' last product is trained on
+the first tensor rank only."""
+
+
+def compare_norms(config: dict[str, Any], layouts: list[Layout], ranks: int) -> None:
+    """Losses, norms and weights of a bare process."""
+    (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
+    for values, outcome in zip(
+        layouts, run_ranks(train, ranks, [(with_values(config, **values), STEPS) for values in layouts])[0], strict=True
+    ):
+        np.testing.assert_allclose(np.array(outcome[0]), np.array(expected[0]), rtol=2e-4, err_msg=str(values))
+        assert_equal(outcome, expected, 2e-4, values)
+
+
+def first_stage_alone_has_a_group(base: dict[str, Any]) -> dict[str, Any]:
+    scales = {"model.embed_tokens.weight": 0.5}
+    return with_optimizer(base, "AdamW", **LOPSIDED, training__learning_rate_scales=scales)
+
+
+def first_tensor_rank_alone_has_a_group(base: dict[str, Any]) -> dict[str, Any]:
+    training = {"learning_rate_scales": {"*.experts.down_proj_bias": 2.0}, "weight_decay_exclude": ["*bias", "*norm*"]}
+    training |= {"max_steps": STEPS}
+    return with_optimizer(base, "AdamW", model={"config": GPT_OSS}, training=training)
+
+
+def test_a_pipeline_stage_may_lack_a_group(base: dict[str, Any]) -> None:
+    compare_norms(first_stage_alone_has_a_group(base), [layout(pipeline=2, stage=1)], 2)
+
+
+def test_a_tensor_rank_may_lack_a_group(base: dict[str, Any]) -> None:
+    compare_norms(first_tensor_rank_alone_has_a_group(base), [layout(tensor=2, stage=1)], 2)
+
+
+@pytest.mark.matrix
+def test_ranks_may_lack_a_group_in_every_layout(base: dict[str, Any]) -> None:
+    """Muon's middle stage has neither embeddings nor a head, so one group less, by default."""
+    pipelines = [layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD), layout(pipeline=2, stage=0)]
+    compare_norms(first_stage_alone_has_a_group(base), pipelines, 4)
+    tensor = [layout(tensor=2, stage=stage) for stage in (0, 1, 2, 3)]
+    tensor += [layout(tensor=2, stage=stage, offload_optimizer=OFFLOAD) for stage in (1, 2, 3)]
+    compare_norms(first_tensor_rank_alone_has_a_group(base), tensor, 4)
+    muon = with_optimizer(base, "Muon", **LOPSIDED, training__learning_rate_scales={})
+    compare_norms(with_values(muon, model__config__num_hidden_layers=6), [layout(pipeline=3, stage=1)], 3)
+
+
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,8 @@ class ParameterGroups:
         """The parameters as `deepspeed.initialize` gets them: a plain list where all weights are treated alike.
 
         Groups of which this rank has no weight are left out. All ranks of a data group hold the same weights, so
-        they agree on the groups; nothing depends on the number of groups of another pipeline stage.
+        they agree on the groups. Pipeline stages and tensor ranks may differ in their number, so no collective over
+        those may run once per group: see `reduce_norm_once`.
 
         Args:
             models: of this rank's stages, which hold `trained`.

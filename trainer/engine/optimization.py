@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer.engine.groups import ParameterGroups
 from trainer.engine.muon import clip_before_muon
+from trainer.engine.norm import reduce_norm_once
 
 
 @dataclass(frozen=True)
@@ -39,5 +40,6 @@ class Optimization:
             **options,
         )
         self.groups.scale_rates(engine.optimizer)
+        reduce_norm_once(engine.optimizer)
         clip_before_muon(engine.optimizer)
         return engine

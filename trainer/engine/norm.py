@@ -1,0 +1,71 @@
+"""The gradient norm of ZeRO's optimizers, for ranks with different numbers of parameter groups.
+
+DeepSpeed 0.19 reduces the norm of each group over the pipeline stages and tensor ranks, so all of them must have as
+many groups. They do not: a stage or a tensor rank may hold no weight of a group. Here each rank combines the norms of
+its groups, and one reduction sums their squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import pg_utils
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def reduce_norm_once(optimizer: Any) -> None:
+    """Changes how one of DeepSpeed's optimizers computes the norm, where ranks hold different parts of a model.
+
+    Args:
+        optimizer: DeepSpeed's, before its first step, and before `clip_before_muon`.
+    """
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
+        return
+    if not pg_utils.is_parallel(optimizer.model_parallel_group):
+        return
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        norm_groups = optimizer._get_norm_groups
+
+        def reduced_norm_groups() -> list[Tensor]:
+            with _without_reductions(optimizer):
+                norms = norm_groups()
+            return [_reduced(optimizer, combine_grad_norm_groups(norms))]
+
+        optimizer._get_norm_groups = reduced_norm_groups
+    else:
+        global_norm = optimizer.scaled_global_norm
+
+        def reduced_global_norm(norm_type: int = 2) -> Tensor:
+            with _without_reductions(optimizer):
+                norm = global_norm(norm_type)
+            return _reduced(optimizer, norm)
+
+        optimizer.scaled_global_norm = reduced_global_norm
+
+
+@contextmanager
+def _without_reductions(optimizer: Any) -> Iterator[None]:
+    """Meanwhile the optimizer reduces over the data ranks only."""
+    optimizer._model_parallel_all_reduce = lambda tensor, op: None
+    try:
+        yield
+    finally:
+        del optimizer._model_parallel_all_reduce
+
+
+def _reduced(optimizer: Any, norm: Tensor) -> Tensor:
+    """The norm over all parts of the model, on the device of `norm`; infinite if one of the parts' norms is not finite.
+
+    Args:
+        norm: of this rank's part, scalar; infinite if invalid, as `combine_grad_norm_groups` leaves it.
+    """
+    squared = norm.to(get_accelerator().current_device_name()).square()
+    optimizer._model_parallel_all_reduce(tensor=squared, op=dist.ReduceOp.SUM)
+    return squared.sqrt().to(norm.device)
