@@ -105,6 +105,18 @@ WARMUPS = [
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    ("kind", "params", "key"),
+    [("LRRangeTest", {"lr_range_test_min_lr": [0.1]}, "lr_range_test_min_lr"),
+     ("OneCycleLR", {"max_lr": [0.1], "total_steps": 10}, "max_lr")],
+)  # fmt: skip
+def test_a_list_of_one_rate_is_that_rate(kind: str, params: dict[str, Any], key: str, tiny: dict[str, Any]) -> None:
+    """So a rank may have any number of parameter groups."""
+    config = with_values(tiny, deepspeed__scheduler={"type": kind, "params": params})
+    assert check(config, world=1, device="cpu").deepspeed_json["scheduler"]["params"][key] == 0.1
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(("scheduler", "zero"), WARMUPS, ids=str)
 def test_steps_of_rate_0(scheduler: dict[str, Any], zero: list[int], tiny: dict[str, Any]) -> None:
     """As README says."""

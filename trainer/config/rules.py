@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config.deepspeed import (
     AUTO_BUCKETS,
@@ -20,6 +20,7 @@ from trainer.config.deepspeed import (
     scheduler_problems,
     smallest_data_ranks,
 )
+from trainer.config.deepspeed.section import OptimizerSection
 from trainer.config.model_facts import NEVER_CAUSAL, ModelFacts
 from trainer.config.paths import has_splits, is_local, matching_files, only_tokens, problems_of_path
 from trainer.config.schema import (
@@ -617,12 +618,27 @@ def wsd_has_its_phases(draft: Draft) -> Iterator[Problem]:
             f"{decay} and warmup_num_steps = {warmup} are more than total_num_steps = {total}",
             "Shorten one of them",
         )
-    peak = params.get("warmup_max_lr", "auto")
-    peak = optimizer.params.get("lr") if peak == "auto" else peak
+    peaks = _peaks(params, optimizer)
+    if not peaks:
+        return
+    source = min(peaks, key=peaks.__getitem__)
     for key in ("warmup_min_lr", "decay_min_lr"):
         least = params.get(key)
-        if isinstance(least, int | float) and isinstance(peak, int | float) and least > peak:
-            yield Problem(f"{path}.{key}", f"{least} is higher than the highest rate, {peak}", "Lower it")
+        if isinstance(least, int | float) and least > peaks[source]:
+            problem = f"{least} is higher than the highest rate, {peaks[source]} ({source})"
+            yield Problem(f"{path}.{key}", problem, "Lower it")
+
+
+def _peaks(params: Mapping[str, Any], optimizer: OptimizerSection) -> dict[str, float]:
+    """The highest rates of a `WSD`, by the key that sets them: one of all groups, or without it each group's own."""
+    peak = params.get("warmup_max_lr")
+    if peak is not None and peak != "auto":
+        found = {"warmup_max_lr": peak}
+    else:
+        keys = ("muon_lr", "adam_lr") if optimizer.type.lower() == "muon" and peak is None else ("lr",)
+        sources = [key if key in optimizer.params else "lr" for key in keys]
+        found = {f"optimizer.params.{key}": optimizer.params.get(key) for key in sources}
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
 
 
 def warnings_of(draft: Draft) -> Iterator[Problem]:

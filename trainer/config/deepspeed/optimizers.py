@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from deepspeed.runtime import lr_schedules
 
-from trainer.config.deepspeed.section import RESOLVED_AUTOS, DeepSpeedSection, OptimizerSection, SchedulerSection
+from trainer.config.deepspeed.section import (
+    PER_GROUP,
+    RESOLVED_AUTOS,
+    DeepSpeedSection,
+    OptimizerSection,
+    SchedulerSection,
+)
 from trainer.config.deepspeed.wsd import DECAYS, WSD
 from trainer.errors import Problem
 
@@ -126,7 +132,7 @@ _WSD_CHECKS: Checks = {
     "warmup_num_steps": (lambda v: _is_count(v, 0), "a whole number >= 0"),
     "decay_num_steps": (lambda v: _is_count(v, 0), "a whole number >= 0"),
     "decay_min_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
-    "decay_type": (lambda v: v in DECAYS, "'linear', 'cosine' or '1-sqrt'"),
+    "decay_type": (lambda v: isinstance(v, str) and v in DECAYS, "'linear', 'cosine' or '1-sqrt'"),
 }
 
 
@@ -144,6 +150,9 @@ def _param_problems(
         elif value == "auto":
             if f"{where}.params.{key}" not in RESOLVED_AUTOS:
                 yield Problem(path, '"auto" cannot be resolved here: nothing else says this value', "Give the value")
+        elif where == "scheduler" and key in PER_GROUP and isinstance(value, list):
+            remedy = "For weights with other rates set training.learning_rate_scales"
+            yield Problem(path, f"must be a number, which all parameter groups get (got {value!r})", remedy)
         elif key in checks and not checks[key][0](value):
             yield Problem(path, f"expected {checks[key][1]}, got {value!r}")
 
@@ -222,8 +231,8 @@ def _scheduler_refusal(kind: type, section: SchedulerSection) -> str | None:
 
 
 def _walk(kind: type, params: Mapping[str, Any], rate: float, steps: int) -> list[float]:
-    """The rates of the first steps. With two parameter groups, as a run may have: no value may be for one alone."""
-    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=rate)
+    """The rates of the first steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     schedule: Any = kind(optimizer, **params)
     rates = []
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-from pydantic import BaseModel, BeforeValidator, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model, field_validator
 
 from trainer.config.section import Section
 from trainer.errors import Problem
@@ -86,6 +86,14 @@ _ZeroSection = mirror(DeepSpeedZeroConfig, "zero_optimization", _AUTO)
 _Dtype = Literal["fp32", "fp16", "bf16"]
 
 
+PER_GROUP = frozenset((
+    "base_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_range_test_min_lr",
+    "cycle_min_lr", "cycle_max_lr", "cycle_min_mom", "cycle_max_mom", "warmup_min_lr", "warmup_max_lr",
+))  # fmt: skip
+"""Arguments for which schedulers take a list with one value for each parameter group. Here the weights of a rank decide
+how many groups it has, so a list of several values has no meaning."""
+
+
 class OptimizerSection(Section):
     type: str
     """Adam, AdamW, Adagrad, Lion, Muon (DeepSpeed's), or any of `torch.optim` by name."""
@@ -103,6 +111,16 @@ class SchedulerSection(Section):
 
     params: dict[str, Any] = {}
     """Arguments of the scheduler's class."""
+
+    @field_validator("params")
+    @classmethod
+    def _one_value_for_all_groups(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """A list of one is its number, however many parameter groups a rank has."""
+
+        def single(key: str, value: Any) -> Any:
+            return value[0] if key in PER_GROUP and isinstance(value, list) and len(value) == 1 else value
+
+        return {key: single(key, value) for key, value in params.items()}
 
 
 class TimersSection(Section):
