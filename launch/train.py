@@ -75,7 +75,8 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     with joined_world(launch, topology, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
-        checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
+        data, evaluated = batches.fingerprint, batches.validation and batches.validation.shares
+        checkpoints = Checkpoints(loaded, directory, world, data, recipe_of(model), evaluated or ())
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
         if not checkpoints.found:
             verify_causality(loaded, world, engine, batches.train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.harness import run_command, run_ranks
 from tests.runs import _loaded, _place
 from tests.test_model import GPT2, MIXTRAL
 from trainer import causality
-from trainer.causality import CONTROL, PROBED, verify_causality
+from trainer.causality import CONTROL, PROBED, Finding, verify_causality
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.config.load import check, load_config
 from trainer.config.model_facts import make_causal, model_config
@@ -195,6 +196,21 @@ def test_causal_models_are_not_refused(precision: str, base: dict[str, Any], ber
         assert "depends on later tokens" in text
     assert refused.startswith("refused: model.config.is_decoder: 'bert' sees later tokens")
     assert refused.endswith("Set it to true"), "random weights leak little, and are refused in bf16 too"
+
+
+@pytest.mark.fast
+def test_remedy_for_a_hub_name_can_be_followed(tmp_path: Path) -> None:
+    def remedy(path: str) -> str | None:
+        facts = SimpleNamespace(model_type="bert", causal_setting=("is_decoder", True))
+        loaded: Any = SimpleNamespace(facts=facts, config=SimpleNamespace(model=SimpleNamespace(path=path)))
+        return causality._problem(loaded, Finding(1, 2.0, 3.0, 1.0, True), 24).remedy
+
+    of_hub = remedy("bert-base-uncased")
+    assert of_hub is not None
+    assert of_hub.startswith("Download the folder, set is_decoder to true in its config.json and give its path")
+    of_folder = remedy(str(tmp_path))
+    assert of_folder is not None
+    assert of_folder.startswith(f"Set is_decoder to true in {tmp_path}/config.json")
 
 
 def test_the_command_ends_with_one_message(base: dict[str, Any], bert: Path, tmp_path: Path) -> None:

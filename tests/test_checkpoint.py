@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -730,6 +731,44 @@ def test_what_retention_lets_go(tmp_path: Path) -> None:
     assert gone(keep_last=2) == [40, 30, 10]
     assert gone(keep_last=1, keep_best=2, keep_every_steps=30) == [50, 40, 10]
     assert [one.manifest.step for one in best_of(kept, 2)] == [20, 60]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("sources", "limit", "earlier", "best"),
+    [(2, 3, None, 20), (2, None, None, 10), (1, 3, None, 10), (2, 3, [8, 4], 10), (2, 3, [12, 0], 20)],
+)
+def test_best_compares_losses_over_the_same_samples(
+    sources: int, limit: int | None, earlier: list[int] | None, best: int, tmp_path: Path
+) -> None:
+    """Checkpoints of an earlier version record no samples, and differ with several sources and a limit."""
+    config = {"data": {"validation": [{}] * sources}, "evaluation": {"max_batches": limit}}
+    kept = []
+    for step, loss, samples in ((30, 3.0, [8, 4]), (20, 2.0, [8, 4]), (10, 1.0, earlier)):
+        about = {} if samples is None else {"evaluated_samples": samples}
+        losses = {"validation": loss}
+        manifest = Manifest(step, 1, "", 0, 0, losses, config, about, {}, {}, None, {}, (), {})
+        kept.append(Kept(tmp_path / name_of(step), manifest))
+    assert best_of(kept)[0].manifest.step == best
+    assert best_of(kept[2:]) == kept[2:], "the newest itself is always compared"
+
+
+def test_resumed_run_warns_of_other_validation_samples(base: dict[str, Any], tmp_path: Path) -> None:
+    """Once, where the samples are others: `best` then leaves out the earlier loss, however low it is."""
+    config = with_values(base, run__output_dir=str(tmp_path / "run"), data__validation=held_out(base) * 2,
+                         training__max_steps=1, evaluation={"max_batches": 2, "every_steps": 1})  # fmt: skip
+    assert started(config, tmp_path, world=1).status == 0
+    folder = tmp_path / "run" / "checkpoints"
+    first = read_manifest(folder / name_of(1))
+    assert len(first.about["evaluated_samples"]) == 2
+    about = {key: value for key, value in first.about.items() if key != "evaluated_samples"}
+    earlier = replace(first, about=about, losses={"validation": 0.1})
+    (folder / name_of(1) / "manifest.json").write_text(earlier.to_json())
+    for steps, warnings in ((2, 1), (3, 0)):
+        ended = started(with_values(config, training__max_steps=steps), tmp_path, world=1)
+        assert ended.status == 0, ended.err
+        assert ended.out.count("validation losses are over other samples") == warnings
+    assert (folder / "best").read_text().strip() != name_of(1)
 
 
 @pytest.mark.fast

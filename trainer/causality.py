@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,20 +74,21 @@ def verify_causality(loaded: LoadedConfig, world: World, engine: Engine, batches
         ConfigError: on every rank, naming the first position that sees later inputs.
     """
     start = time.perf_counter()
-    kind, ids = loaded.facts.model_type, _sample(loaded, batches.first_ids())
+    model_type, ids = loaded.facts.model_type, _sample(loaded, batches.first_ids())
     if len(ids) < 3:
         log.info("causality not probed: the sample has fewer than 2 tokens, or cannot be divided by parallel.tensor")
         return
     first = _replaced_from(len(ids) - 1)
     with _preserved_random_state(world.device):
         before, after = (_losses(engine, world, micro) for micro in _micro_batches(loaded, ids, first))
-    found = _agreed(engine, before, after, first, TOLERANCES[loaded.config.deepspeed.precision])
-    if found.position < 0:
-        log.info("causality probed in %.2f s: no loss of %s depends on later tokens", time.perf_counter() - start, kind)
-    elif not found.is_repeatable:
-        log.warning("causality of %s cannot be probed: the same inputs do not give the same losses", kind)
+    finding = _agreed(engine, before, after, first, TOLERANCES[loaded.config.deepspeed.precision])
+    if finding.position < 0:
+        seconds = time.perf_counter() - start
+        log.info("causality probed in %.2f s: no loss of %s depends on later tokens", seconds, model_type)
+    elif not finding.is_repeatable:
+        log.warning("causality of %s cannot be probed: the same inputs do not give the same losses", model_type)
     else:
-        raise ConfigError(_problem(loaded, found, first))
+        raise ConfigError(_problem(loaded, finding, first))
 
 
 def _sample(loaded: LoadedConfig, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
@@ -161,17 +163,17 @@ def _agreed(engine: Engine, before: Tensor | None, after: Tensor | None, first: 
             row = [1.0, float(at), *losses, float(changes[PROBED].max()), float(not differs[CONTROL].any())]
         else:
             row = [1.0, -1.0, 0.0, 0.0, 0.0, 1.0]
-    _, position, old, new, change, repeats = next(found for found in engine.exchange([*row]) if found[0])
+    _, position, old, new, change, repeats = next(result for result in engine.exchange([*row]) if result[0])
     return Finding(int(position), old, new, change, bool(repeats))
 
 
-def _problem(loaded: LoadedConfig, found: Finding, first: int) -> Problem:
-    kind, setting, path = loaded.facts.model_type, loaded.facts.causal_setting, loaded.config.model.path
+def _problem(loaded: LoadedConfig, finding: Finding, first: int) -> Problem:
+    setting, path = loaded.facts.causal_setting, loaded.config.model.path
     where = "model.config" if path is None else "model.path"
     reason = (
-        f"'{kind}' sees later tokens, so it is not a causal language model: with the inputs from position {first} on "
-        f"replaced, the loss at position {found.position} goes from {found.before:.6g} to {found.after:.6g} (largest "
-        f"change of a loss: {found.largest_change:.1g})"
+        f"'{loaded.facts.model_type}' sees later tokens, so it is not a causal language model: with the inputs from "
+        f"position {first} on replaced, the loss at position {finding.position} goes from {finding.before:.6g} to "
+        f"{finding.after:.6g} (largest change of a loss: {finding.largest_change:.1g})"
     )
     if setting is None:
         remedy = "Take another family, because the attention of this one is bidirectional, or another model.attention"
@@ -179,4 +181,7 @@ def _problem(loaded: LoadedConfig, found: Finding, first: int) -> Problem:
     key, shown = setting[0], json.dumps(setting[1])
     if path is None:
         return Problem(f"{where}.{key}", reason, f"Set it to {shown}")
-    return Problem(where, reason, f"Set {key} to {shown} in {path}/config.json, or take another family")
+    if Path(path).expanduser().is_dir():
+        return Problem(where, reason, f"Set {key} to {shown} in {path}/config.json, or take another family")
+    remedy = f"Download the folder, set {key} to {shown} in its config.json and give its path, or take another family"
+    return Problem(where, reason, remedy)

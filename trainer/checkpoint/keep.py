@@ -19,6 +19,9 @@ from trainer.store import Manifest, read_manifest, write_text
 log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest", "best"
+EVALUATED = "evaluated_samples"
+"""Key of a manifest's `about`: see `Kept.evaluated`."""
+
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -44,6 +47,23 @@ class Kept:
         """On the held-out data."""
         return self.manifest.losses.get("validation")
 
+    @property
+    def evaluated(self) -> list[int] | None:
+        """Validation samples of each source that `loss` is the mean over; None if an earlier version wrote it."""
+        samples: list[int] | None = self.manifest.about.get(EVALUATED)
+        return samples
+
+    def is_comparable(self, evaluated: Sequence[int] | None) -> bool:
+        """Whether `loss` is over the samples that `evaluated` counts.
+
+        Earlier versions chose others where there are several sources and `evaluation.max_batches`.
+        """
+        if self.evaluated is not None and evaluated is not None:
+            return self.evaluated == list(evaluated)
+        config = self.manifest.config
+        has_limit = config.get("evaluation", {}).get("max_batches") is not None
+        return self.evaluated is evaluated or not (has_limit and len(config["data"]["validation"]) > 1)
+
 
 def checkpoints_in(folder: Path) -> tuple[list[Kept], list[CheckpointError]]:
     """The checkpoints in a folder, newest first, and what is wrong with those whose manifest is damaged."""
@@ -59,8 +79,14 @@ def checkpoints_in(folder: Path) -> tuple[list[Kept], list[CheckpointError]]:
 
 
 def best_of(kept: Sequence[Kept], count: int = 1) -> list[Kept]:
-    """Those of the lowest held-out loss, of all that were evaluated at their step; of equal ones the older."""
+    """Those of the lowest held-out loss, of all that were evaluated at their step; of equal ones the older.
+
+    Only losses over the same samples as the newest one are compared.
+    """
     measured = [one for one in kept if one.loss is not None and math.isfinite(one.loss)]
+    if measured:
+        evaluated = max(measured, key=lambda one: one.order).evaluated
+        measured = [one for one in measured if one.is_comparable(evaluated)]
     return sorted(measured, key=lambda one: (one.loss, one.order))[:count]
 
 

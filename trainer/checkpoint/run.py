@@ -15,7 +15,18 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trainer.checkpoint.keep import LATEST, checkpoints_in, delete, leftovers, name_of, point, pointed_at, superfluous
+from trainer.checkpoint.keep import (
+    EVALUATED,
+    LATEST,
+    Kept,
+    checkpoints_in,
+    delete,
+    leftovers,
+    name_of,
+    point,
+    pointed_at,
+    superfluous,
+)
 from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.remote import Remote, is_remote
 from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
@@ -57,14 +68,15 @@ class Checkpoints:
 
     def __init__(
         self, loaded: LoadedConfig, directory: RunDirectory, world: World, data: Mapping[str, Any],
-        model: Mapping[str, Any],
+        model: Mapping[str, Any], evaluated: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """Args:
         data: what tells the training data and their order from others. model: what rebuilds it without its weights.
+        evaluated: validation samples of each source.
         """
         self._loaded, self._directory, self._world = loaded, directory, world
         self._section = loaded.config.checkpoint
-        self._data, self._model, self._about = data, model, about_run(loaded)
+        self._data, self._model, self._about = data, model, {**about_run(loaded), EVALUATED: list(evaluated)}
         self._path = directory.path / FOLDER
         self._rank, self._ranks = world.topology.rank, world.topology.world
         self._group = first_gloo_group()
@@ -140,9 +152,16 @@ class Checkpoints:
             found = self._named(Path(resume).expanduser())
         if found is not None:
             self._agree(lambda: self._refuse_another(found))
+            self._on_first(lambda: self._warn_of_other_samples(Kept(found.folder, found.manifest)))
         if resume != "auto":
             self._on_first(lambda: self._say_what_is_left(found))
         return found
+
+    def _warn_of_other_samples(self, resumed: Kept) -> None:
+        evaluated = self._about[EVALUATED]
+        if evaluated and resumed.loss is not None and not resumed.is_comparable(evaluated):
+            log.warning("validation losses are over other samples than those of %s; `best` compares only losses over "
+                        "the same samples", resumed.folder)  # fmt: skip
 
     def _say_what_is_left(self, found: _Found | None) -> None:
         """The same command with a `--resume` of its own begins there each time, also when it is started again."""

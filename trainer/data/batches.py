@@ -205,7 +205,8 @@ def evaluated_samples(samples: Sequence[int], batch: int, max_batches: int | Non
         samples: that each source has. batch: samples of a global batch. max_batches: None for all samples.
 
     Returns:
-        Shares of max_batches x batch in proportion to `samples`, but at least one batch of each source, or all of it.
+        Shares of max_batches x batch in proportion to `samples`, but at least one batch of each source, or all that
+        it has.
     """
     if max_batches is None or max_batches * batch >= sum(samples):
         return list(samples)
@@ -213,13 +214,13 @@ def evaluated_samples(samples: Sequence[int], batch: int, max_batches: int | Non
     larger = list(range(len(samples)))
     while True:  # sources whose share in proportion is less than a batch keep that, and the others share the rest
         rest = max_batches * batch - sum(shares[n] for n in range(len(samples)) if n not in larger)
-        whole = sum(samples[n] for n in larger)
-        kept = [n for n in larger if rest * samples[n] >= shares[n] * whole]
+        total = sum(samples[n] for n in larger)
+        kept = [n for n in larger if rest * samples[n] >= shares[n] * total]
         if kept == larger:
             break
         larger = kept
     ends = [0, *accumulate(samples[n] for n in larger)]
-    rounded = [(2 * rest * end + whole) // (2 * whole) if larger else 0 for end in ends]
+    rounded = [(2 * rest * end + total) // (2 * total) if larger else 0 for end in ends]
     for n, (start, end) in zip(larger, pairwise(rounded), strict=True):
         shares[n] = end - start
     return shares
@@ -250,6 +251,9 @@ class EvaluationBatches:
         firsts = np.repeat(np.cumsum([0, *shares[:-1]]), [len(source) for source in sources])
         self._borders = np.asarray(ends) + firsts
         """Of each file: evaluated samples up to its last one."""
+
+        self.shares = tuple(shares)
+        """Evaluated samples of each source."""
 
         self.samples = sum(shares)
 

@@ -68,20 +68,20 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tupl
     Raises:
         ConfigError: what it adds depends on the text.
     """
-    found = None
+    common = None
     for text in _PROBES:
-        plain, whole = (
+        plain, framed = (
             list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) for special in (False, True)
         )
-        places = [n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain]
-        frames = {(tuple(whole[:n]), tuple(whole[n + len(plain) :])) for n in places}
-        found = frames if found is None else found & frames
-    if not found or len(found) > 1:
+        starts = [n for n in range(len(framed) - len(plain) + 1) if framed[n : n + len(plain)] == plain]
+        frames = {(tuple(framed[:n]), tuple(framed[n + len(plain) :])) for n in starts}
+        common = frames if common is None else common & frames
+    if not common or len(common) > 1:
         raise ConfigError(
             Problem("data.special_tokens", 'the tokenizer does not add the same special tokens to every text (got '
                     f'"tokenizer", {type(tokenizer).__name__})', 'Set it to "end" or "none"')
         )  # fmt: skip
-    return found.pop()
+    return common.pop()
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
