@@ -4,6 +4,7 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
+import cpuinfo
 import deepspeed
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
@@ -12,5 +13,9 @@ import transformers.models.mixtral.modeling_mixtral
 import trainer.dry_run
 import trainer.engine
 import trainer.loop
+
+_processor = cpuinfo.get_cpu_info()
+cpuinfo.get_cpu_info = lambda: _processor
+"""DeepSpeed asks in every rank that loads one of its optimizers, by a process of its own that takes a second."""
 
 __all__ = ["deepspeed", "trainer", "transformers"]

@@ -7,14 +7,14 @@ Not the full product. Every family is proven in its generic shape in all ways of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from tools.parity.families import FAMILIES, Family
-from tools.parity.proof import Verdict, prove, prove_causality
-from tools.parity.results import Results
-from tools.parity.shapes import GENERIC, Variation, variations
+from tools.parity.proof import Verdict, prove, prove_causality, prove_likeness
+from tools.parity.results import Key, Results
+from tools.parity.shapes import GENERIC, Variation
 from tools.parity.subject import Layout, parse_layout
 from tools.parity.text import clock, last_line
 from tools.parity.training import prove_training, tiny_model
@@ -26,8 +26,9 @@ SOUND = ("right", "partly")
 BAD = ("wrong", "failed")
 """Outcomes that are faults of ours."""
 
-TRAINING, CAUSALITY = "training", "causality"
-"""What the cells are called in which a family is trained by the command, and in which it must not see later tokens."""
+LIKENESS, TRAINING, CAUSALITY = "like the default", "training", "causality"
+"""What the cells are called in which a family's tiny model is compared with its default, is trained by the command, and
+must not see later tokens."""
 
 SEES = "sees later tokens"
 """Stands in every refusal of a model that is not causal."""
@@ -116,14 +117,10 @@ def chosen(names: list[str]) -> list[Family]:
 
 
 def _prove(families: list[Family], column: Column) -> list[Verdict]:
-    # What a shape lacks of the default's layers, the generic shape says; a flip has other ones on purpose.
-    like_default = len(families) == 1 and ";" not in families[0].variant and families[0] in FAMILIES
+    # Whether a tiny model is like the default is asked once a family, not in each cell: the default's is large.
     return prove(
-        families,
-        like_default=like_default,
-        sequence_parallel=column.sequence_parallel,
-        pipeline=column.pipeline,
-    )
+        families, like_default=False, sequence_parallel=column.sequence_parallel, pipeline=column.pipeline
+    )  # fmt: skip
 
 
 def _verdicts(families: list[Family], column: Column) -> list[Verdict]:
@@ -154,9 +151,12 @@ class Prover:
             columns: of the generic shape. shapes: prove the other shapes, too. training: train it by the command.
         """
         row = Row(family)
-        generic = Variation(family, GENERIC, ())
+        likeness = self._cell((str(family), GENERIC, LIKENESS), lambda: prove_likeness(family))
         for column in columns:
-            (row.found[column],) = self._cells(family, [generic], column)
+            if likeness.outcome in SOUND:
+                (row.found[column],) = self._cells(family, [Variation(family, GENERIC, ())], column)
+            else:
+                row.found[column] = replace(likeness, ranks=column.world)
         if training and family.task == "causal_lm":
             row.training = self._training(row)
             row.causality = self._causality(row)
@@ -165,7 +165,7 @@ class Prover:
         return row
 
     def _shapes(self, row: Row, columns: Sequence[Column]) -> None:
-        family, varied = row.family, list(variations(row.family))
+        family, varied = row.family, self._results.variations(row.family)
         best = next((c for c in columns if row.found[c].outcome in SOUND), columns[0])
         exemplary = family.model_type in EXEMPLARY and family.task == "causal_lm" and not family.variant
         for column in (*columns, *MORE_COLUMNS) if exemplary else (best,):
@@ -186,24 +186,24 @@ class Prover:
     def _training(self, row: Row) -> Verdict:
         layouts = _training_layouts(row)
         key = (str(row.family), GENERIC, " ".join((TRAINING, *(layout.text for layout in layouts))))
-        if self._results.get(key) is None:
-            began = time.monotonic()
-            self._add(key, _trained(row.family, layouts), time.monotonic() - began)
-        verdict = self._results.get(key)
-        assert verdict is not None
-        return verdict
+        return self._cell(key, lambda: _trained(row.family, layouts))
 
     def _causality(self, row: Row) -> Verdict:
         key = (str(row.family), GENERIC, CAUSALITY)
-        if self._results.get(key) is None:
-            began = time.monotonic()
-            self._add(key, run_ranks(prove_causality, 1, row.family)[0], time.monotonic() - began)
-        verdict = self._results.get(key)
-        assert verdict is not None
+        verdict = self._cell(key, lambda: prove_causality(row.family))
         is_refused = row.training is not None and row.training.outcome == "refused" and SEES in row.training.reason
         return replace(verdict, outcome="refused") if is_refused and verdict.outcome == "wrong" else verdict
 
-    def _add(self, key: tuple[str, str, str], verdict: Verdict, seconds: float) -> None:
+    def _cell(self, key: Key, reach: Callable[[], Verdict]) -> Verdict:
+        known = self._results.get(key)
+        if known is not None:
+            return known
+        began = time.monotonic()
+        verdict = reach()
+        self._add(key, verdict, time.monotonic() - began)
+        return verdict
+
+    def _add(self, key: Key, verdict: Verdict, seconds: float) -> None:
         self._results.add(key, verdict, seconds)
         self.new += 1
 

@@ -141,6 +141,15 @@ def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedM
     return model.train()
 
 
+def prove_likeness(family: Family) -> Verdict:
+    """Whether the tiny model has the layers of the family's default; `not built` where it has not."""
+    try:
+        reference_model(family)
+    except _NotBuilt as error:
+        return Verdict(str(family), 1, "not built", str(error))
+    return Verdict(str(family), 1, "right")
+
+
 @torch.no_grad()
 def computes(family: Family) -> None:
     """Runs the family's tiny model forward, by Hugging Face's own code alone; raises what that raises."""

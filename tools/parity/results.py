@@ -14,7 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tools.parity.families import Family
 from tools.parity.proof import Verdict
+from tools.parity.shapes import Variation, variations
 
 FOLDER = Path(".cache/parity")
 PROVEN = ("trainer", "tools/parity", "launch/train.py", "tools/ranks.py")
@@ -39,6 +41,10 @@ def source_hash() -> str:
     return whole.hexdigest()[:16]
 
 
+def _variation(row: dict[str, Any]) -> Variation:
+    return Variation(Family(**row["family"]), row["shape"], tuple(row["changed"]))
+
+
 class Results:
     """Verdicts by key, in a file to which each is appended as soon as it is reached."""
 
@@ -48,6 +54,7 @@ class Results:
         """
         self._path = folder / f"{source_hash()}.jsonl"
         self._known: dict[Key, tuple[Verdict, float]] = {}
+        self._variations: dict[str, list[Variation]] = {}
         if not fresh and self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 self._take(line)
@@ -55,6 +62,9 @@ class Results:
     def _take(self, line: str) -> None:
         try:
             row: dict[str, Any] = json.loads(line)
+            if "variations" in row:
+                self._variations[row["family"]] = [_variation(one) for one in row["variations"]]
+                return
             verdict = Verdict(**row["verdict"] | {"loss": tuple(row["verdict"]["loss"])})
         except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
             return
@@ -67,7 +77,19 @@ class Results:
     def add(self, key: Key, verdict: Verdict, seconds: float) -> None:
         self._known[key] = verdict, seconds
         family, shape, layout = key
-        row = {"family": family, "shape": shape, "layout": layout, "seconds": seconds, "verdict": asdict(verdict)}
+        self._append(
+            {"family": family, "shape": shape, "layout": layout, "seconds": seconds, "verdict": asdict(verdict)}
+        )
+
+    def variations(self, family: Family) -> list[Variation]:
+        """The shapes of a family; to find them its tiny model is built and run in each."""
+        name = str(family)
+        if name not in self._variations:
+            self._variations[name] = list(variations(family))
+            self._append({"family": name, "variations": [asdict(one) for one in self._variations[name]]})
+        return self._variations[name]
+
+    def _append(self, row: dict[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
