@@ -198,6 +198,16 @@ def test_ranks_may_lack_a_group_in_every_layout(base: dict[str, Any]) -> None:
     compare_norms(with_values(muon, model__config__num_hidden_layers=6), [layout(pipeline=3, stage=1)], 3)
 
 
+@pytest.mark.matrix
+def test_a_tensor_rank_may_lack_a_group_in_bf16_at_zero_0(base: dict[str, Any]) -> None:
+    """Norms of an optimizer without a fused kernel: also the other rank's parts of the weights count."""
+    config = with_values(first_tensor_rank_alone_has_a_group(base),
+                         deepspeed__optimizer={"type": "SGD", "params": OPTIMIZERS["SGD"]})  # fmt: skip
+    (expected,) = run_ranks(train_bare, 1, [(config, 3)])[0]
+    outcome = run_ranks(train, 2, [(with_values(config, **layout(tensor=2, stage=0, precision="bf16")), 3)])[0][0]
+    np.testing.assert_allclose(np.array(outcome[0]), np.array(expected[0]), rtol=0.01)
+
+
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 

@@ -460,6 +460,19 @@ def device_can(draft: Draft) -> Iterator[Problem]:
         )
 
 
+@rule("deepspeed.optimizer", "parallel.tensor")
+def legacy_fusion_sees_all_ranks(draft: Draft) -> Iterator[Problem]:
+    assert draft.deepspeed is not None
+    assert draft.parallel is not None
+    optimizer = draft.deepspeed.optimizer
+    if optimizer is not None and optimizer.legacy_fusion and draft.parallel.tensor > 1:
+        yield Problem(
+            "deepspeed.optimizer.legacy_fusion",
+            f"true, and parallel.tensor is {draft.parallel.tensor}: its norm misses what other tensor ranks hold",
+            "Leave it out",
+        )
+
+
 @rule("deepspeed.fp16", "deepspeed.zero_optimization.stage")
 def fp16_needs_zero(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed

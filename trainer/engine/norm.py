@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import pg_utils
-from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.fp16 import unfused_optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -26,6 +28,9 @@ def reduce_norm_once(optimizer: Any) -> None:
     Args:
         optimizer: DeepSpeed's, before its first step, and before `clip_before_muon`.
     """
+    if isinstance(optimizer, unfused_optimizer.FP16_UnfusedOptimizer):
+        _reduce_once_at_stage_0(optimizer)
+        return
     if not isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     if not pg_utils.is_parallel(optimizer.model_parallel_group):
@@ -69,3 +74,30 @@ def _reduced(optimizer: Any, norm: Tensor) -> Tensor:
     squared = norm.to(get_accelerator().current_device_name()).square()
     optimizer._model_parallel_all_reduce(tensor=squared, op=dist.ReduceOp.SUM)
     return squared.sqrt().to(norm.device)
+
+
+def _reduce_once_at_stage_0(optimizer: Any) -> None:
+    """In bf16, where DeepSpeed has no fused kernel. Its own norm also misses what other tensor ranks alone hold: it
+    looks for the mark of a weight that is cut at the gradient."""
+    if optimizer.mpu is None or not pg_utils.is_parallel(optimizer.mpu.get_model_parallel_group()):
+        return
+    step, first = optimizer.step, optimizer.mpu.get_model_parallel_rank() == 0
+
+    def norm_of_all(norm_list: list[float]) -> float:
+        squared = torch.zeros((), device=get_accelerator().current_device_name())
+        for parameter in (parameter for group in optimizer.fp16_groups for parameter in group):
+            if parameter.grad is not None and (first or is_model_parallel_parameter(parameter)):
+                squared += parameter.grad.float().norm().square()
+        dist.all_reduce(squared, group=optimizer.mpu.get_model_parallel_group())
+        return float(squared.sqrt())
+
+    def step_with_norm(*arguments: Any, **options: Any) -> Any:
+        replaced = unfused_optimizer.get_weight_norm, unfused_optimizer.get_global_norm
+        unfused_optimizer.get_weight_norm = lambda parameters, mpu: 0.0
+        unfused_optimizer.get_global_norm = norm_of_all
+        try:
+            return step(*arguments, **options)
+        finally:
+            unfused_optimizer.get_weight_norm, unfused_optimizer.get_global_norm = replaced
+
+    optimizer.step = step_with_norm
