@@ -242,6 +242,12 @@ def test_shapes_are_what_their_names_say() -> None:
     }
 
 
+@pytest.mark.fast
+def test_shapes_of_layers_that_differ() -> None:
+    """Gemma 4 forbids to read one number for all layers."""
+    assert UNEVEN in {one.shape for one in variations(Family("gemma4_text"))}
+
+
 @pytest.mark.parametrize(("model_type", "layouts"), [("gemma4_text", ("tensor=2", "pipeline=2"))])
 def test_training_by_the_command(model_type: str, layouts: tuple[str, str]) -> None:
     verdict = prove_training(model_type, tiny_model(Family(model_type)), [*map(parse_layout, layouts)])

@@ -209,6 +209,14 @@ def test_a_crash_is_a_verdict(
     assert "failed  llama: RuntimeError: the size of a tensor" in capsys.readouterr().out
 
 
+def test_an_error_outside_the_ranks_is_a_verdict(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "prove_likeness", lambda family: {}["a family's own error"])
+    assert main(["--families", "llama"]) == 1
+    assert "tensor 2: 1 failed" in capsys.readouterr().out
+
+
 def test_families_are_counted_and_verdicts_kept(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

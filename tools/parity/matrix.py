@@ -233,7 +233,11 @@ def prove_all(
     waited = 0
     for number, family in enumerate(families, start=1):
         before = prover.new
-        row = prover.row(family, columns, shapes=shapes, training=training)
+        try:
+            row = prover.row(family, columns, shapes=shapes, training=training)
+        except Exception as error:  # what a family raises outside its ranks must not end the whole run
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            row = Row(family, {column: Verdict(str(family), column.world, "failed", reason) for column in columns})
         waited += prover.new > before
         spent = time.monotonic() - began
         left = spent / max(1, waited) * (len(families) - number)

@@ -163,7 +163,10 @@ def _few_heads(generic: _Built, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fi
 def _is_left_out(config: PreTrainedConfig, key: str) -> bool:
     """Whether a field has no value, so that the family derives one."""
     fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    return key in fields and key not in config.attribute_map and getattr(config, key, 0) is None
+    try:
+        return key in fields and key not in config.attribute_map and getattr(config, key, 0) is None
+    except Exception:  # a family that forbids to read it
+        return False
 
 
 def _wide_heads(generic: _Built) -> Iterator[Fields]:
