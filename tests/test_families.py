@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.harness import run_ranks
 from tools.parity import matrix, training
-from tools.parity.families import FAMILIES, Family
+from tools.parity.families import FAMILIES, Family, Task
 from tools.parity.matrix import Column
 from tools.parity.proof import Verdict, prove, prove_causality
 from tools.parity.results import Results
@@ -190,9 +190,9 @@ def test_every_plan_belongs_to_a_family_of_the_table() -> None:
     assert not strangers, f"{sorted(strangers)}: a plan without a row in tools/parity/families.py"
 
 
-def shaped(model_type: str, shape: str) -> Family:
+def shaped(model_type: str, shape: str, task: Task = "causal_lm") -> Family:
     """A family in one shape; the table says which shapes it has."""
-    return next(one.family for one in variations(Family(model_type)) if one.shape == shape)
+    return next(one.family for one in variations(Family(model_type, task)) if one.shape == shape)
 
 
 SHAPED = [
@@ -217,7 +217,8 @@ def in_any_shape(families: list[Family]) -> list[Verdict]:
 
 
 def test_every_gradient_in_other_shapes() -> None:
-    found = run_ranks(in_any_shape, 2, [shaped(*pair) for pair in SHAPED])[0]
+    families = [*(shaped(*pair) for pair in SHAPED), shaped("bart", UNEVEN, "seq2seq_lm")]
+    found = run_ranks(in_any_shape, 2, families)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 

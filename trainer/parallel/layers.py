@@ -489,6 +489,7 @@ INSTALL: dict[str, Callable[[Region, ModuleStyle, Style], None]] = {
     "rowwise_enter": _install_entering_row,
     "rowwise_scatter_output": _install_scattering_row,
     "cut": _install_nothing,
+    "vocabulary": _install_nothing,
     "embedding_rowwise": _install_vocabulary_embedding,
     "embedding_colwise": _install_wide_embedding,
     "rms_norm": _install_rms_norm,

@@ -177,7 +177,11 @@ class _Audit:
         for name, buffer in self._model.named_buffers():
             for style in self._rows.of(name):
                 owner, _, key = name.rpartition(".")
-                buffers[name] = self._pieces(owner, self._modules[owner], key, buffer, style)
+                try:
+                    buffers[name] = self._pieces(owner, self._modules[owner], key, buffer, style)
+                except Refused as refused:
+                    reason = f"{name} {list(buffer.shape)}, '{style}': {refused}"
+                    self._unfit.setdefault(starred(name), Problem("parallel.tensor", reason))
         self._problems += [self._lonely(p) for p in placements.values() if p.style.word in ROWS and self._is_lonely(p)]
         return Plan(list(placements.values()), modules, buffers)
 
@@ -271,13 +275,13 @@ class _Audit:
         name, shape = (f"{owner}.{key}" if owner else key), tuple(parameter.shape)
         first = self._rank == 0
         dim, argument = _dimension(style.word, module, shape), style.argument
-        if style.word == "cut":
+        if style.word in ("cut", "vocabulary"):
             dimension, _, argument = argument.partition(":")
             dim = int(dimension)
         if dim is None:
             copies = self._ranks if style.word == "replicated_with_grad_allreduce" else 1
             return (Shard.whole(name, shape, owner=first, lone=style.word == "first_rank", copies=copies),)
-        if style.word in ("embedding_rowwise", "vocabulary_head"):  # may be padded
+        if style.word in ("embedding_rowwise", "vocabulary_head", "vocabulary"):  # may be padded
             return (Shard(name, shape, dim, self._rank, self._ranks, (shape[dim],)),)
         if argument and style.word in ("colwise", "kv_colwise", "colwise_gather_output") and not in_units(argument)[1]:
             argument = f"{'~' if style.word == 'kv_colwise' else ''}all/{argument}"

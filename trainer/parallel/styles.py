@@ -20,6 +20,7 @@ WORDS = {
     "rowwise_scatter_output": "as rowwise, and each rank gets its part of the sum",
     "colwise_gather_output": "as colwise, and the outputs are joined again",
     "cut": "a bare parameter cut along a dimension: cut:dimension[:how many, or their parts]",
+    "vocabulary": "one number for each token of the vocabulary, sharded as the head is: vocabulary:dimension",
     "embedding_rowwise": "an embedding cut along the vocabulary",
     "embedding_colwise": "an embedding cut along the vector, its outputs joined again",
     "vocabulary_head": "the head cut along the vocabulary; its logits stay cut",

@@ -70,7 +70,7 @@ BART: Rows = {
     "decoder.layers.*.encoder_attn.out_proj": "rowwise",
     "decoder.layers.*.fc1": "colwise",
     "decoder.layers.*.fc2": "rowwise",
-    "final_logits_bias": "cut:1",
+    "final_logits_bias": "vocabulary:1",
 }
 
 GPT_LIKE_BART: Rows = {
