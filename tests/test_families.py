@@ -50,7 +50,7 @@ REPRESENTATIVE = [
 ]
 """What attention, experts and recurrences there are, each at least once."""
 
-COUNTED = {Column(2): (181, 55), Column(pipeline=2): (173, 53), Column(2, 2): (173, 53)}
+COUNTED = {Column(2): (180, 55), Column(pipeline=2): (173, 53), Column(2, 2): (173, 53)}
 """At least so many causal language models, and so many others, are right."""
 
 
