@@ -38,8 +38,8 @@ def main() -> None:
         if not looks_only:
             train(loaded, launch)
         elif launch.rank == 0:
-            if loaded.kept:
-                print(f"[tessera] {loaded.kept}", file=sys.stderr)
+            if loaded.kept.message:
+                print(f"[tessera] {loaded.kept.message}", file=sys.stderr)
             print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
 
 
@@ -68,21 +68,21 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
-    frame = prepared.frame and prepared.frame.as_json()
     configure_logging(launch.rank, directory.path / "logs")
-    if loaded.kept:
-        log.info("%s", loaded.kept)
+    if loaded.kept.message:
+        log.info("%s", loaded.kept.message)
     with joined_world(launch, topology, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
-        data, evaluated = batches.fingerprint, batches.validation and batches.validation.shares
-        checkpoints = Checkpoints(loaded, directory, world, data, recipe_of(model), evaluated or ())
+        checkpoints = Checkpoints(
+            loaded, directory, world, batches.fingerprint, recipe_of(model), batches.evaluated_samples
+        )
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
         if not checkpoints.found:
             verify_causality(loaded, world, engine, batches.train)
         progress, directory = checkpoints.restore(engine), checkpoints.directory
         if world.is_first:
-            directory.write_config(loaded, frame=frame)
+            directory.write_config(loaded, frame=prepared.frame_json)
             directory.keep_tokenizer(prepared.tokenizer)
         batches.train.go_on_after(progress.step, progress.samples)
         meter = Meter(
@@ -92,7 +92,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
             fit(config, world, engine, batches, checkpoints, meter, trackers)
         write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
-            directory.write_config(loaded, frame=frame, finished_step=config.training.max_steps)
+            directory.write_config(loaded, frame=prepared.frame_json, finished_step=config.training.max_steps)
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 

@@ -143,11 +143,11 @@ def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
     for settings in ([f"run.output_dir={run}"], *([elsewhere, resume] for resume in resumes)):
         loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
         assert {key: value_at(loaded.resolved(), key) for key in BEFORE} == BEFORE
-        assert loaded.kept.count(str(tmp_path)) == 1
+        assert loaded.kept.message.count(str(tmp_path)) == 1
     for settings in ([f"run.output_dir={run}", "checkpoint.resume=never"], [elsewhere]):
         loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
         assert all(value_at(loaded.resolved(), key) != before for key, before in BEFORE.items())
-        assert not loaded.kept
+        assert not loaded.kept.message
 
 
 @pytest.mark.fast
@@ -226,8 +226,8 @@ def test_values_that_a_user_chose_are_not_kept(key: str, value: Any, tmp_path: P
     """Deleting the key again is another value, as with every key that identifies a run."""
     run, settings = with_new_configuration(tmp_path / "run", **{key: value})
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
-    assert not loaded.kept
-    assert not loaded.kept_meanings
+    assert not loaded.kept.message
+    assert not loaded.kept.keys
     old = json.loads((run / "config.json").read_text())
     with pytest.raises(ConfigError) as refused:
         refuse_another_run(old, loaded, "the run directory")
@@ -249,9 +249,9 @@ def test_kept_meanings_stay_kept(tmp_path: Path) -> None:
     for arguments in ((), ("data.special_tokens=end",), ()):
         loaded = attempt(*arguments)
         assert loaded.config.data.special_tokens == "end"
-        assert set(BEFORE) <= set(loaded.kept_meanings)
+        assert set(BEFORE) <= set(loaded.kept.keys)
     changed = attempt("data.special_tokens=none", 'checkpoint.allow_changed=["data.special_tokens"]')
-    assert "data.special_tokens" not in changed.kept_meanings
+    assert "data.special_tokens" not in changed.kept.keys
     assert attempt().config.data.special_tokens == "tokenizer", "and refused where it is compared"
 
 
@@ -262,8 +262,8 @@ def test_kept_values_apply_to_the_new_packing(tmp_path: Path) -> None:
     settings = [f"run.output_dir={begun(tmp_path / 'run')}", f"data.cache_dir={tmp_path}", "data.packing=none", allowed]
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
     assert loaded.config.data.drop_last is False
-    assert "data.drop_last" not in loaded.kept
-    assert "data.special_tokens" in loaded.kept
+    assert "data.drop_last" not in loaded.kept.message
+    assert "data.special_tokens" in loaded.kept.message
 
 
 @pytest.mark.fast

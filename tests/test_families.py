@@ -262,7 +262,7 @@ def steps_further(family: str, path: str) -> Verdict:
 
 def test_training_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the bare loop takes larger steps than the command."""
-    monkeypatch.setattr(training, "judge", steps_further)
+    monkeypatch.setattr(training, "compare", steps_further)
     verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
     assert (verdict.outcome, "is not what a bare loop trains" in verdict.reason) == ("wrong", True), describe(verdict)
 

@@ -10,20 +10,23 @@ import random
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock
 
+from trainer.errors import ConfigError, TesseraError
 from trainer.topology import Axis, Topology
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SHARED_MEMORY = Path("/dev/shm")
 _BUFFERS = "deepspeed_allreduce_buffer_*"
@@ -229,6 +232,36 @@ def load_extension(builder: str) -> None:
             log.info("compiling DeepSpeed's %s, once; this takes a minute or several", found.name)
         with contextlib.redirect_stdout(io.StringIO()):
             found.load(verbose=False)
+
+
+def agree(work: Callable[[], T], group: Any = None) -> T:
+    """This rank's result of `work`, which every rank of the group must call. An error on one rank is raised on all, so
+    that no rank waits for one that has given up. Without a process group, just the result.
+
+    Args:
+        group: None stands for all ranks.
+
+    Raises:
+        ConfigError: with the problems of all ranks that have some.
+        TesseraError: the first rank's, if it is another one.
+    """
+    if not dist.is_initialized():
+        return work()
+    result: T | None = None
+    error: TesseraError | None = None
+    try:
+        result = work()
+    except TesseraError as raised:
+        error = raised
+    gathered: list[TesseraError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, error, group=group)
+    errors = [found for found in gathered if found is not None]
+    if errors and isinstance(errors[0], ConfigError):
+        problems = (problem for found in errors if isinstance(found, ConfigError) for problem in found.problems)
+        raise ConfigError(dict.fromkeys(problems))
+    if errors:
+        raise errors[0]
+    return result  # type: ignore[return-value]
 
 
 def free_port() -> int:

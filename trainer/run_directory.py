@@ -110,7 +110,7 @@ def about_run(loaded: LoadedConfig) -> dict[str, Any]:
         "versions": _versions(),
         "git_commit": _git_commit(),
         "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
-        "kept_meanings": list(loaded.kept_meanings),
+        "kept_meanings": list(loaded.kept.keys),
     }
 
 

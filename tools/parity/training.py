@@ -104,7 +104,7 @@ def prove_training(name: str, sections: Raw, layouts: Sequence[Layout], *, lengt
                 outcome = "refused" if ended.status == 2 else "failed"
                 return Verdict(name, layout.world, outcome, f"{layout.text}: {_cause(ended.err)}")
         try:
-            verdict: Verdict = run_ranks(judge, 1, name, str(config))[0]
+            verdict: Verdict = run_ranks(compare, 1, name, str(config))[0]
         except AssertionError as error:
             return Verdict(name, 1, "failed", f"the export: {last_line(str(error))}")
         return verdict
@@ -182,10 +182,6 @@ def compare(name: str, path: str) -> Verdict:
     else:
         _compare_weights(verdict, dict(exported.named_parameters()), dict(model.named_parameters()), before)
     return verdict
-
-
-judge = compare
-"""What `prove_training` asks; a test puts another in its place."""
 
 
 def _compare_weights(

@@ -31,7 +31,7 @@ from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.remote import Remote, is_remote
 from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
 from trainer.config import LoadedConfig
-from trainer.distributed import World
+from trainer.distributed import World, agree
 from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
@@ -414,14 +414,15 @@ class Checkpoints:
     # All ranks -------------------------------------------------------------------------------------------------------
 
     def _agree(self, work: Callable[[], T]) -> T:
-        """This rank's result; what any rank raises, all raise: the first one's error."""
-        result, error = _outcome(work)
-        errors: list[TesseraError | None] = [None] * self._ranks
-        dist.all_gather_object(errors, error, group=self._group)
-        for found in errors:
-            if found is not None:
-                raise found
-        return result  # type: ignore[return-value]
+        """See `agree`; what a file system raises is an error of the checkpoint."""
+
+        def attempt() -> T:
+            result, error = _outcome(work)
+            if error is not None:
+                raise error
+            return result  # type: ignore[return-value]
+
+        return agree(attempt, self._group)
 
     def _on_first(self, work: Callable[[], T]) -> T:
         """The first rank's result, or error, on all ranks."""

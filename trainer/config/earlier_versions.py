@@ -228,6 +228,10 @@ class KeptMeanings:
     """One line about values that a new run would not have; empty if there are none."""
 
 
+NOTHING_KEPT = KeptMeanings()
+"""Of a run that begins now, or that this version began."""
+
+
 def keep_stored_meanings(raw: Raw) -> KeptMeanings:
     """Sets those added keys that `raw` leaves out to their meaning in the run that it resumes.
 
@@ -238,7 +242,7 @@ def keep_stored_meanings(raw: Raw) -> KeptMeanings:
     """
     run = _resumed_run(raw)
     if run is None:
-        return KeptMeanings()
+        return NOTHING_KEPT
     stored, keys, changes = run.config, [], []
     for row in ADDED_KEYS:
         meaning, current = value_at(stored, row.key), value_at(raw, row.key)

@@ -16,7 +16,14 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import rules as cross_section
 from trainer.config import strict_json
 from trainer.config.deepspeed import REFUSED, Batch, batch_arithmetic, resolve
-from trainer.config.earlier_versions import METADATA_KEY, keep_stored_meanings, replaced_key, upgraded
+from trainer.config.earlier_versions import (
+    METADATA_KEY,
+    NOTHING_KEPT,
+    KeptMeanings,
+    keep_stored_meanings,
+    replaced_key,
+    upgraded,
+)
 from trainer.config.model_facts import (
     ModelFacts,
     default_attention,
@@ -43,11 +50,8 @@ class LoadedConfig:
     """What DeepSpeed receives: resolved, plain JSON."""
 
     warnings: tuple[Problem, ...] = ()
-    kept: str = ""
-    """One line about values that the resumed run began with and new runs do not have; empty if there are none."""
-
-    kept_meanings: tuple[str, ...] = ()
-    """Keys with the value that the resumed run had in an earlier version, which did not know them."""
+    kept: KeptMeanings = NOTHING_KEPT
+    """What a resumed run keeps of the earlier version that began it."""
 
     @property
     def data_ranks(self) -> int:
@@ -397,4 +401,4 @@ def load_config(
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
     kept = keep_stored_meanings(raw)
-    return replace(check(raw, world=world, device=device), kept=kept.message, kept_meanings=kept.keys)
+    return replace(check(raw, world=world, device=device), kept=kept)

@@ -27,8 +27,13 @@ _NOT_NEGATIVE = re.compile(
 _NOT_TRAINED = ("vision", "audio", "image", "speech")
 """Parts of a larger model that a language model is not made of."""
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What families call the number of a mixture's experts."""
+
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
+)  # fmt: skip
+"""What they call the number of those that a token is routed to."""
 
 
 def key_in(where: str, key: str) -> str:
@@ -89,8 +94,8 @@ def relation_problems(config: Any, raw: Mapping[str, Any], where: str) -> Iterat
             spelled("hidden_size"),
             f"must be a multiple of the number of attention heads, {heads}, where head_dim is not set (got {hidden})",
         )
-    experts = next((size for name in _EXPERTS if (size := _size(text, name))), None)
-    for name in _CHOSEN:
+    experts = next((size for name in EXPERTS if (size := _size(text, name))), None)
+    for name in EXPERTS_PER_TOKEN:
         chosen = _size(text, name)
         available = (experts or 0) + (_size(text, "zero_expert_num") or 0)
         if experts and experts > 1 and chosen is not None and not 1 <= chosen <= available:  # one expert: dense

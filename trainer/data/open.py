@@ -30,6 +30,11 @@ class Batches:
     fingerprint: Mapping[str, Any]
     """Of the training data and the order in which it is read: with the same one, step n reads the same samples."""
 
+    @property
+    def evaluated_samples(self) -> tuple[int, ...]:
+        """Validation samples of each source that an evaluation reads; empty without validation data."""
+        return () if self.validation is None else self.validation.shares
+
 
 def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topology, *, pin: bool = False) -> Batches:
     """This rank's share of the data.

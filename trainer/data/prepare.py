@@ -64,6 +64,11 @@ class PreparedData:
     frame: DocumentFrame | None
     """What stands around each document; None where all sources were token files already."""
 
+    @property
+    def frame_json(self) -> dict[str, Any] | None:
+        """The frame for `config.json`."""
+        return None if self.frame is None else self.frame.as_json()
+
 
 @dataclass(frozen=True)
 class Cache:

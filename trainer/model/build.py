@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trainer.config.model_facts import config_from, model_config
 from trainer.config.schema import ModelSection
+from trainer.distributed import agree
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
@@ -28,10 +28,10 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
 
     Raises:
         ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
-            lacks, sizes that do not fit together, no support for activation checkpointing; or if a pattern of a
-            parameter group matches no weight.
+            lacks, sizes that do not fit together, no support for activation checkpointing; if a pattern of a parameter
+            group matches no weight; if the weights in the folder at `model.path` are quantized, or hold unexpected
+            keys.
         PlanError: if the tensor plan and the model do not fit together.
-        ConfigError: if the weights in the folder at `model.path` are quantized, or hold unexpected keys.
     """
     section, parallel = loaded.config.model, loaded.config.parallel
     arguments = {"attn_implementation": loaded.attention, "dtype": torch.float32}
@@ -104,24 +104,9 @@ def give_weights(
         section = loaded.config.model
         assert section.path is not None
         path, allow = section.path, section.allow_unexpected_keys
-        _on_all_ranks(lambda: read_weights(model, path, complete, allow_unexpected_keys=allow))
+        agree(lambda: read_weights(model, path, complete, allow_unexpected_keys=allow))
     else:
         initialize_weights(model, loaded.config.run.seed, complete)
-
-
-def _on_all_ranks(work: Callable[[], None]) -> None:
-    """Run `work` on every rank. What is wrong with the weights that one of them reads is raised on all."""
-    problems: list[Problem] = []
-    try:
-        work()
-    except ConfigError as error:
-        problems = error.problems
-    if dist.is_initialized():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, problems)
-        problems = [problem for rank in gathered for problem in rank]
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
 
 
 def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:

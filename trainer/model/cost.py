@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from trainer.config.model_sizes import EXPERTS, EXPERTS_PER_TOKEN
 from trainer.model.meta import MetaMode, matrix_flops
 
 PEAK_FLOPS: dict[str, float] = {
@@ -100,10 +101,6 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
 _LENGTHS = (20, 40)
 """Tokens of the traced sequences: few, because some families loop over them, and unlike the usual sizes of a model."""
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
-)  # fmt: skip
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _HEAD_DIM = ("head_dim", "attention_head_size", "d_head", "dim_head")
 
@@ -190,8 +187,8 @@ def _experts(config: Any) -> tuple[int, float]:
     """Experts of a mixture, and the share of them that one token is routed to; (0, 1) without a mixture."""
     text = config.get_text_config(decoder=True)
     sources = [text, getattr(text, "ffn_config", None)]
-    experts = next((n for source in sources if (n := _first(source, _EXPERTS))), 0)
-    chosen = next((c for source in sources for key in _EXPERTS_PER_TOKEN if (c := _integers(source, key))), [])
+    experts = next((n for source in sources if (n := _first(source, EXPERTS))), 0)
+    chosen = next((c for source in sources for key in EXPERTS_PER_TOKEN if (c := _integers(source, key))), [])
     return experts, min(1.0, sum(chosen) / len(chosen) / experts) if experts and chosen else 1.0
 
 

@@ -176,7 +176,7 @@ class _Matching:
     """Which tensor of a model each key in the files belongs to, by transformers' own renamings and converters."""
 
     def __init__(self, model: PreTrainedModel, transforms: list[Any]) -> None:
-        self._prefix, self._transforms = model.base_model_prefix, transforms
+        self._prefix = model.base_model_prefix
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.shapes = model.state_dict() | dict(all_parameters(model))

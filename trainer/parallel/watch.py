@@ -1,7 +1,8 @@
 """What a plan cannot prove by itself: that ranks that hold the same weight get the same gradient for it.
 
-A weight that is left whole but used on cut activations gets another gradient on each rank, and so does a key/value head
-that several ranks share, unless their gradients are summed. The loss does not show it; the first backward pass does.
+A weight that is replicated but used on sharded activations gets another gradient on each rank, and so does a key/value
+head that several ranks share, unless their gradients are summed. The loss does not show it; the first backward pass
+does.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def _differ(watched: _Watched, share: float) -> Problem:
         )
     return Problem(
         row,
-        f"{watched.name} is left whole on {watched.holders} tensor ranks, and {differ}: it is used on cut activations",
-        "Give it 'replicated_with_grad_allreduce', or cut it",
+        f"{watched.name} is replicated on {watched.holders} tensor ranks, and {differ}: it is used on sharded "
+        "activations",
+        "Give it 'replicated_with_grad_allreduce', or shard it",
     )
