@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from trainer.config.load import check, load_config
 from trainer.config.model_facts import make_causal, model_config
 from trainer.data import MicroBatch, open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer
-from trainer.distributed import Launch, World, joined_world
+from trainer.distributed import Launch, World, joined_world, seed_everything
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError
@@ -380,3 +381,16 @@ def test_verdict(
         refused = str(error)
     assert outcome in (refused or caplog.text)
     assert bool(refused) == outcome.startswith("position")
+
+
+@pytest.mark.fast
+def test_random_numbers_go_on_as_if_nothing_had_been_probed() -> None:
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))
+
+    seed_everything(1, Topology.of(1, 0))
+    expected = draws()
+    seed_everything(1, Topology.of(1, 0))
+    with causality._preserved_random_state(torch.device("cpu")):
+        draws()
+    assert draws() == expected

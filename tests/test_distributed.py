@@ -14,12 +14,14 @@ from tests.harness import run_ranks
 from trainer import distributed, exit
 from trainer.distributed import (
     Launch,
+    agree,
     configure_logging,
     joined_world,
     load_extension,
     remove_stale_buffers,
     seed_everything,
 )
+from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.topology import Topology
 
 
@@ -137,3 +139,34 @@ def test_a_foreign_error_lets_the_rank_that_failed_first_speak(
     with pytest.raises(RuntimeError, match="Connection closed"), exit.exit_on_errors(launch):
         raise RuntimeError("Connection closed by peer")
     assert (sum(waited) >= 5) == waits
+
+
+def _agreed() -> list[str]:
+    """What this rank is told where each of two ranks has a problem, where only the last one has, and where none has."""
+    launch = Launch.from_environment()
+
+    def config(rank: int) -> int:
+        if launch.rank in (rank, 2):
+            raise ConfigError(Problem("model.path", f"rank {launch.rank} misses a file"))
+        return launch.rank
+
+    def checkpoint() -> int:
+        if launch.rank == 2:
+            raise CheckpointError("damaged")
+        return launch.rank
+
+    told = []
+    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1):
+        for work in (lambda: config(1), checkpoint):
+            with pytest.raises((ConfigError, CheckpointError)) as raised:
+                agree(work)
+            told.append(str(raised.value))
+        told.append(str(agree(lambda: launch.rank)))
+    return told
+
+
+def test_errors_of_any_rank_are_raised_on_all() -> None:
+    for rank, (problems, damage, result) in enumerate(run_ranks(_agreed, 3)):
+        assert "rank 1 misses a file" in problems
+        assert "rank 2 misses a file" in problems
+        assert (damage, result) == ("damaged", str(rank))
