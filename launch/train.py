@@ -84,6 +84,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json)
             directory.keep_tokenizer(prepared.tokenizer)
+            directory.record("resume" if progress.step else "start", progress.step, processes=launch.world)
         batches.train.go_on_after(progress.step, progress.samples)
         meter = Meter(
             engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
@@ -93,6 +94,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json, finished_step=config.training.max_steps)
+            directory.record("finish", config.training.max_steps, reason="max_steps")
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 

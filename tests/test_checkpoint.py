@@ -37,6 +37,7 @@ from trainer.distributed import Launch, joined_world
 from trainer.engine import Numbers, TrainingState, nvme
 from trainer.engine.holding import _mapped
 from trainer.errors import CheckpointError
+from trainer.files import hash_file
 from trainer.parallel import Shard, boxes_of, flat_boxes
 from trainer.store import (
     MANIFEST,
@@ -46,7 +47,6 @@ from trainer.store import (
     Manifest,
     Stored,
     checksum,
-    hash_of,
     in_files,
     read_manifest,
     verify_files,
@@ -703,7 +703,7 @@ def test_files_are_safetensors_of_a_bounded_size(tmp_path: Path) -> None:
     assert len(together) > 2
     for number, part in enumerate(together):
         written, index = write_file(tmp_path / f"{number}.safetensors", part)
-        assert written.hash == hash_of(tmp_path / f"{number}.safetensors")
+        assert written.hash == hash_file(tmp_path / f"{number}.safetensors")
         theirs, ours = load_file(tmp_path / f"{number}.safetensors"), Files(tmp_path)
         for entry, (name, _, shape, dtype, box) in zip(part, index, strict=True):
             assert theirs[entry.key].equal(entry.tensor)
@@ -1035,7 +1035,7 @@ def test_nothing_that_is_loaded_runs(run_of_six: Path, base: dict[str, Any], tmp
     (step / "optimizer.pt").write_bytes(pickled.getvalue())
     told = json.loads((step / MANIFEST).read_text())
     told["files"][0] = {"name": "rank-00000.safetensors", "bytes": len(pickled.getvalue()),
-                        "hash": hash_of(step / "rank-00000.safetensors")}  # fmt: skip
+                        "hash": hash_file(step / "rank-00000.safetensors")}  # fmt: skip
     told["model"]["config"]["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
     del told["checksum"]
     (step / MANIFEST).write_text(json.dumps({"checksum": checksum(told), **told}))

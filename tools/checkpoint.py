@@ -40,8 +40,9 @@ from trainer.checkpoint.run import FOLDER
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
-from trainer.store import DTYPES, Files, Manifest, Stored, is_checkpoint, read_manifest, readable, verify_files
+from trainer.store import DTYPES, Files, Manifest, Stored, is_checkpoint, read_manifest, verify_files
 from trainer.topology import Topology
+from trainer.units import format_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHUNK = 1 << 24
@@ -128,7 +129,7 @@ def _list(options: argparse.Namespace) -> int:
         marks = [mark for mark, true in (("latest", place == 0), ("best", one.folder in best)) if true]
         table.add_row(
             one.folder.name, str(told.attempt), f"{told.tokens:,}", _loss(told, "train"), _loss(told, "validation"),
-            _layout(told), readable(told.bytes), " ".join(marks),
+            _layout(told), format_bytes(told.bytes), " ".join(marks),
         )  # fmt: skip
     _console().print(table)
     for error in damaged:
@@ -150,7 +151,7 @@ def _show(options: argparse.Namespace) -> int:
         "layout": _layout(told),
         "saved": f"{told.created}, commit {told.about['git_commit'] or 'unknown'}",
         "versions": ", ".join(f"{name} {version}" for name, version in told.about["versions"].items()),
-        "files": f"{len(told.files)} of {readable(told.bytes)}",
+        "files": f"{len(told.files)} of {format_bytes(told.bytes)}",
         "tensors": ", ".join(f"{count:,} numbers of {kind}" for kind, count in numbers.items()),
         "W&B run": told.wandb_run or "-",
     }
@@ -171,7 +172,7 @@ def _verify(options: argparse.Namespace) -> int:
     for one in track(kept, description="reading", console=Console(stderr=True), transient=True):
         try:
             verify_files(one.folder, one.manifest)
-            print(f"{one.folder}: sound ({len(one.manifest.files)} files, {readable(one.manifest.bytes)})")
+            print(f"{one.folder}: sound ({len(one.manifest.files)} files, {format_bytes(one.manifest.bytes)})")
         except CheckpointError as error:
             damaged.append(error)
     for error in damaged:

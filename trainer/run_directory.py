@@ -17,6 +17,8 @@ from typing import Any
 from trainer.config import LoadedConfig
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgraded, value_at
 from trainer.errors import ConfigError, Problem
+from trainer.events import Event, append_event
+from trainer.files import replace_text
 from trainer.store import TOKENIZER
 
 _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
@@ -205,6 +207,8 @@ class RunDirectory:
         about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step, "document_frame": frame}
         text = json.dumps({**loaded.resolved(), METADATA_KEY: about}, indent=2)
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / ".config.json.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.path / "config.json")
+        replace_text(self.path / "config.json", text + "\n")
+
+    def record(self, event: Event, step: int, **details: Any) -> None:
+        """Append to `events.jsonl`; call on rank 0 only. See `append_event`."""
+        append_event(self.path, event, attempt=self.attempt, step=step, **details)

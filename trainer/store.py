@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 from trainer.errors import CheckpointError
+from trainer.files import hash_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -301,20 +302,6 @@ def _write(file: Any, data: bytes | memoryview, hashed: Any) -> None:
         view = view[file.write(view[:_CHUNK]) :]
 
 
-def readable(count: int) -> str:
-    """A number of bytes, for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def hash_of(path: Path) -> str:
-    """xxh3-128 of a file."""
-    hashed, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hashed.update(buffer[:count])
-    return hashed.hexdigest()
-
-
 def verify_sizes(folder: Path, manifest: Manifest) -> None:
     """Looks whether all files of a checkpoint are there and as long as its manifest says, without reading them.
 
@@ -343,31 +330,11 @@ def verify_files(folder: Path, manifest: Manifest, files: Iterable[Written] | No
     for file in manifest.files if files is None else files:
         path = folder / file.name
         try:
-            found = hash_of(path)
+            found = hash_file(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
         if found != file.hash:
             raise CheckpointError(f"{path}: damaged: not the bytes that were written (its hash differs)")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file at once: whoever reads it finds the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in `folder` last."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Files:

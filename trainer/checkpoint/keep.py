@@ -14,7 +14,8 @@ from pathlib import Path
 from trainer.checkpoint.save import DELETED
 from trainer.config.schema import CheckpointSection
 from trainer.errors import CheckpointError
-from trainer.store import Manifest, read_manifest, write_text
+from trainer.files import replace_text
+from trainer.store import Manifest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def point(folder: Path) -> None:
     best = best_of(kept)
     for name, found in ((LATEST, kept[:1]), (BEST, best)):
         if found:
-            write_text(folder / name, found[0].folder.name + "\n")
+            replace_text(folder / name, found[0].folder.name + "\n")
 
 
 def superfluous(kept: Sequence[Kept], section: CheckpointSection) -> list[Kept]:

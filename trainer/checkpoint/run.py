@@ -34,8 +34,10 @@ from trainer.config import LoadedConfig
 from trainer.distributed import World, agree
 from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
+from trainer.files import sync_directory
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
-from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, readable, sync_folder, verify_files
+from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, verify_files
+from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class Checkpoints:
         world = manifest.about["world"]
         log.info(
             "going on behind step %d, from %s (%s, written by %d processes: pipeline %d x data %d x tensor %d), "
-            "read in %.1f s", manifest.step, folder, readable(manifest.bytes), world["processes"],
+            "read in %.1f s", manifest.step, folder, format_bytes(manifest.bytes), world["processes"],
             world["pipeline"], world["data"], world["tensor"], time.perf_counter() - start,
         )  # fmt: skip
         return Progress(manifest.step, manifest.tokens, manifest.samples)
@@ -275,7 +277,7 @@ class Checkpoints:
                 reason = f"{folder} is another checkpoint than that of {remote.place}"
                 raise ConfigError(Problem("run.output_dir", reason, "Take another folder"))
         own = found.files[self._rank :: self._ranks]
-        log.info("copying %s of %s (%s)", name_of(found.step), remote.place, readable(found.bytes))
+        log.info("copying %s of %s (%s)", name_of(found.step), remote.place, format_bytes(found.bytes))
 
         def fetch() -> None:
             for file in own:
@@ -288,7 +290,7 @@ class Checkpoints:
             if folder.exists():
                 delete(folder)
             partial.rename(folder)
-            sync_folder(self._path)
+            sync_directory(self._path)
 
         self._on_first(rename)
         return _Found(folder, found)
@@ -381,7 +383,10 @@ class Checkpoints:
         gone: list[str] = []
         if self._rank == 0:
             seconds = time.perf_counter() - start
-            log.info("checkpoint %s: %s in %.1f s", path, readable(complete.bytes), seconds)
+            log.info("checkpoint %s: %s in %.1f s", path, format_bytes(complete.bytes), seconds)
+            self._directory.record(
+                "save", manifest.step, checkpoint=path.name, bytes=complete.bytes, seconds=round(seconds, 3)
+            )
             self._failure = _attempted(lambda: gone.extend(self._keep()))
         if self._remote is not None:
             self._upload(path, [file.name for file in folder.written], gone)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.engine import Piece
 from trainer.errors import CheckpointError
+from trainer.files import hash_file, replace_text, sync_directory
 from trainer.store import (
     LARGEST_FILE,
     MANIFEST,
@@ -28,11 +29,8 @@ from trainer.store import (
     Stored,
     Tensors,
     Written,
-    hash_of,
     in_files,
-    sync_folder,
     write_file,
-    write_text,
 )
 
 PARTIAL = ".{}.partial"
@@ -111,7 +109,7 @@ class Folder:
             nonlocal complete
             files = list(itertools.chain.from_iterable(gathered))
             complete = replace(manifest, files=tuple(file for file, _ in files), tensors=_joined(i for _, i in files))
-            write_text(self._partial / MANIFEST, complete.to_json())
+            replace_text(self._partial / MANIFEST, complete.to_json())
             self._rename()
 
         self._agree(commit if self._rank == 0 else None)
@@ -133,16 +131,16 @@ class Folder:
             except OSError:
                 os.rename(old, self._path)
                 raise
-            sync_folder(self._path.parent)
+            sync_directory(self._path.parent)
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(self._partial, self._path)
-            sync_folder(self._path.parent)
+            sync_directory(self._path.parent)
 
     def _verify(self) -> None:
         """Each rank reads again what it has written, before anything older may go for it."""
         for file in self.written:
-            if hash_of(self._partial / file.name) != file.hash:
+            if hash_file(self._partial / file.name) != file.hash:
                 raise OSError(f"{file.name} does not hold what was written into it")
 
     def _agree(self, work: Callable[[], None] | None) -> None:

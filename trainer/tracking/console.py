@@ -9,6 +9,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer.tracking.interface import Row
+from trainer.units import format_duration
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +19,6 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def describe(row: Row, steps: int) -> str:
@@ -65,7 +60,7 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"])
         elif row["split"] == "train":
-            line += f"  left {_duration(row['step_seconds'] * (self._steps - row['step']))}"
+            line += f"  left {format_duration(row['step_seconds'] * (self._steps - row['step']))}"
         log.info(line)
 
     def close(self, exit_status: int) -> None:
