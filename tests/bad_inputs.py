@@ -25,7 +25,7 @@ class Bad:
     text: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     rule: str = ""
-    """The rule of `trainer/config/rules.py` that this row is the failing example of."""
+    """The rule of `trainer/config/rules/` that this row is the failing example of."""
 
 
 def train_file(name: str) -> dict[str, Any]:

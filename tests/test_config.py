@@ -316,7 +316,7 @@ def test_a_bad_configuration_costs_less_than_five_cpu_seconds(tiny: dict[str, An
 def test_nvme_needs_its_extension(
     there: bool, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "nvme_can_be_read", lambda: there)
+    monkeypatch.setattr(rules.offload, "nvme_can_be_read", lambda: there)
     offload = {"device": "nvme", "nvme_path": str(tmp_path)}
     values = with_values(tiny, deepspeed__zero_optimization={"stage": 3, "offload_optimizer": offload})
     if there:

@@ -1,0 +1,101 @@
+"""Rules about data, evaluation, and where a run writes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config.paths import has_splits, is_local, matching_files, only_tokens, problems_of_path
+from trainer.config.rules.table import Draft, rule
+from trainer.config.schema import DEFAULT_CACHE
+from trainer.errors import Problem
+
+
+@rule("data.packing", "data.drop_last")
+def last_sample_can_be_dropped(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    if draft.data.drop_last and draft.data.packing == "none":
+        yield Problem("data.drop_last", "true, and under data.packing 'none' no sample is cut off a source",
+                      "Set it to false, or packing to 'concatenate'")  # fmt: skip
+
+
+@rule("data")
+def data_exists(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    for split in ("train", "validation"):
+        for place, source in enumerate(getattr(draft.data, split)):
+            yield from problems_of_path(f"data.{split}.{place}.path", source.path)
+
+
+@rule("data")
+def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    trained: set[Path] = set()
+    for source in draft.data.train:
+        if is_local(source.path):
+            trained.update(f.resolve() for f in matching_files(source.path))
+    for place, source in enumerate(draft.data.validation):
+        held_out = matching_files(source.path) if is_local(source.path) else []
+        both = [f for f in held_out if f.resolve() in trained and not has_splits(f)]
+        if both:
+            yield Problem(
+                f"data.validation.{place}.path",
+                f"'{both[0]}' is also trained on",
+                "Validate on files that data.train does not match",
+            )
+
+
+@rule("data.validation")
+def validation_has_no_weights(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    for place, source in enumerate(draft.data.validation):
+        if source.weight != 1.0:
+            yield Problem(
+                f"data.validation.{place}.weight", f"{source.weight}: an evaluation reads everything once", "Remove it"
+            )
+
+
+@rule("data", "model")
+def tokenizer_is_there(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    assert draft.model is not None
+    name = draft.data.tokenizer
+    texts = [s.path for s in (*draft.data.train, *draft.data.validation) if not only_tokens(s.path)]
+    if not name and draft.model.path is None and texts and all(only_tokens(s.path) for s in draft.data.train):
+        yield Problem(
+            "data.tokenizer",
+            f"required to read '{texts[0]}': data.train holds tokens only, on which no tokenizer can be trained",
+            "Give the folder of the tokenizer that made them",
+        )
+    if name and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        yield Problem("data.tokenizer", f"'{name}' is not a folder", "Give a folder with a tokenizer, or a hub name")
+
+
+@rule("evaluation", "data.validation")
+def evaluation_has_data(draft: Draft) -> Iterator[Problem]:
+    assert draft.evaluation is not None
+    assert draft.data is not None
+    if draft.evaluation.every_steps and not draft.data.validation:
+        yield Problem("evaluation.every_steps", "there is nothing to evaluate on", "Give data.validation")
+
+
+@rule("run.output_dir", "data.cache_dir")
+def output_can_be_written(draft: Draft) -> Iterator[Problem]:
+    for key, folder in (
+        ("run.output_dir", draft.run.output_dir if draft.run else None),
+        ("data.cache_dir", (draft.data.cache_dir or DEFAULT_CACHE) if draft.data else None),
+    ):
+        if folder is None:
+            continue
+        path = Path(os.path.abspath(os.path.expanduser(folder)))
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if not there.is_dir():
+            yield Problem(key, f"'{there}' is a file", "Give a folder")
+            continue
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            yield Problem(key, f"'{there}' cannot be written to: {error.strerror}", "Give another folder")

@@ -1,0 +1,69 @@
+"""Rules about the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config.model_facts import NEVER_CAUSAL
+from trainer.config.rules.table import Draft, rule
+from trainer.errors import Problem
+
+
+@rule("model")
+def model_is_named_once(draft: Draft) -> Iterator[Problem]:
+    assert draft.model is not None
+    if (draft.model.path is None) == (draft.model.config is None):
+        found = "neither" if draft.model.path is None else "both"
+        yield Problem("model", f"either 'path' or 'config' says what the model is; {found} is given")
+    if draft.model.path is None and draft.model.initialize == "pretrained":
+        yield Problem(
+            "model.initialize",
+            "'pretrained' needs weights, and an inline 'config' has none",
+            "Set model.path, or initialize to 'random'",
+        )
+
+
+@rule("model")
+def family_is_causal(draft: Draft) -> Iterator[Problem]:
+    assert draft.model is not None
+    kind = draft.facts.model_type if draft.facts else None
+    if kind in NEVER_CAUSAL:
+        where = "model.config.model_type" if draft.model.path is None else "model.path"
+        yield Problem(where, f"'{kind}' sees later tokens, so it cannot be trained as a causal language model: it "
+                      f"{NEVER_CAUSAL[kind]}", "Take another family")  # fmt: skip
+
+
+@rule("model")
+def weights_cannot_run_code(draft: Draft) -> Iterator[Problem]:
+    assert draft.model is not None
+    folder = Path(draft.model.path or "").expanduser()
+    if draft.model.path is None or draft.model.initialize == "random" or not (folder / "config.json").is_file():
+        return
+    if not list(folder.glob("*.safetensors")):
+        others = sorted(f.name for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind))
+        found = f"only {', '.join(others)}, which can run code when read" if others else "no weights"
+        yield Problem(
+            "model.path",
+            f"'{draft.model.path}' holds no *.safetensors, {found}",
+            "Convert the weights with `save_pretrained`, or set model.initialize to 'random'",
+        )
+
+
+@rule("model", "data.sequence_length")
+def sequence_fits_the_model(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    if draft.facts and draft.facts.positions and draft.data.sequence_length > draft.facts.positions:
+        yield Problem(
+            "data.sequence_length",
+            f"{draft.data.sequence_length} is longer than the {draft.facts.positions} positions of the model",
+            "Shorten it, or raise max_position_embeddings in model.config",
+        )
+    only = draft.facts.only_length if draft.facts else None
+    if draft.facts and only and draft.data.sequence_length != only:
+        yield Problem(
+            "data.sequence_length",
+            f"must be {only}, the product of axial_pos_shape, which {draft.facts.model_type} is trained on "
+            f"(got {draft.data.sequence_length})",
+            "Change one of them, or set axial_pos_embds in model.config to false",
+        )

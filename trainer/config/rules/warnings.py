@@ -1,0 +1,41 @@
+"""Warnings: configurations that are allowed and probably not intended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.config.deepspeed import Batch, batch_arithmetic
+from trainer.config.rules.table import Draft
+from trainer.errors import Problem
+
+
+def warnings_of(draft: Draft) -> Iterator[Problem]:
+    """What is allowed and probably not meant."""
+    section, training = draft.deepspeed, draft.training
+    if section is not None and training is not None and section.scheduler is not None:
+        total = section.scheduler.params.get("total_num_steps")
+        if isinstance(total, int) and total < training.max_steps:
+            yield Problem(
+                "deepspeed.scheduler.params.total_num_steps",
+                f"{total} is less than training.max_steps ({training.max_steps}): the last steps have the lowest rate",
+                'Write "auto"',
+            )
+    yield from _pipeline_waits(draft)
+    if section is not None and section.offload_device == "nvme" and draft.checkpoint and draft.checkpoint.asynchronous:
+        yield Problem(
+            "checkpoint.asynchronous", "true: it copies to host memory what offload_optimizer keeps on NVMe",
+            "Leave it out where host memory has no room for the optimizer's state",
+        )  # fmt: skip
+
+
+def _pipeline_waits(draft: Draft) -> Iterator[Problem]:
+    if draft.parallel is None or draft.deepspeed is None or draft.data_ranks is None:
+        return
+    batch, stages = batch_arithmetic(draft.deepspeed, draft.data_ranks), draft.parallel.pipeline
+    if isinstance(batch, Batch) and batch.accumulation < stages:
+        share = draft.parallel.bubble(batch.accumulation)
+        yield Problem(
+            "deepspeed.gradient_accumulation_steps",
+            f"{batch.accumulation} micro-batches on {stages} stages: each stage waits for {share:.0%} of the time",
+            "Make micro-batches smaller, so that there are at least 4 for each stage",
+        )
