@@ -16,7 +16,14 @@ import logging
 import sys
 from typing import Any
 
-from trainer.distributed import Launch, configure_logging, joined_world, local_device, prepare_environment
+from trainer.distributed import (
+    Launch,
+    configure_logging,
+    joined_world,
+    local_device,
+    open_store,
+    prepare_environment,
+)
 
 prepare_environment()
 
@@ -63,7 +70,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
         return
     for problem in loaded.warnings:
         log.warning("%s", problem)
-    config = loaded.config
+    config, store = loaded.config, open_store(launch)
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
@@ -71,7 +78,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     configure_logging(launch.rank, directory.path / "logs")
     if loaded.kept.message:
         log.info("%s", loaded.kept.message)
-    with joined_world(launch, topology, seed=config.run.seed) as world:
+    with joined_world(launch, topology, store, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
         checkpoints = Checkpoints(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from trainer.distributed import (
     configure_logging,
     joined_world,
     load_extension,
+    open_store,
     remove_stale_buffers,
     seed_everything,
 )
@@ -170,3 +172,34 @@ def test_errors_of_any_rank_are_raised_on_all() -> None:
         assert "rank 1 misses a file" in problems
         assert "rank 2 misses a file" in problems
         assert (damage, result) == ("damaged", str(rank))
+
+
+def _listening_addresses() -> set[str]:
+    """Addresses that this rank's sockets listen on in a joined world, as /proc/net writes them."""
+    launch = Launch.from_environment()
+    topology = Topology.of(launch.world, launch.rank, pipeline=1, tensor=1)
+    with joined_world(launch, topology, seed=1) as world:
+        world.store.set(f"value of {launch.rank}", "seen")
+        assert world.store.get(f"value of {1 - launch.rank}") == b"seen"
+        links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+        own = {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:")}
+        rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+        torch.distributed.barrier()
+        return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in own}
+
+
+def test_ranks_of_one_host_listen_on_loopback_only() -> None:
+    found = run_ranks(_listening_addresses, 2)
+    assert found[0], "rank 0 hosts the store"
+    assert set().union(*found) == {"0100007F"}
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=f"cannot listen on port {port} .*--master_port"):
+            open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))

@@ -1,0 +1,175 @@
+"""A joined world: process groups, device, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.distributed.environment import Launch, complete_environment, local_device
+from trainer.distributed.extensions import load_extension
+from trainer.distributed.shared_memory import remove_stale_buffers, unlink_own_buffer
+from trainer.distributed.store import JOIN_PATIENCE, PrefixStore, Store, open_store
+from trainer.topology import Axis, Topology
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """A joined world, as one rank sees it."""
+
+    topology: Topology
+    device: torch.device
+    seed: int
+    """`run.seed`."""
+
+    store: Store
+    """Key-value store of all ranks: for what must not wait for a collective. See `open_store`."""
+
+    groups: dict[Axis, Any]
+    """The process group of this rank along each axis of more than one rank; None stands for all ranks."""
+
+    _neighbours: dict[int, Any] = field(default_factory=dict, repr=False)
+    _of_stages: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.topology.rank == 0
+
+    def seed_step(self, step: int) -> None:
+        """Before a step: its random numbers; see `seed_everything`."""
+        seed_everything(self.seed, self.topology, step)
+
+    def tensor_neighbours(self, count: int) -> Any:
+        """The group of `count` neighbouring tensor ranks that this rank is in: those that share a key/value head.
+
+        Every rank of the world must ask for the same counts in the same order.
+        """
+        if count not in self._neighbours:
+            for ranks in self.topology.groups("tensor"):
+                for start in range(0, len(ranks), count):
+                    group = dist.new_group(ranks[start : start + count])
+                    if self.topology.rank in ranks[start : start + count]:
+                        self._neighbours[count] = group
+        return self._neighbours[count]
+
+    def stages_group(self, stages: tuple[int, ...]) -> Any:
+        """The group of the ranks at this rank's place in `stages`; None on a rank of another stage.
+
+        Every rank of the world must ask for the same stages in the same order.
+        """
+        if stages not in self._of_stages:
+            self._of_stages[stages] = None
+            for ranks in self.topology.groups("pipeline"):
+                members = [ranks[stage] for stage in stages]
+                group = dist.new_group(members)
+                if self.topology.rank in members:
+                    self._of_stages[stages] = group
+        return self._of_stages[stages]
+
+
+def _process_groups(topology: Topology) -> dict[Axis, Any]:
+    """This rank's group along each axis. Every rank makes every group, in the same order, as torch demands; none is
+    made for an axis of one rank, or where the default group is the one."""
+    own: dict[Axis, Any] = {}
+    axes: tuple[Axis, ...] = ("pipeline", "data", "tensor")
+    for axis in axes:
+        groups = topology.groups(axis)
+        if len(groups[0]) == 1:
+            continue
+        if len(groups) == 1:
+            own[axis] = None
+            continue
+        for ranks in groups:
+            group = dist.new_group(ranks)
+            if topology.rank in ranks:
+                own[axis] = group
+    return own
+
+
+def seed_everything(seed: int, topology: Topology, step: int = 0) -> None:
+    """Seeds what draws random numbers in a step: dropout. Ranks that share their samples draw the same.
+
+    The numbers of a step follow from the seed, the step and the place alone, so that no state has to be saved.
+    """
+    own = (seed * 1_000_003 + topology.data_rank * 7_919 + topology.stage * 104_729 + step * 15_485_863) % (1 << 63)
+    random.seed(own)
+    np.random.seed(own % (1 << 32))
+    torch.manual_seed(own)
+
+
+def _start_process_group(launch: Launch, device: torch.device, store: Store, timeout: timedelta) -> None:
+    """torch's default group, and DeepSpeed's wrapper of it."""
+    import deepspeed
+
+    # NCCL makes its communicators at once when it knows the device; a world of one rank has no peer to reach.
+    bound = device if device.type == "cuda" and launch.world > 1 else None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=PrefixStore("process_group", store), rank=launch.rank, world_size=launch.world,
+        timeout=timeout, device_id=bound,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@contextlib.contextmanager
+def joined_world(
+    launch: Launch,
+    topology: Topology,
+    store: Store | None = None,
+    *,
+    seed: int,
+    timeout: timedelta = timedelta(minutes=30),
+    patience: timedelta = JOIN_PATIENCE,
+) -> Iterator[World]:
+    """Joins all processes into one world; leaves it at the end.
+
+    Args:
+        store: from `open_store`; opened here by default.
+        timeout: how long a rank waits in a collective before it gives up on the others.
+        patience: how long it waits for all to join; a host may have a corpus to tokenise first.
+    """
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    kind = local_device()
+    if kind == "cuda":
+        torch.cuda.set_device(launch.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+    complete_environment(launch)
+    if launch.local_rank == 0:
+        removed = remove_stale_buffers()
+        if removed:
+            log.info("removed %d shared-memory files that killed ranks had left", removed)
+    if topology.tensor > launch.local_world:
+        log.warning(
+            "parallel.tensor = %d is more than the %d processes of a host: every layer's sums cross the network. "
+            "Take at most %d, and more pipeline or data ranks",
+            topology.tensor, launch.local_world, launch.local_world,
+        )  # fmt: skip
+    if kind == "cpu":
+        load_extension("ShareMemCommBuilder")
+    device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
+    store = open_store(launch, patience) if store is None else store
+    _start_process_group(launch, device, store, patience)
+    if kind == "cpu":
+        unlink_own_buffer(launch)
+    dist.distributed_c10d._set_pg_timeout(timeout)
+    seed_everything(seed, topology)
+    yield World(topology, device, seed, store, _process_groups(topology))
+    # Not after an error: leaving the world would make the other ranks fail, and be ended, before this one has
+    # said what was wrong.
+    dist.destroy_process_group()
