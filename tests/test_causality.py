@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from launch.train import train as train_command
@@ -295,7 +296,7 @@ class _Stub:
 
 def asked(config: dict[str, Any], ids: Any, passes: list[torch.Tensor] | None = None) -> list[MicroBatch]:
     """The micro-batches that the probe runs, over losses that say nothing unless `passes` do."""
-    world = World(Topology.of(1, 0), torch.device("cpu"), 1, {})
+    world = World(Topology.of(1, 0), torch.device("cpu"), 1, HashStore(), {})
     stub = _Stub(passes or [torch.ones(2, 4096)] * 2, np.array(ids, dtype=np.int64))
     verify_causality(check(config, world=None, device="cpu"), world, stub, stub)  # type: ignore[arg-type]
     return stub.asked
