@@ -26,9 +26,10 @@ from trainer.config.deepspeed import (
     extensions_of,
     for_engine,
 )
-from trainer.config.load import apply_override, check, load_config, merge, read_config_file
+from trainer.config.load import check, load_config
 from trainer.config.model_facts import config_from, model_facts, scrub
 from trainer.config.model_sizes import relation_problems, size_problems
+from trainer.config.read import apply_override, merge, read_config_file
 from trainer.errors import ConfigError
 
 pytestmark = pytest.mark.fast

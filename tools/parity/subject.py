@@ -16,8 +16,9 @@ from tools.parity.proof import LARGEST, _signature
 from tools.parity.shrink import shrunk
 from tools.parity.text import shortened
 from trainer.config import strict_json
-from trainer.config.load import LoadedConfig, apply_override, check, read_config_file
+from trainer.config.load import LoadedConfig, check
 from trainer.config.model_facts import model_config, scrub
+from trainer.config.read import apply_override, read_config_file
 from trainer.errors import ConfigError, Problem
 from trainer.model import build_model_shape, initialize_weights
 

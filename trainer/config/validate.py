@@ -1,0 +1,170 @@
+"""One section at a time: from plain JSON to its typed class, with every mistake told in our own words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.config.deepspeed import REFUSED
+from trainer.config.earlier_versions import replaced_key
+from trainer.config.rules import Draft
+from trainer.config.schema import SECTIONS
+from trainer.errors import Problem
+
+Raw = dict[str, Any]
+
+
+def _true_path(loc: Sequence[str | int], raw: Any) -> tuple[str | int, ...]:
+    """`loc` of a pydantic error without the names of union members, which stand in it like keys."""
+    path: list[str | int] = []
+    for part in loc:
+        in_list = isinstance(raw, list) and isinstance(part, int) and part < len(raw)
+        if in_list or (isinstance(raw, dict) and part in raw):
+            raw = raw[part]
+        elif isinstance(raw, dict) and isinstance(part, str) and re.fullmatch(r"\w+", part) and part == loc[-1]:
+            return (*path, part)
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _keys_at(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """The keys that the object at `path` below `section` may hold."""
+    kind: Any = section
+    for part in path:
+        if isinstance(part, str) and isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(part)
+            kind = field.annotation if field else None
+        kind = _model_in(kind)
+    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _model_in(annotation: Any) -> Any:
+    """The pydantic class inside `annotation` (optional, list or annotated), if there is one."""
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", ()):
+        return annotation
+    for member in getattr(annotation, "__args__", ()):
+        found = _model_in(member)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _expected(messages: Iterable[str]) -> str:
+    """One phrase out of what each member of a union had to say."""
+    phrases = []
+    for message in messages:
+        phrase = message.removeprefix("Input should be ").removeprefix("a valid ").replace("integer", "whole number")
+        phrase = phrase.replace("dictionary", "object").replace("boolean", "true or false")
+        phrases.append(phrase)
+    return " or ".join(dict.fromkeys(phrases))
+
+
+@dataclass
+class Findings:
+    """What validating one section said: problems, and the data without what caused them."""
+
+    problems: list[Problem]
+    wrong: set[str]
+    """Dotted paths whose value is wrong or missing; rules that read them are skipped."""
+
+    repaired: Raw
+
+
+def _examine(name: str, raw: Raw, error: ValidationError) -> Findings:
+    grouped: dict[tuple[str | int, ...], list[Any]] = {}
+    for item in error.errors(include_url=False):
+        grouped.setdefault(_true_path(item["loc"], raw), []).append(item)
+    findings = Findings([], set(), json.loads(json.dumps(raw)))
+    for path, items in grouped.items():
+        dotted = ".".join(str(part) for part in (name, *path))
+        first = items[0]
+        if first["type"] == "extra_forbidden":
+            findings.problems.append(_unknown_key(name, raw, path, findings.repaired))
+            continue
+        findings.wrong.add(dotted)
+        if first["type"] == "missing":
+            findings.problems.append(Problem(dotted, "required, but missing"))
+            continue
+        value = _at(raw, path)
+        kinds = _expected(item["msg"] for item in items)
+        findings.problems.append(Problem(dotted, f"expected {kinds}, got {_shown(value)}"))
+        holder = _at(findings.repaired, path[:-1])
+        if path and isinstance(holder, dict):
+            holder.pop(path[-1], None)
+    return findings
+
+
+def _at(raw: Any, path: Sequence[str | int]) -> Any:
+    for part in path:
+        raw = raw[part]
+    return raw
+
+
+def _unknown_key(name: str, raw: Raw, path: tuple[str | int, ...], repaired: Raw) -> Problem:
+    """The problem of an unknown key. Where it is a misspelling, `repaired` goes on with what was meant."""
+    dotted = ".".join(str(part) for part in (name, *path))
+    below = ".".join(str(part) for part in path)
+    holder = _at(repaired, path[:-1])
+    value = holder.pop(path[-1])
+    if name == "deepspeed" and below in REFUSED:
+        reason, remedy = REFUSED[below]
+        return Problem(dotted, reason, remedy)
+    if replaced := replaced_key(dotted):
+        return replaced
+    key = str(path[-1])
+    candidates = _keys_at(SECTIONS[name], path[:-1])
+    near = get_close_matches(key, candidates, n=1)
+    if near:
+        holder.setdefault(near[0], value)
+        return Problem(dotted, f"unknown key; did you mean '{near[0]}'?")
+    elsewhere = [s for s, kind in SECTIONS.items() if key in kind.model_fields]
+    if elsewhere:
+        return Problem(dotted, f"unknown key; there is '{elsewhere[0]}.{key}'")
+    return Problem(dotted, "unknown key", f"Known: {', '.join(candidates)}" if candidates else "")
+
+
+def build_section(name: str, raw: Any, draft: Draft) -> Findings:
+    kind = SECTIONS[name]
+    if not isinstance(raw, dict):
+        return Findings([Problem(name, f"expected an object, got {_shown(raw)}")], {name}, {})
+    total = Findings([], set(), raw)
+    for _ in range(2):  # the second time on what is left, so that rules still see the sound part
+        try:
+            setattr(draft, name, kind.model_validate_json(json.dumps(total.repaired)))
+            return total
+        except ValidationError as error:
+            found = _examine(name, total.repaired, error)
+        if not total.problems:
+            total = found
+        else:
+            total.wrong |= found.wrong
+    return total
+
+
+def unknown_sections(raw: Raw) -> list[Problem]:
+    problems = []
+    for name in [key for key in raw if key not in SECTIONS]:
+        near = get_close_matches(name, [*SECTIONS, "extends"], n=1)
+        owner = [s for s, kind in SECTIONS.items() if name in kind.model_fields]
+        if near:
+            problems.append(Problem(name, f"unknown section; did you mean '{near[0]}'?"))
+            raw.setdefault(near[0], raw[name])
+        elif owner:
+            problems.append(Problem(name, f"unknown section; '{owner[0]}.{name}' is a key"))
+        else:
+            problems.append(Problem(name, "unknown section", f"Known: {', '.join(SECTIONS)}"))
+        del raw[name]
+    return problems
