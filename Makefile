@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed  ## train a small Llama on the standard library's
 	@echo '---'
 	@echo 'Run directory: runs/quickstart (numbers in metrics.jsonl, model in final/, W&B offline run in wandb/)'
 	@echo 'Next: $(VENV)/bin/python launch/generate.py --run runs/quickstart --prompt "import os"'
-	@echo '      $(VENV)/bin/python launch/train.py --config ds_configs/quickstart.json --dry_run --world 8'
+	@echo '      $(VENV)/bin/python launch/train.py --config ds_configs/quickstart-2x2x2.json --dry_run --world 8'
 	@echo '      copy ds_configs/quickstart.json, point data.train at your own text, and train again'
 
 test: $(VENV)/.installed-test  ## the whole test suite

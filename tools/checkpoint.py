@@ -34,7 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from trainer.checkpoint.bring import bring
-from trainer.checkpoint.export import difference, export
+from trainer.checkpoint.export import compare_logits, export
 from trainer.checkpoint.keep import Kept, best_of, checkpoints_in
 from trainer.checkpoint.run import FOLDER
 from trainer.config import load_config
@@ -83,7 +83,11 @@ def _parser() -> Arguments:
     out.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the weights in the files (default fp32)")
     out.add_argument("--shard_gigabytes", type=float, default=2.0, metavar="N", help="largest file (default 2)")
     out.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the one that the run keeps")
-    out.add_argument("--check", action="store_true", help="compare the logits of both models, which must fit in memory")
+    out.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the logits of both models, which must fit in memory; status 1 if they differ",
+    )
     into = command("import", _import, "make the first checkpoint of a run, from a Hugging Face folder or DeepSpeed's")
     into.add_argument("folder", type=Path)
     into.add_argument("--config", required=True, metavar="X.json", help="the configuration of the run")
@@ -239,14 +243,16 @@ def _export(options: argparse.Namespace) -> int:
     if not (options.folder / "tokenizer_config.json").exists():
         print("without a tokenizer: the run keeps none; --tokenizer DIR names one")
     if options.check:
-        most = difference(folder, options.folder)
-        print(f"largest difference of a logit from the checkpoint's: {most:.3g}")
-        return 0 if most <= _TOLERANCE[options.dtype] else 1
+        found = compare_logits(folder, options.folder, _DTYPES[options.dtype])
+        print(
+            f"check {'passed' if found.is_good else 'FAILED'}: logits differ by {found.difference:.3g} from the "
+            f"checkpoint's with weights in {options.dtype}; up to {found.tolerance:.3g} is the rounding of fp32 "
+            f"arithmetic (1e-5 of the largest logit, {found.largest:.3g})"
+        )
+        if options.dtype != "fp32":
+            print(f"rounding the weights to {options.dtype} changes logits by up to {found.rounding:.3g}")
+        return 0 if found.is_good else 1
     return 0
-
-
-_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-3}
-"""Logits may differ by rounding where the family computes its buffers in another type when it is read from a folder."""
 
 
 def _import(options: argparse.Namespace) -> int:

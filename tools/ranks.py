@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -105,10 +105,15 @@ class Finished:
     """What each rank wrote to its standard error."""
 
 
-def _command(script: str, arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+def _command(
+    script: str, arguments: list[str], out: str, err: str, environment: dict[str, str], folder: str | None
+) -> None:
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(environment)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if folder is not None:
+        os.chdir(folder)
     sys.argv = [script, *arguments]
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     try:
@@ -123,11 +128,20 @@ def _command(script: str, arguments: list[str], out: str, err: str, environment:
     os._exit(0)
 
 
-def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
+def run_command(
+    script: str,
+    *arguments: str,
+    world: int = 1,
+    working_folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
     """What `python SCRIPT ARGUMENTS...` does on `world` ranks, without the five seconds of imports: forked processes
     run the script as `__main__`, each with its own file descriptors, environment and exit status.
 
     As under a launcher, the command's status is that of the first rank that fails, and the others are ended then.
+
+    Args:
+        working_folder: default: this process's. environment: variables to set; PYTHONPATH comes first.
 
     Raises:
         AssertionError: if ranks still run after `SECONDS`; they are killed.
@@ -137,12 +151,15 @@ def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
         processes = []
         for rank in range(world):
             out, err = Path(folder) / f"out-{rank}", Path(folder) / f"err-{rank}"
-            environment = {}
+            variables = dict(environment or {})
             if world > 1:
-                environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                               "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                               "OMP_NUM_THREADS": "1"}  # fmt: skip
-            process = context.Process(target=_command, args=(script, list(arguments), str(out), str(err), environment))
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                              "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                              "OMP_NUM_THREADS": "1"}  # fmt: skip
+            place = None if working_folder is None else str(working_folder)
+            process = context.Process(
+                target=_command, args=(script, list(arguments), str(out), str(err), variables, place)
+            )
             process.start()
             processes.append(process)
         try:
@@ -153,7 +170,10 @@ def run_command(script: str, *arguments: str, world: int = 1) -> Finished:
                     process.kill()
                 process.join()
         assert status is not None, f"{script} {arguments}: still running after {SECONDS} s"
-        errors = tuple((Path(folder) / f"err-{rank}").read_text() for rank in range(world))
+        files = [Path(folder) / f"err-{rank}" for rank in range(world)]
+        errors = tuple(
+            file.read_text() if file.exists() else "" for file in files
+        )  # a rank may be ended before it has one
         return Finished(status, (Path(folder) / "out-0").read_text(), errors[0], errors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,56 @@ Training data:
 """
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of an exported model beside those of its checkpoint, on the same random ids, all computed in fp32."""
+
+    difference: float
+    """Largest difference between the exported model and the checkpoint's weights rounded to the exported dtype."""
+
+    rounding: float
+    """Largest difference that this rounding makes: what the exported dtype cannot hold."""
+
+    largest: float
+    """Largest absolute logit of the checkpoint."""
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of a correct export.
+
+        Both models compute in fp32 from equal weights, so only the order of additions may differ. A sum of n terms
+        rounds by about sqrt(n) x 2^-24 of its size, and 1e-5 of the largest logit allows for n = 2^14.
+        """
+        return 1e-5 * self.largest
+
+    @property
+    def is_good(self) -> bool:
+        """False also where a logit is not finite."""
+        return self.difference <= self.tolerance
+
+
 @torch.no_grad()
-def difference(checkpoint: Path, exported: Path) -> float:
-    """Largest difference of a logit between the exported model and the checkpoint's, cast to the same type, on random
-    ids; both are in memory whole."""
+def compare_logits(checkpoint: Path, exported: Path, dtype: torch.dtype) -> Comparison:
+    """Compare an exported model with its checkpoint; both are in memory whole, in fp32.
+
+    Args:
+        dtype: of the weights in `exported`.
+    """
     manifest = read_manifest(checkpoint)
-    model = build_from_recipe(manifest.model)
+    model: Any = build_from_recipe(manifest.model)
     read_weights(model, str(checkpoint))
-    theirs = load_exported(exported)
-    ours: Any = model.eval()
-    ours.to(theirs.dtype)
-    vocabulary = ours.config.get_text_config(decoder=True).vocab_size
+    model.eval()
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    return float((ours(input_ids=ids).logits.double() - theirs(input_ids=ids).logits.double()).abs().max())
+    precise = model(input_ids=ids).logits.double()
+    persistent = model.state_dict(keep_vars=True).values()
+    for tensor in (tensor for tensor in persistent if tensor.is_floating_point()):
+        tensor.copy_(tensor.to(dtype))
+    rounded = model(input_ids=ids).logits.double()
+    theirs: Any = load_exported(exported, torch.float32)
+    found = theirs(input_ids=ids).logits.double()
+    return Comparison(_apart(found, rounded), _apart(rounded, precise), float(precise.abs().max()))
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())

@@ -183,13 +183,17 @@ def write_model(
     os.replace(partial, folder)
 
 
-def load_exported(folder: Path) -> PreTrainedModel:
-    """The model in a folder that `write_model` wrote, ready to generate."""
+def load_exported(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in a folder that `write_model` wrote, ready to generate.
+
+    Args:
+        dtype: to compute in; default: that of the weights in the files.
+    """
     from transformers import AutoModelForCausalLM
 
     transformers_logging.disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), use_safetensors=True, trust_remote_code=False
+        str(folder), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
     )
     choose_experts_implementation(model, model.dtype)
     model.eval()

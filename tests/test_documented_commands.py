@@ -1,0 +1,149 @@
+"""Every command of README, CONTRIBUTING, docs/ and the Makefile does what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.configs import with_values
+from tests.documented_commands import (
+    COMMANDS,
+    QUICKSTART,
+    ROOT,
+    SHORT,
+    Run,
+    commands_of_page,
+    documented_commands,
+    make_targets,
+)
+from tests.harness import Finished, run_command
+
+
+@pytest.fixture(scope="module")
+def documented() -> set[str]:
+    return documented_commands()
+
+
+def run(command: str, row: Run, clone: Path) -> Finished:
+    """`command` without its launcher, in processes forked for it."""
+    words = shlex.split(command)
+    script = next(word for word in words if word.startswith(("launch/", "tools.")))
+    arguments = words[words.index(script) + 1 :]
+    if script.startswith("tools."):
+        path = ROOT / script.replace(".", "/")
+        script = str(clone / (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).relative_to(ROOT))
+    shortened = [row.shorter.get(word, word) for word in arguments]
+    return run_command(script, *filter(None, shortened), *row.add, world=row.world, working_folder=clone)
+
+
+@pytest.fixture(scope="module")
+def clone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which the quickstart has been run, shortened; and the names that the pages use."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("launch", "tools", "ds_configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(corpus, folder / "corpus")
+    values: dict[str, Any] = {"extends": "ds_configs/quickstart.json"}
+    for assignment in SHORT[1::2]:
+        key, _, value = assignment.partition("=")
+        values = with_values(
+            values, **{key.replace(".", "__"): json.loads(value) if value[0] in "[0123456789" else value}
+        )
+    (folder / "X.json").write_text(json.dumps(with_values(values, run__output_dir="runs/NAME")))
+    wrong = {"parallel": {"tensr": 1}, "deepspeed": {"train_batch_size": 65, "train_micro_batch_size_per_gpu": 2},
+             "data": {"train": [{"path": "elsewhere/*.jsonl"}]}}  # fmt: skip
+    (folder / "mine.json").write_text(json.dumps({"extends": "X.json", **wrong}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(clone: Path) -> Finished:
+    ended = run(QUICKSTART, COMMANDS[QUICKSTART], clone)
+    trained = clone / "runs" / "quickstart"
+    if trained.is_dir():
+        shutil.copytree(trained, clone / "runs" / "NAME")
+        for name, target in (
+            ("A", "checkpoints/step-00000001"),
+            ("B", "checkpoints/step-00000002"),
+            ("FOLDER", "final"),
+        ):
+            (clone / name).symlink_to(trained / target)
+    return ended
+
+
+@pytest.mark.fast
+def test_every_documented_command_has_a_row(documented: set[str]) -> None:
+    run_here = {command for command in documented if not command.startswith("make ") and "-m pytest" not in command}
+    assert run_here - COMMANDS.keys() == set(), "documented, and in no row of tests/documented_commands.py"
+    assert COMMANDS.keys() - run_here == set(), "rows of commands that no page has"
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.matrix] * row.matrix) for name, row in COMMANDS.items()]
+)
+def test_documented_command(command: str, clone: Path, quickstart: Finished) -> None:
+    row = COMMANDS[command]
+    ended = quickstart if command == QUICKSTART else run(command, row, clone)
+    assert ended.status == row.status, ended.out + ended.err
+    assert "Traceback" not in ended.err
+    for words in row.says:
+        assert words in ended.out + ended.err
+
+
+def test_the_pages_example_of_mistakes(clone: Path, quickstart: Finished) -> None:
+    """The README shows what the command prints, word for word."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = page.partition("--config mine.json\n")[2].partition("\n\n")[0]
+    shown = [
+        line.strip().replace("corpus/", "elsewhere/").replace("/home/me", str(clone)) for line in block.splitlines()
+    ]
+    command = "deepspeed launch/train.py --config mine.json"
+    ended = run(command, COMMANDS[command], clone)
+    assert sorted(line.strip() for line in ended.err.splitlines()) == sorted(shown)
+
+
+def test_what_the_schema_command_writes_is_what_is_in_the_repository(clone: Path, quickstart: Finished) -> None:
+    (clone / "ds_configs" / "schema.json").unlink()
+    assert run("python -m tools.schema", Run(), clone).status == 0
+    assert (clone / "ds_configs" / "schema.json").read_text() == (ROOT / "ds_configs" / "schema.json").read_text()
+
+
+@pytest.mark.fast
+def test_documented_targets_and_markers_exist(documented: set[str]) -> None:
+    targets = {command.split()[1] for command in documented if command.startswith("make ")}
+    assert targets >= {"quickstart", "test"}
+    assert targets <= set(make_targets())
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    declared = {marker.partition(":")[0] for marker in settings["markers"]}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for command in (command for command in documented if "-m pytest -m" in command):
+        for name in set(re.findall(r"\w+", command.partition("-m pytest -m ")[2])) - {"not", "and"}:
+            assert name in declared, command
+            assert f"mark.{name}" in tests, f"{command} selects no test"
+
+
+@pytest.mark.fast
+def test_commands_are_found_wherever_a_page_has_them() -> None:
+    page = """
+Type `python -m tools.bench
+traffic` or `make test`; the `deepspeed` section is no command, and deepspeed launch/x.py in a sentence is none.
+
+    $ deepspeed launch/train.py --config a.json
+    .venv/bin/python -m tools.schema          what it does
+    make help   # a comment
+
+```
+torchrun launch/train.py --config b.json
+```
+"""
+    assert set(commands_of_page(page)) == {
+        "python -m tools.bench traffic", "make test", "deepspeed launch/train.py --config a.json",
+        "python -m tools.schema", "make help", "torchrun launch/train.py --config b.json",
+    }  # fmt: skip
