@@ -55,7 +55,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
     from trainer.causality import verify_causality
     from trainer.checkpoint import Checkpoints
-    from trainer.data import open_batches, prepare_data
+    from trainer.data import count_steps, open_batches, prepare_data
     from trainer.engine import start_engine
     from trainer.loop import fit
     from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
@@ -75,6 +75,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     prepared = prepare_data(loaded, builder=launch.local_rank == 0)
+    loaded = count_steps(loaded, prepared)
     configure_logging(launch.rank, directory.path / "logs")
     if loaded.kept.message:
         log.info("%s", loaded.kept.message)
@@ -97,11 +98,11 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
             engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
         )
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
-            fit(config, world, engine, batches, checkpoints, meter, trackers)
+            fit(loaded, world, engine, batches, checkpoints, meter, trackers)
         write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
-            directory.write_config(loaded, frame=prepared.frame_json, finished_step=config.training.max_steps)
-            directory.record("finish", config.training.max_steps, reason="max_steps")
+            directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps)
+            directory.record("finish", loaded.steps, reason=loaded.length_unit)
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 

@@ -116,6 +116,10 @@ BAD_INPUTS = [
     # Missing.
     Bad("no section", 2, ("training: required, but missing",), values={"training": None}),
     Bad("no key", 2, ("training.max_steps: required, but missing",), values={"training__max_steps": None}),
+    Bad("no length", 2, ("training.max_steps: required, but missing. Give it, or training.epochs",), values={"training": {"log_every_steps": 1}}, rule="training_has_one_length"),
+    Bad("two lengths", 2, ("training.epochs: 2, and training.max_steps is 4", "--set training.epochs=null"), values={"training__epochs": 2}),
+    Bad("no epochs", 2, ("training.epochs: expected greater than 0, got 0",), values={"training": {"epochs": 0}}),
+    Bad("schedule that ends before the epochs", 2, ("scheduler.params.total_steps: 3 is less than the 139 steps of training.epochs (10)",), values={"training": {"epochs": 10}, **scheduler("OneCycleLR", max_lr=0.1, total_steps=3)}),
     Bad("no optimizer", 2, ("deepspeed.optimizer: required, but missing",), values={"deepspeed__optimizer": None}),
     Bad("no training data", 2, ("data.train",), values={"data__train": []}),
     # Keys of DeepSpeed that are refused here.

@@ -26,6 +26,7 @@ def tiny_config(corpus: Path, cache: Path, output: Path) -> dict[str, Any]:
             "cache_dir": str(cache),
         },
         "training": {"max_steps": 4, "log_every_steps": 2},
+        "checkpoint": {"every_steps": None},  # at the end only: a run of four steps would save each
         "deepspeed": {
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,

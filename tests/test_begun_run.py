@@ -277,3 +277,32 @@ def test_other_explicit_values_are_refused(tmp_path: Path) -> None:
     assert [problem.path for problem in refused.value.problems] == ["data.special_tokens"]
     allowed = [*settings, 'checkpoint.allow_changed=["data.special_tokens"]']
     refuse_another_run(old, load_config(CONFIG, allowed, world=1, device="cpu"), "the run directory")
+
+
+@pytest.mark.fast
+def test_begun_run_keeps_its_checkpoint_defaults(tmp_path: Path) -> None:
+    """The new default of keep_last would delete what the earlier version kept. A key that is set counts."""
+    run, keys = begun(tmp_path / "run"), ("every_steps", "keep_last")
+    stored = json.loads((run / "config.json").read_text())
+    stored["checkpoint"].update(dict.fromkeys(keys))
+    (run / "config.json").write_text(json.dumps(stored))
+    own = with_values(json.loads(Path(CONFIG).read_text()), checkpoint={}, run__output_dir=str(run),
+                      data__cache_dir=str(tmp_path))  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(own))
+
+    def attempt(*settings: str) -> LoadedConfig:
+        loaded = load_config(tmp_path / "config.json", settings, world=1, device="cpu")
+        RunDirectory(run, 2, None).write_config(loaded, frame=None)
+        return loaded
+
+    for _ in range(2):
+        loaded = attempt()
+        assert [getattr(loaded.config.checkpoint, key) for key in keys] == [None, None]
+        assert 'checkpoint.every_steps = null (new runs: "auto"), checkpoint.keep_last = null' in loaded.kept.message
+    loaded = attempt("checkpoint.keep_last=3")
+    assert [getattr(loaded.config.checkpoint, key) for key in keys] == [None, 3]
+    loaded = attempt()
+    assert [getattr(loaded.config.checkpoint, key) for key in keys] == [None, 2], "this version stored the 3"
+    for settings in (["checkpoint.resume=never"], [f"run.output_dir={tmp_path / 'new'}"]):
+        fresh = load_config(tmp_path / "config.json", settings, world=1, device="cpu")
+        assert [getattr(fresh.config.checkpoint, key) for key in keys] == ["auto", 2]

@@ -726,7 +726,8 @@ def test_what_retention_lets_go(tmp_path: Path) -> None:
     def gone(**values: Any) -> list[int]:
         return [one.manifest.step for one in superfluous(kept, CheckpointSection(**values))]
 
-    assert gone() == []
+    assert gone(keep_last=None) == []
+    assert gone() == gone(keep_last=2), "the default"
     assert gone(keep_last=1, keep_best=0) == [50, 40, 30, 20, 10]
     assert gone(keep_last=2) == [40, 30, 10]
     assert gone(keep_last=1, keep_best=2, keep_every_steps=30) == [50, 40, 10]

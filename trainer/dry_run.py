@@ -106,10 +106,12 @@ def _group_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
 
 
 def _schedule_lines(loaded: LoadedConfig) -> Iterator[str]:
-    section, steps = loaded.deepspeed_json.get("scheduler"), loaded.config.training.max_steps
+    section, steps = loaded.deepspeed_json.get("scheduler"), loaded.known_steps
     if section is None:
         return
     yield f"schedule     {section['type']} {section['params']}"
+    if steps is None:
+        return
     rates = first_rates(loaded.deepspeed_json, min(steps, _WALKED_STEPS))
     still = [step for step, rate in enumerate(rates, start=1) if rate == 0]
     if still:
@@ -132,11 +134,12 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield (f"batch        {batch.train} samples a step = {batch.micro} a micro-batch x {batch.accumulation} "
            f"accumulated x {loaded.data_ranks} data ranks")  # fmt: skip
     most = "" if config.data.packing == "concatenate" and config.data.drop_last else "at most "
-    steps = config.training.max_steps
+    steps = loaded.known_steps
     frame = document_frame(loaded)
     shown = f'{frame} (data.special_tokens "{config.data.special_tokens}")' if frame else "as the token files hold them"
     yield f"documents    {shown}"
-    yield f"tokens       {most}{tokens:,} a step, {most}{tokens * steps:,} in {steps:,} steps"
+    total = "" if steps is None else f", {most}{tokens * steps:,} in {steps:,} steps"
+    yield f"tokens       {most}{tokens:,} a step{total}"
 
 
 def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
@@ -165,7 +168,9 @@ def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Itera
 
 def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
     section = loaded.config.checkpoint
-    every = f"every {section.every_steps} steps and " if section.every_steps else ""
+    interval = None if loaded.known_steps is None else section.interval(loaded.known_steps)
+    every = "ten over the run and " if section.every_steps == "auto" else ""
+    every = f"every {interval} steps and " if interval else every
     kept = (
         "all kept"
         if section.keep_last is None

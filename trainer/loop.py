@@ -6,7 +6,7 @@ import math
 import time
 
 from trainer.checkpoint import Checkpoints
-from trainer.config import Config
+from trainer.config import LoadedConfig
 from trainer.data import Batches
 from trainer.distributed import World
 from trainer.engine import Engine
@@ -17,10 +17,10 @@ REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of 
 
 
 def fit(
-    config: Config, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
+    loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
     trackers: Trackers,
 ) -> None:  # fmt: skip
-    """Trains up to `training.max_steps` steps, from the beginning or from where the meter's progress says.
+    """Trains up to the last step, from the beginning or from where the meter's progress says.
 
     Raises:
         TrainingHalted: at a step whose update DeepSpeed skipped because a gradient was not finite, and at a logged
@@ -29,7 +29,7 @@ def fit(
         DataError: from the reading thread, at the step whose batch is wrong.
     """
     try:
-        train(config, world, engine, batches, checkpoints, meter, trackers)
+        train(loaded, world, engine, batches, checkpoints, meter, trackers)
     except TesseraError:  # the exit would end the thread that writes a checkpoint
         checkpoints.close()
         raise
@@ -37,11 +37,11 @@ def fit(
 
 
 def train(
-    config: Config, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
+    loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
     trackers: Trackers,
 ) -> None:  # fmt: skip
     """The steps themselves; a checkpoint may still be being written when this returns."""
-    begun, last = meter.progress.step, config.training.max_steps
+    config, begun, last = loaded.config, meter.progress.step, loaded.steps
     if not begun:
         evaluate(0, engine, batches, meter, trackers)
     for step, batch in enumerate(meter.timed(batches.train.steps(begun + 1, last)), start=begun + 1):

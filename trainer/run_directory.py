@@ -112,6 +112,7 @@ def about_run(loaded: LoadedConfig) -> dict[str, Any]:
         "versions": _versions(),
         "git_commit": _git_commit(),
         "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
+        "steps": loaded.known_steps,
         "kept_meanings": list(loaded.kept.keys),
     }
 
@@ -121,6 +122,22 @@ def _refuse_unwritable(path: Path) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "cannot be written to" if existing.is_dir() else "is a file"
         raise ConfigError(Problem("run.output_dir", f"{existing} {reason}", "Take another folder, or its permissions"))
+
+
+def _refuse_shorter(loaded: LoadedConfig, path: Path, step: int, epochs: float | None) -> None:
+    """Refuse a length that a finished run has passed.
+
+    Args:
+        step, epochs: at which the run in `path` has finished; epochs is None where it counted in steps.
+    """
+    training = loaded.config.training
+    remedy = "another run.output_dir, or --resume with an earlier checkpoint"
+    if training.max_steps is not None and step > training.max_steps:
+        reason = f"{training.max_steps}, but the run in {path} has finished at step {step}"
+        raise ConfigError(Problem("training.max_steps", reason, f"Take more steps, {remedy}"))
+    if training.epochs is not None and epochs is not None and epochs > training.epochs:
+        reason = f"{training.epochs:g}, but the run in {path} has finished {epochs:g} epochs"
+        raise ConfigError(Problem("training.epochs", reason, f"Take more epochs, {remedy}"))
 
 
 @dataclass(frozen=True)
@@ -134,9 +151,18 @@ class RunDirectory:
     finished_step: int | None
     """The step at which an earlier attempt finished; None if none did."""
 
+    finished_epochs: float | None = None
+    """`training.epochs` of that attempt, where it counted in epochs."""
+
     def is_finished(self, loaded: LoadedConfig) -> bool:
-        """Whether there is nothing left to do."""
-        return self.finished_step == loaded.config.training.max_steps and loaded.config.checkpoint.resume == "auto"
+        """Whether there is nothing left to do. Known before the steps of `training.epochs` are counted: the same data,
+        which identify the run, and the same epochs give the same number."""
+        training = loaded.config.training
+        if self.finished_step is None or loaded.config.checkpoint.resume != "auto":
+            return False
+        if training.epochs is not None:
+            return self.finished_epochs == training.epochs
+        return self.finished_step == training.max_steps
 
     @property
     def _wandb_run_file(self) -> Path:
@@ -188,13 +214,10 @@ class RunDirectory:
         refuse_another_run(old, loaded, "the run directory")
         about = old.get(METADATA_KEY, {})
         finished = about.get("finished_step") if (path / "final").is_dir() else None
-        last, resume = loaded.config.training.max_steps, loaded.config.checkpoint.resume
-        if finished is not None and finished > last and resume == "auto":
-            raise ConfigError(
-                Problem("training.max_steps", f"{last}, but the run in {path} has finished at step {finished}",
-                        "Take more steps, another run.output_dir, or --resume with an earlier checkpoint")
-            )  # fmt: skip
-        return cls(path, int(about.get("attempt", 0)) + 1, finished)
+        finished_epochs = None if finished is None else old.get("training", {}).get("epochs")
+        if finished is not None and loaded.config.checkpoint.resume == "auto":
+            _refuse_shorter(loaded, path, finished, finished_epochs)
+        return cls(path, int(about.get("attempt", 0)) + 1, finished, finished_epochs)
 
     def write_config(
         self, loaded: LoadedConfig, *, frame: Mapping[str, Any] | None, finished_step: int | None = None

@@ -120,7 +120,7 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
                 pause()  # so that the reading thread fills the place of the next batch in our own turn
 
         train.steps = pausing  # type: ignore[method-assign]
-        fit(loaded.config, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers)
+        fit(loaded, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers)
 
     return Contestant("Tessera", loop)
 

@@ -168,6 +168,7 @@ def _only_what_is_used(raw: Raw) -> list[str]:
     if isinstance(raw.setdefault("run", {}), dict):
         raw["run"]["output_dir"] = tempfile.gettempdir()
     if isinstance(raw.setdefault("training", {}), dict):
+        raw["training"].pop("epochs", None)
         raw["training"]["max_steps"] = STEPS
     if isinstance(raw.setdefault("parallel", {}), dict):
         for key in (

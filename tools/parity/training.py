@@ -139,7 +139,7 @@ def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) 
             "train": [{"path": str(folder / "train.bin")}], "validation": [{"path": str(folder / "validation.bin")}],
             "sequence_length": length, "cache_dir": str(folder / "cache"),
         },
-        "training": {**sections.get("training", {}), "max_steps": len(layouts), "log_every_steps": 1},
+        "training": {**sections.get("training", {}), "epochs": None, "max_steps": len(layouts), "log_every_steps": 1},
         "evaluation": {"max_batches": 1},
         "deepspeed": {
             "train_batch_size": _MICRO * micro_batches, "train_micro_batch_size_per_gpu": _MICRO,
@@ -165,7 +165,7 @@ def compare(name: str, path: str) -> Verdict:
     batches = open_batches(loaded, prepare_data(loaded, builder=True), Topology.of(1, 0))
     model, run = bare_model(loaded).train(), Path(loaded.config.run.output_dir)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for step in range(1, loaded.config.training.max_steps + 1):
+    for step in range(1, loaded.steps + 1):
         _step(model, list(batches.train.at(step).micro_batches), loaded)
     transformers_logging.disable_progress_bar()
     exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

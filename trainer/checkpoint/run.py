@@ -243,11 +243,20 @@ class Checkpoints:
                 Problem("data.train", f"its samples are others than those that {found.folder} was trained on",
                         "Take the same files, or --allow_change data.train to go on with other ones")
             )  # fmt: skip
-        last = self._loaded.config.training.max_steps
+        last = self._loaded.steps
         if found.manifest.step > last:
+            length = "" if self._loaded.length_unit == "max_steps" else " steps"
             raise ConfigError(
-                Problem("training.max_steps", f"{last}, and {found.folder} is at step {found.manifest.step}",
+                Problem(f"training.{self._loaded.length_unit}",
+                        f"{last}{length}, and {found.folder} is at step {found.manifest.step}",
                         "Take more steps, or name an earlier checkpoint with --resume")
+            )  # fmt: skip
+        samples, epochs = found.manifest.step * self._loaded.batch.train, self._loaded.config.training.epochs
+        if epochs is not None and found.manifest.samples != samples:
+            raise ConfigError(
+                Problem("training.epochs", f"{epochs:g}, and {found.folder} was trained with another train_batch_size "
+                        f"({found.manifest.samples} samples in {found.manifest.step} steps): steps and epochs no "
+                        "longer correspond", "Give training.max_steps instead")
             )  # fmt: skip
 
     def _fetch(self, remote: Remote, *, must: bool) -> _Found | None:
@@ -299,8 +308,8 @@ class Checkpoints:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be made behind this step."""
-        every = self._section.every_steps
-        return step == self._loaded.config.training.max_steps or bool(every and step % every == 0)
+        every = self._section.interval(self._loaded.steps)
+        return step == self._loaded.steps or bool(every and step % every == 0)
 
     def save(self, engine: Engine, progress: Progress, losses: Mapping[str, float | None]) -> None:
         """Makes a checkpoint. What cannot be written leaves the older ones as they are, and training goes on.

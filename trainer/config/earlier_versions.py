@@ -5,7 +5,8 @@ config.json, the `config` of a checkpoint's manifest) holds every key of the ver
 lacks was added later, and means what that version did. `ADDED_KEYS` is the table of these meanings.
 
 To add a key whose default changes what a run computes: one row in `ADDED_KEYS`. The row makes the key identify a run,
-lets a resumed run keep the stored meaning, and upgrades what is read from disk.
+lets a resumed run keep the stored meaning, and upgrades what is read from disk. To change a default of another key:
+one row in `CHANGED_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ Raw = dict[str, Any]
 
 METADATA_KEY = "tessera"
 """What a run directory's config.json says about the run itself stands under it; ignored when it is run again."""
+
+
+def _listed_default(dotted: str) -> Any:
+    """The schema's default of a key; `ABSENT` if the schema does not list it."""
+    section, _, key = dotted.partition(".")
+    field = SECTIONS[section].model_fields.get(key)
+    return ABSENT if field is None else field.get_default(call_default_factory=True)
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,7 @@ class AddedKey:
     @property
     def listed_default(self) -> Any:
         """The schema's default; `ABSENT` if it does not list the key."""
-        section, _, key = self.key.partition(".")
-        field = SECTIONS[section].model_fields.get(key)
-        return ABSENT if field is None else field.get_default(call_default_factory=True)
+        return _listed_default(self.key)
 
     @property
     def new_default(self) -> Any:
@@ -103,6 +109,27 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("model.config.is_decoder", _bidirectional("is_decoder"), default=True),
     AddedKey("model.config.causal", _bidirectional("causal"), default=True),
     AddedKey("data.drop_last", _drop_last),
+)
+
+
+@dataclass(frozen=True)
+class ChangedDefault:
+    """A default that changed for new runs. It does not identify a run; a begun run keeps the earlier default until the
+    user sets the key."""
+
+    key: str
+    """Dotted."""
+
+    before: Any
+    """The earlier default, as stored configurations contain it."""
+
+    since: str
+    """A key that was added by the version with the new default: a stored configuration without it is an earlier one."""
+
+
+CHANGED_DEFAULTS: tuple[ChangedDefault, ...] = (
+    ChangedDefault("checkpoint.every_steps", None, since="training.epochs"),
+    ChangedDefault("checkpoint.keep_last", None, since="training.epochs"),  # the new one would delete checkpoints
 )
 
 
@@ -256,5 +283,15 @@ def keep_stored_meanings(raw: Raw) -> KeptMeanings:
         if meaning != row.new_default:
             new = "unset" if row.new_default is ABSENT else json.dumps(row.new_default)
             changes.append(f"{row.key} = {json.dumps(meaning)} (new runs: {new})")
+    for change in CHANGED_DEFAULTS:
+        is_kept = value_at(run.written, change.since) is ABSENT or change.key in (run.about.get("kept_meanings") or ())
+        current = value_at(raw, change.key)
+        if not is_kept or value_at(stored, change.key) != change.before or current not in (ABSENT, change.before):
+            continue
+        keys.append(change.key)
+        if current is ABSENT:
+            _set(raw, change.key, change.before)
+            new = json.dumps(_listed_default(change.key))
+            changes.append(f"{change.key} = {json.dumps(change.before)} (new runs: {new})")
     message = f"resuming with the values that the run in {run.folder} began with: {', '.join(changes)}"
     return KeptMeanings(tuple(keys), message if changes else "")

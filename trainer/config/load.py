@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config import rules as cross_section
 from trainer.config import strict_json
@@ -44,6 +44,9 @@ class LoadedConfig:
     deepspeed_json: Raw
     """What DeepSpeed receives: resolved, plain JSON."""
 
+    derived_steps: int | None = None
+    """Optimizer steps of `training.epochs`; None while they have not been counted (`with_steps`)."""
+
     warnings: tuple[Problem, ...] = ()
     kept: KeptMeanings = NOTHING_KEPT
     """What a resumed run keeps of the earlier version that began it."""
@@ -51,6 +54,27 @@ class LoadedConfig:
     @property
     def data_ranks(self) -> int:
         return self.world // (self.config.parallel.tensor * self.config.parallel.pipeline)
+
+    @property
+    def known_steps(self) -> int | None:
+        """Optimizer steps in all; None while those of `training.epochs` have not been counted."""
+        return self.derived_steps if self.config.training.max_steps is None else self.config.training.max_steps
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all.
+
+        Raises:
+            RuntimeError: those of `training.epochs` have not been counted yet.
+        """
+        if self.known_steps is None:
+            raise RuntimeError("the steps of training.epochs are known once the data are prepared")
+        return self.known_steps
+
+    @property
+    def length_unit(self) -> Literal["max_steps", "epochs"]:
+        """The key of `training` that says how long the run is."""
+        return "max_steps" if self.config.training.epochs is None else "epochs"
 
     def resolved(self) -> Raw:
         """The whole configuration as plain JSON, defaults and the resolved `deepspeed` section included."""
@@ -143,11 +167,26 @@ def _finish(draft: Draft) -> LoadedConfig:
         deepspeed_json=resolve(
             config.deepspeed,
             data_ranks=data_ranks,
-            max_steps=config.training.max_steps,
+            steps=draft.steps,
             hidden_size=draft.facts.hidden_size,
         ),
+        derived_steps=draft.derived_steps,
         warnings=tuple(warnings_of(draft)),
     )
+
+
+def with_steps(loaded: LoadedConfig, steps: int) -> LoadedConfig:
+    """`loaded`, whose steps `training.epochs` gives, resolved with their number.
+
+    Raises:
+        ConfigError: with the problems of all rules that read the number of steps.
+    """
+    sections = {name: getattr(loaded.config, name) for name in SECTIONS}
+    draft = Draft(**sections, facts=loaded.facts, world=loaded.world, derived_steps=steps)
+    rules = [rule for rule in cross_section.RULES if "training.max_steps" in rule.needs]
+    if problems := [problem for rule in rules for problem in rule.check(draft)]:
+        raise ConfigError(problems)
+    return replace(_finish(draft), kept=loaded.kept)
 
 
 def load_config(

@@ -10,6 +10,8 @@ from trainer.config.deepspeed import DeepSpeedSection
 from trainer.config.section import Section
 
 DEFAULT_CACHE = "~/.cache/tessera"
+AUTOMATIC_CHECKPOINTS = 10
+"""Checkpoints of a run whose `checkpoint.every_steps` is "auto"."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 Text = Annotated[str, Field(min_length=1)]
@@ -145,8 +147,13 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    max_steps: Annotated[int, Field(ge=1)]
-    """Optimizer steps in all."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps in all. Required, unless `epochs` is given."""
+
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    """Instead of `max_steps`: passes over the training data, such as 3 or 0.5; sources count with their weights. The
+    number of steps is derived once the data are prepared: epochs x samples of an epoch / `train_batch_size`, rounded
+    up. `--dry_run`, the log and `config.json` (`tessera.steps`) show it."""
 
     log_every_steps: Annotated[int, Field(ge=1)] = 10
     """Steps between two logged ones. Step 1 and the last are always logged."""
@@ -183,11 +190,12 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
-    every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between two checkpoints. Default: one at the end only."""
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """Steps between two checkpoints; there is always one at the end. `auto` is a tenth of the run's steps, rounded up;
+    null saves at the end only."""
 
-    keep_last: Annotated[int, Field(ge=1)] | None = None
-    """Keep the newest so many; older ones are deleted, once a newer one has been verified. Default: keep all."""
+    keep_last: Annotated[int, Field(ge=1)] | None = 2
+    """Keep the newest so many; older ones are deleted, once a newer one has been verified. null keeps all."""
 
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Beside these keep so many of the lowest held-out loss, among those whose step was evaluated."""
@@ -205,6 +213,10 @@ class CheckpointSection(Section):
     allow_changed: list[Text] = []
     """Keys that may differ from those of the run that is gone on with, and what lies below them; without it another
     model, other data, another batch size, seed or optimizer are refused. `--allow_change KEY` adds one."""
+
+    def interval(self, steps: int) -> int | None:
+        """Steps between two checkpoints of a run of so many steps; None for one at the end only."""
+        return -(-steps // AUTOMATIC_CHECKPOINTS) if self.every_steps == "auto" else self.every_steps
 
     upload: Text | None = None
     """Where each checkpoint is copied once it is complete, as fsspec names places: `s3://bucket/run`. Where the run

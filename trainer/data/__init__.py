@@ -1,6 +1,7 @@
 """From sources of text to micro-batches: read, tokenise once, index, order, pack."""
 
 from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
+from trainer.data.epochs import count_steps
 from trainer.data.frame import DocumentFrame, added_ids, frame_of
 from trainer.data.open import Batches, open_batches
 from trainer.data.prepare import PreparedData, document_frame, prepare_data
@@ -16,6 +17,7 @@ __all__ = [
     "StepBatch",
     "TrainBatches",
     "added_ids",
+    "count_steps",
     "document_frame",
     "frame_of",
     "load_tokenizer",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.batches import PAD_MULTIPLE, BatchShape, EvaluationBatches, TrainBatches
-from trainer.data.order import SampleOrder
+from trainer.data.epochs import sample_order
 from trainer.data.samples import CheckedSamples, DocumentSamples, samples_of
 
 if TYPE_CHECKING:
@@ -69,11 +69,10 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
         else math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
         masks=not is_concatenated or loaded.facts.balances_experts,
     )
-    order = SampleOrder(tuple(len(s) for s in train), prepared.weights, loaded.config.run.seed)
+    order = sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)
     log.info("training reads %s samples of up to %d tokens: %.2f epochs",
-             f"{loaded.config.training.max_steps * shape.train:,}", data.sequence_length,
-             batches.epoch_after(loaded.config.training.max_steps))  # fmt: skip
+             f"{loaded.steps * shape.train:,}", data.sequence_length, batches.epoch_after(loaded.steps))  # fmt: skip
     limit = loaded.config.evaluation.max_batches
     held_out = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None
     sources = [tokens.fingerprint() for tokens in prepared.train]

@@ -14,7 +14,7 @@ def open_trackers(loaded: LoadedConfig, directory: RunDirectory, *, tracks: bool
     """Opens them on the rank that tracks; the others get an empty one."""
     if not tracks:
         return Trackers([])
-    trackers: list[Tracker] = [JsonLines(directory.metrics), Console(loaded.config.training.max_steps)]
+    trackers: list[Tracker] = [JsonLines(directory.metrics), Console(loaded.steps)]
     section = loaded.config.tracking.wandb
     if section.mode != "disabled":
         trackers.append(Wandb(section, loaded.name, directory, loaded.resolved()))

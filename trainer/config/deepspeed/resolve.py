@@ -77,10 +77,15 @@ AUTO_BUCKETS: Mapping[str, Callable[[int], int]] = {
 }
 
 
-def resolve(section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidden_size: int | None) -> dict[str, Any]:
+def resolve(
+    section: DeepSpeedSection, *, data_ranks: int, steps: int | None, hidden_size: int | None
+) -> dict[str, Any]:
     """The section as DeepSpeed receives it: every "auto" replaced, our own settings added.
 
     Expects a section without problems. The result is plain JSON.
+
+    Args:
+        steps: of the whole run; None while they are not known: what follows from them stays "auto".
     """
     batch = batch_arithmetic(section, data_ranks)
     assert isinstance(batch, Batch)
@@ -92,12 +97,9 @@ def resolve(section: DeepSpeedSection, *, data_ranks: int, max_steps: int, hidde
         if optimizer.get(key) == "auto":
             optimizer[key] = value
     scheduler = result.get("scheduler", {}).get("params", {})
-    for key, value in (
-        ("warmup_min_lr", 0.0),
-        ("warmup_max_lr", optimizer.get("lr")),
-        ("total_num_steps", max_steps),
-    ):
-        if scheduler.get(key) == "auto":
+    automatic = {"warmup_min_lr": 0.0, "warmup_max_lr": optimizer.get("lr"), "total_num_steps": steps}
+    for key, value in automatic.items():
+        if scheduler.get(key) == "auto" and not (key == "total_num_steps" and steps is None):
             scheduler[key] = value
     zero = result.setdefault("zero_optimization", {})
     zero.setdefault("stage", 0)

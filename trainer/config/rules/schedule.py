@@ -31,16 +31,27 @@ def automatic_peak_has_a_rate(draft: Draft) -> Iterator[Problem]:
         )
 
 
+@rule("training.max_steps", "training.epochs")
+def training_has_one_length(draft: Draft) -> Iterator[Problem]:
+    assert draft.training is not None
+    steps, epochs = draft.training.max_steps, draft.training.epochs
+    if steps is None and epochs is None:
+        yield Problem("training.max_steps", "required, but missing", "Give it, or training.epochs")
+    elif steps is not None and epochs is not None:
+        reason = f"{epochs:g}, and training.max_steps is {steps}"
+        yield Problem("training.epochs", reason, "Leave one of the two out; --set training.epochs=null does")
+
+
 @rule("deepspeed.scheduler", "training.max_steps")
 def schedule_is_long_enough(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     assert draft.training is not None
     section = draft.deepspeed.scheduler
-    steps = section.params.get("total_steps") if section and section.type == "OneCycleLR" else None
-    if isinstance(steps, int) and steps < draft.training.max_steps:
+    total = section.params.get("total_steps") if section and section.type == "OneCycleLR" else None
+    if isinstance(total, int) and draft.steps is not None and total < draft.steps:
         yield Problem(
             "deepspeed.scheduler.params.total_steps",
-            f"{steps} is less than training.max_steps ({draft.training.max_steps}); OneCycleLR takes no step beyond it",
+            f"{total} is less than {draft.steps_in_words}; OneCycleLR takes no step beyond it",
             "Raise it",
         )
 
@@ -54,7 +65,7 @@ def wsd_has_its_phases(draft: Draft) -> Iterator[Problem]:
         return
     path, params = "deepspeed.scheduler.params", section.params
     total = params.get("total_num_steps")
-    total = draft.training.max_steps if total == "auto" else total
+    total = draft.steps if total == "auto" else total
     warmup, decay = params.get("warmup_num_steps", 0), params.get("decay_num_steps")
     if all(isinstance(value, int) for value in (total, warmup, decay)) and warmup + decay > total:
         yield Problem(

@@ -37,11 +37,28 @@ class Draft:
     checkpoint: CheckpointSection | None = None
     tracking: TrackingSection | None = None
     facts: ModelFacts | None = None
+    derived_steps: int | None = None
+    """Optimizer steps of `training.epochs`; None while they have not been counted."""
+
     world: int | None = None
     """Number of processes; None when it is open (a dry run)."""
 
     device: Device | None = None
     """Where the run will compute; None when that is not known here (a dry run)."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps in all; None while those of `training.epochs` have not been counted."""
+        assert self.training is not None
+        return self.derived_steps if self.training.max_steps is None else self.training.max_steps
+
+    @property
+    def steps_in_words(self) -> str:
+        """What says the number of steps, and the number."""
+        assert self.training is not None
+        if self.training.max_steps is not None:
+            return f"training.max_steps ({self.training.max_steps})"
+        return f"the {self.steps} steps of training.epochs ({self.training.epochs:g})"
 
     @property
     def data_ranks(self) -> int | None:

@@ -14,10 +14,10 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
     section, training = draft.deepspeed, draft.training
     if section is not None and training is not None and section.scheduler is not None:
         total = section.scheduler.params.get("total_num_steps")
-        if isinstance(total, int) and total < training.max_steps:
+        if isinstance(total, int) and draft.steps is not None and total < draft.steps:
             yield Problem(
                 "deepspeed.scheduler.params.total_num_steps",
-                f"{total} is less than training.max_steps ({training.max_steps}): the last steps have the lowest rate",
+                f"{total} is less than {draft.steps_in_words}: the last steps have the lowest rate",
                 'Write "auto"',
             )
     yield from _pipeline_waits(draft)

@@ -1,0 +1,159 @@
+"""`training.epochs`: the number of steps is derived exactly, and everything that reads it follows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.configs import with_values
+from tests.harness import Finished, run_command
+from trainer.config.load import LoadedConfig, check, with_steps
+from trainer.config.schema import CheckpointSection
+from trainer.data import count_steps, open_batches, prepare_data
+from trainer.data.epochs import steps_of
+from trainer.errors import ConfigError
+from trainer.topology import Topology
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+
+
+@pytest.fixture
+def epochs(tiny: dict[str, Any]) -> dict[str, Any]:
+    """A run of 1.5 epochs."""
+    auto = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}}
+    return with_values(tiny, training={"epochs": 1.5, "log_every_steps": 5}, deepspeed__scheduler=auto,
+                       data__validation=[], checkpoint=None)  # fmt: skip
+
+
+def loaded_from(config: dict[str, Any], world: int = 1) -> LoadedConfig:
+    return check(config, world=world, device="cpu")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"),
+    [(1.0, 800, 8, 100), (1.0, 801, 8, 101), (0.1, 30, 1, 3), (0.7, 10, 7, 1), (3.0, 7, 8, 3), (1e-6, 10, 8, 1),
+     (0.3, 10**15, 1, 3 * 10**14)],
+)  # fmt: skip
+def test_steps_are_exact(epochs: float, samples: int, batch: int, steps: int) -> None:
+    """0.1 x 30 is 3 and not 3.0000000000000004, which would be 4 steps."""
+    assert steps_of(epochs, samples, batch) == steps
+
+
+@pytest.mark.fast
+def test_every_sample_of_the_epochs_is_read(epochs: dict[str, Any]) -> None:
+    """Under every number of ranks the same number of steps; the step before the last would read too few."""
+    config = with_values(epochs, training__epochs=2, data__packing="none")
+    found = set()
+    for world in (1, 2, 4):
+        loaded = loaded_from(config, world)
+        prepared = prepare_data(loaded, builder=True)
+        loaded = count_steps(loaded, prepared)
+        train = open_batches(loaded, prepared, Topology.of(world, 0)).train
+        found.add(loaded.steps)
+        assert train.epoch_after(loaded.steps) >= 2 > train.epoch_after(loaded.steps - 1)
+    assert len(found) == 1
+
+
+@pytest.mark.fast
+def test_what_reads_the_steps_follows(epochs: dict[str, Any]) -> None:
+    loaded = loaded_from(epochs)
+    assert loaded.known_steps is None
+    with pytest.raises(RuntimeError):
+        loaded.steps  # noqa: B018
+    assert loaded.deepspeed_json["scheduler"]["params"]["total_num_steps"] == "auto"
+    counted = with_steps(loaded, 37)
+    assert counted.steps == 37
+    assert counted.deepspeed_json["scheduler"]["params"]["total_num_steps"] == 37
+    explicit = with_values(epochs, deepspeed__scheduler__params__total_num_steps=36)
+    counted = with_steps(loaded_from(explicit), 37)
+    assert "36 is less than the 37 steps of training.epochs (1.5)" in str(counted.warnings[0])
+    assert not with_steps(loaded_from(explicit), 36).warnings
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [({"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 30}}, "30 is less than the 37 steps"),
+     ({"type": "WSD", "params": {"total_num_steps": "auto", "decay_num_steps": 40}}, "total_num_steps = 37")],
+)  # fmt: skip
+def test_schedules_that_do_not_fit_the_derived_steps(scheduler: Any, words: str, epochs: dict[str, Any]) -> None:
+    loaded = loaded_from(with_values(epochs, deepspeed__scheduler=scheduler))
+    with pytest.raises(ConfigError) as refused:
+        with_steps(loaded, 37)
+    assert words in str(refused.value)
+    with_steps(loaded, 40 if scheduler["type"] == "WSD" else 30)
+
+
+@pytest.mark.fast
+def test_default_interval_makes_ten_checkpoints() -> None:
+    default = CheckpointSection()
+    assert default.keep_last == 2
+    for steps in (1, 7, 10, 25, 200, 1001):
+        interval = default.interval(steps)
+        assert interval is not None
+        assert steps // interval <= 10
+        assert interval == 1 or steps / interval > 5
+    assert default.interval(200) == 20
+    assert CheckpointSection(every_steps=None).interval(200) is None
+    assert CheckpointSection(every_steps=7).interval(200) == 7
+
+
+def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Finished:
+    (folder / "config.json").write_text(json.dumps(config))
+    return run_command(TRAIN, "--config", str(folder / "config.json"), *arguments, world=world)
+
+
+def outcome(run: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [(row["step"], row["loss"], row["learning_rate"], row["epoch"]) for row in rows]
+    return curve, load_file(run / "final" / "model.safetensors")
+
+
+def test_run_of_epochs(epochs: dict[str, Any], tmp_path: Path) -> None:
+    """It is the run of the derived number of steps, on two processes too; finished, it says so, and more epochs resume
+    it. A default run leaves checkpoints while it trains."""
+    run = tmp_path / "run"
+    epochs = with_values(epochs, training__epochs=0.25)
+    ended = start(epochs, tmp_path, world=2)
+    assert ended.status == 0, ended.err
+    stored = json.loads((run / "config.json").read_text())
+    steps = stored["tessera"]["steps"]
+    assert f"training.epochs 0.25: {steps} steps of 8 samples" in ended.out
+    assert stored["deepspeed"]["scheduler"]["params"]["total_num_steps"] == steps
+    assert stored["training"]["max_steps"] is None, "so that the file can be given again"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"], e.get("reason")) for e in events[-1:]] == [("finish", steps, "epochs")]
+    interval = -(-steps // 10)
+    saved = [event["step"] for event in events if event["event"] == "save"]
+    assert saved == sorted({*range(interval, steps + 1, interval), steps})
+    left = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert left == [f"step-{step:08}" for step in saved[-2:]]
+
+    same = with_values(epochs, training={"max_steps": steps, "log_every_steps": 5}, run__output_dir=str(tmp_path / "s"))
+    assert start(same, tmp_path, world=2).status == 0
+    curve, weights = outcome(run)
+    expected, expected_weights = outcome(tmp_path / "s")
+    assert curve == expected
+    assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
+
+    again = start(epochs, tmp_path)
+    assert again.status == 0
+    assert f"finished at step {steps}" in again.out
+    fewer = start(with_values(epochs, training__epochs=0.2), tmp_path)
+    assert fewer.status == 2
+    assert "training.epochs: 0.2, but the run in" in fewer.err
+    other = with_values(epochs, training__epochs=0.5, deepspeed__train_batch_size=4)
+    refused = start(other, tmp_path, "--allow_change", "deepspeed.train_batch_size")
+    assert refused.status == 2
+    assert "Give training.max_steps instead" in refused.err
+    more = start(with_values(epochs, training__epochs=0.5), tmp_path)
+    assert more.status == 0, more.err
+    assert f"behind step {steps}" in more.out
+    stored = json.loads((run / "config.json").read_text())
+    assert outcome(run)[0][-1][0] == stored["tessera"]["steps"] == stored["tessera"]["finished_step"] > steps
