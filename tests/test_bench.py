@@ -24,6 +24,7 @@ ROWS: dict[str, list[str]] = {
         "save, against dd conv=fsync", "load, against a sequential read", "then DeepSpeed gathers the weights",
         "asynchronous stall, of a save", "bytes, of the least", "files", "memory beside the state, loading",
     ],
+    "replicas": ["fp32, ZeRO 0", "fp32, ZeRO 1", "bf16, ZeRO 1"],
 }  # fmt: skip
 """What begins the lines of its tables, or stands in them."""
 
@@ -41,7 +42,9 @@ def test_every_benchmark_has_a_short_round() -> None:
     assert set(ROWS) == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.matrix] if name == "replicas" else []) for name in ROWS]
+)
 def test_short_round(name: str, tmp_path: Path) -> None:
     written = tmp_path / "figures.json"
     folder = ["--folder", str(tmp_path)] if name == "checkpoint" else []

@@ -59,6 +59,10 @@ class TrainingHalted(TesseraError):
     exit_status = 5
 
 
+class ReplicasDifferError(TrainingHalted):
+    """Ranks that hold the same weight hold different values: names ranks, hosts, weight and step."""
+
+
 class CheckpointError(TesseraError):
     """A checkpoint is damaged, does not fit, or is not there where one was asked for: names the folder and the file."""
 

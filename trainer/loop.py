@@ -6,7 +6,7 @@ import math
 import time
 
 from trainer.checkpoint import Checkpoints
-from trainer.config import LoadedConfig
+from trainer.config import Config, LoadedConfig
 from trainer.data import Batches
 from trainer.distributed import World
 from trainer.engine import Engine
@@ -26,6 +26,7 @@ def fit(
         TrainingHalted: at a step whose update DeepSpeed skipped because a gradient was not finite, and at a logged
             step whose loss or gradient norm is not. A step that is to be saved is logged, so that none is saved that
             went wrong.
+        ReplicasDifferError: at a step of `training.verify_every_steps`, before it is saved.
         DataError: from the reading thread, at the step whose batch is wrong.
     """
     try:
@@ -46,7 +47,7 @@ def train(
         evaluate(0, engine, batches, meter, trackers)
     for step, batch in enumerate(meter.timed(batches.train.steps(begun + 1, last)), start=begun + 1):
         world.seed_step(step)
-        result = engine.train_step(batch)
+        result = engine.train_step(batch, verify_as=step if verifies_replicas(step, config) else None)
         meter.add(batch.tokens, batch.samples)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
@@ -61,6 +62,12 @@ def train(
             losses["validation"] = evaluate(step, engine, batches, meter, trackers)
         if due:
             save(checkpoints, engine, meter, losses)
+
+
+def verifies_replicas(step: int, config: Config) -> bool:
+    """Whether the copies of weights are compared in this step."""
+    every = config.training.verify_every_steps
+    return every > 0 and step % every == 0
 
 
 def evaluate(step: int, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> float | None:

@@ -6,6 +6,7 @@ python -m tools.bench data        time a step waits for data; cost of starting a
 python -m tools.bench traffic     collectives and bytes a layer under tensor parallelism, against DeepSpeed's AutoTP
 python -m tools.bench pipeline    idle share of the schedule, bytes over each boundary, parameters of a rank
 python -m tools.bench checkpoint  saving and loading against the disk itself, the stall of an asynchronous save, memory
+python -m tools.bench replicas    CPU time of a step that compares the copies of all weights by hash
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
-from tools.bench import checkpoint, data, overhead, pipeline, states, traffic
+from tools.bench import checkpoint, data, overhead, pipeline, replicas, states, traffic
 
 BENCHMARKS: dict[str, Any] = {
     "overhead": overhead,
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Any] = {
     "traffic": traffic,
     "pipeline": pipeline,
     "checkpoint": checkpoint,
+    "replicas": replicas,
 }
 
 

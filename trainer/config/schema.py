@@ -158,6 +158,11 @@ class TrainingSection(Section):
     log_every_steps: Annotated[int, Field(ge=1)] = 10
     """Steps between two logged ones. Step 1 and the last are always logged."""
 
+    verify_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between two comparisons, by hash, of the weights that several ranks hold: data ranks under ZeRO 0 to 2,
+    tensor ranks what is replicated, stages what is tied. A difference ends the run with status 5 and the names of rank
+    and weight. 0: never."""
+
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread evenly over the vocabulary. `loss` is reported without it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from trainer.data.batches import MicroBatch
 from trainer.distributed import World
+from trainer.engine.holding import holding_of
 from trainer.engine.interface import Evaluation, StepResult
+from trainer.engine.replicas import Replicas
 from trainer.engine.state import TrainingState
 from trainer.errors import DataError
 from trainer.parallel import Joiner, Mapper, counts
@@ -111,6 +113,15 @@ class BaseEngine:
     def models(self) -> list[nn.Module]:
         """The Hugging Face model of each of this rank's stages."""
         raise NotImplementedError
+
+    @property
+    def shared_by_stages(self) -> Mapping[str, tuple[int, ...]]:
+        """Ranks of the pipeline that hold each weight; empty without a pipeline."""
+        return {}
+
+    @cached_property
+    def _replicas(self) -> Replicas:
+        return Replicas(self.models, self.shared_by_stages, holding_of(self._engine.optimizer), self._world)
 
     @cached_property
     def state(self) -> TrainingState:

@@ -50,6 +50,9 @@ class Holding:
     is_replicated = True
     """Whether all data ranks hold the same."""
 
+    has_master_weights = False
+    """Whether there are fp32 master weights, from which every update writes the model's weights."""
+
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
 
@@ -150,6 +153,8 @@ class Holding:
 class _Halves(Holding):
     """ZeRO 0 in half precision: fp32 copies beside the weights, one flat tensor a group (fused) or one each."""
 
+    has_master_weights = True
+
     @property
     def inner(self) -> Any:
         return self._optimizer.optimizer
@@ -181,7 +186,7 @@ class _Halves(Holding):
 class _Partitions(Holding):
     """ZeRO 1 and 2, also with offload, and BF16_Optimizer: one flat tensor a group, of which each rank has a part."""
 
-    is_replicated = False
+    is_replicated, has_master_weights = False, True
 
     @property
     def inner(self) -> Any:
@@ -258,7 +263,7 @@ class _Partitions(Holding):
 class _SubGroups(Holding):
     """ZeRO 3: flat tensors of parts of parameters."""
 
-    is_replicated = False
+    is_replicated, has_master_weights = False, True
 
     @property
     def inner(self) -> Any:

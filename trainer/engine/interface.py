@@ -51,8 +51,16 @@ class Engine(Protocol):
     def state(self) -> TrainingState:
         """All that a checkpoint holds of it, to read and to write."""
 
-    def train_step(self, batch: StepBatch) -> StepResult:
-        """One optimizer step on the global batch that `batch` is this rank's part of."""
+    def train_step(self, batch: StepBatch, *, verify_as: int | None = None) -> StepResult:
+        """One optimizer step on the global batch that `batch` is this rank's part of.
+
+        Args:
+            verify_as: the step's number, if the weights that several ranks hold are to be compared in it. See
+                `Replicas`.
+
+        Raises:
+            ReplicasDifferError: on all ranks, naming those whose copy is wrong.
+        """
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """The token-weighted loss over all ranks' micro-batches; all ranks must pass equally many."""

@@ -11,7 +11,7 @@ import contextlib
 import io
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -111,6 +111,7 @@ class PipelineEngine(BaseEngine):
         self._stages, self._held_by = stages, held_by
         self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
         self._own_norm: Tensor | None = None
+        self._verify_as: int | None = None
         self._clock = _Clock(world.device)
         self._least = 2 * world.topology.pipeline if two_ways else 1
         """Micro-batches that a schedule takes at least."""
@@ -130,6 +131,11 @@ class PipelineEngine(BaseEngine):
     def models(self) -> list[nn.Module]:
         """The Hugging Face model of each of this rank's stages."""
         return [stage.model for stage in self._stages]
+
+    @property
+    def shared_by_stages(self) -> Mapping[str, tuple[int, ...]]:
+        """See `BaseEngine.shared_by_stages`."""
+        return self._held_by
 
     def _verifying(self, backward: Callable[..., None]) -> Callable[..., None]:
         def executes(engine: Any, buffer_id: int, phase: int = 0) -> None:
@@ -155,9 +161,13 @@ class PipelineEngine(BaseEngine):
     def _step(self, engine: Any, lr_kwargs: Any = None) -> None:
         if self._clipping is not None:
             self._own_norm = self._clip(self._clipping)
+        if self._verify_as is not None:
+            self._replicas.verify_before_update(self._verify_as)
         DeepSpeedPipeline._exec_optimizer_step(engine, lr_kwargs)
+        if self._verify_as is not None:
+            self._replicas.verify(self._verify_as)
 
-    def train_step(self, batch: StepBatch) -> StepResult:
+    def train_step(self, batch: StepBatch, *, verify_as: int | None = None) -> StepResult:
         """See `Engine.train_step`."""
         rate = self._rate()
         if self._verifies:
@@ -167,6 +177,7 @@ class PipelineEngine(BaseEngine):
         for stage in self._stages:
             # DeepSpeed divides what the last stage returns by the number of micro-batches.
             stage.feed(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
+        self._verify_as = verify_as
         self._clock.begin()
         self._engine.train_batch(iter(()))
         self._engine.timers("train_batch").reset()  # else it keeps two events a step for ever

@@ -33,7 +33,7 @@ class PlainEngine(BaseEngine):
         )
         return loss
 
-    def train_step(self, batch: StepBatch) -> StepResult:
+    def train_step(self, batch: StepBatch, *, verify_as: int | None = None) -> StepResult:
         """See `Engine.train_step`."""
         rate = self._rate()
         weight = self._world.topology.data / batch.tokens
@@ -53,7 +53,11 @@ class PlainEngine(BaseEngine):
             auxiliary_sum = auxiliary_sum + loss.auxiliary.detach()
             if number == count and self._clipping is not None:
                 own_norm = self._clip(self._clipping)
+            if number == count and verify_as is not None:
+                self._replicas.verify_before_update(verify_as)
             self._engine.step()
+        if verify_as is not None:
+            self._replicas.verify(verify_as)
         return self._result((loss_sum, auxiliary_sum), own_norm, rate, count)
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ def hash_bits(tensor: Tensor) -> Tensor:
     words, shifted = torch.empty((2, size), dtype=torch.int64, device=flat.device)
     keys = torch.arange(1, size + 1, device=flat.device).mul_(_signed(_STEP))
     sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
-    for chunk in flat.split(size * _WORD_BYTES // flat.element_size()):
+    for chunk in torch.split(flat, size * _WORD_BYTES // flat.element_size()):
         count = _words(chunk)
         words[count - 1 : count] = 0
         words.view(flat.dtype)[: chunk.numel()].copy_(chunk)

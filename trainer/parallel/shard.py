@@ -66,6 +66,12 @@ class Shard:
         """Whether it speaks of all matrices of the weight, not only of some in a fused one."""
         return self.start == 0 and sum(self.packed) == (self.whole_shape or (0,))[self.dim]
 
+    def holders(self, ranks: int) -> int:
+        """How many neighbouring tensor ranks of `ranks` hold this very part, full weights included."""
+        if self.lone:
+            return 1
+        return ranks if self.is_whole else self.copies
+
     def local_shape(self) -> tuple[int, ...]:
         """Shape of what this rank holds, padding included."""
         shape = list(self.whole_shape)

@@ -57,10 +57,10 @@ class GradientWatch:
 
     def _watched(self, placement: Placement, module: nn.Module) -> Iterator[tuple[nn.Parameter, _Watched]]:
         for number, (parameter, piece) in enumerate(placement.held(module)):
-            is_full = piece.is_whole and not piece.lone
-            if parameter.requires_grad and (piece.copies > 1 or is_full):
+            holders = piece.holders(self._ranks)
+            if parameter.requires_grad and holders > 1:
                 name = f"{placement.name} (part {number})" if number else placement.name
-                yield parameter, _Watched(name, self._ranks if is_full else piece.copies, piece.copies > 1)
+                yield parameter, _Watched(name, holders, piece.copies > 1)
 
     def _recorder(self, watched: _Watched) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:

@@ -21,6 +21,7 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
                 'Write "auto"',
             )
     yield from _pipeline_waits(draft)
+    yield from _verifies_little(draft)
     if section is not None and section.offload_device == "nvme" and draft.checkpoint and draft.checkpoint.asynchronous:
         yield Problem(
             "checkpoint.asynchronous", "true: it copies to host memory what offload_optimizer keeps on NVMe",
@@ -39,3 +40,18 @@ def _pipeline_waits(draft: Draft) -> Iterator[Problem]:
             f"{batch.accumulation} micro-batches on {stages} stages: each stage waits for {share:.0%} of the time",
             "Make micro-batches smaller, so that there are at least 4 for each stage",
         )
+
+
+def _verifies_little(draft: Draft) -> Iterator[Problem]:
+    training, parallel, section = draft.training, draft.parallel, draft.deepspeed
+    if training is None or parallel is None or section is None or not training.verify_every_steps:
+        return
+    is_partitioned, tensor = section.zero_stage == 3, parallel.tensor
+    if is_partitioned and tensor > 1:
+        yield Problem(
+            "training.verify_every_steps",
+            "ZeRO 3 keeps one copy of each weight on the data ranks: only weights that tensor ranks share are compared",
+        )
+    elif tensor == parallel.pipeline == 1 and (is_partitioned or draft.data_ranks == 1):
+        reason = "ZeRO 3 keeps one copy of each weight" if is_partitioned else "there is one rank"
+        yield Problem("training.verify_every_steps", f"{reason}: there is nothing to compare", "Leave it out")
