@@ -199,6 +199,13 @@ BAD_INPUTS = [
     Bad("processes do not divide", 2, ("1 processes cannot be divided by tensor x pipeline = 2",), values={"parallel__pipeline": 2}, rule="world_divides"),
     Bad("evaluation of nothing", 2, ("evaluation.every_steps", "nothing to evaluate"), values={"evaluation__every_steps": 2, "data__validation": []}, rule="evaluation_has_data"),
     Bad("weighted validation", 2, ("data.validation.0.weight",), values={"data__validation": [{"path": "{tmp}/good.jsonl", "weight": 2.0}]}, files={"good.jsonl": SOUND_LINE * 9}, rule="validation_has_no_weights"),
+    Bad("validation without a source", 2, ("data.validation.0: either 'path' or 'fraction' is required (got neither)",), values={"data__validation": [{}]}, rule="validation_sources_are_named_once"),
+    Bad("validation with two sources in one", 2, ("data.validation.0: either 'path' or 'fraction' is required (got both)",), values={"data__validation": [{"path": "{tmp}/good.jsonl", "fraction": 0.1}]}, files={"good.jsonl": SOUND_LINE * 9}),
+    Bad("two fractions", 2, ("data.validation.1.fraction: data.validation.0 holds out a fraction already",), values={"data__validation": [{"fraction": 0.1}, {"fraction": 0.2}]}),
+    Bad("fraction of all", 2, ("data.validation.0.fraction: expected less than 1, got 1",), values={"data__validation": [{"fraction": 1}]}),
+    Bad("fraction that holds out nothing", 2, ("data.validation.0.fraction: 1e-06 of 400 training documents holds out none", "Raise it"), values={"data__validation": [{"fraction": 1e-6}]}),
+    Bad("fraction that holds out a source", 2, ("data.validation.0.fraction: 0.9999 holds out all 1 documents of", "a .txt file is one document"), values={**train_file("a.txt"), "data__validation": [{"fraction": 0.9999}]}, files={"a.txt": b"seven wizards\n" * 99}),
+    Bad("fraction of training", 2, ("data.train.0.fraction: unknown key",), values={"data__train": [{"fraction": 0.1}]}),
     Bad("validation on training data", 2, ("is also trained on",), values={**train_file("*.jsonl"), "data__validation": [{"path": "{tmp}/good.jsonl"}]}, files={"good.jsonl": SOUND_LINE * 9}, rule="validation_is_held_out"),
     # The model.
     Bad("unknown model type", 2, ("model.config.model_type", "did you mean 'llama'?"), values=llama(model_type="lama")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from trainer.config.deepspeed import DeepSpeedSection
 from trainer.config.section import Section
@@ -112,6 +112,22 @@ class SourceSection(Section):
     """How many times an epoch reads this source: 2.0 twice, 0.5 a different half each epoch."""
 
 
+class ValidationSourceSection(Section):
+    path: Text | None = None
+    """As in `data.train`. Either this or `fraction` is required."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this share of the training documents: those whose content's hash is small enough, so that the choice
+    depends on nothing else, and duplicates are on the same side. They are not trained on. One source may be such."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """An evaluation reads everything once: 1.0."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None}
+
+
 class DataSection(Section):
     train: Annotated[list[SourceSection], Field(min_length=1)]
     """What is trained on."""
@@ -119,8 +135,19 @@ class DataSection(Section):
     sequence_length: Annotated[int, Field(ge=1)]
     """Tokens that the model reads at once. A sample has one id more: inputs and labels are shifted by one."""
 
-    validation: list[SourceSection] = []
-    """What is evaluated on; never trained on."""
+    validation: list[ValidationSourceSection] = []
+    """What is evaluated on; never trained on. `[{"fraction": 0.01}]` holds out one in a hundred training documents."""
+
+    @property
+    def held_out_fraction(self) -> float | None:
+        """Share of the training documents that is held out for validation; None if none is."""
+        return next((source.fraction for source in self.validation if source.fraction is not None), None)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all sources that have one, those of training first."""
+        held_out = [source.path for source in self.validation if source.path is not None]
+        return [*(source.path for source in self.train), *held_out]
 
     packing: Literal["concatenate", "none"] = "concatenate"
     """`concatenate` joins documents into one stream and cuts it into samples, the last one of a source padded; `none`

@@ -12,8 +12,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from filelock import FileLock
 
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.frame import DocumentFrame, frame_of
+from trainer.data.holdout import HASHES, TextHasher, hold_out, without_held_out
 from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
 from trainer.data.sources import Piece, Source
 from trainer.data.tokenizer import (
@@ -196,9 +198,13 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def tokenise(
-    source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, frame: DocumentFrame, out: Path
-) -> None:
+    source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, frame: DocumentFrame, out: Path,
+    hasher: TextHasher | None = None,
+) -> None:  # fmt: skip
     """Writes the documents of `source`, each in its frame, as `out/tokens.bin` and `.idx`.
+
+    Args:
+        hasher: hashes the documents that are written.
 
     Raises:
         DataError: for anything wrong inside the files, or if there is no document in them.
@@ -210,6 +216,10 @@ def tokenise(
         for batch in _batches(source.pieces()):
             encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
             for piece, ids in zip(batch, encoded, strict=True):
+                if hasher is not None:
+                    hasher.update(piece.text)
+                if hasher is not None and piece.ends:
+                    hasher.end(counts=bool(ids or writer.open_length))
                 if ids:
                     writer.extend(ids if writer.open_length else [*frame.prefix, *ids])
                 progress.add(piece.size)
@@ -225,10 +235,11 @@ def tokenise(
         log.warning("%s: %d empty documents left out of %d", source.path, empty, empty + documents)
 
 
-def _training_text(sources: list[Source]) -> Iterator[str]:
+def _training_text(sources: list[Source], fraction: float | None) -> Iterator[str]:
     left = TRAINING_BYTES
     for source in sources:
-        for piece in source.pieces():
+        pieces = source.pieces()
+        for piece in pieces if fraction is None else without_held_out(pieces, fraction, TRAINING_BYTES):
             if piece.text:
                 yield piece.text
             left -= piece.size
@@ -257,7 +268,7 @@ def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
         ConfigError: no usable tokenizer.
     """
     data = loaded.config.data
-    if all(Source(s.path, "train", data.text_field).is_indexed for s in (*data.train, *data.validation)):
+    if all(Source(path, "train", data.text_field).is_indexed for path in data.paths):
         return None
     tokenizer = _named_tokenizer(loaded)
     if tokenizer is None:
@@ -272,9 +283,11 @@ def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> Pr
 
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in texts))
-        train_tokenizer(_training_text(texts), loaded.facts.vocabulary, folder)
+        train_tokenizer(_training_text(texts, data.held_out_fraction), loaded.facts.vocabulary, folder)
 
     settings = ["byte-level BPE", _FORMAT, TRAINING_BYTES, data.text_field, loaded.facts.vocabulary]
+    if data.held_out_fraction is not None:
+        settings.append(data.held_out_fraction)
     folder = cache.entry(
         [settings, [s.appearance() for s in texts]],
         lambda: [settings, [s.content_hash() for s in texts]],
@@ -300,6 +313,37 @@ def _indexed(path: Path) -> IndexedTokens:
     return tokens
 
 
+def _tokens_of(
+    source: Source, loaded: LoadedConfig, cache: Cache, tokenizer: PreTrainedTokenizerBase | None,
+    frame: DocumentFrame | None,
+) -> list[IndexedTokens]:  # fmt: skip
+    """The token files of a source; of text, made unless they are in the cache."""
+    data = loaded.config.data
+    if source.is_indexed:
+        return [_indexed(file) for file in source.files]
+    assert tokenizer is not None
+    assert frame is not None
+    settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, frame.cache_key,
+                id_type(loaded.facts.vocabulary).__name__]  # fmt: skip
+    is_divided = source.split == "train" and data.held_out_fraction is not None
+    if is_divided:
+        settings.append(HASHES)
+
+    def build(out: Path) -> None:
+        hasher = TextHasher() if is_divided else None
+        tokenise(source, tokenizer, loaded.facts.vocabulary, frame, out, hasher)
+        if hasher is not None:
+            hasher.save(out)
+
+    folder = cache.entry(
+        [settings, source.split, source.appearance()],
+        lambda: [settings, source.content_hash()],
+        "tokens",
+        build,
+    )
+    return [_indexed(folder / "tokens")]
+
+
 def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
     """Makes sure that every source is there as token files on this host, and opens them.
 
@@ -314,7 +358,7 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
     cache = Cache(root, builder)
     sources = {
         "train": [Source(s.path, "train", data.text_field) for s in data.train],
-        "validation": [Source(s.path, "validation", data.text_field) for s in data.validation],
+        "validation": [Source(s.path, "validation", data.text_field) for s in data.validation if s.path is not None],
     }
     texts = [s for s in sources["train"] if not s.is_indexed]
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -330,34 +374,27 @@ def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
             frame = frame_of(tokenizer, data.special_tokens)
             log.info('documents: %s (data.special_tokens "%s")', frame, data.special_tokens)
 
-    def tokens_of(source: Source) -> list[IndexedTokens]:
-        if source.is_indexed:
-            return [_indexed(file) for file in source.files]
-        assert tokenizer is not None
-        assert frame is not None
-        settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, frame.cache_key,
-                    id_type(loaded.facts.vocabulary).__name__]  # fmt: skip
-        folder = cache.entry(
-            [settings, source.split, source.appearance()],
-            lambda: [settings, source.content_hash()],
-            "tokens",
-            lambda out: tokenise(source, tokenizer, loaded.facts.vocabulary, frame, out),
-        )
-        return [_indexed(folder / "tokens")]
-
-    opened: dict[str, list[IndexedTokens]] = {"train": [], "validation": []}
-    weights: list[float] = []
-    validation_files: list[int] = []
-    for split, found in sources.items():
-        for source, section in zip(found, getattr(data, split), strict=True):
-            parts = tokens_of(source)
-            opened[split] += parts
-            if split == "train":
-                weights += [section.weight] * len(parts)
-            else:
-                validation_files.append(len(parts))
-            log.info("%s data: %s: %s documents, %s tokens", split, source.path, f"{sum(map(len, parts)):,}",
-                     f"{sum(p.tokens for p in parts):,}")  # fmt: skip
+    tokens_of = partial(_tokens_of, loaded=loaded, cache=cache, tokenizer=tokenizer, frame=frame)
+    train = [tokens_of(source) for source in sources["train"]]
+    held_out: list[IndexedTokens] = []
+    if data.held_out_fraction is not None:
+        train, held_out = hold_out(data, cache, sources["train"], train)
+    of_files = iter([tokens_of(source) for source in sources["validation"]])
+    validation = [held_out if section.path is None else next(of_files) for section in data.validation]
+    for source, parts in zip(sources["train"], train, strict=True):
+        _say_size(f"train data: {source.path}", parts)
+    for section, parts in zip(data.validation, validation, strict=True):
+        share = section.path or f"{section.fraction:g} of the training documents, which are not trained on"
+        _say_size(f"validation data: {share}", parts)
     return PreparedData(
-        opened["train"], tuple(weights), opened["validation"], tuple(validation_files), tokenizer, frame
+        [part for parts in train for part in parts],
+        tuple(section.weight for section, parts in zip(data.train, train, strict=True) for _ in parts),
+        [part for parts in validation for part in parts],
+        tuple(map(len, validation)),
+        tokenizer,
+        frame,
     )
+
+
+def _say_size(what: str, parts: Sequence[IndexedTokens]) -> None:
+    log.info("%s: %s documents, %s tokens", what, f"{sum(map(len, parts)):,}", f"{sum(p.tokens for p in parts):,}")

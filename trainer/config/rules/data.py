@@ -26,18 +26,19 @@ def data_exists(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
     for split in ("train", "validation"):
         for place, source in enumerate(getattr(draft.data, split)):
-            yield from problems_of_path(f"data.{split}.{place}.path", source.path)
+            if source.path is not None:
+                yield from problems_of_path(f"data.{split}.{place}.path", source.path)
 
 
 @rule("data")
 def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
     trained: set[Path] = set()
-    for source in draft.data.train:
-        if is_local(source.path):
-            trained.update(f.resolve() for f in matching_files(source.path))
+    for path in (source.path for source in draft.data.train):
+        if is_local(path):
+            trained.update(f.resolve() for f in matching_files(path))
     for place, source in enumerate(draft.data.validation):
-        held_out = matching_files(source.path) if is_local(source.path) else []
+        held_out = matching_files(source.path) if source.path is not None and is_local(source.path) else []
         both = [f for f in held_out if f.resolve() in trained and not has_splits(f)]
         if both:
             yield Problem(
@@ -45,6 +46,23 @@ def validation_is_held_out(draft: Draft) -> Iterator[Problem]:
                 f"'{both[0]}' is also trained on",
                 "Validate on files that data.train does not match",
             )
+
+
+@rule("data.validation")
+def validation_sources_are_named_once(draft: Draft) -> Iterator[Problem]:
+    assert draft.data is not None
+    first = None
+    for place, source in enumerate(draft.data.validation):
+        key = f"data.validation.{place}"
+        if (source.path is None) == (source.fraction is None):
+            count = "neither" if source.path is None else "both"
+            yield Problem(key, f"either 'path' or 'fraction' is required (got {count})", "Give one of the two")
+        elif source.fraction is not None and first is not None:
+            yield Problem(
+                f"{key}.fraction", f"data.validation.{first} holds out a fraction already", "Take one of them"
+            )
+        elif source.fraction is not None:
+            first = place
 
 
 @rule("data.validation")
@@ -62,7 +80,7 @@ def tokenizer_is_there(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
     assert draft.model is not None
     name = draft.data.tokenizer
-    texts = [s.path for s in (*draft.data.train, *draft.data.validation) if not only_tokens(s.path)]
+    texts = [path for path in draft.data.paths if not only_tokens(path)]
     if not name and draft.model.path is None and texts and all(only_tokens(s.path) for s in draft.data.train):
         yield Problem(
             "data.tokenizer",

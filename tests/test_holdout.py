@@ -1,0 +1,199 @@
+"""`{"fraction": F}` in data.validation: which documents are held out, and that nothing of them is trained on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from tests.configs import with_values
+from tests.harness import Finished, run_command
+from trainer.config.load import check
+from trainer.data import PreparedData, count_steps, open_batches, prepare_data
+from trainer.data.holdout import DocumentSubset, held_out_mask, without_held_out
+from trainer.data.indexed import IndexedTokens, IndexedWriter
+from trainer.data.sources import Piece
+from trainer.topology import Topology
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+FRACTION = 0.2
+
+fast = pytest.mark.fast
+
+
+def belongs_to_validation(text: str) -> bool:
+    """The rule, said again."""
+    return xxhash.xxh3_64(text.encode()).intdigest() / 2**64 < FRACTION
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def write_texts(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def divided(tiny: dict[str, Any]) -> dict[str, Any]:
+    return with_values(tiny, data__validation=[{"fraction": FRACTION}])
+
+
+def prepared(config: dict[str, Any]) -> PreparedData:
+    return prepare_data(check(config, world=1, device="cpu"), builder=True)
+
+
+def decoded(data: PreparedData, files: list[IndexedTokens]) -> Counter[str]:
+    assert data.tokenizer is not None
+    documents = [tokens.document(number) for tokens in files for number in range(len(tokens))]
+    return Counter(data.tokenizer.decode(ids[:-1]) for ids in documents)  # without the end-of-text token
+
+
+@fast
+def test_documents_are_divided_by_their_text(divided: dict[str, Any], corpus: Path) -> None:
+    """Against the rule applied to the file by hand: no document is lost, none is on both sides."""
+    data = prepared(divided)
+    texts = texts_of(corpus / "train.jsonl")
+    held_out = Counter(text for text in texts if belongs_to_validation(text))
+    assert decoded(data, data.validation) == held_out
+    assert decoded(data, data.train) == Counter(texts) - held_out
+    assert 0.12 < held_out.total() / len(texts) < 0.28
+
+
+@fast
+def test_order_files_and_duplicates_change_nothing(divided: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    """The same documents in another order, in two sources, and each twice: the same ones are held out."""
+    texts = texts_of(corpus / "train.jsonl")
+    first = prepared(divided)
+    shuffled = [*texts, *texts]
+    random.Random(1).shuffle(shuffled)
+    parts = [write_texts(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((shuffled[:300], shuffled[300:]))]
+    twice = prepared(with_values(divided, data__train=[{"path": part} for part in parts]))
+    for side in ("train", "validation"):
+        once, both = decoded(first, getattr(first, side)), decoded(twice, getattr(twice, side))
+        assert both == once + once
+    assert twice.validation_files == (2,), "one source, of two files"
+    assert len(twice.weights) == len(twice.train) == 2
+
+
+@fast
+def test_token_files_are_divided_by_their_ids(divided: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever their id type is; duplicates in another file are on the same side."""
+    draw = np.random.default_rng(3)
+    documents = [draw.integers(0, 300, size=draw.integers(1, 90)).tolist() for _ in range(200)]
+    for name, dtype, order in (("a", np.uint16, documents), ("b", np.int32, documents[::-1])):
+        with IndexedWriter(tmp_path / name, dtype) as writer:
+            for ids in order:
+                writer.add(ids)
+    sources = [{"path": str(tmp_path / f"{name}.bin"), "weight": weight} for name, weight in (("a", 1), ("b", 0.5))]
+    data = prepared(with_values(divided, data__train=sources))
+    found = [{tuple(t.document(n).tolist()) for n in range(len(t))} for t in (*data.train, *data.validation)]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert not found[0] & found[2]
+    assert found[0] | found[2] == set(map(tuple, documents))
+    assert data.weights == (1.0, 0.5)
+    again = prepared(with_values(divided, data__train=sources))
+    assert [t.fingerprint() for t in again.train] == [t.fingerprint() for t in data.train]
+    other = prepared(with_values(divided, data__train=sources, data__validation=[{"fraction": 0.3}]))
+    assert [t.fingerprint() for t in other.train] != [t.fingerprint() for t in data.train]
+
+
+@fast
+def test_stream_of_a_subset_joins_its_documents(tmp_path: Path) -> None:
+    draw = np.random.default_rng(5)
+    documents = [draw.integers(0, 999, size=draw.integers(0, 12)).tolist() for _ in range(60)]
+    with IndexedWriter(tmp_path / "t", np.uint16) as writer:
+        for ids in documents:
+            writer.add(ids)
+    tokens = IndexedTokens(tmp_path / "t")
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        mask = draw.random(60) < share
+        subset = DocumentSubset(tokens, mask)
+        joined = [i for ids, chosen in zip(documents, mask, strict=True) if chosen for i in ids]
+        assert subset.tokens == len(joined)
+        assert len(subset) == mask.sum()
+        for start in range(len(joined)):
+            for length in (1, 7, 500):
+                assert subset.stream(start, length).tolist() == joined[start : start + length]
+
+
+@fast
+def test_fraction_is_a_share_of_the_hashes() -> None:
+    hashes = np.asarray([0, 2**62 - 1, 2**62, 2**63, 2**64 - 1], np.uint64)
+    assert held_out_mask(hashes, 0.25).tolist() == [True, True, False, False, False]
+    assert held_out_mask(hashes, 0.9999999999).tolist() == [True, True, True, True, False]
+
+
+@fast
+def test_a_tokenizer_is_not_trained_on_what_is_held_out() -> None:
+    """Documents in several pieces count as wholes; what is longer than the limit is cut, and still divided."""
+    texts = [f"document {number} " * (number % 4 + 1) for number in range(60)]
+    pieces = [piece for text in texts for piece in (Piece(text[:6], False, 6), Piece(text[6:], True, 9))]
+    kept = "".join(piece.text for piece in without_held_out(iter(pieces), FRACTION, 100))
+    assert kept == "".join(text for text in texts if not belongs_to_validation(text))
+    assert 0 < len(kept) < len("".join(texts))
+    cut = "".join(piece.text for piece in without_held_out(iter(pieces), FRACTION, 3))
+    assert cut == "".join(text[:6] for text in texts if not belongs_to_validation(text))
+
+
+@fast
+def test_epochs_count_what_is_left(divided: dict[str, Any]) -> None:
+    """The steps of an epoch are those of the documents that are trained on, and every batch is one of them."""
+    config = with_values(divided, training={"epochs": 1}, data__packing="none")
+    loaded = check(config, world=1, device="cpu")
+    data = prepare_data(loaded, builder=True)
+    loaded = count_steps(loaded, data)
+    assert loaded.steps == -(-len(data.train[0]) // 8)
+    train = open_batches(loaded, data, Topology.of(1, 0)).train
+    micros = [micro for step in range(1, loaded.steps + 1) for micro in train.at(step).micro_batches]
+    read = {
+        (int(ids[0]), *labels[labels >= 0].tolist())
+        for micro in micros
+        for ids, labels in zip(micro.input_ids_BT, micro.labels_BT, strict=True)
+    }
+    of_side = [
+        {tuple(t.document(n, 33).tolist()) for t in files for n in range(len(t))}
+        for files in (data.train, data.validation)
+    ]
+    assert read == of_side[0]
+    assert not read & of_side[1]
+
+
+def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Finished:
+    (folder / "config.json").write_text(json.dumps(config))
+    return run_command(TRAIN, "--config", str(folder / "config.json"), *arguments, world=world)
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(row["split"], row["step"], row["loss"]) for row in rows]
+
+
+def test_run_with_a_fraction(divided: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    """On two ranks it is, bit for bit, the run on two files that were divided by hand. Another fraction is another
+    run."""
+    texts = texts_of(corpus / "train.jsonl")
+    by_hand = with_values(
+        divided, run__output_dir=str(tmp_path / "by-hand"),
+        data__train=[{"path": write_texts(tmp_path / "t.jsonl", [t for t in texts if not belongs_to_validation(t)])}],
+        data__validation=[{"path": write_texts(tmp_path / "v.jsonl", [t for t in texts if belongs_to_validation(t)])}],
+    )  # fmt: skip
+    for config in (divided, by_hand):
+        ended = start(config, tmp_path, world=2)
+        assert ended.status == 0, ended.err
+    assert losses(tmp_path / "run") == losses(tmp_path / "by-hand")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["data"]["validation"] == [{"fraction": FRACTION, "weight": 1.0}]
+    stored = json.loads((tmp_path / "by-hand" / "config.json").read_text())
+    assert stored["data"]["validation"] == [{"path": str(tmp_path / "v.jsonl"), "weight": 1.0}], "as begun runs have it"
+    refused = start(with_values(divided, data__validation=[{"fraction": 0.3}]), tmp_path)
+    assert refused.status == 2
+    assert "data.validation: " in refused.err
