@@ -5,6 +5,7 @@ python -m tools.schema
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ def schema_text() -> str:
         "anyOf": [properties["deepspeed"], {"type": "string"}],
         "description": "A standard DeepSpeed configuration, or the path of a file that holds one.",
     }
+    schema["$defs"]["DeepSpeedSection"]["properties"]["extends"] = {
+        "type": "string",
+        "description": "A DeepSpeed configuration file whose values this section overrides.",
+    }
     properties["extends"] = {"type": "string", "description": "A file whose values this one overrides."}
     properties["$schema"] = {"type": "string"}
     properties["tessera"] = {"type": "object", "description": "About a run; written by it and ignored when read."}
@@ -35,6 +40,8 @@ def schema_text() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     PATH.write_text(schema_text())
     print(f"{PATH} written")
 

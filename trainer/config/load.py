@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import rules as cross_section
-from trainer.config import strict_json
-from trainer.config.deepspeed import Batch, batch_arithmetic, resolve
+from trainer.config.deepspeed import Batch, batch_arithmetic, fp32_instead_of_bf16, missing_values, normalized, resolve
 from trainer.config.earlier_versions import (
     NOTHING_KEPT,
     KeptMeanings,
@@ -24,7 +23,7 @@ from trainer.config.model_facts import (
     model_facts,
     with_causal_attention,
 )
-from trainer.config.read import apply_override, read_config_file
+from trainer.config.read import apply_override, deepspeed_file_of, read_config_file
 from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
 from trainer.config.validate import build_section, unknown_sections
@@ -117,11 +116,12 @@ def _look_at_model(draft: Draft) -> list[Problem]:
     return []
 
 
-def check(raw: Raw, *, world: int | None, device: Device | None) -> LoadedConfig:
+def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file: str | None = None) -> LoadedConfig:
     """Builds and checks a merged configuration.
 
     Args:
         raw: the merged JSON. world: the number of processes, None when open. device: see `Draft.device`.
+        deepspeed_file: the DeepSpeed file that was merged in, by the name to show.
 
     Raises:
         ConfigError: with every problem there is.
@@ -130,6 +130,9 @@ def check(raw: Raw, *, world: int | None, device: Device | None) -> LoadedConfig
     problems = unknown_sections(raw)
     draft = Draft(world=world, device=device)
     wrong: set[str] = set()
+    given = raw.get("deepspeed")
+    if isinstance(given, dict):
+        raw["deepspeed"] = normalized(given, device)
     for name, field in Config.model_fields.items():
         if name not in raw:
             if field.is_required():
@@ -139,6 +142,8 @@ def check(raw: Raw, *, world: int | None, device: Device | None) -> LoadedConfig
             raw[name] = {}
         found = build_section(name, raw[name], draft)
         problems += found.problems
+        if name == "deepspeed" and isinstance(given, dict):
+            problems += missing_values(raw[name], found.autos, deepspeed_file)
         wrong |= found.wrong
         if getattr(draft, name) is None:
             wrong.add(name)
@@ -149,10 +154,10 @@ def check(raw: Raw, *, world: int | None, device: Device | None) -> LoadedConfig
             problems += rule.check(draft)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return _finish(draft)
+    return _finish(draft, fp32_instead_of_bf16(given, raw["deepspeed"]) if isinstance(given, dict) else [])
 
 
-def _finish(draft: Draft) -> LoadedConfig:
+def _finish(draft: Draft, warnings: list[Problem]) -> LoadedConfig:
     config = Config.model_construct(**{name: getattr(draft, name) for name in SECTIONS})
     assert draft.facts is not None
     data_ranks = draft.data_ranks
@@ -171,7 +176,7 @@ def _finish(draft: Draft) -> LoadedConfig:
             hidden_size=draft.facts.hidden_size,
         ),
         derived_steps=draft.derived_steps,
-        warnings=tuple(warnings_of(draft)),
+        warnings=(*warnings, *warnings_of(draft)),
     )
 
 
@@ -199,7 +204,7 @@ def load_config(
     Raises:
         ConfigError: with every problem that was found.
     """
-    raw = read_config_file(Path(path))
+    raw, deepspeed_file = read_config_file(Path(path)), deepspeed_file_of(Path(path))
     problems = []
     for assignment in overrides:
         try:
@@ -208,7 +213,7 @@ def load_config(
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    if isinstance(raw.get("deepspeed"), str):
-        raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
+    if any(assignment.partition("=")[0].strip() == "deepspeed" for assignment in overrides):
+        deepspeed_file = None
     kept = keep_stored_meanings(raw)
-    return replace(check(raw, world=world, device=device), kept=kept)
+    return replace(check(raw, world=world, device=device, deepspeed_file=deepspeed_file), kept=kept)

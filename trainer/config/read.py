@@ -36,8 +36,8 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
     raw.pop("$schema", None)
     if raw.pop(METADATA_KEY, None) is not None:  # a run directory's, perhaps of an earlier version
         raw = upgraded(raw)
-    if isinstance(raw.get("deepspeed"), str):
-        raw["deepspeed"] = strict_json.read(path.parent / Path(raw["deepspeed"]).expanduser())
+    if "deepspeed" in raw:
+        raw["deepspeed"] = read_deepspeed(raw["deepspeed"], path.parent)
     base = raw.pop("extends", None)
     if base is None:
         return raw
@@ -46,28 +46,48 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
     return merge(read_config_file(path.parent / base, (*seen, path)), raw)
 
 
+def read_deepspeed(section: Any, folder: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """A `deepspeed` section with the file merged in that it names: the section is the path, or `extends` is.
+
+    Args:
+        section: as it stands in a configuration; what is neither is returned as it is. folder: which paths start from.
+    """
+    base = section.get("extends") if isinstance(section, dict) else section if isinstance(section, str) else None
+    if base is None:
+        return section
+    if not isinstance(base, str):
+        raise ConfigError(Problem("deepspeed.extends", f"expected the path of a file, got {base!r}"))
+    path = (folder / Path(base).expanduser()).resolve()
+    if path in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise ConfigError(Problem("deepspeed.extends", f"a file extends itself: {chain}"))
+    below = read_deepspeed(strict_json.read(path), path.parent, (*seen, path))
+    over = {key: value for key, value in section.items() if key != "extends"} if isinstance(section, dict) else {}
+    return merge(below, over)
+
+
+def deepspeed_file_of(path: Path) -> str | None:
+    """The DeepSpeed file that the configuration file `path` itself names, as it is written there."""
+    section = strict_json.read(path.expanduser()).get("deepspeed")
+    named = section.get("extends") if isinstance(section, dict) else section
+    return named if isinstance(named, str) else None
+
+
 def apply_override(raw: Raw, assignment: str) -> None:
     """Sets one value: `a.b=c`, where c is JSON or, failing that, a plain string; list items by number.
 
+    `deepspeed=FILE` reads the file, from the working directory.
+
     Raises:
-        ConfigError: if the assignment has no `=`, a name on its way is no object or list, or a number is not finite.
+        ConfigError: if the assignment is none, a name on its way is no object or list, a number is not finite, or the
+            DeepSpeed file cannot be read.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(Problem("--set", f"expected a.b=value, got '{assignment}'"))
-    if path.strip() == "extends":
-        raise ConfigError(Problem("--set extends", "only a file can extend another one", "Write it into the file"))
-    try:
-        value = strict_json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    if problems := list(strict_json.not_finite(value, f"--set {path.strip()}")):
-        raise ConfigError(problems)
+    path, value = _parsed(assignment)
     node: Any = raw
-    keys = path.strip().split(".")
+    keys = path.split(".")
     for depth, key in enumerate(keys):
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not key.isdecimal() or len(key) > 18 or int(key) >= len(node):
                 raise ConfigError(Problem(f"--set {path}", f"'{key}' is not an item of a list of {len(node)}"))
             index: Any = int(key)
         elif isinstance(node, dict):
@@ -80,3 +100,30 @@ def apply_override(raw: Raw, assignment: str) -> None:
             if isinstance(node, dict) and node.get(index) is None:
                 node[index] = {}
             node = node[index]
+
+
+def _parsed(assignment: str) -> tuple[str, Any]:
+    """(dotted key, value) of an override."""
+    path, equals, text = assignment.partition("=")
+    path = path.strip()
+    if not equals or not all(path.split(".")):
+        raise ConfigError(Problem("--set", f"expected a.b=value, got '{_shortened(assignment)}'"))
+    if path.count(".") >= strict_json.MAX_DEPTH:
+        raise ConfigError(Problem("--set", f"more than {strict_json.MAX_DEPTH} keys in '{_shortened(assignment)}'"))
+    if path in ("extends", "deepspeed.extends"):
+        remedy = "Write it into the file"
+        remedy += "" if path == "extends" else ", or --set deepspeed=FILE and then single keys"
+        raise ConfigError(Problem(f"--set {path}", "only a file can extend another one", remedy))
+    try:
+        value = strict_json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    except strict_json.TooDeep as error:
+        raise ConfigError(Problem(f"--set {path}", str(error))) from None
+    if problems := list(strict_json.not_finite(value, f"--set {path}")):
+        raise ConfigError(problems)
+    return path, read_deepspeed(value, Path()) if path == "deepspeed" else value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -11,6 +11,17 @@ from typing import Any
 
 from trainer.errors import ConfigError, Problem
 
+MAX_DEPTH = 100
+"""Objects and lists inside each other, at most. Far below what Python's stack holds."""
+
+
+class TooDeep(ValueError):
+    """Text that is nested deeper than `MAX_DEPTH`."""
+
+    def __init__(self) -> None:
+        super().__init__(f"nested more than {MAX_DEPTH} levels deep")
+
+
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:]')
 
 
@@ -77,8 +88,25 @@ def _int(written: str) -> int | float:
 
 
 def loads(text: str) -> Any:
-    """`json.loads`, but for numbers that are not finite, which `not_finite` finds in what is returned."""
-    return json.loads(text, parse_constant=_NotFinite, parse_float=_float, parse_int=_int)
+    """`json.loads`, but for numbers that are not finite, which `not_finite` finds in what is returned.
+
+    Raises:
+        TooDeep: if it is nested deeper than `MAX_DEPTH`. json.JSONDecodeError: if it is not JSON.
+    """
+    try:
+        value = json.loads(text, parse_constant=_NotFinite, parse_float=_float, parse_int=_int)
+    except RecursionError:
+        raise TooDeep from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for node in level if isinstance(node, dict | list) for item in _items(node)]
+    if any(isinstance(node, dict | list) for node in level):
+        raise TooDeep
+    return value
+
+
+def _items(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node
 
 
 def not_finite(value: Any, key: str = "") -> Iterator[Problem]:
@@ -110,8 +138,6 @@ def parse(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(Problem(where, f"{_place(text, error.pos)}: {_reason(text, error)}")) from None
     except ValueError as error:
         raise ConfigError(Problem(where, str(error))) from None
-    except RecursionError:
-        raise ConfigError(Problem(where, "nested too deeply")) from None
     twice = _duplicates(text)
     if twice:
         raise ConfigError(

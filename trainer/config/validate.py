@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -81,6 +81,8 @@ class Findings:
     """Dotted paths whose value is wrong or missing; rules that read them are skipped."""
 
     repaired: Raw
+    autos: list[str] = field(default_factory=list)
+    """Keys of the `deepspeed` section, dotted below it, that are "auto" where only the user can give the value."""
 
 
 def _examine(name: str, raw: Raw, error: ValidationError) -> Findings:
@@ -100,7 +102,10 @@ def _examine(name: str, raw: Raw, error: ValidationError) -> Findings:
             continue
         value = _at(raw, path)
         kinds = _expected(item["msg"] for item in items)
-        findings.problems.append(Problem(dotted, f"expected {kinds}, got {_shown(value)}"))
+        if name == "deepspeed" and value == "auto":
+            findings.autos.append(".".join(map(str, path)))
+        else:
+            findings.problems.append(Problem(dotted, f"expected {kinds}, got {_shown(value)}"))
         holder = _at(findings.repaired, path[:-1])
         if path and isinstance(holder, dict):
             holder.pop(path[-1], None)

@@ -6,6 +6,8 @@ classes are mirrored with our strictness, every key of an optimizer or scheduler
 arguments of its class, and every "auto" is resolved exactly or refused.
 """
 
+from trainer.config.deepspeed.missing import missing_values
+from trainer.config.deepspeed.normalize import fp32_instead_of_bf16, normalized
 from trainer.config.deepspeed.optimizers import first_rates, optimizer_problems, scheduler_problems, weight_decay
 from trainer.config.deepspeed.refused import REFUSED
 from trainer.config.deepspeed.resolve import (
@@ -34,6 +36,9 @@ __all__ = [
     "extensions_of",
     "first_rates",
     "for_engine",
+    "fp32_instead_of_bf16",
+    "missing_values",
+    "normalized",
     "nvme_can_be_read",
     "optimizer_problems",
     "own_schedule",

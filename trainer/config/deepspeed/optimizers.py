@@ -14,7 +14,6 @@ from deepspeed.runtime import lr_schedules
 
 from trainer.config.deepspeed.section import (
     PER_GROUP,
-    RESOLVED_AUTOS,
     DeepSpeedSection,
     OptimizerSection,
     SchedulerSection,
@@ -148,8 +147,7 @@ def _param_problems(
             hint = f"; did you mean '{near[0]}'?" if near else ""
             yield Problem(path, f"unknown key{hint}", "" if near else f"Known: {', '.join(sorted(known))}")
         elif value == "auto":
-            if f"{where}.params.{key}" not in RESOLVED_AUTOS:
-                yield Problem(path, '"auto" cannot be resolved here: nothing else says this value', "Give the value")
+            continue  # resolved, or asked for by `missing_values`
         elif where == "scheduler" and key in PER_GROUP and isinstance(value, list):
             remedy = "For weights with other rates set training.learning_rate_scales"
             yield Problem(path, f"must be a number, which all parameter groups get (got {value!r})", remedy)
@@ -161,8 +159,7 @@ def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
     """Unknown optimizer, unknown or wrong parameters, and optimizers that cannot work here."""
     path = "deepspeed.optimizer"
     if section.optimizer is None:
-        yield Problem(path, "required, but missing", 'For example {"type": "AdamW", "params": {"lr": 3e-4}}')
-        return
+        return  # asked for by `missing_values`
     name = section.optimizer.type
     if name.lower() == "lamb":
         reason = "DeepSpeed 0.19 runs Lamb with fp16 at ZeRO stage 0 only, where its loss scale is applied one way"
@@ -268,18 +265,23 @@ def _scheduler_class(name: str) -> type | None:
     return kind if isinstance(kind, type) and issubclass(kind, base) and name not in unfit else None
 
 
+def scheduler_keys(section: SchedulerSection) -> frozenset[str] | None:
+    """The keys that `params` may hold for this scheduler; None for one that does not exist."""
+    kind = _scheduler_class(section.type)
+    return None if kind is None else frozenset(_arguments(kind)) - {"last_batch_iteration"}
+
+
 def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
     """Unknown scheduler, unknown or wrong parameters, missing ones."""
     if section.scheduler is None:
         return
     path = "deepspeed.scheduler"
-    kind = _scheduler_class(section.scheduler.type)
-    if kind is None:
+    kind, known = _scheduler_class(section.scheduler.type), scheduler_keys(section.scheduler)
+    if kind is None or known is None:
         names = [*lr_schedules.VALID_LR_SCHEDULES, WSD.__name__]
         yield _unknown(f"{path}.type", "scheduler", section.scheduler.type, names)
         return
     arguments = _arguments(kind)
-    known = frozenset(arguments) - {"last_batch_iteration"}
     checks = _WSD_CHECKS if kind is WSD else _PARAM_CHECKS
     found = list(_param_problems("scheduler", section.scheduler.params, known, checks))
     for name, parameter in arguments.items():

@@ -24,19 +24,21 @@ class Batch:
     accumulation: int
 
 
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def batch_arithmetic(section: DeepSpeedSection, data_ranks: int) -> Batch | Problem:
-    """Derives the third batch key from the two that are given: exactly, or a problem that shows the sum."""
-    given = {key: value for key in _BATCH_KEYS if isinstance(value := getattr(section, key), int)}
-    train, micro, steps = (given.get(key) for key in _BATCH_KEYS)
+def batch_arithmetic(section: DeepSpeedSection, data_ranks: int) -> Batch | Problem | None:
+    """Derives the third batch key from the two that are given: exactly, or a problem that shows the sum.
+
+    None where fewer are given, which `missing_values` asks for.
+    """
+    given = {key: value for key in BATCH_KEYS if isinstance(value := getattr(section, key), int)}
+    train, micro, steps = (given.get(key) for key in BATCH_KEYS)
     if len(given) < 2:
-        missing = ", ".join(key for key in _BATCH_KEYS if key not in given)
-        return Problem("deepspeed", f"two of the three batch keys must be given; missing: {missing}")
+        return None
     if train is not None and train % ((micro or 1) * (steps or 1) * data_ranks):
         sum_of = " x ".join(str(n) for n in (micro, steps, data_ranks) if n is not None)
-        names = [k for k in _BATCH_KEYS[1:] if k in given]
+        names = [k for k in BATCH_KEYS[1:] if k in given]
         return Problem(
             "deepspeed.train_batch_size",
             f"{train} is not a multiple of {' x '.join(names)} x data ranks ({sum_of} = "
@@ -62,7 +64,7 @@ def batch_arithmetic(section: DeepSpeedSection, data_ranks: int) -> Batch | Prob
 
 def smallest_data_ranks(section: DeepSpeedSection) -> int:
     """The fewest data ranks for which the batch arithmetic comes out; 1 where that is open."""
-    given = [getattr(section, key) for key in _BATCH_KEYS]
+    given = [getattr(section, key) for key in BATCH_KEYS]
     if all(isinstance(value, int) for value in given):
         train, micro, steps = given
         if train % (micro * steps) == 0:
@@ -90,7 +92,7 @@ def resolve(
     batch = batch_arithmetic(section, data_ranks)
     assert isinstance(batch, Batch)
     result = section.model_dump(mode="json", exclude_none=True)
-    result.update(zip(_BATCH_KEYS, (batch.train, batch.micro, batch.accumulation), strict=True))
+    result.update(zip(BATCH_KEYS, (batch.train, batch.micro, batch.accumulation), strict=True))
     result["gradient_clipping"] = section.clipping
     optimizer = result["optimizer"]["params"]
     for key, value in (("betas", [0.9, 0.999]), ("eps", 1e-8), ("weight_decay", 0.0)):

@@ -65,6 +65,8 @@ def mirror(source: type[BaseModel], path: str, auto: frozenset[str] = frozenset(
 
 
 RESOLVED_AUTOS: Mapping[str, str] = {
+    "bf16.enabled": "true where the device has it and fp16 is not true",
+    "fp16.enabled": "false",
     "train_batch_size": "micro-batch x accumulation x data ranks",
     "train_micro_batch_size_per_gpu": "train batch / accumulation / data ranks",
     "gradient_accumulation_steps": "train batch / micro-batch / data ranks",
@@ -79,7 +81,8 @@ RESOLVED_AUTOS: Mapping[str, str] = {
     "scheduler.params.warmup_max_lr": "optimizer.params.lr",
     "scheduler.params.total_num_steps": "training.max_steps",
 }
-"""Where "auto" may stand and what it becomes: the meaning that Hugging Face's Trainer gives it."""
+"""Where "auto" may stand and what it becomes: the meaning that Hugging Face's Trainer gives it. Those of `enabled` are
+resolved by `normalized`, before the section is built."""
 
 _AUTO = frozenset(RESOLVED_AUTOS)
 _ZeroSection = mirror(DeepSpeedZeroConfig, "zero_optimization", _AUTO)
@@ -176,8 +179,8 @@ class DeepSpeedSection(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] | Auto | None = None
     """Largest global gradient norm; 0 turns clipping off. Default: 1.0."""
 
-    bf16: mirror(DeepSpeedBF16Config, "bf16") | None = None  # type: ignore[valid-type]
-    fp16: mirror(DeepSpeedFP16Config, "fp16") | None = None  # type: ignore[valid-type]
+    bf16: mirror(DeepSpeedBF16Config, "bf16", _AUTO) | None = None  # type: ignore[valid-type]
+    fp16: mirror(DeepSpeedFP16Config, "fp16", _AUTO) | None = None  # type: ignore[valid-type]
     zero_optimization: _ZeroSection | None = None  # type: ignore[valid-type]
     communication_data_type: _Dtype | None = None
     prescale_gradients: bool | None = None

@@ -146,5 +146,5 @@ def batch_comes_out(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     if draft.data_ranks is not None:
         batch = batch_arithmetic(draft.deepspeed, draft.data_ranks)
-        if not isinstance(batch, Batch):
+        if isinstance(batch, Problem):
             yield batch

@@ -1,0 +1,104 @@
+"""A DeepSpeed section as other trainers' files have it, in the keys and values that are checked here.
+
+Three rewrites that change nothing of what would be computed: the second names of DeepSpeed's keys, leftover keys at a
+value that turns them off, and `"enabled": "auto"` of a precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from trainer.config.deepspeed.refused import REFUSED
+from trainer.errors import Problem
+
+Raw = dict[str, Any]
+
+ZERO_ALIASES: Mapping[str, str] = {
+    name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias and field.alias != name
+}
+"""DeepSpeed takes both names of these keys, such as `prefetch_bucket_size` for `stage3_prefetch_bucket_size`."""
+
+
+def _is_off(value: Any) -> bool:
+    return value is False or value is None
+
+
+def _is_disabled(value: Any) -> bool:
+    """False, null, or an object with `"enabled": false`, which `"auto"` means where there is nothing to turn on."""
+    return _is_off(value) or (isinstance(value, Mapping) and value.get("enabled", True) in (False, "auto"))
+
+
+def _has_nothing_on(value: Any) -> bool:
+    """Whether no leaf of a non-empty object turns something on."""
+    return _is_off(value) or (isinstance(value, Mapping) and bool(value) and all(map(_is_off, value.values())))
+
+
+def _monitors_nothing(value: Any) -> bool:
+    """`monitor_config` of LLaMA-Factory's files, which DeepSpeed does not read: no tracker in it is enabled."""
+    parts = [part for part in value.values() if isinstance(part, Mapping)] if isinstance(value, Mapping) else []
+    return _is_off(value) or (bool(parts) and all(map(_is_disabled, parts)))
+
+
+_NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
+    "activation_checkpointing": _has_nothing_on,
+    "comms_config": _has_nothing_on,
+    "monitor_config": _monitors_nothing,
+    "sequence_parallel_size": lambda value: _is_off(value) or (value == 1 and value is not True),
+    "tensor_parallel": lambda value: _is_disabled(value) or value in ({"autotp_size": 0}, {"autotp_size": 1}),
+}
+"""Keys that are unknown or refused here, and whether a value asks for nothing. Other refused keys: `_is_disabled`."""
+
+
+def normalized(section: Mapping[str, Any], device: str | None) -> Raw:
+    """The section with equivalent keys and values that the schema has.
+
+    Args:
+        section: as read from files; need not be valid. device: where the run computes, None for a dry run.
+    """
+    result = {key: value for key, value in section.items() if not _is_neutral(key, value)}
+    zero = result.get("zero_optimization")
+    if isinstance(zero, Mapping):
+        result["zero_optimization"] = {
+            key if (name := ZERO_ALIASES.get(key, key)) in zero else name: value
+            for key, value in zero.items()
+            if not _is_neutral(f"zero_optimization.{key}", value)
+        }
+    _resolve_precision(result, device)
+    return result
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    if key in _NEUTRAL:
+        return _NEUTRAL[key](value)
+    return key in REFUSED and _is_disabled(value)
+
+
+def _resolve_precision(section: Raw, device: str | None) -> None:
+    """`"auto"`: fp16 is off, and bf16 is on where the device has it and fp16 was not asked for."""
+    fp16 = section.get("fp16")
+    wants_fp16 = isinstance(fp16, Mapping) and fp16.get("enabled") is True
+    for name, value in (("fp16", False), ("bf16", not wants_fp16 and has_bf16(device))):
+        part = section.get(name)
+        if isinstance(part, Mapping) and part.get("enabled") == "auto":
+            section[name] = {**part, "enabled": value}
+
+
+def fp32_instead_of_bf16(section: Mapping[str, Any], normal: Mapping[str, Any]) -> list[Problem]:
+    """A warning where `"auto"` became false for want of bf16; `normal` is what `normalized` made of `section`."""
+
+    def enabled(part: Any) -> Any:
+        return part.get("enabled") if isinstance(part, Mapping) else None
+
+    if enabled(section.get("bf16")) != "auto" or enabled(normal.get("bf16")) or enabled(normal.get("fp16")):
+        return []
+    reason = '"auto" is false, because this device does not support bf16: the run computes in fp32'
+    return [Problem("deepspeed.bf16.enabled", reason, "Set fp16.enabled to true for half precision")]
+
+
+def has_bf16(device: str | None) -> bool:
+    """Whether the device computes in bf16; every device that is not known yet does."""
+    return device is None or bool(get_accelerator().is_bf16_supported())
