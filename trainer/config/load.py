@@ -130,7 +130,7 @@ def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file:
     problems = unknown_sections(raw)
     draft = Draft(world=world, device=device)
     wrong: set[str] = set()
-    given = raw.get("deepspeed")
+    given: Any = raw.get("deepspeed")
     if isinstance(given, dict):
         raw["deepspeed"] = normalized(given, device)
     for name, field in Config.model_fields.items():
@@ -154,10 +154,11 @@ def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file:
             problems += rule.check(draft)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return _finish(draft, fp32_instead_of_bf16(given, raw["deepspeed"]) if isinstance(given, dict) else [])
+    loaded = _finish(draft)
+    return replace(loaded, warnings=(*fp32_instead_of_bf16(given, raw["deepspeed"]), *loaded.warnings))
 
 
-def _finish(draft: Draft, warnings: list[Problem]) -> LoadedConfig:
+def _finish(draft: Draft) -> LoadedConfig:
     config = Config.model_construct(**{name: getattr(draft, name) for name in SECTIONS})
     assert draft.facts is not None
     data_ranks = draft.data_ranks
@@ -176,7 +177,7 @@ def _finish(draft: Draft, warnings: list[Problem]) -> LoadedConfig:
             hidden_size=draft.facts.hidden_size,
         ),
         derived_steps=draft.derived_steps,
-        warnings=(*warnings, *warnings_of(draft)),
+        warnings=tuple(warnings_of(draft)),
     )
 
 
