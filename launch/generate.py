@@ -1,9 +1,10 @@
-"""Continues a text with a run's trained model.
+"""Continues a text with a trained model.
 
-    python launch/generate.py --run DIR --prompt "def main(" [--tokens 80] [--temperature 0.8]
+    python launch/generate.py --run DIR [--checkpoint latest|best|final|step-N] --prompt "def main("
+    python launch/generate.py --path HF_FOLDER --prompt "def main(" [--tokens 80] [--temperature 0.8]
 
-Reads DIR/final in a process of its own, on this machine's GPU if it has one. Under the `deepspeed` command
-only rank 0 works.
+Works in a process of its own, also while the run is still training, on this machine's GPU if it has one. Under the
+`deepspeed` command only rank 0 works.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ prepare_environment()
 
 import torch
 
+from trainer.checkpoint import model_folder, refuse_run_directory, tokenizer_folder
 from trainer.config.earlier_versions import stored_run
-from trainer.data import added_ids, load_tokenizer
+from trainer.config.plugins import import_named_plugins
+from trainer.data import load_tokenizer, prompt_prefix
 from trainer.errors import ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
-from trainer.model import generate_texts
+from trainer.model import generate_texts, load_model
 
 
 def main() -> None:
@@ -31,63 +34,60 @@ def main() -> None:
         return
     with exit_on_errors(launch):
         options = parse_arguments()
-        folder = final_folder(Path(options.run))
-        tokenizer = tokenizer_in(folder)
+        if options.path is not None:
+            refuse_run_directory(Path(options.path).expanduser())
+        folder = options.path or str(model_folder(options.run, options.checkpoint))
+        run = stored_run(options.run or Path(folder).expanduser())
+        import_named_plugins(run.config["run"]["plugins"] if run else (), options.plugin)
+        model: Any = load_model(folder, "--path" if options.path else "--run")
+        tokenizer = tokenizer_of(folder)
         torch.manual_seed(options.seed)
         for text in generate_texts(
-            folder, tokenizer, options.prompt, prefix=prefix_of(Path(options.run), tokenizer), tokens=options.tokens,
-            temperature=options.temperature, device=local_device(),
+            model.to(local_device()), tokenizer, options.prompt, prefix=prompt_prefix(tokenizer, run),
+            tokens=options.tokens, temperature=options.temperature,
         ):  # fmt: skip
             print(text, flush=True)
 
 
-def final_folder(run: Path) -> Path:
-    """The model of a finished run.
+def tokenizer_of(folder: str) -> Any:
+    """The tokenizer of the model in a folder, or of a name on the hub.
 
     Raises:
-        ConfigError: if there is none in `run`.
+        ConfigError: if the folder has none.
     """
-    if not (run / "final" / "config.json").is_file():
-        raise ConfigError(Problem("--run", f"'{run}' has no final model", "Give the output_dir of a finished run"))
-    return run / "final"
-
-
-def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer of an exported model.
-
-    Raises:
-        ConfigError: if the folder holds none.
-    """
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ConfigError(Problem("--run", f"'{folder}' holds no tokenizer: the run was trained on token files"))
-    return load_tokenizer(str(folder), "--run")
-
-
-def prefix_of(run: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids before each prompt: those before each document of the run, as its config.json records them.
-
-    Without a config.json, those that the tokenizer adds to every text.
-    """
-    stored = stored_run(run)
-    if stored is not None:  # earlier versions record no frame, and put nothing before a document
-        return tuple((stored.about.get("document_frame") or {}).get("prefix", ()))
-    try:
-        return added_ids(tokenizer)[0]
-    except ConfigError:  # it does not add the same ids to every text
-        return ()
+    place = tokenizer_folder(Path(folder).expanduser())
+    if Path(folder).expanduser().is_dir() and not (place / "tokenizer_config.json").is_file():
+        reason = f"'{place}' holds no tokenizer (no tokenizer_config.json)"
+        raise ConfigError(Problem("tokenizer", reason, "A run on token files has none; copy its files there"))
+    return load_tokenizer(str(place) if place.is_dir() else folder, "tokenizer")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run", required=True, metavar="DIR", help="the run directory (run.output_dir)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", help="the run directory (run.output_dir)")
+    source.add_argument("--path", metavar="HF_FOLDER", help="a Hugging Face folder, or a name on the hub")
+    parser.add_argument(
+        "--checkpoint", metavar="latest|best|final|step-N",
+        help="which weights of the run (default: final if it has finished, else latest)",
+    )  # fmt: skip
     parser.add_argument("--prompt", required=True, action="append", help="the text to go on with; several are allowed")
     parser.add_argument("--tokens", type=int, default=80, metavar="N", help="how many tokens to add (default 80)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (default 0.8)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seeds the sampling (default 0)")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE",
+        help="import this module, which registers the model's classes (run.plugins); its code runs",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.path is not None and options.checkpoint is not None:
+        parser.error("--checkpoint goes with --run; --path names the folder itself")
+    if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
+        parser.error("--tokens must be at least 1, and --temperature a number from 0 on")
+    return options
 
 
 if __name__ == "__main__":

@@ -236,6 +236,10 @@ BAD_INPUTS = [
     Bad("vocabulary smaller than tokenizer's", 2, ("model.config.vocab_size: 300 is smaller than the tokenizer's vocabulary of 320",), values={**llama(vocab_size=300), "data__tokenizer": "{tokenizer}"}),
     Bad("vocabulary too small for bytes", 2, ("model.config.vocab_size: 100 is smaller than",), values=llama(vocab_size=100)),
     Bad("tokenizer missing", 2, ("data.tokenizer: './nowhere' is not a folder",), values={"data__tokenizer": "./nowhere"}, rule="tokenizer_is_there"),
+    # Plugins.
+    Bad("plugin that is not installed", 2, ("run.plugins: there is no module 'no_such_package'. Install its package",), values={"run__plugins": ["no_such_package"]}),
+    Bad("plugin that is no module name", 2, ("run.plugins.0: expected", 'got "../wizard"'), values={"run__plugins": ["../wizard"]}),
+    Bad("model type of a plugin that is not named", 2, ("transformers knows no model type 'wizard'", "name the package in run.plugins"), values=llama(model_type="wizard")),
     # Paths.
     Bad("missing file", 2, ("data.train.0.path: './nowhere.jsonl' does not exist",), values={"data__train": [{"path": "./nowhere.jsonl"}]}, rule="data_exists"),
     Bad("glob without match", 2, ("data.train.0.path", "matches no file"), values=train_file("*.jsonl")),

@@ -55,6 +55,8 @@ COMMANDS: dict[str, Run] = {
         Run(add=SHORT, says=("finished at step 2",)),
     "python launch/generate.py --run runs/quickstart --prompt 'import os'": Run(says=("import os",)),
     "python launch/generate.py --run runs/quickstart --prompt 'def ' --tokens 60": Run(says=("def ",)),
+    "python launch/generate.py --run runs/NAME --checkpoint best --prompt 'import os'": Run(says=("import os",)),
+    "python launch/generate.py --path FOLDER --prompt 'import os'": Run(says=("import os",)),
     "python launch/train.py --config ds_configs/quickstart-2x2x2.json --dry_run --world 8":
         Run(says=("the configuration is sound", "processes    8 = pipeline 2 x data 2 x tensor 2")),
     "deepspeed launch/train.py --config mine.json": Run(world=4, status=2, says=("error: 3 mistakes",)),

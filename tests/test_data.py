@@ -21,8 +21,9 @@ import torch
 from tests.configs import LENGTH, with_values
 from tests.hub import COMMIT, REPOSITORY, hub
 from tests.small_tokenizers import KINDS, framed_by, make, save
+from trainer.config.earlier_versions import StoredRun, stored_run
 from trainer.config.load import check
-from trainer.data import DocumentFrame, document_frame, frame_of, open_batches, prepare_data
+from trainer.data import DocumentFrame, document_frame, frame_of, open_batches, prepare_data, prompt_prefix
 from trainer.data.batches import IGNORED, BatchShape, EvaluationBatches, TrainBatches, evaluated_samples, pad
 from trainer.data.indexed import IndexedTokens, IndexedWriter
 from trainer.data.order import SampleOrder, permute
@@ -397,48 +398,48 @@ def test_tokenizer_that_frames_by_the_text_is_refused() -> None:
 @pytest.mark.fast
 def test_prompts_have_the_recorded_prefix(tmp_path: Path) -> None:
     """And none after token files, or without a record where the tokenizer does not add the same to every text."""
-    from launch.generate import prefix_of, tokenizer_in
+    from launch.generate import tokenizer_of
 
     class Moody:
         def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
             return {"input_ids": [*([len(text)] if add_special_tokens else []), 7, 8]}
 
-    tokenizer = tokenizer_in(save("llama", tmp_path))
-    assert prefix_of(tmp_path, tokenizer) == tuple(tokenizer.convert_tokens_to_ids(["<s>"])), "no config.json"
-    assert prefix_of(tmp_path, Moody()) == ()
+    tokenizer = tokenizer_of(str(save("llama", tmp_path)))
+    begin = tuple(tokenizer.convert_tokens_to_ids(["<s>"]))
+    assert prompt_prefix(tokenizer, None) == begin, "a folder of unknown origin"
+    assert prompt_prefix(Moody(), None) == ()
     for frame, prefix in ((DocumentFrame((5, 6), (2,)).as_json(), (5, 6)), (None, ())):
         stored = {"run": {}, "data": {"special_tokens": "tokenizer"}, "tessera": {"document_frame": frame}}
         (tmp_path / "config.json").write_text(json.dumps(stored))
-        assert prefix_of(tmp_path, Moody()) == prefix
+        assert prompt_prefix(Moody(), stored_run(tmp_path)) == prefix
+    for mode, prefix in (("tokenizer", begin), ("end", ()), ("none", ())):
+        manifest_alone = StoredRun(tmp_path, {"run": {}, "data": {"special_tokens": mode}}, {})
+        assert prompt_prefix(tokenizer, manifest_alone) == prefix, "a checkpoint's manifest records no frame"
 
 
 @pytest.mark.parametrize(("mode", "prefix"), [("tokenizer", ["<s>"]), ("end", []), ("none", []), (None, [])])
-def test_prompts_are_framed_as_documents(
-    mode: str | None, prefix: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_framed_as_documents(mode: str | None, prefix: list[str], tmp_path: Path) -> None:
     """Without the end; of a run by an earlier version (None), as that version did."""
-    from launch.generate import prefix_of, tokenizer_in
+    from launch.generate import tokenizer_of
     from trainer.model import generate_texts
 
     data = {"append_end_of_text": True} if mode is None else {"special_tokens": mode}
-    tokenizer = tokenizer_in(save("llama", tmp_path))
+    tokenizer = tokenizer_of(str(save("llama", tmp_path)))
     about = {} if mode is None else {"document_frame": frame_of(tokenizer, mode).as_json()}  # type: ignore[arg-type]
     (tmp_path / "config.json").write_text(json.dumps({"run": {}, "data": data, "tessera": about}))
     asked = []
 
     class Model:
-        def to(self, device: str) -> Model:
-            return self
+        device = "cpu"
 
         def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
             asked.append(input_ids[0].tolist())
             assert attention_mask.tolist() == [[1] * input_ids.shape[1]]
             return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
 
-    monkeypatch.setattr("trainer.model.generate.load_exported", lambda folder: Model())
-    ids = prefix_of(tmp_path, tokenizer)
-    options: dict[str, Any] = {"tokens": 1, "temperature": 0.0, "device": "cpu"}
-    texts = list(generate_texts(tmp_path, tokenizer, ["brew potions"], prefix=ids, **options))
+    ids = prompt_prefix(tokenizer, stored_run(tmp_path))
+    options: dict[str, Any] = {"tokens": 1, "temperature": 0.0}
+    texts = list(generate_texts(Model(), tokenizer, ["brew potions"], prefix=ids, **options))
     inside = tokenizer("brew potions", add_special_tokens=False)["input_ids"]
     assert asked == [[*tokenizer.convert_tokens_to_ids(prefix), *inside]]
     assert texts == [tokenizer.decode(inside)]

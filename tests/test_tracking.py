@@ -99,7 +99,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert said.out.startswith("the quick")
     nothing = run_command(GENERATE, "--run", str(tmp_path), "--prompt", "x")
     assert nothing.status == 2
-    assert "has no final model" in nothing.err
+    assert "has neither a final model nor checkpoints" in nothing.err
 
 
 def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:

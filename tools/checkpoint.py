@@ -38,6 +38,7 @@ from trainer.checkpoint.export import compare_logits, export
 from trainer.checkpoint.keep import Kept, best_of, checkpoints_in
 from trainer.checkpoint.run import FOLDER
 from trainer.config import load_config
+from trainer.config.plugins import import_named_plugins
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
 from trainer.store import DTYPES, Files, Manifest, Stored, is_checkpoint, read_manifest, verify_files
@@ -83,6 +84,13 @@ def _parser() -> Arguments:
     out.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the weights in the files (default fp32)")
     out.add_argument("--shard_gigabytes", type=float, default=2.0, metavar="N", help="largest file (default 2)")
     out.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the one that the run keeps")
+    out.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module, which registers the model's classes (run.plugins); its code runs",
+    )
     out.add_argument(
         "--check",
         action="store_true",
@@ -237,6 +245,7 @@ def _export(options: argparse.Namespace) -> int:
     folder = _newest(options.checkpoint)
     if options.folder.exists() and any(options.folder.iterdir()):
         raise ConfigError(Problem("folder", f"{options.folder} is not empty", "Take another one"))
+    import_named_plugins(read_manifest(folder).config["run"].get("plugins", ()), options.plugin)
     largest = int(options.shard_gigabytes * 1e9)
     told = export(folder, options.folder, _DTYPES[options.dtype], largest, options.tokenizer)
     print(f"{options.folder}: {told.model['class']} of step {told.step:,} in {options.dtype}")

@@ -8,9 +8,9 @@ import platform
 import shlex
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,12 @@ def is_below(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
-def _versions() -> dict[str, str]:
+def _versions(plugins: Sequence[str]) -> dict[str, str]:
+    """Of Python, the packages that a run computes with, and those that its plugins belong to."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    distributions = packages_distributions() if plugins else {}
+    owners = [owner for name in plugins for owner in distributions.get(name.partition(".")[0], ())]
+    for name in (*_PACKAGES, *owners):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -109,7 +112,7 @@ def about_run(loaded: LoadedConfig) -> dict[str, Any]:
     """What a run computes on: versions, commit, layout; and what it keeps of an earlier version."""
     topology = {axis: getattr(loaded.config.parallel, axis) for axis in ("pipeline", "tensor")}
     return {
-        "versions": _versions(),
+        "versions": _versions(loaded.config.run.plugins),
         "git_commit": _git_commit(),
         "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
         "steps": loaded.known_steps,

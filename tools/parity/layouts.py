@@ -78,6 +78,7 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
 def _train(subject: Subject, layouts: list[Layout]) -> bool:
     """Goes through `launch/train.py` as a run does: data, steps, checkpoints, the export."""
     sections = {key: subject.raw[key] for key in ("model", "training")}
+    sections["run"] = {"plugins": subject.raw["run"].get("plugins", [])}
     sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
     sections["deepspeed"] = {"zero_optimization": subject.raw["deepspeed"]["zero_optimization"]}
     print(f"launch/train.py: a step as {', then as '.join(one.text for one in layouts)} from its checkpoint; the "

@@ -134,7 +134,7 @@ def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) 
     raw = {
         **sections,
         "model": model | {"config": _without_dropout(model["config"])} if model.get("config") else model,
-        "run": {"output_dir": str(folder / "run"), "seed": 5},
+        "run": {**sections.get("run", {}), "output_dir": str(folder / "run"), "seed": 5},
         "data": {
             "train": [{"path": str(folder / "train.bin")}], "validation": [{"path": str(folder / "validation.bin")}],
             "sequence_length": length, "cache_dir": str(folder / "cache"),

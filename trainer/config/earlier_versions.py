@@ -109,6 +109,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("model.config.is_decoder", _bidirectional("is_decoder"), default=True),
     AddedKey("model.config.causal", _bidirectional("causal"), default=True),
     AddedKey("data.drop_last", _drop_last),
+    AddedKey("run.plugins", []),
 )
 
 

@@ -23,6 +23,7 @@ from trainer.config.model_facts import (
     model_facts,
     with_causal_attention,
 )
+from trainer.config.plugins import import_plugins
 from trainer.config.read import apply_override, deepspeed_file_of, read_config_file
 from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
@@ -147,6 +148,9 @@ def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file:
         wrong |= found.wrong
         if getattr(draft, name) is None:
             wrong.add(name)
+    if draft.run is not None and (unusable := list(import_plugins(draft.run.plugins))):
+        problems += unusable
+        wrong.add("model")  # whose class may be theirs
     if not _skipped(("model",), wrong):
         problems += _look_at_model(draft)
     for rule in cross_section.RULES:

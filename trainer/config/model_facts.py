@@ -72,7 +72,7 @@ class ModelFacts:
 
 def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name = raw.get("model_type")
     if not isinstance(name, str):
@@ -80,12 +80,13 @@ def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
     if name not in CONFIG_MAPPING:
         near = get_close_matches(name, sorted(CONFIG_MAPPING.keys()), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}"))
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        remedy = "" if hint else "If a package of yours registers it, name the package in run.plugins (its code runs)"
+        raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}", remedy))
+    kind: type[PreTrainedConfig] = CONFIG_MAPPING[name]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
             Problem(f"{where}.model_type", f"'{name}' has no causal language model in transformers", "Take a decoder")
         )
-    kind: type[PreTrainedConfig] = CONFIG_MAPPING[name]
     return kind
 
 

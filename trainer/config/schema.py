@@ -15,6 +15,7 @@ AUTOMATIC_CHECKPOINTS = 10
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 Text = Annotated[str, Field(min_length=1)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$", max_length=256)]
 
 
 class RunSection(Section):
@@ -26,6 +27,11 @@ class RunSection(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seeds the weights, the order of the data and dropout."""
+
+    plugins: list[ModuleName] = []
+    """Python modules that every process imports before it looks at the model, such as a package of yours that calls
+    `AutoConfig.register` and `AutoModelForCausalLM.register`. **Their code runs.** They must be installed in this
+    environment (or lie on PYTHONPATH) on every host; nothing is downloaded."""
 
 
 class ModelSection(Section):

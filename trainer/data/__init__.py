@@ -2,7 +2,7 @@
 
 from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
 from trainer.data.epochs import count_steps
-from trainer.data.frame import DocumentFrame, added_ids, frame_of
+from trainer.data.frame import DocumentFrame, frame_of, prompt_prefix
 from trainer.data.open import Batches, open_batches
 from trainer.data.prepare import PreparedData, document_frame, prepare_data
 from trainer.data.tokenizer import load_tokenizer
@@ -16,11 +16,11 @@ __all__ = [
     "PreparedData",
     "StepBatch",
     "TrainBatches",
-    "added_ids",
     "count_steps",
     "document_frame",
     "frame_of",
     "load_tokenizer",
     "open_batches",
     "prepare_data",
+    "prompt_prefix",
 ]

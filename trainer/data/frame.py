@@ -11,6 +11,8 @@ from trainer.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trainer.config.earlier_versions import StoredRun
+
 SpecialTokens = Literal["tokenizer", "end", "none"]
 
 _PROBES = ("seven wizards", "a", "Brew 2 potions, quickly!")
@@ -60,6 +62,23 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens) 
                     'Set it to "none"')
         )  # fmt: skip
     return DocumentFrame(prefix, suffix, _tokens(tokenizer, prefix), _tokens(tokenizer, suffix))
+
+
+def prompt_prefix(tokenizer: PreTrainedTokenizerBase, run: StoredRun | None) -> tuple[int, ...]:
+    """Ids before each prompt: those before each document of the run that trained the model.
+
+    Args:
+        run: what its directory or a checkpoint stores; None for a model of unknown origin, whose prompts get what the
+            tokenizer adds to every text.
+    """
+    if run is not None and "document_frame" in run.about:
+        return tuple((run.about["document_frame"] or {}).get("prefix", ()))
+    if run is not None and run.written["data"].get("special_tokens") != "tokenizer":
+        return ()  # nor do earlier versions, which do not know the key, put anything before a document
+    try:
+        return added_ids(tokenizer)[0]
+    except ConfigError:  # it does not add the same ids to every text
+        return ()
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """The Hugging Face model: built, given its weights, its task, its cost, and written back."""
 
-from trainer.model.build import build_from_recipe, build_model, build_model_shape, give_weights
+from trainer.model.build import build_from_recipe, build_model, build_model_shape, give_weights, load_model
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import load_exported, recipe_of, write_model
 from trainer.model.generate import generate_texts
@@ -21,6 +21,7 @@ __all__ = [
     "give_weights",
     "initialize_weights",
     "load_exported",
+    "load_model",
     "model_cost",
     "peak_flops",
     "read_weights",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from trainer.config.model_facts import config_from, model_config
+from trainer.config.model_facts import config_at, config_from, model_config
 from trainer.config.schema import ModelSection
 from trainer.distributed import agree
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weights, read_weights
-from trainer.parallel import drops, read_plan, refuse_sequence_parallel
+from trainer.parallel import choose_experts_implementation, drops, read_plan, refuse_sequence_parallel
+from trainer.store import is_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +84,30 @@ def build_from_recipe(recipe: Mapping[str, Any]) -> PreTrainedModel:
     model = _on_meta(section, config, {"dtype": torch.float32})
     if recipe["generation"]:
         model.generation_config = GenerationConfig.from_dict(dict(recipe["generation"]))
+    return model
+
+
+def load_model(path: str, key: str = "model.path") -> PreTrainedModel:
+    """The model at `path` with its weights, on the CPU, ready to generate: of a checkpoint, a Hugging Face folder, or a
+    name on the hub. It has the dtype of the folder, and fp32 of a checkpoint.
+
+    Args:
+        key: what named the path, for messages.
+
+    Raises:
+        ConfigError: as for a `model.path` of the configuration.
+    """
+    try:
+        config = config_at(path, weights_are_read=True)
+        config.use_cache = True
+        dtype = torch.float32 if is_checkpoint(Path(path).expanduser()) else config.dtype or torch.float32
+        model = _on_meta(ModelSection(path=path), config, {"dtype": dtype})
+        read_weights(model, path)
+    except ConfigError as error:
+        named = (replace(problem, path=problem.path.replace("model.path", key)) for problem in error.problems)
+        raise ConfigError(named) from None
+    choose_experts_implementation(model, model.dtype)
+    model.eval()
     return model
 
 
