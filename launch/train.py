@@ -1,7 +1,7 @@
 """Trains a model from one JSON file.
 
     deepspeed launch/train.py --config X.json [--set a.b=c]... [--resume auto|never|DIR] [--allow_change KEY]...
-                              [--dry_run [--world N]] [--print_config]
+                              [--verify_data] [--dry_run [--world N]] [--print_config]
 
 The same command again goes on where the run was, on any number of processes.
 
@@ -43,14 +43,14 @@ def main() -> None:
         world = options.world if looks_only and launch.world == 1 else launch.world
         loaded = load_config(options.config, options.set, world=world, device=None if looks_only else local_device())
         if not looks_only:
-            train(loaded, launch)
+            train(loaded, launch, verify_data=options.verify_data)
         elif launch.rank == 0:
             if loaded.kept.message:
                 print(f"[tessera] {loaded.kept.message}", file=sys.stderr)
             print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
 
 
-def train(loaded: LoadedConfig, launch: Launch) -> None:
+def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) -> None:
     """The whole story, one call a room, in the order in which data passes."""
     # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
     from trainer.causality import verify_causality
@@ -74,7 +74,7 @@ def train(loaded: LoadedConfig, launch: Launch) -> None:
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
-    prepared = prepare_data(loaded, builder=launch.local_rank == 0)
+    prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
     loaded = count_steps(loaded, prepared)
     configure_logging(launch.rank, directory.path / "logs")
     if loaded.kept.message:
@@ -138,6 +138,10 @@ def parse_arguments() -> argparse.Namespace:
         help="go on with another value of this key, such as data.train, than the run had; may be given several times",
     )  # fmt: skip
     parser.add_argument(
+        "--verify_data", action="store_true",
+        help="verify every block of the token cache, instead of a sample, and build again what is damaged",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true",
         help="check everything, say what would run (ranks, parameters, batch, memory), and start nothing",
     )  # fmt: skip
@@ -156,6 +160,8 @@ def parse_arguments() -> argparse.Namespace:
         options.set.append(f"checkpoint.allow_changed={json.dumps(options.allow_change)}")
     if options.world is not None and (options.world < 1 or not (options.dry_run or options.print_config)):
         parser.error("--world N goes with --dry_run or --print_config, and N is at least 1")
+    if options.verify_data and (options.dry_run or options.print_config):
+        parser.error("--verify_data goes with training, not with --dry_run or --print_config")
     return options
 
 

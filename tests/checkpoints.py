@@ -71,7 +71,7 @@ def _go_on(
 ) -> Losses:  # fmt: skip
     loaded = _loaded(config, launch.world)
     directory = RunDirectory.examine(loaded)
-    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, world.topology)
     model = build_model(loaded, prepared.tokenizer)
     if frozen:

@@ -58,7 +58,7 @@ def _train(
     config: dict[str, Any], steps: int, launch: Launch, topology: Topology, world: World, sabotage: str
 ) -> Outcome:
     loaded = _loaded(config, launch.world)
-    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, topology)
     division = divide_layers(build_model_shape(loaded), loaded)
     engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
@@ -121,7 +121,7 @@ def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
 def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     config = {key: value for key, value in config.items() if key != "parallel"}
     loaded = _loaded(config, 1)
-    prepared = prepare_data(loaded, builder=True)
+    prepared = prepare_data(loaded)
     whole_batch = {**config["deepspeed"], "train_micro_batch_size_per_gpu": loaded.batch.train}
     whole_batch.pop("gradient_accumulation_steps", None)
     loaded = _loaded({**config, "deepspeed": whole_batch}, 1)
@@ -247,7 +247,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
     loaded = _loaded(config, launch.world)
-    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     cost = model_cost(model)
     engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))

@@ -84,7 +84,7 @@ def examine(jobs: list[Job]) -> list[Any]:
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, Any, Any]:
     loaded = _loaded(config, launch.world)
-    prepared = prepare_data(loaded, builder=launch.rank == 0)
+    prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
     return loaded, engine, open_batches(loaded, prepared, world.topology).train

@@ -27,7 +27,6 @@ from trainer.data import DocumentFrame, document_frame, frame_of, open_batches, 
 from trainer.data.batches import IGNORED, BatchShape, EvaluationBatches, TrainBatches, evaluated_samples, pad
 from trainer.data.indexed import IndexedTokens, IndexedWriter
 from trainer.data.order import SampleOrder, permute
-from trainer.data.prepare import Cache
 from trainer.data.samples import CheckedSamples, ConcatenatedSamples, DocumentSamples
 from trainer.data.sources import Source, stdlib_files
 from trainer.data.tokenizer import tokenizer_hash
@@ -245,7 +244,7 @@ def test_the_standard_library_is_split_by_file() -> None:
 
 
 def prepared(tiny: dict[str, Any], **values: Any) -> Any:
-    return prepare_data(check(with_values(tiny, **values), world=1, device="cpu"), builder=True)
+    return prepare_data(check(with_values(tiny, **values), world=1, device="cpu"))
 
 
 def test_the_same_text_has_the_same_name_whatever_the_file_is_called(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -264,42 +263,6 @@ def test_the_same_text_has_the_same_name_whatever_the_file_is_called(tiny: dict[
     assert other.train[0].bin_path != first.train[0].bin_path
     without_end = prepared(tiny, data__cache_dir=cache, data__validation=[], data__special_tokens="none")
     assert without_end.train[0].tokens == first.train[0].tokens - len(first.train[0])
-
-
-def test_one_process_builds_while_others_wait(tmp_path: Path) -> None:
-    built = []
-
-    def build(folder: Path) -> None:
-        built.append(folder)
-        time.sleep(1)
-        (folder / "result").write_text("done")
-
-    found = []
-
-    def wait() -> None:
-        found.append(Cache(tmp_path, builder=False).entry("key", lambda: "content", "thing", build))
-
-    waiters = [threading.Thread(target=wait) for _ in range(3)]
-    for waiter in waiters:
-        waiter.start()
-    folder = Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", build)
-    for waiter in waiters:
-        waiter.join(10)
-    assert found == [folder] * 3
-    assert len(built) == 1
-    assert (folder / "result").read_text() == "done"
-
-
-def test_a_build_that_fails_leaves_nothing_half_done(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("x")
-        raise DataError("broken")
-
-    with pytest.raises(DataError):
-        Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", fail)
-    assert [p for p in tmp_path.iterdir() if p.is_dir() and "thing" in p.name] == []
-    folder = Cache(tmp_path, builder=True).entry("key", lambda: "content", "thing", lambda f: None)
-    assert (folder / "complete.json").exists()
 
 
 # --- special tokens around documents ---------------------------------------------------------------------------------

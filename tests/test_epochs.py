@@ -52,7 +52,7 @@ def test_every_sample_of_the_epochs_is_read(epochs: dict[str, Any]) -> None:
     found = set()
     for world in (1, 2, 4):
         loaded = loaded_from(config, world)
-        prepared = prepare_data(loaded, builder=True)
+        prepared = prepare_data(loaded)
         loaded = count_steps(loaded, prepared)
         train = open_batches(loaded, prepared, Topology.of(world, 0)).train
         found.add(loaded.steps)

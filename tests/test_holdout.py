@@ -47,7 +47,7 @@ def divided(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepared(config: dict[str, Any]) -> PreparedData:
-    return prepare_data(check(config, world=1, device="cpu"), builder=True)
+    return prepare_data(check(config, world=1, device="cpu"))
 
 
 def decoded(data: PreparedData, files: list[IndexedTokens]) -> Counter[str]:
@@ -149,7 +149,7 @@ def test_epochs_count_what_is_left(divided: dict[str, Any]) -> None:
     """The steps of an epoch are those of the documents that are trained on, and every batch is one of them."""
     config = with_values(divided, training={"epochs": 1}, data__packing="none")
     loaded = check(config, world=1, device="cpu")
-    data = prepare_data(loaded, builder=True)
+    data = prepare_data(loaded)
     loaded = count_steps(loaded, data)
     assert loaded.steps == -(-len(data.train[0]) // 8)
     train = open_batches(loaded, data, Topology.of(1, 0)).train

@@ -454,7 +454,7 @@ def most_in_flight(config: dict[str, Any]) -> int:
     place = Topology.of(launch.world, launch.rank, pipeline=config["parallel"]["pipeline"])
     with joined_world(launch, place, seed=1) as world:
         loaded = check(config, world=launch.world, device="cpu")
-        prepared = prepare_data(loaded, builder=launch.rank == 0)
+        prepared = prepare_data(loaded, launch, world.store)
         division = divide_layers(build_model_shape(loaded), loaded)
         engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
         now = most = 0

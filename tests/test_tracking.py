@@ -112,7 +112,7 @@ def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
     from trainer.topology import Topology
 
     loaded = check(tiny, world=1, device="cpu")
-    batches = open_batches(loaded, prepare_data(loaded, builder=True), Topology.of(1, 0)).validation
+    batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0)).validation
     assert batches is not None
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     total = tokens = 0.0

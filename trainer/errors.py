@@ -47,6 +47,10 @@ class PlanError(ConfigError):
     """The tensor plan and the model do not fit together: names the weight and the reason."""
 
 
+class RanksDifferError(ConfigError):
+    """Ranks were started with different configurations, data or code: names the rank and what differs."""
+
+
 class DataError(TesseraError):
     """Something inside a data file or a token index is wrong: names the file and the place in it."""
 

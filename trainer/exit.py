@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from trainer.distributed import Launch
-from trainer.errors import ConfigError, Problem, TesseraError
+from trainer.errors import ConfigError, Problem, RanksDifferError, TesseraError
 
 _CONFIG_PATIENCE_SECONDS = 120.0
 _OTHER_PATIENCE_SECONDS = 10.0
@@ -39,7 +39,7 @@ def exit_on_errors(launch: Launch) -> Iterator[None]:
         _leave(0)
     except TesseraError as error:
         if launch.rank != 0:
-            everywhere = isinstance(error, ConfigError)
+            everywhere = isinstance(error, ConfigError) and not isinstance(error, RanksDifferError)
             time.sleep(_CONFIG_PATIENCE_SECONDS if everywhere else _OTHER_PATIENCE_SECONDS)
         _say(error, launch)
         _leave(error.exit_status)

@@ -17,7 +17,7 @@ from trainer.config.load import LoadedConfig, check
 from trainer.config.model_facts import scrub
 from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter
-from trainer.distributed import World
+from trainer.distributed import Launch, World
 from trainer.engine import Engine, start_engine
 from trainer.model import ModelCost, build_model, build_model_shape, model_cost, recipe_of
 from trainer.pipeline import Division, divide_layers
@@ -105,7 +105,7 @@ class Assembled:
 def assemble(loaded: LoadedConfig, world: World) -> Assembled:
     """Put a run together from its first step on, as `launch/train.py` does."""
     topology = world.topology
-    batches = open_batches(loaded, prepare_data(loaded, builder=topology.rank == 0), topology)
+    batches = open_batches(loaded, prepare_data(loaded, Launch.from_environment(), world.store), topology)
     started = start(loaded, world)
     directory = RunDirectory.examine(loaded)
     checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(started.model))

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         write_tokens(Path(name))
         loaded = configuration(Path(name), 5, batch=32)
-        batches = open_batches(loaded, prepare_data(loaded, builder=True), Topology.of(1, 0)).train
+        batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0)).train
         waited = _waiting(batches, options.steps)
         starts = {start: _cost(batches, start) for start in _STARTS}
     share = waited / (options.steps * 0.020)

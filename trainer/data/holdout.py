@@ -24,7 +24,7 @@ from trainer.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from trainer.config.schema import DataSection
-    from trainer.data.prepare import Cache
+    from trainer.data.cache import Cache
 
 HASHES = "document_hashes.npy"
 """Beside the token files of a text source: xxh3-64 of the UTF-8 text of each document, in their order."""

@@ -8,6 +8,7 @@ Here every document is one sequence, so D = S + 1.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.errors import DataError
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _HEADER = struct.Struct("<QBQQ")
+_LONGEST = 2**31 - 1
 _SAMPLED = 1 << 16
 """Numbers read at each of the places of a fingerprint."""
 
@@ -44,9 +46,15 @@ class IndexedWriter:
         """Ids written of the document that has not ended yet."""
 
     def extend(self, ids: Sequence[int]) -> None:
-        """Appends ids to the open document."""
-        self._bin.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        """Append ids to the open document.
+
+        Raises:
+            DataError: more ids than the index can express.
+        """
         self.open_length += len(ids)
+        if self.open_length > _LONGEST:
+            raise DataError(f"{self._prefix}.bin: more than {_LONGEST:,} tokens in one document. Divide it")
+        self._bin.write(np.asarray(ids, dtype=self._dtype).tobytes())
 
     def end(self) -> None:
         """Ends the open document; the next ids begin another one."""
@@ -75,7 +83,11 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # a full disk fails again
+            self._bin.close()
 
 
 class IndexedTokens:
@@ -94,7 +106,10 @@ class IndexedTokens:
         self._ids = np.memmap(self.bin_path, dtype=self._dtype, mode="r") if size else np.empty(0, self._dtype)
 
     def _read_index(self) -> None:
-        raw = self.idx_path.read_bytes()
+        try:
+            raw = self.idx_path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.idx_path}: cannot be read: {error.strerror}") from None
         if raw[:9] != _MAGIC:
             raise DataError(f"{self.idx_path}: not a Megatron index (it begins with {raw[:9]!r})")
         if len(raw) < 9 + _HEADER.size:
@@ -109,17 +124,41 @@ class IndexedTokens:
         at = 9 + _HEADER.size
         self.lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, at)
         self._offsets: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
+        self._check_borders(np.frombuffer(raw, "<i8", borders, at + 12 * sequences))
+
+    def _check_borders(self, borders: npt.NDArray[np.int64]) -> None:
+        """Documents begin and end at sequences, in order, from the first to the last."""
+        sequences = len(self.lengths)
+        if len(borders) < 1 or borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any():
+            raise DataError(
+                f"{self.idx_path}: its {len(borders):,} document borders do not lead from 0 to {sequences:,} "
+                "sequences: damaged"
+            )
 
     def _check_bin(self) -> None:
-        size = self.bin_path.stat().st_size
-        ends = self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize
-        if len(ends) and (int(ends.max()) > size or int(self._offsets.min()) < 0 or int(self.lengths.min()) < 0):
-            raise DataError(
-                f"{self.bin_path}: {size} bytes, but {self.idx_path.name} points to byte {int(ends.max())}: "
-                "truncated, or not the files of one pair"
-            )
+        try:
+            size = self.bin_path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{self.bin_path}: cannot be read: {error.strerror}") from None
         if size % self._dtype.itemsize:
             raise DataError(f"{self.bin_path}: {size} bytes is not a whole number of {self._dtype} ids")
+        if not len(self.lengths):
+            return
+        if int(self.lengths.min()) < 0 or int(self._offsets.min()) < 0 or (self._offsets % self._dtype.itemsize).any():
+            raise DataError(f"{self.idx_path}: negative lengths, or offsets between two ids: damaged")
+        within = self._offsets <= size  # so that their sum with a length cannot overflow
+        last = int((self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize)[within].max(initial=0))
+        if not within.all() or last > size:
+            largest = max(last, int(self._offsets.max()))
+            raise DataError(
+                f"{self.bin_path}: {size} bytes, but {self.idx_path.name} points to byte {largest}: "
+                "truncated, or not the files of one pair"
+            )
+        if last < size:
+            raise DataError(
+                f"{self.bin_path}: {size} bytes, of which {self.idx_path.name} describes only {last}: not the files of "
+                "one pair"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)

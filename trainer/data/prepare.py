@@ -1,29 +1,20 @@
-"""Tokenises once, into a cache named by content: by one process per host, while the others wait for a file.
-
-Runs before the world is joined, so nothing here can run into the timeout of a collective.
-"""
+"""Tokenizes once, into a cache named by content: by one process per host, while the others wait for it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from trainer.config.schema import DEFAULT_CACHE
+from trainer.data.cache import Cache
 from trainer.data.frame import DocumentFrame, frame_of
 from trainer.data.holdout import HASHES, TextHasher, hold_out, without_held_out
 from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
+from trainer.data.progress import Progress
 from trainer.data.sources import Piece, Source
 from trainer.data.tokenizer import (
     END_OF_TEXT,
@@ -33,6 +24,7 @@ from trainer.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
+from trainer.distributed import Launch
 from trainer.errors import ConfigError, DataError
 from trainer.store import is_checkpoint, tokenizer_beside
 
@@ -40,12 +32,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.config import LoadedConfig
+    from trainer.distributed.store import Store
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_BATCH_BYTES = 4 << 20
-_GRACE_SECONDS = 600.0
+_BATCH_BYTES = 1 << 20
+"""Text that is tokenized at a time; a tokenizer takes some 150 times as much memory."""
+
+_FINGERPRINT = "fingerprint.txt"
+_SAMPLED_BLOCKS = 64
+"""Blocks of token files that a start verifies, over all sources."""
 
 
 @dataclass(frozen=True)
@@ -70,118 +67,6 @@ class PreparedData:
     def frame_json(self) -> dict[str, Any] | None:
         """The frame for `config.json`."""
         return None if self.frame is None else self.frame.as_json()
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A folder of things that are built once and then only read."""
-
-    root: Path
-    builder: bool
-    """Whether this process builds what is missing on this host; the others wait for it."""
-
-    def entry(self, appearance: Any, content: Callable[[], Any], kind: str, build: Callable[[Path], None]) -> Path:
-        """The folder of what `content()` describes, built by `build(folder)` if it is not there yet.
-
-        Args:
-            appearance: JSON by which to find, without reading the sources, the content hash found earlier.
-            content: JSON that says all that the result depends on.
-            kind: begins the folder's name.
-        """
-        alias = self.root / "aliases" / f"{_digest(appearance)}.json"
-        if found := self._follow(alias):
-            return found
-        if not self.builder:
-            return self._wait(alias)
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(self._lock(alias))):
-            if found := self._follow(alias):
-                return found
-            name = f"{kind}-{_digest(content())[:32]}"
-            self._build(self.root / name, build)
-            alias.parent.mkdir(exist_ok=True)
-            _write_atomically(alias, json.dumps({"name": name}))
-        return self.root / name
-
-    def _lock(self, alias: Path) -> Path:
-        return self.root / f".{alias.stem[:32]}.lock"
-
-    def _follow(self, alias: Path) -> Path | None:
-        try:
-            folder = self.root / json.loads(alias.read_text())["name"]
-        except (OSError, ValueError, KeyError):
-            return None
-        return folder if (folder / "complete.json").is_file() else None
-
-    def _build(self, folder: Path, build: Callable[[Path], None]) -> None:
-        if (folder / "complete.json").is_file():
-            return
-        partial = self.root / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-        partial.mkdir()
-        try:
-            build(partial)
-            (partial / "complete.json").write_text(json.dumps({"format": _FORMAT}))
-            if not (folder / "complete.json").is_file():  # another run may have built the same meanwhile
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _wait(self, alias: Path) -> Path:
-        """Waits until the builder has finished; gives up when there has been no builder for a long time."""
-        orphaned = time.monotonic()
-        while not (found := self._follow(alias)):
-            time.sleep(0.2)
-            if self._is_locked(self._lock(alias)):
-                orphaned = time.monotonic()
-            elif time.monotonic() - orphaned > _GRACE_SECONDS:
-                raise DataError(f"{self.root}: the process that prepares the data on this host is gone")
-        return found
-
-    @staticmethod
-    def _is_locked(path: Path) -> bool:
-        if not path.exists():
-            return False
-        lock = FileLock(str(path))
-        try:
-            lock.acquire(blocking=False)
-        except TimeoutError:
-            return True
-        lock.release()
-        return False
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-class _Progress:
-    """Says how far long work has come: every few seconds a line with rate and time left."""
-
-    def __init__(self, what: str, total: int | None) -> None:
-        self._what, self._total = what, total
-        self._start = self._last = time.monotonic()
-        self._done = 0
-
-    def add(self, size: int) -> None:
-        self._done += size
-        now = time.monotonic()
-        if now - self._last < 5:
-            return
-        self._last = now
-        rate = self._done / (now - self._start)
-        if self._total:
-            left = max(0, self._total - self._done) / max(rate, 1)
-            log.info("%s: %d %% of %.1f MB, %.1f MB/s, %d s left", self._what, 100 * self._done // self._total,
-                     self._total / 1e6, rate / 1e6, left)  # fmt: skip
-        else:
-            log.info("%s: %.1f MB, %.1f MB/s", self._what, self._done / 1e6, rate / 1e6)
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -209,7 +94,7 @@ def tokenise(
     Raises:
         DataError: for anything wrong inside the files, or if there is no document in them.
     """
-    progress = _Progress(f"tokenising {source.path} ({source.split})", source.total_bytes)
+    progress = Progress(f"tokenising {source.path} ({source.split})", source.total_bytes)
     empty = 0
     with IndexedWriter(out / "tokens", id_type(vocabulary)) as writer:
         documents = 0
@@ -231,6 +116,7 @@ def tokenise(
                     documents += 1
     if documents == 0:
         raise DataError(f"{source.path}: no text in it ({empty} empty documents)")
+    (out / _FINGERPRINT).write_text(_indexed(out / "tokens").fingerprint())
     if empty:
         log.warning("%s: %d empty documents left out of %d", source.path, empty, empty + documents)
 
@@ -293,6 +179,7 @@ def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> Pr
         lambda: [settings, [s.content_hash() for s in texts]],
         "tokenizer",
         build,
+        adopts=True,
     )
     return load_tokenizer(str(folder), "data.tokenizer")
 
@@ -304,6 +191,13 @@ def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | Non
     except ConfigError as error:
         log.info("the trained model will be written without a tokenizer: %s", error.problems[0].reason)
         return None
+
+
+def _check_tokens(folder: Path) -> None:
+    """Check the token files of a cache entry: their index, and the fingerprint that a run compares on resuming."""
+    found = _indexed(folder / "tokens").fingerprint()
+    if found != (expected := (folder / _FINGERPRINT).read_text()):
+        raise DataError(f"{folder}: its fingerprint is {found} instead of {expected}")
 
 
 def _indexed(path: Path) -> IndexedTokens:
@@ -340,22 +234,33 @@ def _tokens_of(
         lambda: [settings, source.content_hash()],
         "tokens",
         build,
+        check=_check_tokens,
     )
     return [_indexed(folder / "tokens")]
 
 
-def prepare_data(loaded: LoadedConfig, *, builder: bool) -> PreparedData:
-    """Makes sure that every source is there as token files on this host, and opens them.
+def prepare_data(
+    loaded: LoadedConfig, launch: Launch | None = None, store: Store | None = None, *, verify_data: bool = False
+) -> PreparedData:
+    """Build and verify the token files of every source on this host, and open them. All ranks must call it.
 
-    A source is either text or token files, never both (`problems_of_path` refuses the mixture).
+    A source is either text or token files, never both (`problems_of_path` refuses the mixture). Users' own token files
+    have no hashes; their index is checked.
+
+    Args:
+        launch: local rank 0 builds and verifies. Default: a single process.
+        store: through which the other ranks of the host wait for it.
+        verify_data: verify every block of the cache instead of a sample.
 
     Raises:
-        ConfigError: no usable tokenizer, a hub dataset that cannot be had.
+        ConfigError: no usable tokenizer, a hub dataset that is not available, a cache that cannot be written to.
         DataError: something wrong inside a file.
     """
     data = loaded.config.data
     root = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
-    cache = Cache(root, builder)
+    blocks = max(4, _SAMPLED_BLOCKS // (len(data.train) + len(data.validation)))
+    cache = Cache(root, launch or Launch(), store, None if verify_data else blocks)
+    cache.sweep()
     sources = {
         "train": [Source(s.path, "train", data.text_field) for s in data.train],
         "validation": [Source(s.path, "validation", data.text_field) for s in data.validation if s.path is not None],

@@ -1,0 +1,279 @@
+"""A directory of token files and tokenizers that are built once and verified whenever they are opened.
+
+One process on each host builds and verifies, before the process group exists; the other ranks of the host wait for
+its word in the key-value store. Nothing here can run into the timeout of a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from trainer.data.integrity import COMPLETE, damage_of, read_record, record_times, seal
+from trainer.distributed import Launch
+from trainer.distributed.store import JOIN_PATIENCE, Store
+from trainer.errors import ConfigError, DataError, Problem, RanksDifferError
+from trainer.files import replace_text, sync_directory
+from trainer.units import format_duration
+
+log = logging.getLogger(__name__)
+
+_PARTIAL = re.compile(r"\.(?P<entry>.+?)\.(?P<locked>locked-)?[0-9a-f]{8}\.partial")
+_UNLOCKED_AGE_SECONDS = 24 * 3600.0
+"""Earlier versions held no lock by which to tell whether an unfinished directory is still written."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_SECONDS_BETWEEN_LINES = 30.0
+_POLL_SECONDS = 0.2
+
+Check = Callable[[Path], None]
+
+
+@dataclass
+class Cache:
+    """A directory of entries, each built once and then only read."""
+
+    root: Path
+    launch: Launch = field(default_factory=Launch)
+    """Local rank 0 builds and verifies the entries of its host."""
+
+    store: Store | None = None
+    """Shared by all ranks; None for a single process."""
+
+    blocks: int | None = 64
+    """Blocks of each file to verify when an entry is opened; None for all."""
+
+    def __post_init__(self) -> None:
+        builder = self.launch.rank - self.launch.local_rank
+        # All ranks count their openings alike, so that a second one in a process waits for its own word.
+        count = 0 if self.store is None else self.store.add(f"data/openings/{self.launch.rank}", 1)
+        self._key = f"data/{builder}/{count}"
+        self._entries = 0
+
+    @property
+    def is_builder(self) -> bool:
+        """Whether this process builds and verifies; the other ranks of the host wait for it."""
+        return self.launch.local_rank == 0
+
+    def entry(
+        self,
+        appearance: Any,
+        content: Callable[[], Any],
+        prefix: str,
+        build: Callable[[Path], None],
+        *,
+        check: Check | None = None,
+        adopts: bool = False,
+    ) -> Path:
+        """The directory of what `content()` describes, verified, and built by `build(directory)` if it is not there.
+
+        All ranks of a host must call it with the same arguments, in the same order.
+
+        Args:
+            appearance: JSON by which to find, without reading the sources, the content hash found earlier.
+            content: JSON that describes everything that the result depends on.
+            prefix: of the directory's name.
+            check: raises DataError if the files of an entry do not fit together.
+            adopts: give an entry of an earlier version hashes of its present content instead of building it again.
+
+        Raises:
+            ConfigError: the cache cannot be written to; ranks of a host see different data.
+        """
+        digest = _digest(appearance)
+        key = f"{self._key}/{self._entries}"
+        self._entries += 1
+        if not self.is_builder:
+            return self.root / self._awaited(key, digest)
+        if self.store is not None:
+            self.store.set(f"{key}/appearance", digest)
+        with self._refusing_full_disk():
+            folder = _Entry(self, digest, check, adopts).open(content, prefix, build)
+        if self.store is not None:
+            self.store.set(f"{key}/entry", folder.name)
+        return folder
+
+    def sweep(self) -> None:
+        """Delete what killed builders have left, but nothing that a living process is writing."""
+        for partial in self.root.glob(".*.partial") if self.is_builder else ():
+            found = _PARTIAL.fullmatch(partial.name)
+            if found is None:
+                continue
+            if not found["locked"]:
+                if time.time() - _newest_change(partial) > _UNLOCKED_AGE_SECONDS:
+                    shutil.rmtree(partial, ignore_errors=True)
+                continue
+            with contextlib.suppress(TimeoutError, OSError), FileLock(self.lock(found["entry"]), timeout=0):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def lock(self, name: str) -> str:
+        """The lock file of a name."""
+        return str(self.root / f".{name}.lock")
+
+    @contextlib.contextmanager
+    def _refusing_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not _is_of_disk(error, self.root):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                Problem("data.cache_dir", f"'{self.root}' cannot be written to: {reason}",
+                        "Free space on its disk, or set data.cache_dir to another one")
+            ) from None  # fmt: skip
+
+    def _awaited(self, key: str, digest: str) -> str:
+        builder = self.launch.rank - self.launch.local_rank
+        if self._value(f"{key}/appearance", builder) != digest:
+            raise RanksDifferError(
+                Problem("data", f"rank {self.launch.rank} sees other files than rank {builder}, which prepares the "
+                        "data of this host (names, sizes, modification times, or data and model keys differ)",
+                        "Start all ranks with the same configuration and working directory")
+            )  # fmt: skip
+        return self._value(f"{key}/entry", builder)
+
+    def _value(self, key: str, builder: int) -> str:
+        """The value of a key, once the builder has set it."""
+        if self.store is None:
+            raise ValueError("only the builder can open a cache without a store")
+        start = reported = time.monotonic()
+        while not self.store.check([key]):
+            time.sleep(_POLL_SECONDS)
+            now = time.monotonic()
+            if now - start > JOIN_PATIENCE.total_seconds():
+                raise DataError(f"{self.root}: rank {builder} has not prepared the data in {JOIN_PATIENCE}")
+            if now - reported > _SECONDS_BETWEEN_LINES:
+                reported = now
+                log.info(
+                    "waiting %s for rank %d to prepare the data of this host", format_duration(now - start), builder
+                )
+        return str(self.store.get(key).decode())
+
+
+class _Entry:
+    """One entry as its builder opens it."""
+
+    def __init__(self, cache: Cache, digest: str, check: Check | None, adopts: bool) -> None:
+        self._cache, self._check, self._adopts = cache, check, adopts
+        self._alias = cache.root / "aliases" / f"{digest}.json"
+        self._blocks = cache.blocks
+        self._damage = ""
+
+    def open(self, content: Callable[[], Any], prefix: str, build: Callable[[Path], None]) -> Path:
+        """See `Cache.entry`."""
+        if (folder := self._followed()) is not None and self._is_sound(folder):
+            return folder
+        root = self._cache.root
+        self._alias.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self._cache.lock(self._alias.stem[:32])):
+            if (found := self._followed()) is not None and found != folder and self._is_sound(found):
+                return found  # another run has built it in the meantime
+            name = f"{prefix}-{_digest(content())[:32]}"
+            with _locked(self._cache.lock(name)):
+                if not self._is_sound(root / name, locked=True):
+                    if self._damage:
+                        log.warning("%s is built again: %s", root / name, self._damage)
+                    self._build(root / name, build)
+            replace_text(self._alias, json.dumps({"name": name}))
+        return root / name
+
+    def _followed(self) -> Path | None:
+        try:
+            name = json.loads(self._alias.read_text())["name"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+        return self._cache.root / name if isinstance(name, str) and "/" not in name else None
+
+    def _is_sound(self, folder: Path, *, locked: bool = False) -> bool:
+        if not (folder / COMPLETE).is_file():
+            return False
+        try:
+            damage = self._verified(folder, locked)
+            if damage is None and self._check is not None:
+                self._check(folder)
+        except (DataError, ValueError) as error:
+            damage = str(error)
+        if damage is not None:
+            self._damage, self._blocks = damage, None  # a second look must find it again
+            return False
+        with contextlib.suppress(TimeoutError, OSError), FileLock(self._cache.lock(folder.name), timeout=0):
+            record_times(folder)
+        return True
+
+    def _verified(self, folder: Path, locked: bool) -> str | None:
+        if read_record(folder) is None:
+            if not (self._adopts and locked and self._cache.blocks is not None):
+                return "an earlier version wrote it, without hashes"
+            seal(folder)
+        return damage_of(folder, blocks=self._blocks)
+
+    def _build(self, folder: Path, build: Callable[[Path], None]) -> None:
+        partial = self._beside(folder)
+        partial.mkdir()
+        try:
+            build(partial)
+            seal(partial)
+            if folder.exists():
+                os.replace(folder, old := self._beside(folder))
+                os.replace(partial, folder)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(partial, folder)
+            sync_directory(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @staticmethod
+    def _beside(folder: Path) -> Path:
+        return folder.with_name(f".{folder.name}.locked-{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold a lock; log while another process holds it."""
+    lock, start = FileLock(path), time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=_SECONDS_BETWEEN_LINES)
+            break
+        except TimeoutError:
+            waited = format_duration(time.monotonic() - start)
+            log.info("waiting %s for another process that prepares the same data (it holds %s)", waited, path)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_of_disk(error: Exception, root: Path) -> bool:
+    """Whether an error comes from writing the cache. Rust's tokenizers raise a plain Exception with the number."""
+    if isinstance(error, OSError):
+        below = error.filename is not None and str(error.filename).startswith(str(root))
+        return below or error.errno in _FULL
+    return any(f"(os error {number})" in str(error) for number in _FULL)
+
+
+def _newest_change(folder: Path) -> float:
+    times = []
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times, default=time.time())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

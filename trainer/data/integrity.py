@@ -1,0 +1,180 @@
+"""Hashes per block of the files of a cache entry, and what is verified against them.
+
+`complete.json` of an entry: `{"format": 2, "block_bytes": N, "files": {NAME: {"size", "mtime_ns", "hashes": [...]}}}`
+with one xxh3-128 hash a block. Format 1, of earlier versions, has no hashes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from trainer.data.progress import Progress
+from trainer.files import replace_text, sync_directory, sync_file
+
+COMPLETE = "complete.json"
+BLOCK_BYTES = 4 << 20
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of an entry was when it was written."""
+
+    size: int
+    mtime_ns: int
+    hashes: tuple[str, ...]
+    """Of each block of `block_bytes`."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of `complete.json`."""
+
+    block_bytes: int
+    files: dict[str, FileRecord]
+    """By name relative to the entry."""
+
+    def write(self, folder: Path) -> None:
+        """Replace `complete.json` of `folder`, durably."""
+        whole = {"format": _FORMAT, **asdict(self)}
+        replace_text(folder / COMPLETE, json.dumps(whole, separators=(",", ":")))
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of an entry; None where it has no hashes, because an earlier version wrote it.
+
+    Raises:
+        ValueError: `complete.json` is damaged. OSError: it cannot be read.
+    """
+    try:
+        raw: Any = json.loads((folder / COMPLETE).read_bytes())
+        if raw["format"] == 1:
+            return None
+        files = {
+            str(name): FileRecord(int(file["size"]), int(file["mtime_ns"]), tuple(map(str, file["hashes"])))
+            for name, file in raw["files"].items()
+        }
+        record = Record(int(raw["block_bytes"]), files)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{COMPLETE} is damaged ({type(error).__name__})") from None
+    if raw["format"] != _FORMAT or record.block_bytes < 1 or any(_is_inconsistent(f, record) for f in files.values()):
+        raise ValueError(f"{COMPLETE} is damaged (its values do not fit together)")
+    return record
+
+
+def _is_inconsistent(file: FileRecord, record: Record) -> bool:
+    return len(file.hashes) != -(-file.size // record.block_bytes)
+
+
+def seal(folder: Path) -> None:
+    """Sync the files of an entry to the disk, read every block back from there, and write `complete.json`.
+
+    Raises:
+        OSError: the disk is full, fails, or does not return what was written.
+    """
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE)
+    files = {}
+    for name in names:
+        stat = (folder / name).stat()
+        files[name] = FileRecord(stat.st_size, stat.st_mtime_ns, tuple(_hashes(folder / name)))
+    record = Record(BLOCK_BYTES, files)
+    for name in names:
+        sync_file(folder / name)
+        _drop_cached_pages(folder / name)
+    for directory in sorted(p for p in folder.rglob("*") if p.is_dir()):
+        sync_directory(directory)
+    if (damage := _damage(folder, record, None)) is not None:
+        raise OSError(errno.EIO, f"the disk does not return what was written: {damage}", str(folder))
+    record.write(folder)
+
+
+def damage_of(folder: Path, *, blocks: int | None) -> str | None:
+    """What is wrong with an entry that has hashes; None if nothing was found.
+
+    Every file is there with its size. A file whose modification time has changed is verified in full; of the others
+    the first, the last, and random other blocks, others in each call.
+
+    Args:
+        blocks: of each file; None for all.
+
+    Raises:
+        ValueError: see `read_record`.
+    """
+    try:
+        record = read_record(folder)
+    except OSError as error:
+        return f"{COMPLETE} cannot be read: {error.strerror}"
+    assert record is not None
+    return _damage(folder, record, blocks)
+
+
+def _damage(folder: Path, record: Record, blocks: int | None) -> str | None:
+    whole = sum(file.size for file in record.files.values())
+    progress = Progress(f"verifying {folder.name}", whole if blocks is None else None)
+    for name, file in record.files.items():
+        try:
+            stat = (folder / name).stat()
+            if stat.st_size != file.size:
+                return f"{name} has {stat.st_size:,} bytes instead of {file.size:,}"
+            chosen = _chosen(len(file.hashes), blocks if stat.st_mtime_ns == file.mtime_ns else None)
+            for block, found in _hashes_of(folder / name, record.block_bytes, chosen):
+                if found != file.hashes[block]:
+                    return f"{name}: wrong hash of block {block} (from byte {block * record.block_bytes:,} on)"
+                progress.add(record.block_bytes)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _chosen(count: int, blocks: int | None) -> Iterable[int]:
+    if blocks is None or count <= blocks:
+        return range(count)
+    return sorted({0, count - 1, *random.SystemRandom().sample(range(1, count - 1), max(0, blocks - 2))})
+
+
+def _hashes(path: Path) -> Iterator[str]:
+    count = -(-path.stat().st_size // BLOCK_BYTES)
+    return (found for _, found in _hashes_of(path, BLOCK_BYTES, range(count)))
+
+
+def _hashes_of(path: Path, block_bytes: int, blocks: Iterable[int]) -> Iterator[tuple[int, str]]:
+    buffer = memoryview(bytearray(block_bytes))
+    with path.open("rb", buffering=0) as file:
+        for block in blocks:
+            file.seek(block * block_bytes)
+            filled = 0
+            while filled < block_bytes and (count := file.readinto(buffer[filled:])):
+                filled += count
+            yield block, xxhash.xxh3_128_hexdigest(buffer[:filled])
+
+
+def _drop_cached_pages(path: Path) -> None:
+    """Make the next reader of a synced file read the disk."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def record_times(folder: Path) -> None:
+    """Record new modification times, such as those of a copy, of files that have been verified in full.
+
+    Only one process at a time may call it for an entry.
+
+    Raises:
+        OSError: `complete.json` is unchanged then, and the next opening verifies those files in full again.
+    """
+    record = read_record(folder)
+    assert record is not None
+    times = {name: (folder / name).stat().st_mtime_ns for name in record.files}
+    if any(record.files[name].mtime_ns != time for name, time in times.items()):
+        files = {name: replace(file, mtime_ns=times[name]) for name, file in record.files.items()}
+        replace(record, files=files).write(folder)
