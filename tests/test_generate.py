@@ -36,6 +36,7 @@ def run(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("generate")
     config = with_values(
         tiny_config(corpus, shared_cache, folder / "run"), evaluation__every_steps=1, checkpoint__every_steps=1,
+        checkpoint__keep_last=4,
         deepspeed__optimizer__params__lr=0.3,
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

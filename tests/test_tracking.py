@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,7 +22,7 @@ from trainer.config.load import check
 from trainer.config.schema import WandbSection
 from trainer.errors import ConfigError
 from trainer.run_directory import RunDirectory
-from trainer.tracking.console import describe
+from trainer.tracking.console import Console, describe
 from trainer.tracking.jsonl import JsonLines
 from trainer.tracking.meter import perplexity
 from trainer.tracking.wandb import Wandb
@@ -54,6 +56,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     """One process: the rows, the run directory, the offline W&B run, the model, and the same command again."""
     values = {"training__max_steps": 5, "evaluation": {"every_steps": 2}, "tracking": {"wandb": {"mode": "offline"}},
               "data__drop_last": True}  # fmt: skip
+    began = time.time()
     ended = start(tiny, tmp_path, **values)
     assert ended.status == 0, ended.err
     run = tmp_path / "run"
@@ -76,8 +79,13 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert about["world"] == {"processes": 1, "data": 1, "pipeline": 1, "tensor": 1}
     assert "training reads" in (run / "logs" / "rank-0.log").read_text()
 
-    text = json.dumps(wandb_records(run))
+    records = wandb_records(run)
+    text = json.dumps(records)
     assert "train/loss" in text
+    stamps = [record["history"]["item"]["_timestamp"] for record in records if "history" in record]
+    assert len(stamps) == len(rows)
+    saved = (run / "checkpoints" / "step-00000005" / "manifest.json").stat().st_mtime
+    assert began < stamps[0] <= stamps[-1] < saved + 1, "wandb keeps them; its process is busy for longer"
     assert "validation/perplexity" in text
     assert "train_micro_batch_size_per_gpu" in text, "the resolved configuration is attached"
 
@@ -203,6 +211,75 @@ def test_console_line() -> None:
     for part in ("step 3/10", "loss 1.5000", "grad norm 0.250", "lr 3.00e-04", "12.3k tokens/s", "MFU 41.0 %",
                  "memory 2.00 GB", "data wait 1.0 %"):  # fmt: skip
         assert part in line
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("terminal", [True, False])
+def test_time_left_is_hours_minutes_seconds_by_the_time_of_a_step(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a run that resumes at step 90,000 of 100,000, after more than a day."""
+    screen = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    console = Console(100_000)
+    row = dict.fromkeys(TRAIN_KEYS, 0.0) | {"split": "train", "step": 90_010, "step_seconds": 9.5, "mfu": None}
+    console.log(row)
+    if console._progress is not None:
+        (task,) = console._progress.tasks
+        task.start_time = console._progress.get_time() - 100_000.4
+        console._progress.refresh()
+    console.close(0)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()) if terminal else caplog.text
+    assert "left 26:21:45" in shown
+    if terminal:
+        assert re.search(r"90010/100000 27:46:40 left 26:21:45", shown), shown
+
+
+class _Slow:
+    """A `wandb` whose init takes a moment; keeps what is logged."""
+
+    Settings = dict
+    rows: ClassVar[list[dict[str, Any]]] = []
+
+    @classmethod
+    def init(cls, **_: Any) -> Any:
+        time.sleep(0.5)
+        return cls
+
+    @classmethod
+    def log(cls, row: dict[str, Any]) -> None:
+        cls.rows.append(row)
+
+    @staticmethod
+    def define_metric(*_: Any, **__: Any) -> None: ...
+
+    @staticmethod
+    def finish(**_: Any) -> None: ...
+
+
+@pytest.mark.fast
+def test_a_row_has_the_time_at_which_it_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that at which the thread got to it."""
+    monkeypatch.setitem(sys.modules, "wandb", _Slow)
+    _Slow.rows.clear()
+    tracker = Wandb(WandbSection(mode="offline"), "n", RunDirectory(tmp_path, 1, None), {})
+    times = []
+    for step in (1, 2):
+        times.append(time.time())
+        tracker.log({"step": step, "split": "train", "loss": 1.0})
+        time.sleep(0.1)
+    tracker.close(0)
+    assert [row["_timestamp"] for row in _Slow.rows] == pytest.approx(times, abs=0.05)
+    assert [row["train/loss"] for row in _Slow.rows] == [1.0, 1.0]
 
 
 class _Hangs:

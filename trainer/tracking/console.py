@@ -6,7 +6,8 @@ import logging
 import sys
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from trainer.tracking.interface import Row
 from trainer.units import format_duration
@@ -42,6 +43,13 @@ def describe(row: Row, steps: int) -> str:
     return "  ".join(parts)
 
 
+class _Elapsed(ProgressColumn):
+    """Time since the start; rich's own column switches to days after one."""
+
+    def render(self, task: Task) -> Text:
+        return Text(format_duration(task.elapsed or 0), style="progress.elapsed")
+
+
 class Console:
     """Shows every logged row."""
 
@@ -49,18 +57,20 @@ class Console:
         self._steps = steps
         self._progress: Progress | None = None
         if sys.stdout.isatty():
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), _Elapsed(),
+                       TextColumn("left {task.fields[left]}", style="progress.remaining"))  # fmt: skip
             self._progress = Progress(*columns, console=RichConsole(file=sys.stdout))
-            self._task = self._progress.add_task("training", total=steps)
+            self._task = self._progress.add_task("training", total=steps, left="-:--:--")
             self._progress.start()
 
     def log(self, row: Row) -> None:
         line = describe(row, self._steps)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"])
-        elif row["split"] == "train":
-            line += f"  left {format_duration(row['step_seconds'] * (self._steps - row['step']))}"
+        if row["split"] == "train":  # by the time of a step: what the bar has seen since a resume says nothing about it
+            left = format_duration(row["step_seconds"] * (self._steps - row["step"]))
+            if self._progress is not None:
+                self._progress.update(self._task, completed=row["step"], left=left)
+            else:
+                line += f"  left {left}"
         log.info(line)
 
     def close(self, exit_status: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from typing import Any
 
 from trainer.config.schema import WandbSection
@@ -23,7 +24,7 @@ class Wandb:
     """Sends rows to Weights & Biases, or to an offline run below the run directory."""
 
     def __init__(self, section: WandbSection, name: str, directory: RunDirectory, config: dict[str, Any]) -> None:
-        self._rows: queue.SimpleQueue[Row | int] = queue.SimpleQueue()
+        self._rows: queue.SimpleQueue[tuple[float, Row] | int] = queue.SimpleQueue()
         self._patience = _CLOSE_SECONDS.get(section.mode, 0.0)
         self._thread = threading.Thread(
             target=self._work, args=(section, name, directory, config), name="wandb", daemon=True
@@ -49,17 +50,20 @@ class Wandb:
                 settings=wandb.Settings(console="off", init_timeout=_INIT_SECONDS, silent=True),
             )
             run.define_metric("*", step_metric="step")
-            while isinstance(row := self._rows.get(), dict):
+            while not isinstance(logged := self._rows.get(), int):
+                seconds, row = logged
                 prefix = row["split"]
                 values = {f"{prefix}/{k}": v for k, v in row.items() if k not in ("split", "step") and v is not None}
-                run.log({"step": row["step"], **values})
-            run.finish(exit_code=row)
+                run.log({"step": row["step"], "_timestamp": seconds, **values})
+            run.finish(exit_code=logged)
         except Exception as error:  # whatever it is, training goes on
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("Weights & Biases is out: %s. Training goes on; metrics.jsonl is complete", first)
 
     def log(self, row: Row) -> None:
-        self._rows.put(row)
+        # wandb keeps a given `_timestamp`; without one a row has the time at which this thread hands it over, which is
+        # up to a minute later at the start. Its `_runtime` wandb 0.31 always sets by itself.
+        self._rows.put((time.time(), row))
 
     def close(self, exit_status: int) -> None:
         self._rows.put(exit_status)
