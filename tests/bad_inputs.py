@@ -6,6 +6,7 @@ replaces the file's text, `files` are written below the test's folder and may be
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +256,10 @@ BAD_INPUTS = [
     # Inside the data.
     Bad("empty data file", 3, ("a.jsonl", "no text in it"), values=train_file("a.jsonl"), files={"a.jsonl": b""}),
     Bad("broken JSON line", 3, ("a.jsonl: line 3: not JSON",), values=train_file("a.jsonl"), files={"a.jsonl": SOUND_LINE * 2 + b'{"text": "x"\n'}),
+    Bad("JSON array without a comma", 3, ("a.json: line 2: not a JSON array: expected ',' or ']'",), values=train_file("a.json"), files={"a.json": b"[" + SOUND_LINE * 2 + b"]"}),
+    Bad("truncated archive", 3, ("a.jsonl.gz: line 1: cannot be decompressed:", "truncated"), values=train_file("a.jsonl.gz"), files={"a.jsonl.gz": gzip.compress(SOUND_LINE * 9)[:-20]}),
+    Bad("archive by name only", 3, ("a.txt.zst: line 1: cannot be decompressed:", "not what its name says"), values=train_file("a.txt.zst"), files={"a.txt.zst": SOUND_LINE * 9}),
+    Bad("compressed file of another kind", 2, ("a.csv.gz' is of no kind that can be read",), values=train_file("a.csv.gz"), files={"a.csv.gz": b"x"}),
     Bad("JSON line of another type", 3, ("a.jsonl: line 2: expected a JSON object, got list",), values=train_file("a.jsonl"), files={"a.jsonl": SOUND_LINE + b"[1]\n"}),
     Bad("not UTF-8", 3, ("a.txt: line 2: not UTF-8 (byte 0xff)",), values=train_file("a.txt"), files={"a.txt": b"fine\nnot \xff fine\n"}),
     Bad("no such text field", 3, ("a.jsonl: line 1: no field 'body', only 'text'",), values={**train_file("a.jsonl"), "data__text_field": "body"}, files={"a.jsonl": SOUND_LINE}),

@@ -10,12 +10,27 @@ from trainer.errors import Problem
 
 BUILTIN = "builtin:python-stdlib"
 HUB = "hf://"
-TEXT_SUFFIXES = (".jsonl", ".txt", ".parquet", ".csv", ".arrow", ".bin")
+TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".arrow", ".bin")
+COMPRESSIBLE = (".jsonl", ".json", ".txt")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_KNOWN = f"{', '.join(TEXT_SUFFIXES)}; of these {', '.join(COMPRESSIBLE)} also compressed ({', '.join(COMPRESSIONS)})"
 
 
 def is_local(path: str) -> bool:
     """Whether `path` names files on this machine (not the hub, not a built-in corpus)."""
     return not path.startswith((HUB, "builtin:"))
+
+
+def compression_of(path: Path) -> str:
+    """The suffix that says how a file of text is compressed; empty if it is not."""
+    is_compressed = path.suffix in COMPRESSIONS and path.with_suffix("").suffix in COMPRESSIBLE
+    return path.suffix if is_compressed else ""
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that says what is in a data file, such as `.jsonl` of `a.jsonl.gz`; None for an unknown one."""
+    suffix = path.with_suffix("").suffix if compression_of(path) else path.suffix
+    return suffix if suffix in TEXT_SUFFIXES else None
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -26,13 +41,17 @@ def is_saved_dataset(folder: Path) -> bool:
 def matching_files(path: str) -> list[Path]:
     """The files that a local `path` (a file, a folder or a glob) stands for, in sorted order.
 
-    A folder saved by `datasets` stands for itself; any other folder for all files of a known kind in it.
+    A folder saved by `datasets` stands for itself; any other folder for all files of a known kind in it: .json files
+    only where there is nothing else, because they often describe the others, and a compressed file only where its
+    decompressed twin is not there.
     """
     whole = Path(os.path.expanduser(path))
     if whole.is_dir():
         if is_saved_dataset(whole):
             return [whole]
-        return sorted(f for f in whole.rglob("*") if f.is_file() and f.suffix in TEXT_SUFFIXES)
+        found = {f for f in whole.rglob("*") if f.is_file() and kind_of(f)}
+        found = {f for f in found if kind_of(f) != ".json"} or found
+        return sorted(f for f in found if not (compression_of(f) and f.with_suffix("") in found))
     if whole.exists():
         return [whole]
     return sorted(Path(found) for found in glob.glob(str(whole), recursive=True) if Path(found).is_file())
@@ -60,15 +79,15 @@ def problems_of_path(key: str, path: str) -> list[Problem]:
     if not files:
         what = "matches no file" if glob.has_magic(path) else "does not exist"
         if Path(os.path.expanduser(path)).is_dir():
-            what = f"is a folder without {', '.join(TEXT_SUFFIXES)} files, and not one saved by `datasets`"
+            what = f"is a folder without files of a known kind ({_KNOWN}), and not one saved by `datasets`"
         return [Problem(key, f"'{path}' {what}", f"Paths are relative to the working folder, {os.getcwd()}")]
     problems = [Problem(key, f"'{f}' cannot be read: no permission") for f in files if not os.access(f, os.R_OK)]
     if len({f.suffix == ".bin" for f in files}) == 2:
         problems.append(Problem(key, f"'{path}' holds both text and token files (.bin)", "Name them as two sources"))
     problems += [
-        Problem(key, f"'{f}' is of no kind that can be read", f"Known: {', '.join(TEXT_SUFFIXES)}")
+        Problem(key, f"'{f}' is of no kind that can be read", f"Known: {_KNOWN}")
         for f in files
-        if not f.is_dir() and f.suffix not in TEXT_SUFFIXES
+        if not f.is_dir() and kind_of(f) is None
     ]
     problems += [
         Problem(key, f"'{f}' has no index '{f.with_suffix('.idx').name}' beside it", "Copy both files")

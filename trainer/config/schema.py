@@ -111,8 +111,8 @@ class ParallelSection(Section):
 
 class SourceSection(Section):
     path: Text
-    """A file, a glob or a folder (.jsonl, .txt, .parquet, .csv, .arrow, .bin with .idx, or one saved by
-    `datasets`), `hf://OWNER/NAME`, or `builtin:python-stdlib`."""
+    """A file, a glob or a folder (.jsonl, .json, .txt, also compressed as .gz, .zst, .bz2 or .xz; .parquet, .csv,
+    .arrow, .bin with .idx, or one saved by `datasets`), `hf://OWNER/NAME`, or `builtin:python-stdlib`."""
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How many times an epoch reads this source: 2.0 twice, 0.5 a different half each epoch."""

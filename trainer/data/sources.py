@@ -13,12 +13,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.paths import BUILTIN, HUB, is_saved_dataset, matching_files, only_tokens
+from trainer.config.paths import (
+    BUILTIN,
+    HUB,
+    compression_of,
+    is_saved_dataset,
+    kind_of,
+    matching_files,
+    only_tokens,
+)
+from trainer.data.compressed import open_bytes
+from trainer.data.json_array import elements, is_array
 from trainer.errors import ConfigError, DataError, Problem
 
 Split = Literal["train", "validation"]
 
 _CHUNK_BYTES = 1 << 20
+_LARGEST_ELEMENT = 64_000_000
+"""Characters of an element of a .json array."""
 _TABLES = (".parquet", ".csv", ".arrow")
 _HELD_OUT_OF_100 = 5
 _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo")
@@ -57,9 +69,9 @@ class Source:
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of text to read, where that is known beforehand: tables are compressed."""
+        """Bytes of text to read, where that is known beforehand: not of what is compressed."""
         files = self.files
-        if not files or any(f.is_dir() or f.suffix in _TABLES for f in files):
+        if not files or any(f.is_dir() or f.suffix in _TABLES or compression_of(f) for f in files):
             return None
         return sum(f.stat().st_size for f in files)
 
@@ -84,7 +96,8 @@ class Source:
             parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
             for part in parts:
                 with part.open("rb") as handle:
-                    whole.update(part.suffix.encode() + hashlib.file_digest(handle, "sha256").digest())
+                    kind = f"{kind_of(part)}{compression_of(part)}" if compression_of(part) else part.suffix
+                    whole.update(kind.encode() + hashlib.file_digest(handle, "sha256").digest())
         return whole.hexdigest()
 
     @property
@@ -103,7 +116,9 @@ class Source:
         for file in self.files:
             if file.is_dir():
                 yield from self._rows(_from_disk(file, self.split), str(file))
-            elif file.suffix == ".jsonl":
+            elif kind_of(file) == ".json" and is_array(file):
+                yield from _json_elements(file, self.text_field)
+            elif kind_of(file) in (".jsonl", ".json"):
                 yield from _json_lines(file, self.text_field)
             elif file.suffix in _TABLES:
                 yield from self._rows(_from_table(file), str(file))
@@ -152,7 +167,7 @@ def _decode(raw: bytes, file: Path, first_line: int) -> str:
 
 def _text(file: Path) -> Iterator[Piece]:
     """A text file is one document, in pieces that end at line ends."""
-    with file.open("rb") as handle:
+    with open_bytes(file) as handle:
         line = 1
         while lines := handle.readlines(_CHUNK_BYTES):
             raw = b"".join(lines)
@@ -161,8 +176,13 @@ def _text(file: Path) -> Iterator[Piece]:
     yield Piece("", True, 0)
 
 
+def _json_elements(file: Path, text_field: str) -> Iterator[Piece]:
+    for element in elements(file, _LARGEST_ELEMENT):
+        yield Piece(_text_of_row(element.value, element.where, text_field), True, element.size)
+
+
 def _json_lines(file: Path, text_field: str) -> Iterator[Piece]:
-    with file.open("rb") as handle:
+    with open_bytes(file) as handle:
         for number, raw in enumerate(handle, start=1):
             line = _decode(raw, file, number)
             if not line.strip():
@@ -175,6 +195,10 @@ def _text_of(line: str, where: str, text_field: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    return _text_of_row(row, where, text_field)
+
+
+def _text_of_row(row: object, where: str, text_field: str) -> str:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if text_field not in row:

@@ -1,0 +1,168 @@
+"""Compressed text files and .json arrays: the documents they give, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+
+from trainer.config.paths import matching_files
+from trainer.data import json_array
+from trainer.data.sources import Source
+from trainer.errors import DataError
+
+pytestmark = pytest.mark.fast
+
+TEXTS = [
+    "brew \u00e4 potion",
+    'with "quotes", [brackets] {braces} and \\ back\nslashes',
+    "",
+    "\u6f22\u5b57 \U0001f40d" * 40,
+]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda raw: pyarrow.Codec("zstd").compress(raw, asbytes=True),
+}
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def array(texts: list[str], indent: int | None = 2) -> bytes:
+    return json.dumps([{"text": text, "n": [1, {"a": None}]} for text in texts], indent=indent).encode()
+
+
+def documents(path: Path | str, text_field: str = "text") -> list[str]:
+    found, opened = [], ""
+    for piece in Source(str(path), "train", text_field).pieces():
+        opened += piece.text
+        if piece.ends:
+            found.append(opened)
+            opened = ""
+    return found
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".txt"])
+def test_every_compression_gives_the_same_documents(kind: str, compression: str, tmp_path: Path) -> None:
+    """Also where a file is several compressed frames one after the other, as `cat` and parallel tools write it."""
+    file = tmp_path / f"a{kind}{compression}"
+    parts = {".jsonl": [lines(TEXTS[:2]), lines(TEXTS[2:])], ".json": [array(TEXTS)[:50], array(TEXTS)[50:]],
+             ".txt": [TEXTS[1].encode(), TEXTS[3].encode()]}[kind]  # fmt: skip
+    file.write_bytes(b"".join(map(COMPRESS[compression], parts)))
+    assert documents(file) == ([TEXTS[1] + TEXTS[3]] if kind == ".txt" else TEXTS)
+    assert Source(str(file), "train", "text").total_bytes == (None if compression else file.stat().st_size)
+
+
+def test_kind_is_part_of_the_content_hash(tmp_path: Path) -> None:
+    """The same bytes as lines and as a text are other documents."""
+    hashes = set()
+    for name in ("a.jsonl.gz", "a.txt.gz", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(lines(TEXTS), mtime=0))
+        hashes.add(Source(str(tmp_path / name), "train", "text").content_hash())
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("compression", [c for c in COMPRESS if c])
+def test_damage_is_named_with_its_line(compression: str, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    texts = ["".join(draw.choice("abcdefghijklmnop") for _ in range(200)) for _ in range(10_000)]
+    sound = COMPRESS[compression](lines(texts))
+    file = tmp_path / f"a.jsonl{compression}"
+    file.write_bytes(sound[: len(sound) * 3 // 4])
+    with pytest.raises(DataError, match=rf"a\.jsonl{compression}: line \d+: cannot be decompressed: ") as refused:
+        documents(file)
+    line = int(str(refused.value).split(": line ")[1].split(":")[0])
+    assert 1_000 < line < 8_000, "up to there it can be read"
+    file.write_bytes(lines(texts))
+    with pytest.raises(DataError, match=r"line 1: cannot be decompressed: .* not what its name says"):
+        documents(file)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_array_is_read_in_chunks_of_any_size(
+    chunk: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_array, "_CHUNK_BYTES", chunk)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], ensure_ascii=False, indent=indent))
+    assert documents(tmp_path / "a.json") == TEXTS
+    (tmp_path / "a.json").write_text(" [ ] \n")
+    assert documents(tmp_path / "a.json") == []
+
+
+def test_memory_of_a_large_array_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in memory of a file on one line is an element and a chunk, not the file."""
+    monkeypatch.setattr(json_array, "_CHUNK_BYTES", 1000)
+    (tmp_path / "a.json").write_bytes(array([f"text {n}" for n in range(5000)], indent=None))
+    largest, read = 0, json_array._Text._read
+
+    def measured(self: Any, size: int) -> bool:
+        nonlocal largest
+        found = read(self, size)
+        largest = max(largest, len(self._text))
+        return found
+
+    monkeypatch.setattr(json_array._Text, "_read", measured)
+    assert len(documents(tmp_path / "a.json")) == 5000
+    assert largest < 3000
+
+
+def test_lines_in_a_json_file(tmp_path: Path) -> None:
+    """As many corpora on the hub have it."""
+    (tmp_path / "a.json").write_bytes(lines(TEXTS))
+    assert documents(tmp_path / "a.json") == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'[{"text": "a"}\n{"text": "b"}]', "line 2: not a JSON array: expected ',' or ']' (got '{')"),
+        (b'[{"text": "a"},\n]', "line 2 (element 2): not JSON: Expecting value"),
+        (b'[{"text": "a"}]\n[', "line 2: '[' after the end of the array"),
+        (b'[{"text": "a"},\n\n{"text": "b', "line 3 (element 2): not JSON: Unterminated string"),
+        (b'[{"text": "a"}', "line 1: not a JSON array: expected ',' or ']' (got the end of the file)"),
+        (b'[{"text": "a"},\n3]', "line 2 (element 2): expected a JSON object, got int"),
+        (b'[{"text": "a"},\n{"body": "b"}]', "line 2 (element 2): no field 'text', only 'body'"),
+        (b'[{"text": "a"},\n{"text": "\xff"}]', "line 2: not UTF-8 (byte 0xff)"),
+        (b'[\n{"text": "a\xe2', "line 2: not UTF-8 (byte 0xe2)"),
+        (b'"text"', "line 1: expected an array of objects, or one object a line (got '\"')"),
+        (b"[" * 200_000, "line 1 (element 1): nested too deep"),
+        (b'[{"text": 1' + b"0" * 5000 + b"}]", "line 1 (element 1): not JSON: Exceeds the limit"),
+    ],
+)
+def test_what_is_no_array(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        documents(tmp_path / "a.json")
+    assert str(refused.value).startswith(f"{tmp_path / 'a.json'}: {words}")
+
+
+def test_element_without_an_end_is_not_read_forever(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"text": "' + "x" * 5_000_000)
+    with pytest.raises(DataError, match=r"line 2 \(element 1\): not JSON, or longer than 1\.50 MB"):
+        list(json_array.elements(tmp_path / "a.json", 1_500_000))
+
+
+def test_what_a_folder_stands_for(tmp_path: Path) -> None:
+    """Descriptions beside the data are not data, and a compressed copy is not read a second time."""
+    for name in ("a.jsonl", "a.jsonl.gz", "b.txt.zst", "info.json", "README.md", "c.tar.gz", "d.parquet.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert [f.name for f in matching_files(str(tmp_path))] == ["a.jsonl", "b.txt.zst"]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("a.json", "b.json.gz"):
+        (alone / name).write_bytes(b"")
+    assert [f.name for f in matching_files(str(alone))] == ["a.json", "b.json.gz"]
