@@ -99,9 +99,9 @@ def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) ->
         )
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers)
-        write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
+        files = write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
-            directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps)
+            directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)
             directory.record("finish", loaded.steps, reason=loaded.length_unit)
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 

@@ -253,6 +253,7 @@ BAD_INPUTS = [
     Bad("tokens without their tokenizer", 2, ("data.tokenizer: required to read",), values=train_file("low.bin"), files={"low.bin": b"{tokens to 300}", "low.idx": b""}),
     Bad("cache that cannot be written", 2, ("data.cache_dir", "cannot be written to"), values={"data__cache_dir": "/proc/nowhere"}),
     Bad("output below a file", 2, ("run.output_dir", "is a file"), values={"run__output_dir": "{tmp}/a.txt/run"}, files={"a.txt": b"x"}, rule="output_can_be_written"),
+    Bad("parts of a run directory in the wrong place", 2, ("2 mistakes", "run/final is a file", "run/metrics.jsonl is a folder"), values={"run__output_dir": "{tmp}/run"}, files={"run/final": b"x", "run/metrics.jsonl/x": b""}, rule="run_directory_is_writable_in_place"),
     # Inside the data.
     Bad("empty data file", 3, ("a.jsonl", "no text in it"), values=train_file("a.jsonl"), files={"a.jsonl": b""}),
     Bad("broken JSON line", 3, ("a.jsonl: line 3: not JSON",), values=train_file("a.jsonl"), files={"a.jsonl": SOUND_LINE * 2 + b'{"text": "x"\n'}),

@@ -141,7 +141,7 @@ def dying(at: int) -> Callable[[], int]:
         return calls
 
     calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (store, "_write")]
-    for holder, name in (*calls, (saving, "write_text"), (saving, "write_file")):
+    for holder, name in (*calls, (saving, "replace_text"), (saving, "write_file")):
         setattr(holder, name, counted(getattr(holder, name)))
     return lambda: events
 

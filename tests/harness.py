@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from tools.ranks import Finished, run_command, run_ranks
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from tools.ranks import Finished, context, run_command, run_ranks
 from trainer.distributed import free_port
 
-__all__ = ["Finished", "free_port", "run_command", "run_ranks"]
+__all__ = ["Finished", "context", "free_port", "messages_of", "run_command", "run_ranks"]
+
+
+@contextlib.contextmanager
+def messages_of(name: str) -> Iterator[list[str]]:
+    """Within, the messages of one logger, whatever other tests have done to its parents."""
+    found: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger(name)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

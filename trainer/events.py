@@ -10,8 +10,11 @@ import json
 import logging
 import os
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
+
+from trainer.files import no_follow
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +33,30 @@ def append_event(run: Path, event: Event, *, attempt: int, step: int, **details:
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     row = {"time": time, "attempt": attempt, "step": step, "event": event, **details}
     try:
-        with (run / EVENTS).open("a+b") as file:
-            if _ends_torn(file):
-                file.write(b"\n")
-            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(run / EVENTS, "a+b", buffering=0, opener=no_follow) as file:
+            _append(file, json.dumps(row, allow_nan=False).encode() + b"\n")
     except OSError as error:
         log.warning("%s: event '%s' not written: %s", run / EVENTS, event, error)
 
 
-def _ends_torn(file: BinaryIO) -> bool:
+def _append(file: FileIO, line: bytes) -> None:
+    """Append and sync a line. One that does not fit on the disk leaves the file as it was."""
+    end = file.seek(0, os.SEEK_END)
+    rest = b"\n" + line if _ends_torn(file, end) else line
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _ends_torn(file: FileIO, end: int) -> bool:
     """Whether the last line has no end, because the process that wrote it was killed."""
-    if file.seek(0, os.SEEK_END) == 0:
+    if end == 0:
         return False
-    file.seek(-1, os.SEEK_END)
+    file.seek(end - 1)
     return file.read(1) != b"\n"
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,13 @@ from typing import Any
 from trainer.config import LoadedConfig
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgraded, value_at
 from trainer.errors import ConfigError, Problem
-from trainer.events import Event, append_event
-from trainer.files import replace_text
-from trainer.store import TOKENIZER
+from trainer.events import Event, append_event, read_events
+from trainer.files import bare_exceptions_as_os_errors, remove, replace_folder, replace_text
+from trainer.final_model import damage_in
+from trainer.run_config import is_count, read_run_config
+from trainer.store import TOKENIZER, Written
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
 _IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
@@ -157,9 +163,16 @@ class RunDirectory:
     finished_epochs: float | None = None
     """`training.epochs` of that attempt, where it counted in epochs."""
 
+    final_damage: str = ""
+    """What is wrong with the model of the finished attempt; empty if nothing is, or none finished."""
+
     def is_finished(self, loaded: LoadedConfig) -> bool:
-        """Whether there is nothing left to do. Known before the steps of `training.epochs` are counted: the same data,
-        which identify the run, and the same epochs give the same number."""
+        """Whether there is nothing left to do."""
+        return self._has_reached_end(loaded) and not self.final_damage
+
+    def _has_reached_end(self, loaded: LoadedConfig) -> bool:
+        """Known before the steps of `training.epochs` are counted: the same data, which identify the run, and the same
+        epochs give the same number."""
         training = loaded.config.training
         if self.finished_step is None or loaded.config.checkpoint.resume != "auto":
             return False
@@ -174,19 +187,43 @@ class RunDirectory:
     @property
     def wandb_run(self) -> str | None:
         """Id of this job's run at Weights & Biases, if it has one."""
-        return self._wandb_run_file.read_text().strip() if self._wandb_run_file.exists() else None
+        try:
+            return self._wandb_run_file.read_text().strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
 
     def keep_wandb_run(self, run: str | None = None) -> str:
         """The same, chosen once: `run`, or a new one; so that the same command again continues the same run."""
         if self.wandb_run is None:
             self._wandb_run_file.parent.mkdir(parents=True, exist_ok=True)
-            self._wandb_run_file.write_text(run or uuid.uuid4().hex[:12])
+            with self._written(self._wandb_run_file):
+                replace_text(self._wandb_run_file, run or uuid.uuid4().hex[:12])
         return self.wandb_run or ""
 
     def keep_tokenizer(self, tokenizer: Any) -> None:
-        """Writes the tokenizer, for whoever exports a checkpoint or begins from one."""
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(self.path / TOKENIZER))
+        """Writes the tokenizer, for whoever exports a checkpoint or begins from one.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        if tokenizer is None:
+            return
+        partial = self.path / f".{TOKENIZER}.partial"
+        with self._written(self.path / TOKENIZER), bare_exceptions_as_os_errors():
+            remove(partial)
+            tokenizer.save_pretrained(str(partial))
+            replace_folder(partial, self.path / TOKENIZER)
+
+    @contextlib.contextmanager
+    def _written(self, path: Path) -> Iterator[None]:
+        """Within, what the file system refuses is an error of the user's disk."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"{path} cannot be written: {error.strerror or error}"
+            raise ConfigError(
+                Problem("run.output_dir", reason, "Free some space and run the same command again")
+            ) from None
 
     @property
     def metrics(self) -> Path:
@@ -206,34 +243,49 @@ class RunDirectory:
         """
         path = Path(loaded.config.run.output_dir).expanduser()
         _refuse_unwritable(path)
-        try:
-            old = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return cls(path, 1, None)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                Problem("run.output_dir", f"{path}/config.json cannot be read: {error}", "Take another folder")
-            ) from None
+        events = read_events(path)
+        attempt = 1 + max((row["attempt"] for row in events if is_count(row.get("attempt"))), default=0)
+        old = read_run_config(path)
+        if old is None:
+            return cls(path, attempt, None)
         refuse_another_run(old, loaded, "the run directory")
-        about = old.get(METADATA_KEY, {})
-        finished = about.get("finished_step") if (path / "final").is_dir() else None
-        finished_epochs = None if finished is None else old.get("training", {}).get("epochs")
-        if finished is not None and loaded.config.checkpoint.resume == "auto":
-            _refuse_shorter(loaded, path, finished, finished_epochs)
-        return cls(path, int(about.get("attempt", 0)) + 1, finished, finished_epochs)
+        about = old.get(METADATA_KEY)
+        about = about if isinstance(about, dict) else {}
+        if is_count(about.get("attempt")):
+            attempt = max(attempt, about["attempt"] + 1)
+        if not is_count(finished := about.get("finished_step")):
+            return cls(path, attempt, None)
+        epochs = value_at(old, "training.epochs")
+        epochs = float(epochs) if isinstance(epochs, int | float) else None
+        if loaded.config.checkpoint.resume != "auto":
+            return cls(path, attempt, finished, epochs)
+        directory = cls(path, attempt, finished, epochs, damage_in(path / "final", about.get("final")))
+        if not directory.final_damage:
+            _refuse_shorter(loaded, path, finished, epochs)
+        elif directory._has_reached_end(loaded):
+            log.warning("%s: the run has finished, and its model is written again from the last checkpoint",
+                        directory.final_damage)  # fmt: skip
+        return directory
 
     def write_config(
-        self, loaded: LoadedConfig, *, frame: Mapping[str, Any] | None, finished_step: int | None = None
-    ) -> None:
+        self, loaded: LoadedConfig, *, frame: Mapping[str, Any] | None, finished_step: int | None = None,
+        final: Iterable[Written] = (),
+    ) -> None:  # fmt: skip
         """Writes `config.json`: the resolved configuration, and under one key what it ran on. Can be run again.
 
         Args:
             frame: special tokens around each document; None where the data were token files.
+            final: files of the finished run's model, by which damage to them is noticed.
+
+        Raises:
+            ConfigError: it cannot be written; the old one is unchanged then.
         """
-        about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step, "document_frame": frame}
+        about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step, "document_frame": frame,
+                 "final": [asdict(file) for file in final]}  # fmt: skip
         text = json.dumps({**loaded.resolved(), METADATA_KEY: about}, indent=2)
-        self.path.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path / "config.json", text + "\n")
+        with self._written(self.path / "config.json"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path / "config.json", text + "\n")
 
     def record(self, event: Event, step: int, **details: Any) -> None:
         """Append to `events.jsonl`; call on rank 0 only. See `append_event`."""

@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -164,7 +164,10 @@ def is_checkpoint(folder: Path) -> bool:
 
 def tokenizer_beside(folder: Path) -> Path:
     """Where the run that wrote a checkpoint keeps its tokenizer."""
-    return folder.absolute().parent.parent / TOKENIZER
+    checkpoints = folder.absolute().parent
+    if checkpoints.name.startswith("attempt-"):  # left aside by a later attempt
+        checkpoints = checkpoints.parent
+    return checkpoints.parent / TOKENIZER
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -186,7 +189,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: no checkpoint: it has no {MANIFEST}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{path}: damaged: no manifest of a checkpoint ({type(error).__name__}: {reason})"
@@ -201,6 +204,9 @@ def _parsed(body: dict[str, Any]) -> Manifest:
             raise ValueError(f"{file.name!r} is not the name of a file in the folder")
     for key in ("step", "attempt", "tokens", "samples"):
         _refuse_no_count(body[key])
+    for key in ("losses", "config", "about", "model", "data", "numbers"):
+        if not isinstance(body[key], dict):
+            raise ValueError(f"{key} is not an object")
     tensors: Tensors = {}
     for name, kinds in body.pop("tensors").items():
         for kind, entry in kinds.items():
@@ -270,29 +276,44 @@ def write_file(path: Path, entries: list[Entry]) -> tuple[Written, Index]:
     Raises:
         OSError: if the disk is full, or the folder cannot be written.
     """
+    written, offsets = write_safetensors(path, [(entry.key, entry.tensor) for entry in entries])
+    index: Index = []
+    for entry, at in zip(entries, offsets, strict=True):
+        box = Box(path.name, at, entry.start, tuple(entry.tensor.shape))
+        index.append((entry.name, entry.kind, entry.shape, _WORDS[entry.tensor.dtype], box))
+    return written, index
+
+
+def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tuple[Written, list[int]]:
+    """Write named tensors in the given order into one safetensors file, and sync it.
+
+    Host memory is one tensor's; the file's mode follows the umask.
+
+    Returns:
+        The file's name, size and hash, and the offset of each tensor's first byte in the file.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for entry in entries:
-        dtype, shape = _WORDS[entry.tensor.dtype], list(entry.tensor.shape)
-        header[entry.key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + entry.bytes]}
-        at += entry.bytes
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     begin = 8 + len(text)
     hashed = xxhash.xxh3_128()
-    index: Index = []
     with path.open("wb", buffering=0) as file:
         _write(file, len(text).to_bytes(8, "little") + text, hashed)
-        at = begin
-        for entry in entries:
-            host = entry.tensor.detach().to("cpu").contiguous()
+        for _, tensor in tensors:
+            host = tensor.detach().to("cpu").contiguous()
             _write(file, memoryview(host.view(-1).view(torch.uint8).numpy().data) if host.numel() else b"", hashed)
-            box = Box(path.name, at, entry.start, tuple(entry.tensor.shape))
-            index.append((entry.name, entry.kind, entry.shape, _WORDS[entry.tensor.dtype], box))
-            at += entry.bytes
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # whoever verifies it reads the disk
-    return Written(path.name, at, hashed.hexdigest()), index
+    offsets = [begin + header[name]["data_offsets"][0] for name, _ in tensors]
+    return Written(path.name, begin + at, hashed.hexdigest()), offsets
 
 
 def _write(file: Any, data: bytes | memoryview, hashed: Any) -> None:

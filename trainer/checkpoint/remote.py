@@ -4,15 +4,49 @@ what makes a copy complete."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
 from trainer.checkpoint.keep import LATEST
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.store import MANIFEST
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PATIENCE_SECONDS = 60.0
+"""How long a place may take for a question that moves no data."""
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread that is abandoned when it takes longer.
+
+    Raises:
+        TimeoutError: it has not ended in time.
+    """
+    outcome: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, name="remote", daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def is_remote(place: str) -> bool:
@@ -25,14 +59,27 @@ class Remote:
 
     def __init__(self, place: str, key: str = "checkpoint.upload") -> None:
         """Raises:
-        ConfigError: if fsspec has no such file system, or its package is not installed.
+        ConfigError: if fsspec has no such file system, its package is not installed, or it cannot be reached.
         """
+        self.place, self._key = place, key
         try:
             self._files: Any
-            self._files, self._root = fsspec.core.url_to_fs(place.rstrip("/"))
+            self._files, self._root = _within(_PATIENCE_SECONDS, lambda: fsspec.core.url_to_fs(place.rstrip("/")))
         except (ImportError, ValueError) as error:
             raise ConfigError(Problem(key, f"'{place}': {error}", "Install the package that fsspec names")) from None
-        self.place = place
+        except Exception as error:  # each store has its own
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> ConfigError:
+        reason = f"'{self.place}' cannot be reached: {type(error).__name__}: {error}"
+        return ConfigError(Problem(self._key, reason, "Check the address, the credentials and the network"))
+
+    def warn_if_unreachable(self) -> None:
+        """Look once whether the place answers; a run that has its checkpoints here trains without it."""
+        try:
+            _within(_PATIENCE_SECONDS, lambda: self._files.exists(self._root))
+        except Exception as error:
+            log.warning("%s. Checkpoints are kept here, and each save tries to copy again", self._unreachable(error))
 
     def upload(self, folder: Path, names: Sequence[str]) -> None:
         """Copies files of a checkpoint. All but the manifest first, on all ranks; then the manifest, on one."""
@@ -45,8 +92,12 @@ class Remote:
 
     def withdraw(self, name: str) -> None:
         """Makes a copy one that is not complete."""
-        if self._files.exists(f"{self._root}/{name}/{MANIFEST}"):
-            self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
+
+        def withdraw() -> None:
+            if self._files.exists(f"{self._root}/{name}/{MANIFEST}"):
+                self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
+
+        _within(_PATIENCE_SECONDS, withdraw)
 
     def delete(self, *names: str) -> None:
         """Deletes checkpoints, the manifest of each first."""
@@ -59,17 +110,20 @@ class Remote:
         """Name of the newest complete checkpoint; the place may also be that of a single one, whose name is "".
 
         Raises:
-            CheckpointError: if the place cannot be asked.
+            ConfigError: the place cannot be asked.
         """
-        try:
+
+        def newest() -> str | None:
             self._files.invalidate_cache()
             if self._files.exists(f"{self._root}/{MANIFEST}"):
                 return ""
             found = [path.rsplit("/", 2)[-2] for path in self._files.glob(f"{self._root}/step-*/{MANIFEST}")]
-            order = [(*self._order(name), name) for name in found]
+            return max(((*self._order(name), name) for name in found), default=(0, 0, None))[-1]
+
+        try:
+            return _within(_PATIENCE_SECONDS, newest)
         except Exception as error:  # each store has its own
-            raise CheckpointError(f"{self.place}: cannot be read: {error}") from None
-        return max(order)[-1] if order else None
+            raise self._unreachable(error) from None
 
     def _order(self, name: str) -> tuple[int, int]:
         body = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))

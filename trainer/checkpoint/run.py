@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from trainer.checkpoint.aside import attempts_aside, last_saved, left_aside, move_aside
 from trainer.checkpoint.keep import (
     EVALUATED,
     LATEST,
@@ -31,6 +32,7 @@ from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.remote import Remote, is_remote
 from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
 from trainer.config import LoadedConfig
+from trainer.config.earlier_versions import value_at
 from trainer.distributed import World, agree
 from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
@@ -82,7 +84,8 @@ class Checkpoints:
         self._path = directory.path / FOLDER
         self._rank, self._ranks = world.topology.rank, world.topology.world
         self._group = first_gloo_group()
-        self._remote = Remote(self._section.upload) if self._section.upload else None
+        upload = self._section.upload
+        self._remote = self._agree(lambda: Remote(upload)) if upload else None
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -90,12 +93,14 @@ class Checkpoints:
         self._on_first(lambda: _tidy(self._path))
         self._found = self._find()
         self._directory = replace(directory, attempt=self._on_first(self._attempt))
+        if self._section.resume != "auto":
+            self._on_first(self._leave_aside)
 
     # Going on --------------------------------------------------------------------------------------------------------
 
     def _attempt(self) -> int:
         """Later than that of any checkpoint that is there: by it the newest are told."""
-        earlier = [one.manifest.attempt for one in checkpoints_in(self._path)[0]]
+        earlier = [one.manifest.attempt for one in checkpoints_in(self._path)[0]] + attempts_aside(self._path)
         return max(self._directory.attempt, *(attempt + 1 for attempt in earlier), 1)
 
     @property
@@ -119,14 +124,10 @@ class Checkpoints:
         folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
         self._agree(lambda: fill(engine.state, manifest, folder))
         engine.state.complete(numbers_of(manifest))
-        if manifest.wandb_run is not None and manifest.config["run"]["name"] == self._loaded.name:
+        if manifest.wandb_run is not None and value_at(manifest.config, "run.name") == self._loaded.name:
             self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
-        world = manifest.about["world"]
-        log.info(
-            "going on behind step %d, from %s (%s, written by %d processes: pipeline %d x data %d x tensor %d), "
-            "read in %.1f s", manifest.step, folder, format_bytes(manifest.bytes), world["processes"],
-            world["pipeline"], world["data"], world["tensor"], time.perf_counter() - start,
-        )  # fmt: skip
+        log.info("going on behind step %d, from %s (%s%s), read in %.1f s", manifest.step, folder,
+                 format_bytes(manifest.bytes), _written_by(manifest), time.perf_counter() - start)  # fmt: skip
         return Progress(manifest.step, manifest.tokens, manifest.samples)
 
     def _find(self) -> _Found | None:
@@ -143,11 +144,10 @@ class Checkpoints:
                 log.warning("%s. The copies in %s are looked at", error, self._remote.place)
             if found is None and self._remote is not None:
                 found = self._fetch(self._remote, must=damaged)
-            if found is None and self._directory.finished_step is not None:
-                raise CheckpointError(
-                    f"{self._path}: the run has finished at step {self._directory.finished_step}, and there is no "
-                    "checkpoint to go on from. To begin anew, take --resume never"
-                )
+            if found is None:
+                self._on_first(self._refuse_lost)
+            elif self._remote is not None:
+                self._on_first(self._remote.warn_if_unreachable)
         elif is_remote(resume):
             found = self._fetch(Remote(resume, "checkpoint.resume"), must=True)
         elif resume != "never":
@@ -155,9 +155,23 @@ class Checkpoints:
         if found is not None:
             self._agree(lambda: self._refuse_another(found))
             self._on_first(lambda: self._warn_of_other_samples(Kept(found.folder, found.manifest)))
-        if resume != "auto":
-            self._on_first(lambda: self._say_what_is_left(found))
         return found
+
+    def _refuse_lost(self) -> None:
+        """Refuses to start at step 1 where earlier attempts have saved; says so where none has."""
+        finished, saved = self._directory.finished_step, last_saved(self._directory.path)
+        if finished is not None or saved is not None:
+            done = f"has finished at step {finished}" if saved is None else f"was at step {saved['step']}"
+            if saved is not None and saved["event"] == "save":
+                done = f"has saved step {saved['step']} ({saved['time']})"
+            others = sorted(self._path.glob("attempt-*"), key=lambda path: path.stat().st_mtime)
+            aside = f", resume from {others[-1]} with --resume" if others else ""
+            raise CheckpointError(
+                f"{self._path}: no checkpoint is there, and the run {done}. Put the checkpoints back{aside}, or start "
+                "again at step 1 with --resume never"
+            )
+        if self._directory.attempt > 1:
+            log.info("no earlier attempt of this run has saved a checkpoint: starting again at step 1")
 
     def _warn_of_other_samples(self, resumed: Kept) -> None:
         evaluated = self._about[EVALUATED]
@@ -165,13 +179,14 @@ class Checkpoints:
             log.warning("validation losses are over other samples than those of %s; `best` compares only losses over "
                         "the same samples", resumed.folder)  # fmt: skip
 
-    def _say_what_is_left(self, found: _Found | None) -> None:
-        """The same command with a `--resume` of its own begins there each time, also when it is started again."""
-        newest = next(iter(checkpoints_in(self._path)[0]), None)
-        if newest is not None and (found is None or found.folder.resolve() != newest.folder.resolve()):
+    def _leave_aside(self) -> None:
+        """Moves what this attempt does not continue out of the reach of retention and of its own saves."""
+        resumed = None if self._found is None else Kept(self._found.folder, self._found.manifest)
+        if left := left_aside(self._path, resumed):
+            aside = move_aside(self._path, left, self._directory.attempt)
             log.warning(
-                "%s holds %s of this run, which checkpoint.resume %r leaves aside. Leave --resume away to go on there",
-                self._path, newest.folder.name, self._section.resume,
+                "checkpoint.resume %r leaves aside %d checkpoints of this run, up to %s: moved to %s. To resume from "
+                "them, name that folder with --resume", self._section.resume, len(left), left[-1].name, aside,
             )  # fmt: skip
 
     def _named(self, path: Path) -> _Found | None:
@@ -413,9 +428,10 @@ class Checkpoints:
         """Each rank copies its own files; then the first one the manifest; only then do older copies go."""
         remote = self._remote
         assert remote is not None
-        failure = _attempted(lambda: remote.withdraw(folder.name)) if self._rank == 0 else None
-        dist.barrier(group=self._group)  # no file of a new copy lies under an old one's manifest
-        failure = failure or _attempted(lambda: remote.upload(folder, own))
+        withdrawn = [_attempted(lambda: remote.withdraw(folder.name)) if self._rank == 0 else None]
+        dist.broadcast_object_list(withdrawn, src=0, group=self._group)
+        # Only then the files, so that none of a new copy lies under an old one's manifest.
+        failure = withdrawn[0] or _attempted(lambda: remote.upload(folder, own))
         failures: list[Any] = [None] * self._ranks
         dist.all_gather_object(failures, failure and str(failure), group=self._group)
         if self._rank == 0 and not any(failures):
@@ -446,6 +462,15 @@ class Checkpoints:
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
+
+
+def _written_by(manifest: Manifest) -> str:
+    """The layout that wrote a checkpoint, as far as its manifest says."""
+    world = manifest.about.get("world")
+    if not isinstance(world, Mapping):
+        return ""
+    processes, *axes = (world.get(key) for key in ("processes", "pipeline", "data", "tensor"))
+    return ", written by {} processes: pipeline {} x data {} x tensor {}".format(processes, *axes)
 
 
 def _outcome(work: Callable[[], T]) -> tuple[T | None, TesseraError | None]:

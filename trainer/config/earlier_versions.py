@@ -214,21 +214,28 @@ def stored_run(folder: Path) -> StoredRun | None:
     Returns:
         None if no configuration can be read there: whoever needs it says what is wrong.
     """
+    if (folder / MANIFEST).is_file():
+        return _run_of_checkpoint(folder)
     try:
-        if (folder / MANIFEST).is_file():
-            manifest = read_manifest(folder)
-            return StoredRun(folder, dict(manifest.config), manifest.about)
         if (folder / "config.json").is_file():
             stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             is_ours = isinstance(stored, dict) and all(isinstance(stored.get(name), dict) for name in ("run", "data"))
-            if not is_ours:
-                return None
-            about = stored.get(METADATA_KEY)
-            return StoredRun(folder, stored, about if isinstance(about, dict) else {})
-        manifests = sorted([*folder.glob(f"step-*/{MANIFEST}"), *folder.glob(f"checkpoints/step-*/{MANIFEST}")])
-        return stored_run(manifests[-1].parent) if manifests else None
-    except (OSError, ValueError, CheckpointError):
+            if is_ours:
+                about = stored.get(METADATA_KEY)
+                return StoredRun(folder, stored, about if isinstance(about, dict) else {})
+    except (OSError, ValueError, RecursionError):
+        pass  # a checkpoint's manifest holds the configuration too
+    manifests = [*folder.glob(f"step-*/{MANIFEST}"), *folder.glob(f"checkpoints/step-*/{MANIFEST}")]
+    runs = (_run_of_checkpoint(path.parent) for path in sorted(manifests, reverse=True))
+    return next((run for run in runs if run is not None), None)
+
+
+def _run_of_checkpoint(folder: Path) -> StoredRun | None:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
         return None
+    return StoredRun(folder, dict(manifest.config), manifest.about)
 
 
 def _resumed_run(raw: Raw) -> StoredRun | None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,11 +21,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from trainer.errors import ConfigError, Problem
+from trainer.files import bare_exceptions_as_os_errors, hash_file, remove, replace_folder, sync_tree
 from trainer.parallel import all_parameters, choose_experts_implementation
+from trainer.store import Written, write_safetensors
+from trainer.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 * 2**30
 """Largest file of weights; so much is in host memory at once."""
@@ -49,7 +54,7 @@ class _ShardWriter:
         self._folder, self._largest = folder, largest
         self._held: dict[str, Tensor] = {}
         self._bytes = self._total = 0
-        self._files: list[list[str]] = []
+        self._files: list[tuple[Written, list[str]]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -63,23 +68,28 @@ class _ShardWriter:
         return self._folder / f"model-{number:05}-of-{of}.safetensors"
 
     def _flush(self) -> None:
-        self._files.append(list(self._held))
-        save_file(self._held, self._name(len(self._files), "?"), metadata={"format": "pt"})
+        aligned = sorted(self._held.items(), key=lambda item: (-item[1].element_size(), item[0]))
+        written, _ = write_safetensors(self._name(len(self._files) + 1, "?"), aligned)
+        self._files.append((written, list(self._held)))
         self._held, self._bytes = {}, 0
 
-    def close(self) -> None:
+    def close(self) -> dict[str, str]:
+        """Finish; return the hash of what was written into each file, by file name."""
         self._flush()
         count = len(self._files)
         if count == 1:
             self._name(1, "?").rename(self._folder / SAFE_WEIGHTS_NAME)
-            return
+            return {SAFE_WEIGHTS_NAME: self._files[0][0].hash}
         placed: dict[str, str] = {}
-        for number, names in enumerate(self._files, start=1):
+        hashes: dict[str, str] = {}
+        for number, (written, names) in enumerate(self._files, start=1):
             final = self._name(number, f"{count:05}")
             self._name(number, "?").rename(final)
             placed |= dict.fromkeys(names, final.name)
+            hashes[final.name] = written.hash
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(placed.items()))}
         (self._folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        return hashes
 
 
 def _by_block(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
@@ -131,11 +141,12 @@ def write_model(
     dtype: torch.dtype | None = None,
     largest: int = SHARD_BYTES,
     card: str | None = None,
-) -> None:
+) -> tuple[Written, ...]:
     """Writes `folder` whole or not at all: config, safetensors, and the tokenizer if there is one.
 
     Names and shapes in the files are those that the family publishes, which may be others than the model's (experts
-    one by one). Host memory: one block and one file of at most `largest` bytes.
+    one by one). Host memory: one block and one file of at most `largest` bytes. All files are synced, and the weights
+    read again and compared with what was written, before the folder gets its name.
 
     Args:
         model: gives structure and configuration; its own parameters are not read.
@@ -144,21 +155,55 @@ def write_model(
         writes: whether this rank writes, or only walks along.
         dtype: of the floating-point weights in the files; as they come by default.
         card: text of the model card, README.md.
+
+    Returns:
+        Name, size and hash of each file, on the rank that writes.
+
+    Raises:
+        ConfigError: on the rank that writes: the folder cannot be written. The folder of before is unchanged then.
     """
-    if not writes:
-        for _ in weights:
-            pass
-        return
-    transformers_logging.disable_progress_bar()
+    weights = iter(weights)
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        if writes:
+            remove(partial)
+            partial.mkdir(parents=True)
+            hashes = _write_weights(model, weights, _ShardWriter(partial, largest), dtype)
+            _write_text(model, partial, hashes.dtype, tokenizer, card)
+            files = _verified(partial, hashes.by_file)
+            replace_folder(partial, folder)
+            return files
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            remove(partial)
+        for _ in weights:  # the other ranks walk along to the end
+            pass
+        reason = f"the model cannot be written: {error.strerror or error}"
+        raise ConfigError(
+            Problem(
+                str(folder), reason, "Free some space and run the same command: it goes on from the last checkpoint"
+            )
+        ) from None
+    for _ in weights:
+        pass
+    return ()
+
+
+class _WrittenWeights(NamedTuple):
+    dtype: torch.dtype
+    by_file: dict[str, str]
+    """Hash of each file."""
+
+
+def _write_weights(
+    model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], writer: _ShardWriter, dtype: torch.dtype | None
+) -> _WrittenWeights:
+    """Write the safetensors files; see `write_model`."""
     stored, unwanted = _stored_names(model), set(model._keys_to_ignore_on_save or ())
     if getattr(model, "_weight_conversions", None) is None:  # it was not read from files
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         kept: Any = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
         model._weight_conversions = kept
-    writer = _ShardWriter(partial, largest)
     written = dtype or model.dtype
     for block in _by_block(weights, model):
         if dtype is None:
@@ -168,19 +213,44 @@ def write_model(
         named = {stored.get(name, name): tensor for name, tensor in block.items() if name not in unwanted}
         for name, tensor in revert_weight_conversion(model, named).items():
             writer.add(name, tensor)
-    writer.close()
+    return _WrittenWeights(written, writer.close())
+
+
+def _write_text(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None,
+    card: str | None,
+) -> None:  # fmt: skip
+    """Write everything that is not weights: configuration, tokenizer, model card."""
+    transformers_logging.disable_progress_bar()
     config = copy.deepcopy(_loadable_config(model))
-    config.use_cache, config.dtype, config.architectures = True, written, [type(model).__name__]
-    config.save_pretrained(partial)
+    config.use_cache, config.dtype, config.architectures = True, dtype, [type(model).__name__]
+    config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.save_pretrained(partial)
+        model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial))
+        with bare_exceptions_as_os_errors():
+            tokenizer.save_pretrained(str(folder))
     if card is not None:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[Written, ...]:
+    """Sync the files of a folder and read them again.
+
+    Raises:
+        OSError: a file does not have the hash of what was written into it.
+    """
+    start = time.perf_counter()
+    sync_tree(folder)
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        files.append(Written(name, path.stat().st_size, hash_file(path)))
+        if expected.get(name, files[-1].hash) != files[-1].hash:
+            raise OSError(f"{name} does not hold what was written into it")
+    size, seconds = format_bytes(sum(file.bytes for file in files)), time.perf_counter() - start
+    log.info("synced and verified %d files of the model (%s) in %.2f s", len(files), size, seconds)
+    return tuple(files)
 
 
 def load_exported(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

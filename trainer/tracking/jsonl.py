@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 
+from trainer.errors import ConfigError, Problem
+from trainer.files import no_follow
 from trainer.tracking.interface import Row
+
+log = logging.getLogger(__name__)
 
 
 def plain(row: Row) -> Row:
@@ -16,21 +22,57 @@ def plain(row: Row) -> Row:
 
 def _drop_torn_line(path: Path) -> None:
     """Cuts off the line that a killed process has not ended."""
-    with path.open("rb+") as file:
+    with open(path, "rb+", opener=no_follow) as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class JsonLines:
-    """Appends to a file and flushes each line, so that whoever follows the file sees every step."""
+    """Appends to a file and flushes each line, so that whoever follows the file sees every step.
+
+    A line that does not fit on the disk is kept and tried again with the next one: training goes on.
+    """
 
     def __init__(self, path: Path) -> None:
-        if path.exists():
-            _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        """Raises:
+        ConfigError: the file cannot be opened.
+        """
+        self._path = path
+        self._rest = b""
+        """What has not been written yet; its first line may have been written in part."""
+
+        self._warned = False
+        try:
+            if path.exists():
+                _drop_torn_line(path)
+            self._file = open(path, "ab", buffering=0, opener=no_follow)  # noqa: SIM115
+        except OSError as error:
+            reason = f"{path} cannot be opened: {error.strerror}"
+            raise ConfigError(Problem("run.output_dir", reason, "Free some space, or take another folder")) from None
 
     def log(self, row: Row) -> None:
-        self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
-        self._file.flush()
+        self._rest += json.dumps(plain(row), allow_nan=False).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._rest:
+                self._rest = self._rest[self._file.write(self._rest) or 0 :]
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s: rows cannot be written: %s. They are kept in memory and tried again; training goes on",
+                            self._path, error.strerror)  # fmt: skip
+            self._warned = True
+            return
+        if self._warned:
+            log.info("%s: all rows are written again", self._path)
+        self._warned = False
 
     def close(self, exit_status: int) -> None:
-        self._file.close()
+        self._write()
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            log.warning("%s: not synced: %s", self._path, error.strerror)
+        if self._rest:
+            log.error("%s: the last %d rows are lost", self._path, self._rest.count(b"\n"))

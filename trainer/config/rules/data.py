@@ -11,6 +11,7 @@ from trainer.config.paths import has_splits, is_local, matching_files, only_toke
 from trainer.config.rules.table import Draft, rule
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.errors import Problem
+from trainer.run_layout import misplaced
 
 
 @rule("data.packing", "data.drop_last")
@@ -117,3 +118,9 @@ def output_can_be_written(draft: Draft) -> Iterator[Problem]:
                 pass
         except OSError as error:
             yield Problem(key, f"'{there}' cannot be written to: {error.strerror}", "Give another folder")
+
+
+@rule("run.output_dir")
+def run_directory_is_writable_in_place(draft: Draft) -> Iterator[Problem]:
+    assert draft.run is not None
+    yield from misplaced(Path(draft.run.output_dir).expanduser())

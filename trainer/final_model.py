@@ -1,0 +1,78 @@
+"""Whether the model folder that a finished run left is still what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from trainer.files import hash_file
+from trainer.store import Written
+
+_WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+
+
+def damage_in(folder: Path, recorded: Any) -> str:
+    """What is wrong with a model folder; empty if nothing is. Reads every recorded file once.
+
+    Args:
+        recorded: name, size and hash of each file as the run's config.json holds them. Earlier versions recorded none:
+            then only the files' structure and length can be checked.
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    try:
+        files = _parsed(recorded)
+        if files:
+            return next(_differing(folder, files), "")
+        return next(_malformed(folder), "")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return f"{folder} cannot be read: {error}"
+
+
+def _parsed(recorded: Any) -> tuple[Written, ...]:
+    try:
+        files = tuple(Written(str(one["name"]), int(one["bytes"]), str(one["hash"])) for one in recorded)
+    except (TypeError, KeyError, ValueError):
+        return ()
+    plain = all(".." not in PurePosixPath(file.name).parts and not file.name.startswith("/") for file in files)
+    return files if plain else ()
+
+
+def _differing(folder: Path, files: tuple[Written, ...]) -> Iterator[str]:
+    for file in files:
+        path = folder / file.name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != file.bytes:
+            yield f"{path} has {path.stat().st_size} bytes, and {file.bytes} were written"
+        elif hash_file(path) != file.hash:
+            yield f"{path} does not hold the bytes that were written"
+
+
+def _malformed(folder: Path) -> Iterator[str]:
+    """What the structure alone tells, for folders of earlier versions."""
+    json.loads((folder / _CONFIG).read_bytes())
+    names = {_WEIGHTS}
+    if (folder / _INDEX).exists():
+        names = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
+    for name in sorted(names):
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != (length := _expected_length(path)):
+            yield f"{path} has {path.stat().st_size} bytes instead of {length}"
+
+
+def _expected_length(path: Path) -> int:
+    """The length of a safetensors file that its header gives."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > _LONGEST_HEADER:
+            raise ValueError(f"{path.name} has no header")
+        header = json.loads(file.read(size))
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return 8 + size + int(max(ends, default=0))
