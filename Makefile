@@ -7,12 +7,16 @@ PY      := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 ON_CPU   = $(shell $(PY) -c "import torch; print('' if torch.cuda.is_available() else 1)" 2>/dev/null)
 
+PIP     := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+COMMA   := ,
+step     = @echo; echo '--- $(1) ---'
+
 .PHONY: help install quickstart test check matrix soak bench schema clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed  ## a virtual environment with Tessera, and DeepSpeed's CPU extensions compiled
+install: $(VENV)/.installed  ## a virtual environment with Tessera, and what the quickstart needs compiled (minutes)
 
 quickstart: $(VENV)/.installed  ## train a small Llama on the standard library's source, 2 processes, minutes
 	$(if $(ON_CPU),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --num_gpus $(if $(ON_CPU),2,1) \
@@ -43,7 +47,7 @@ soak: $(VENV)/.installed-test  ## runs killed at random instants, over and over 
 	$(PY) -m pytest -m soak
 
 bench: $(VENV)/.installed-dev  ## every figure of the README (about a quarter of an hour on 2 cores)
-	$(PY) -m pip install -q -c constraints.txt -e '.[bench]'
+	$(PIP) -q -e '.[bench]'
 	$(PY) -m tools.bench data
 	$(PY) -m tools.bench states
 	$(PY) -m tools.bench traffic
@@ -59,17 +63,27 @@ clean:  ## remove what the tools leave behind; runs/ and the virtual environment
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	@command -v g++ >/dev/null || { echo 'g++ is needed, to compile two extensions of DeepSpeed: apt install g++'; exit 1; }
+	$(call step,1 of 4: a virtual environment in $(VENV). Seconds)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e .
+	$(call step,2 of 4: PyTorch$(COMMA) the largest download. Half a minute and more)
+	$(PIP) torch
+	$(call step,3 of 4: DeepSpeed$(COMMA) Transformers and what else Tessera imports. Half a minute)
+	$(PIP) -e .
+	$(call step,4 of 4: compiling what training on CPUs needs of DeepSpeed (with a GPU: nothing). A minute on 2 idle cores$(COMMA) several on busy ones)
 	$(PY) -m tools.extensions ShareMemCommBuilder FusedAdamBuilder
-	touch $@
+	@touch $@
+	@echo 'Installed in $(VENV). Next: make quickstart'
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PY) -m pip install -q -c constraints.txt -e '.[test]'
+	$(call step,1 of 2: pytest and psutil. Seconds)
+	$(PIP) -q -e '.[test]'
+	$(call step,2 of 2: compiling the optimizer of offloaded runs$(COMMA) which some tests use. Half a minute on 2 idle cores)
 	$(PY) -m tools.extensions CPUAdamBuilder
-	touch $@
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+	$(call step,1 of 1: ruff$(COMMA) mypy$(COMMA) import-linter and codespell. Seconds)
+	$(PIP) -q -e '.[dev]'
+	@touch $@
