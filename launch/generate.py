@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed import Launch, local_device, prepare_environment
+from trainer.distributed import local_device, prepare_environment
 
 prepare_environment()
 
@@ -24,12 +24,12 @@ from trainer.config.earlier_versions import stored_run
 from trainer.config.plugins import import_named_plugins
 from trainer.data import load_tokenizer, prompt_prefix
 from trainer.errors import ConfigError, Problem
-from trainer.exit import Arguments, exit_on_errors
+from trainer.exit import Arguments, exit_on_errors, read_launch
 from trainer.model import generate_texts, load_model
 
 
 def main() -> None:
-    launch = Launch.from_environment()
+    launch = read_launch()
     if launch.rank != 0:
         return
     with exit_on_errors(launch):

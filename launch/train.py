@@ -29,13 +29,13 @@ prepare_environment()
 
 from trainer.config import LoadedConfig, load_config
 from trainer.config.earlier_versions import METADATA_KEY
-from trainer.exit import Arguments, exit_on_errors
+from trainer.exit import Arguments, exit_on_errors, read_launch
 
 log = logging.getLogger("trainer.train")
 
 
 def main() -> None:
-    launch = Launch.from_environment()
+    launch = read_launch()
     configure_logging(launch.rank)
     with exit_on_errors(launch):
         options = parse_arguments()
@@ -57,6 +57,7 @@ def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) ->
     from trainer.checkpoint import Checkpoints
     from trainer.data import count_steps, open_batches, prepare_data
     from trainer.engine import start_engine
+    from trainer.fault_tolerance import Watchdog
     from trainer.loop import fit
     from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
     from trainer.pipeline import divide_layers
@@ -71,15 +72,20 @@ def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) ->
     for problem in loaded.warnings:
         log.warning("%s", problem)
     config, store = loaded.config, open_store(launch)
+    watchdog = Watchdog(launch, store, config.run.collective_timeout_seconds, directory.path / "logs")
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
+    watchdog.phases.enter("data")
     prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
     loaded = count_steps(loaded, prepared)
     configure_logging(launch.rank, directory.path / "logs")
     if loaded.kept.message:
         log.info("%s", loaded.kept.message)
-    with joined_world(launch, topology, store, seed=config.run.seed) as world:
+    with (
+        watchdog.explained_failures(),
+        joined_world(launch, topology, store, watchdog.phases, seed=config.run.seed) as world,
+    ):
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
         checkpoints = Checkpoints(

@@ -71,3 +71,17 @@ class CheckpointError(TesseraError):
     """A checkpoint is damaged, does not fit, or is not there where one was asked for: names the folder and the file."""
 
     exit_status = 4
+
+
+class RankLost(TesseraError):
+    """Another rank has died, has stopped, or did not arrive in a collective within `run.collective_timeout_seconds`."""
+
+    exit_status = 6
+
+    def __init__(self, message: str, *, speaks: bool = False, patience: float = 0.0) -> None:
+        """Args:
+        speaks: this rank is the one that reports it first. patience: seconds to wait before leaving, because a
+            launcher takes the status of the first rank that leaves, and the lost one may have a better one.
+        """
+        self.speaks, self.patience = speaks, patience
+        super().__init__(message)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from trainer.distributed import Launch
-from trainer.errors import ConfigError, Problem, RanksDifferError, TesseraError
+from trainer.errors import ConfigError, Problem, RankLost, RanksDifferError, TesseraError
 
 _CONFIG_PATIENCE_SECONDS = 120.0
 _OTHER_PATIENCE_SECONDS = 10.0
@@ -24,6 +24,15 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(Problem("command line", message, f"See {self.prog} --help"))
+
+
+def read_launch() -> Launch:
+    """What the launcher says about this process; ends the process with status 2 where that is wrong."""
+    try:
+        return Launch.from_environment()
+    except ConfigError as error:
+        _say(error, Launch())
+        _leave(error.exit_status)
 
 
 @contextlib.contextmanager
@@ -37,6 +46,13 @@ def exit_on_errors(launch: Launch) -> Iterator[None]:
     try:
         yield
         _leave(0)
+    except RankLost as error:
+        if error.speaks:
+            _say(error, launch)
+        time.sleep(error.patience)
+        if not error.speaks:
+            _say(error, launch)
+        _leave(error.exit_status)
     except TesseraError as error:
         if launch.rank != 0:
             everywhere = isinstance(error, ConfigError) and not isinstance(error, RanksDifferError)

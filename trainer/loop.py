@@ -35,6 +35,7 @@ def fit(
         checkpoints.close()
         raise
     checkpoints.close()
+    world.phases.enter("final")
 
 
 def train(
@@ -44,8 +45,9 @@ def train(
     """The steps themselves; a checkpoint may still be being written when this returns."""
     config, begun, last = loaded.config, meter.progress.step, loaded.steps
     if not begun:
-        evaluate(0, engine, batches, meter, trackers)
+        evaluate(0, world, engine, batches, meter, trackers)
     for step, batch in enumerate(meter.timed(batches.train.steps(begun + 1, last)), start=begun + 1):
+        world.phases.enter("step", step)
         world.seed_step(step)
         result = engine.train_step(batch, verify_as=step if verifies_replicas(step, config) else None)
         meter.add(batch.tokens, batch.samples)
@@ -59,8 +61,9 @@ def train(
             refuse_nonfinite(row, result.applied)
             losses["train"] = row["loss"]
         if step == last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
-            losses["validation"] = evaluate(step, engine, batches, meter, trackers)
+            losses["validation"] = evaluate(step, world, engine, batches, meter, trackers)
         if due:
+            world.phases.enter("save", step)
             save(checkpoints, engine, meter, losses)
 
 
@@ -70,10 +73,13 @@ def verifies_replicas(step: int, config: Config) -> bool:
     return every > 0 and step % every == 0
 
 
-def evaluate(step: int, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers) -> float | None:
+def evaluate(
+    step: int, world: World, engine: Engine, batches: Batches, meter: Meter, trackers: Trackers
+) -> float | None:
     """The loss on the held-out data, where there is any; the time does not count as training."""
     if batches.validation is None:
         return None
+    world.phases.enter("evaluate", step)
     start = time.perf_counter()
     evaluation = engine.evaluate(batches.validation)
     trackers.log(meter.validation_row(step, evaluation))

@@ -87,6 +87,10 @@ class Checkpoints:
         upload = self._section.upload
         self._remote = self._agree(lambda: Remote(upload)) if upload else None
         self._staging = Staging()
+        # In a thread of its own a save is no progress of the training that goes on.
+        self._advance: Callable[[], None] = world.phases.advance
+        if self._section.asynchronous:
+            self._advance = lambda: None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._fatal: Exception | None = None
@@ -119,6 +123,7 @@ class Checkpoints:
         Raises:
             CheckpointError: if the checkpoint and the model do not fit together.
         """
+        self._world.phases.enter("resume")
         if self._found is None:
             return NOTHING_YET
         folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
@@ -395,7 +400,7 @@ class Checkpoints:
         self, entries: Sequence[Entry], manifest: Manifest, scalars: Mapping[str, Scalars], start: float
     ) -> None:
         path = self._path / name_of(manifest.step)
-        folder = Folder(path, self._rank, self._group)
+        folder = Folder(path, self._rank, self._group, advance=self._advance)
         gathered: list[Any] = [None] * self._ranks
         dist.all_gather_object(gathered, dict(scalars), group=self._group)
         manifest = replace(manifest, numbers={**manifest.numbers, "scalars": merged(gathered)})
@@ -430,8 +435,14 @@ class Checkpoints:
         assert remote is not None
         withdrawn = [_attempted(lambda: remote.withdraw(folder.name)) if self._rank == 0 else None]
         dist.broadcast_object_list(withdrawn, src=0, group=self._group)
+
+        def upload_own() -> None:
+            for name in own:
+                remote.upload(folder, [name])
+                self._advance()
+
         # Only then the files, so that none of a new copy lies under an old one's manifest.
-        failure = withdrawn[0] or _attempted(lambda: remote.upload(folder, own))
+        failure = withdrawn[0] or _attempted(upload_own)
         failures: list[Any] = [None] * self._ranks
         dist.all_gather_object(failures, failure and str(failure), group=self._group)
         if self._rank == 0 and not any(failures):

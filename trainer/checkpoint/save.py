@@ -8,7 +8,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.distributed import JOIN_PATIENCE
 from trainer.engine import Piece
 from trainer.errors import CheckpointError
 from trainer.files import hash_file, replace_text, sync_directory
@@ -37,7 +37,6 @@ PARTIAL = ".{}.partial"
 """Name of a folder whose checkpoint is not complete."""
 
 DELETED = ".{}.deleted"
-_PATIENCE = timedelta(hours=6)
 
 
 class Staging:
@@ -75,8 +74,11 @@ def in_order(entries: Iterable[Entry]) -> list[Entry]:
 class Folder:
     """The folder of a checkpoint that is being written by all ranks of a group."""
 
-    def __init__(self, path: Path, rank: int, group: Any = None) -> None:
-        self._path, self._rank, self._group = path, rank, group
+    def __init__(self, path: Path, rank: int, group: Any = None, *, advance: Callable[[], None] = lambda: None) -> None:
+        """Args:
+        advance: called after each file that this rank has written or verified.
+        """
+        self._path, self._rank, self._group, self._advance = path, rank, group, advance
         self._partial = path.with_name(PARTIAL.format(path.name))
         self.written: list[Written] = []
         """This rank's files."""
@@ -97,6 +99,7 @@ class Folder:
                     f"rank-{self._rank:05}.safetensors" if not number else f"rank-{self._rank:05}-{number}.safetensors"
                 )
                 written.append(write_file(self._partial / name, together))
+                self._advance()
 
         self._agree(write)
         self.written = [file for file, _ in written]
@@ -142,6 +145,7 @@ class Folder:
         for file in self.written:
             if hash_file(self._partial / file.name) != file.hash:
                 raise OSError(f"{file.name} does not hold what was written into it")
+            self._advance()
 
     def _agree(self, work: Callable[[], None] | None) -> None:
         """Does this rank's work; if it fails on any rank, all raise."""
@@ -217,7 +221,7 @@ def first_gloo_group() -> Any:
     Its collectives wait for the slowest rank's files, and for their way to an object store.
     """
     return (
-        dist.new_group(backend="gloo", timeout=_PATIENCE)
+        dist.new_group(backend="gloo", timeout=JOIN_PATIENCE)
         if dist.get_world_size() > 1 or torch.cuda.is_available()
         else None
     )

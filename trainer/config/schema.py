@@ -33,6 +33,12 @@ class RunSection(Section):
     `AutoConfig.register` and `AutoModelForCausalLM.register`. **Their code runs.** They must be installed in this
     environment (or lie on PYTHONPATH) on every host; nothing is downloaded."""
 
+    collective_timeout_seconds: Annotated[float, Field(ge=1, le=604_800)] = 1800.0
+    """How long a rank waits for the others in any collective of a step, an evaluation or a save before the run is ended
+    with exit status 6, naming the ranks that are missing. The first step and the first evaluation have at least 600 s,
+    and ranks wait for each other up to a day before training starts. Must be longer than the slowest rank takes to
+    write and upload its files of a checkpoint."""
+
 
 class ModelSection(Section):
     path: Text | None = None

@@ -4,11 +4,13 @@ from trainer.distributed.agreement import agree
 from trainer.distributed.environment import Launch, free_port, local_device, prepare_environment
 from trainer.distributed.extensions import load_extension
 from trainer.distributed.logs import configure_logging
+from trainer.distributed.phases import JOIN_PATIENCE, Mark, Phase, Phases
 from trainer.distributed.shared_memory import remove_stale_buffers
-from trainer.distributed.store import open_store
+from trainer.distributed.store import PrefixStore, Store, open_store, second_connection
 from trainer.distributed.world import World, joined_world, seed_everything
 
 __all__ = [
-    "Launch", "World", "agree", "configure_logging", "free_port", "joined_world", "load_extension", "local_device",
-    "open_store", "prepare_environment", "remove_stale_buffers", "seed_everything",
+    "JOIN_PATIENCE", "Launch", "Mark", "Phase", "Phases", "PrefixStore", "Store", "World", "agree", "configure_logging",
+    "free_port", "joined_world", "load_extension", "local_device", "open_store", "prepare_environment",
+    "remove_stale_buffers", "second_connection", "seed_everything",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ import torch.distributed as dist
 
 from trainer.distributed.environment import Launch, complete_environment, local_device
 from trainer.distributed.extensions import load_extension
+from trainer.distributed.phases import JOIN_PATIENCE, Phases
 from trainer.distributed.shared_memory import remove_stale_buffers, unlink_own_buffer
-from trainer.distributed.store import JOIN_PATIENCE, PrefixStore, Store, open_store
+from trainer.distributed.store import PrefixStore, Store, open_store
 from trainer.topology import Axis, Topology
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ class World:
     groups: dict[Axis, Any]
     """The process group of this rank along each axis of more than one rank; None stands for all ranks."""
 
+    phases: Phases = field(default_factory=Phases)
+    """What this rank is doing, for the watchdog."""
+
     _neighbours: dict[int, Any] = field(default_factory=dict, repr=False)
     _of_stages: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
 
@@ -60,7 +65,7 @@ class World:
         if count not in self._neighbours:
             for ranks in self.topology.groups("tensor"):
                 for start in range(0, len(ranks), count):
-                    group = dist.new_group(ranks[start : start + count])
+                    group = dist.new_group(ranks[start : start + count], timeout=JOIN_PATIENCE)
                     if self.topology.rank in ranks[start : start + count]:
                         self._neighbours[count] = group
         return self._neighbours[count]
@@ -74,7 +79,7 @@ class World:
             self._of_stages[stages] = None
             for ranks in self.topology.groups("pipeline"):
                 members = [ranks[stage] for stage in stages]
-                group = dist.new_group(members)
+                group = dist.new_group(members, timeout=JOIN_PATIENCE)
                 if self.topology.rank in members:
                     self._of_stages[stages] = group
         return self._of_stages[stages]
@@ -93,7 +98,7 @@ def _process_groups(topology: Topology) -> dict[Axis, Any]:
             own[axis] = None
             continue
         for ranks in groups:
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=JOIN_PATIENCE)
             if topology.rank in ranks:
                 own[axis] = group
     return own
@@ -125,23 +130,42 @@ def _start_process_group(launch: Launch, device: torch.device, store: Store, tim
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def _log_world(topology: Topology, device: torch.device) -> None:
+    """One line on rank 0: ranks, hosts, layout and devices. Every rank must call it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
+    gathered: list[Any] = [None] * topology.world
+    dist.all_gather_object(gathered, (socket.gethostname(), name))
+    hosts, devices = (list(dict.fromkeys(column)) for column in zip(*gathered, strict=True))
+    shown = ", ".join(hosts[:8]) + (", ..." if len(hosts) > 8 else "")
+    log.info(
+        "world: %s on %s (%s), pipeline %d x data %d x tensor %d, device %s", _counted(topology.world, "rank"),
+        _counted(len(hosts), "host"), shown, topology.pipeline, topology.data, topology.tensor, ", ".join(devices),
+    )  # fmt: skip
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @contextlib.contextmanager
 def joined_world(
     launch: Launch,
     topology: Topology,
     store: Store | None = None,
+    phases: Phases | None = None,
     *,
     seed: int,
-    timeout: timedelta = timedelta(minutes=30),
     patience: timedelta = JOIN_PATIENCE,
 ) -> Iterator[World]:
     """Joins all processes into one world; leaves it at the end.
 
     Args:
         store: from `open_store`; opened here by default.
-        timeout: how long a rank waits in a collective before it gives up on the others.
-        patience: how long it waits for all to join; a host may have a corpus to tokenise first.
+        phases: of this rank, from its watchdog. They set the timeouts of collectives from the first step on.
+        patience: how long a rank waits for all to join; a host may have a corpus to tokenize first.
     """
+    phases = Phases() if phases is None else phases
+    phases.enter("join")
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     kind = local_device()
@@ -167,9 +191,10 @@ def joined_world(
     _start_process_group(launch, device, store, patience)
     if kind == "cpu":
         unlink_own_buffer(launch)
-    dist.distributed_c10d._set_pg_timeout(timeout)
+    _log_world(topology, device)
+    phases.enter("build")
     seed_everything(seed, topology)
-    yield World(topology, device, seed, store, _process_groups(topology))
+    yield World(topology, device, seed, store, _process_groups(topology), phases)
     # Not after an error: leaving the world would make the other ranks fail, and be ended, before this one has
     # said what was wrong.
     dist.destroy_process_group()

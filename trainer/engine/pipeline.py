@@ -112,7 +112,7 @@ class PipelineEngine(BaseEngine):
         self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
         self._own_norm: Tensor | None = None
         self._verify_as: int | None = None
-        self._clock = _Clock(world.device)
+        self._clock = _Clock(world.device, world.phases.advance)
         self._least = 2 * world.topology.pipeline if two_ways else 1
         """Micro-batches that a schedule takes at least."""
 
@@ -257,8 +257,11 @@ class PipelineEngine(BaseEngine):
 class _Clock:
     """How long a rank computes of the time that a step's schedule takes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, device: torch.device, advance: Callable[[], None]) -> None:
+        """Args:
+        advance: called before each pass of a micro-batch.
+        """
+        self._on_gpu, self._advance = device.type == "cuda", advance
         self._marks: list[Any] = []
         self._whole: list[Any] = []
 
@@ -273,6 +276,7 @@ class _Clock:
         """The instruction, with its time counted as work."""
 
         def executes(engine: Any, **kwargs: Any) -> None:
+            self._advance()
             began = self._now()
             execute(engine, **kwargs)
             if len(self._whole) == 1:  # in training

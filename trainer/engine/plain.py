@@ -43,6 +43,7 @@ class PlainEngine(BaseEngine):
         if self._verifies:
             self._refuse_different_samples(batch.micro_batches[0])
         for number, micro in enumerate(batch.micro_batches, start=1):
+            self._world.phases.advance()
             loss = self._forward(micro)
             objective = loss.objective * weight + loss.auxiliary / count
             self._engine.backward(objective, scale_wrt_gas=False)
@@ -66,6 +67,7 @@ class PlainEngine(BaseEngine):
         self._engine.eval()
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
         for micro in batches:
+            self._world.phases.advance()
             tokens += int((micro.labels_BT != IGNORED).sum())
             loss_sum = loss_sum + self._forward(micro).loss_sum
         self._engine.train()

@@ -1,0 +1,286 @@
+"""Ranks that stop, die or come late: who is named, when, and how the others end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.configs import tiny_config, with_values
+from tests.harness import Finished, run_command, run_ranks
+from tests.runs import _loaded
+from trainer.checkpoint.save import first_gloo_group
+from trainer.data import prepare_data
+from trainer.distributed import JOIN_PATIENCE, Launch, Mark, Phases, joined_world
+from trainer.engine import start_engine
+from trainer.errors import RankLost
+from trainer.fault_tolerance.inspection import is_debugged, main_thread_location, process_state
+from trainer.fault_tolerance.reports import STALE_ROUNDS, Peers, own_report
+from trainer.fault_tolerance.watchdog import LOOK_SECONDS, REPORT_SECONDS, is_collective_failure
+from trainer.model import build_model, build_model_shape
+from trainer.pipeline import divide_layers
+from trainer.topology import Topology
+
+SCRIPT = str(Path(__file__).parent / "data" / "misbehaving_rank.py")
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+LIMIT = 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rank `rank` does `action` when it has entered the phase `at`."""
+
+    at: str
+    action: str = "stop"
+    rank: int = 1
+    pipeline: int = 1
+
+
+CASES = {
+    "step": Case("step 3"),
+    "step of a pipeline": Case("step 3", pipeline=2),  # waits in point-to-point operations
+    "evaluation": Case("evaluate 2"),
+    "save": Case("save 2"),
+    "rank 0": Case("step 3", rank=0),  # the store does not answer
+    "dead": Case("step 3", action="exit"),
+    "late": Case("data 0", action="sleep"),
+    "none": Case("nowhere"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    ended: Finished
+    seconds: float
+    """From the fault to the end of the first rank that ends."""
+
+    told: float
+    """From the fault to the first line about it in the log of a rank that is not the faulty one."""
+
+    logs: dict[int, str]
+
+    @property
+    def said(self) -> str:
+        """On any rank's standard error."""
+        return "\n".join(self.ended.errors)
+
+
+def _outcome(case: Case, config: dict[str, Any], folder: Path) -> Outcome:
+    folder.mkdir()
+    values: dict[str, Any] = {
+        "run__output_dir": str(folder / "run"), "run__collective_timeout_seconds": LIMIT,
+        "parallel__pipeline": case.pipeline, "evaluation__every_steps": 2, "checkpoint__every_steps": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(with_values(config, **values)))
+    variables = {"AT": case.at, "ACTION": case.action, "BAD_RANK": str(case.rank), "SINCE": str(folder / "since")}
+    ended = run_command(SCRIPT, "--config", str(folder / "config.json"), world=2, environment=variables)
+    since = float((folder / "since").read_text()) if (folder / "since").exists() else time.time()
+    seconds = time.time() - since
+    logs = {rank: (folder / "run" / "logs" / f"rank-{rank}.log").read_text() for rank in range(2)}
+    lines = [line for line in logs[1 - case.rank].splitlines() if "has taken" in line]
+    told = float("inf")
+    if lines:
+        told = datetime.strptime(lines[0][:23], "%Y-%m-%d %H:%M:%S,%f").timestamp() - since
+    return Outcome(ended, seconds, told, logs)
+
+
+@pytest.fixture(scope="module")
+def outcomes(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """All cases side by side, since most of their time is waiting."""
+    folder = tmp_path_factory.mktemp("watchdog")
+    config = tiny_config(corpus, shared_cache, folder)
+    with ThreadPoolExecutor(4) as pool:
+        work = {name: pool.submit(_outcome, case, config, folder / name) for name, case in CASES.items()}
+        return {name: future.result() for name, future in work.items()}
+
+
+@pytest.mark.parametrize("name", ["step", "step of a pipeline", "evaluation", "save", "rank 0"])
+def test_a_stopped_rank_is_named_and_the_others_end(name: str, outcomes: dict[str, Outcome]) -> None:
+    case, outcome = CASES[name], outcomes[name]
+    assert outcome.ended.status == RankLost.exit_status, outcome.said
+    phase, step = case.at.split()
+    words = {"step": f"step {step}", "evaluate": f"evaluation at step {step}", "save": f"checkpoint of step {step}"}
+    expected = f"{words[phase]}: a collective did not end within {LIMIT:g} s (run.collective_timeout_seconds)"
+    assert expected in outcome.said
+    assert re.search(rf"not arrived: rank {case.rank} .*(is stopped|does not respond)", outcome.said), outcome.said
+    assert outcome.told < LIMIT / 10 + 2, "the limit's tenth, and what a busy machine takes"
+    assert LIMIT - 1 < outcome.seconds < LIMIT + 5
+    assert 'File "' in outcome.logs[1 - case.rank], "the stacks of the rank that waits"
+
+
+def test_the_flight_recorder_is_dumped_and_named(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    named = re.search(r"its collectives in (\S+)", outcomes["evaluation"].said)
+    assert named is not None
+    assert json.loads(Path(named[1]).read_text())["entries"]
+
+
+def test_a_dead_rank_is_named(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["dead"]
+    assert outcome.ended.status == RankLost.exit_status
+    assert re.search(r"error: step 3: lost rank 1 \(host .*, last in .*, its process \d+ has died\)", outcome.said)
+    assert "Traceback" not in outcome.said
+
+
+def test_a_late_rank_is_named_while_the_others_join(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["late"]
+    assert outcome.ended.status == 0, outcome.said
+    words = r"joining has taken \d s; not arrived: rank 1 \(host .*, last in preparing data"
+    assert re.search(words, outcome.ended.out)
+
+
+def test_a_sound_run_writes_nothing_about_waiting(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["none"]
+    assert outcome.ended.status == 0, outcome.said
+    for log in outcome.logs.values():
+        assert "has taken" not in log
+        assert 'File "' not in log
+
+
+def test_a_stopped_rank_is_reported_within_30_s_at_the_default_limit() -> None:
+    assert LOOK_SECONDS + (STALE_ROUNDS + 1) * REPORT_SECONDS <= 30
+
+
+# Timeouts -------------------------------------------------------------------------------------------------------------
+
+
+def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
+    """The timeouts of this rank's groups before the first step, in it, and in the second."""
+    launch = Launch.from_environment()
+    parallel = config["parallel"]
+    topology = Topology.of(launch.world, launch.rank, tensor=parallel["tensor"], pipeline=parallel["pipeline"])
+    phases = Phases(20.0)
+    with joined_world(launch, topology, None, phases, seed=1) as world:
+        loaded = _loaded(config, launch.world)
+        prepared = prepare_data(loaded, launch, world.store)
+        division = divide_layers(build_model_shape(loaded), loaded)
+        world.tensor_neighbours(2)
+        first_gloo_group()
+        start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
+        found: dict[str, list[float]] = {"before": _of_groups()}
+        for name in ("resume", "first", "second"):
+            phases.enter("resume" if name == "resume" else "step")
+            found[name] = _of_groups()
+    return found
+
+
+def _of_groups() -> list[float]:
+    import torch
+
+    groups = list(dist.distributed_c10d._world.pg_map)
+    options = [group._get_backend(torch.device("cpu")).options for group in groups]
+    return [o._timeout.total_seconds() for o in options]
+
+
+def test_every_group_has_the_timeout_of_the_phase(tiny: dict[str, Any]) -> None:
+    values = {"parallel__tensor": 2, "parallel__pipeline": 2, "deepspeed__zero_optimization": {"stage": 1}}
+    for found in run_ranks(_timeouts, 8, with_values(tiny, **values)):
+        assert len(found["second"]) >= 8, "the default, three axes, and those of DeepSpeed and of checkpoints"
+        assert set(found["resume"]) == {JOIN_PATIENCE.total_seconds()}
+        assert set(found["first"]) == {600.0}, "kernels are compiled"
+        assert set(found["second"]) == {20.0}
+        assert len(set(found["before"])) > 1, "negative control: DeepSpeed's groups have a timeout of their own"
+
+
+def test_first_step_and_first_evaluation_have_time_to_compile() -> None:
+    phases = Phases(5.0)
+    limits = []
+    for phase in ("evaluate", "step", "step", "save", "evaluate", "step", "final"):
+        phases.enter(phase)  # type: ignore[arg-type]
+        limits.append(phases.timeout)
+    assert limits == [600.0, 600.0, 5.0, 5.0, 5.0, 5.0, 5.0]
+    phases = Phases(3600.0)
+    phases.enter("step")
+    assert phases.timeout == 3600.0
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_progress_and_position_of_a_mark() -> None:
+    phases = Phases()
+    phases.enter("data")
+    phases.enter("step", 7)
+    phases.advance()
+    assert phases.mark == Mark(2, 1, "step", 7)
+    phases.enter("save", 7)
+    assert phases.mark == Mark(3, 0, "save", 7)
+    assert phases.mark.name == "checkpoint of step 7"
+
+
+@pytest.mark.fast
+def test_ranks_that_cannot_go_on_are_told_from_those_that_work() -> None:
+    own = own_report(Launch(0, 6, 0, 6))
+    elsewhere = replace(own, host="b", machine="another")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    at = Mark(12, 0, "step", 12)
+    peers = Peers(own, 6)
+    silent = replace(elsewhere, rank=1).at(at)
+    working = replace(elsewhere, rank=2).at(at)
+    for number in range(STALE_ROUNDS + 1):
+        peers.update({
+            0: own.at(at), 1: silent, 2: replace(working, waited=float(number)),
+            3: replace(elsewhere, rank=3, error="full disk").at(at),
+            4: replace(own, rank=4, pid=dead.pid, waited=float(number)).at(at._replace(position=11, step=11)),
+        })  # fmt: skip
+    lost = peers.lost()
+    assert lost[1] == "does not respond"
+    assert lost[3] == "failed: full disk"
+    assert lost[4] == f"its process {dead.pid} has died"
+    assert set(lost) == {1, 3, 4}
+    assert peers.behind(12) == [4, 5]
+    assert peers.described([4, 5], lost) == (
+        f"rank 4 (host {own.host}, last in step 11, its process {dead.pid} has died), rank 5 (not started)"
+    )
+
+
+@pytest.mark.fast
+def test_state_of_a_process() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert process_state(child.pid) == "running"
+        os.kill(child.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while process_state(child.pid) != "stopped" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process_state(child.pid) == "stopped"
+    finally:
+        child.kill()
+        child.wait()
+    assert process_state(child.pid) == "dead"
+
+
+@pytest.mark.fast
+def test_location_of_the_main_thread() -> None:
+    location, in_collective = main_thread_location()
+    assert "main_thread_location" in location or "test_watchdog.py" in location or "inspection.py" in location
+    assert not in_collective
+    assert not is_debugged() or sys.gettrace() is not None
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:34697"), True),
+        (RuntimeError("[unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation to complete"), True),
+        (dist.DistNetworkError("The client socket has failed"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("timed out"), False),
+    ],
+)
+def test_failures_of_collectives_are_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_collective_failure(error) == expected

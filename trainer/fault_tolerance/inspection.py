@@ -1,0 +1,114 @@
+"""What a process is doing right now: stacks, collectives, states of processes on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch._C._distributed_c10d as c10d
+import torch.distributed as dist
+
+_COLLECTIVE_FILES = (
+    f"{os.sep}torch{os.sep}distributed{os.sep}distributed_c10d.py",
+    f"{os.sep}deepspeed{os.sep}comm{os.sep}",
+)
+_DEBUGGERS = {"bdb", "pdb", "pydevd", "debugpy"}
+
+
+def machine_id() -> str:
+    """Equal for two processes that see each other's process ids."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def process_state(pid: int) -> str:
+    """`running`, `stopped` (SIGSTOP, or a debugger) or `dead`."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "dead"
+    return {"T": "stopped", "t": "stopped", "Z": "dead", "X": "dead"}.get(state, "running")
+
+
+def _frames() -> Iterator[FrameType]:
+    """Of the main thread, innermost first."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def main_thread_location() -> tuple[str, bool]:
+    """Where the main thread is, as `function (file:line)`, and whether that is inside a collective.
+
+    Only collectives that Python waits for are seen: on a GPU the host may wait for them in any operation.
+    """
+    frames = list(_frames())
+    if not frames:
+        return "", False
+    inside = [frame for frame in frames if any(part in frame.f_code.co_filename for part in _COLLECTIVE_FILES)]
+    if not inside:
+        return _location(frames[0]), False
+    names = [frame.f_code.co_name for frame in inside if hasattr(dist, frame.f_code.co_name)]
+    outside = next((f for f in frames[frames.index(inside[-1]) :] if f not in inside), inside[-1])
+    return f"{names[-1] if names else inside[-1].f_code.co_name} in {_location(outside)}", True
+
+
+def _location(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+def is_debugged() -> bool:
+    """Whether the main thread is in a Python debugger, or a debugger is attached to the process."""
+    if any(str(frame.f_globals.get("__name__", "")).partition(".")[0] in _DEBUGGERS for frame in _frames()):
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("TracerPid:"):
+                return int(line.split()[1]) != 0
+    return False
+
+
+def dump_stacks(path: Path) -> None:
+    """Append the stacks of all threads of this process to a file."""
+    with contextlib.suppress(OSError), path.open("a") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
+def record_collectives(logs: Path) -> None:
+    """Switch on torch's flight recorder, and NCCL's own dump of it at a timeout, unless the environment has settings
+    for them. Call it before the first process group is created."""
+    has_new_names = hasattr(c10d, "_dump_fr_trace_json")  # torch warns of the old ones where it has new ones
+    size = "TORCH_FR_BUFFER_SIZE" if has_new_names else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    file = "TORCH_FR_DUMP_TEMP_FILE" if has_new_names else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    os.environ.setdefault(size, "2000")
+    os.environ.setdefault(file, str(logs / "nccl-trace-rank-"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def dump_collectives(path: Path) -> bool:
+    """Write the latest collectives of this rank, as torch's flight recorder has them, as JSON.
+
+    Returns:
+        Whether there were any; older versions of torch have a recorder for NCCL only.
+    """
+    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return False
+    try:
+        text = dump()
+        if b'"entries"' not in text:
+            return False
+        path.write_bytes(text)
+    except (OSError, RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,293 @@
+"""Watches over the phases of all ranks: says for whom the others wait, and ends a rank that waits for too long.
+
+Three threads of a rank have a part in it. The main thread marks its phase (`Phases`, plain attributes). The reporter
+posts the mark to the store and reads the others'. The watchdog measures how long the main thread has been without
+progress, and never touches the store: it must work when rank 0, which hosts it, is the rank that hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from trainer.distributed import Launch, Mark, Phases, Store
+from trainer.errors import RankLost, TesseraError
+from trainer.fault_tolerance.inspection import (
+    dump_collectives,
+    dump_stacks,
+    is_debugged,
+    main_thread_location,
+    record_collectives,
+)
+from trainer.fault_tolerance.reports import Report, Reporter, own_report
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 5.0
+"""Least time between two reports of a rank, unless a twentieth of the limit is shorter."""
+
+LOOK_SECONDS = 10.0
+"""Time without progress after which rank 0 looks for ranks that cannot go on, unless a twentieth of the limit is
+shorter: so a stopped rank is reported within 30 s, whatever the limit."""
+
+WAIT_LINE_SECONDS = 30.0
+"""Time between two lines about the same phase, and before the first one in phases without a limit."""
+
+RAISE_SECONDS = 3.0
+"""After the limit a collective has so long to raise by itself; then the watchdog ends the process."""
+
+SPEAK_SECONDS = 1.0
+"""Other ranks leave so much later than the one that reports: a launcher ends all ranks as soon as one leaves."""
+
+DEATH_PATIENCE_SECONDS = 10.0
+"""After the death of a rank the others leave so much later: its own status should be the run's."""
+
+_ENDED_BY_WATCHDOG = ("step", "evaluate", "save")
+"""In `final` rank 0 works alone for a time, and all that the others wait for are collectives that raise."""
+
+_TIMEOUT = re.compile(r"tim(ed?|ing) ?out", re.IGNORECASE)
+_CONNECTION = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
+
+
+def is_collective_failure(error: Exception) -> bool:
+    """Whether an exception comes from a collective or the store because another rank is gone or late."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and bool(_TIMEOUT.search(text) or _CONNECTION.search(text))
+
+
+def _cause(error: Exception) -> str:
+    """The first sentence of what torch or gloo say, without the line of their source."""
+    line = (str(error).splitlines() or [repr(error)])[0]
+    return re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\] *", "", line).partition(". ")[0]
+
+
+class Watchdog:
+    """Reports what this rank is doing, and ends it when it waits for longer than the limit.
+
+    In a world of one rank there is nobody to wait for, and no thread is started.
+    """
+
+    def __init__(self, launch: Launch, store: Store, timeout_seconds: float, logs: Path) -> None:
+        """Args:
+        timeout_seconds: `run.collective_timeout_seconds`. logs: the run's folder of logs.
+        """
+        self.phases = Phases(timeout_seconds)
+        self._launch, self._logs = launch, logs
+        self._interval = min(REPORT_SECONDS, timeout_seconds / 20)
+        self._look_after = min(LOOK_SECONDS, timeout_seconds / 20)
+        self._tick = min(1.0, timeout_seconds / 50)
+        self._own = own_report(launch)
+        self._error = ""
+        self._mark, self._waited = Mark(), 0.0
+        self._told: dict[str, float] = {}
+        """When each sort of line was last written in this phase, in seconds of waiting."""
+
+        self._dumped = self._closed = False
+        self._reporter: Reporter | None = None
+        if launch.world > 1:
+            record_collectives(logs)
+            self._reporter = Reporter(launch, store, self._interval, self._report)
+            self._reporter.start()
+            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def close(self) -> None:
+        """End the threads; the store is told that this rank has finished."""
+        self.phases.enter("finished")
+        self._closed = True
+        if self._reporter is not None:
+            self._reporter.close(2.0)
+
+    @contextlib.contextmanager
+    def explained_failures(self) -> Iterator[None]:
+        """Raise failures of collectives within as errors that name the rank that is missing.
+
+        Raises:
+            RankLost: in place of what torch raises when another rank has died, or does not arrive.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._reporter is None or isinstance(error, TesseraError) or not is_collective_failure(error):
+                self._give_up(str(error) or repr(error))
+                raise
+            raise self._explained(error) from error
+        self.close()
+
+    # What the reporter posts ------------------------------------------------------------------------------------------
+
+    def _report(self) -> Report:
+        report = replace(self._own.at(self.phases.mark), error=self._error)
+        if self._waited < self._interval:
+            return report
+        location, in_collective = main_thread_location()
+        return replace(report, waited=round(self._waited, 1), location=location, in_collective=in_collective)
+
+    def _give_up(self, reason: str) -> None:
+        self._error = (reason.splitlines() or [""])[0][:300]
+        if self._reporter is not None:
+            self._reporter.looks = True
+            self._reporter.wake()
+
+    # The watch --------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        while not self._closed:
+            time.sleep(self._tick)
+            now = time.monotonic()
+            # A process that was suspended, or a host that slept, has not waited all that time.
+            self._watch(min(now - before, 3 * self._tick))
+            before = now
+
+    def _watch(self, seconds: float) -> None:
+        assert self._reporter is not None
+        mark, limit = self.phases.mark, self.phases.timeout
+        if mark != self._mark:
+            self._mark, self._waited, self._told, self._dumped = mark, 0.0, {}, False
+            self._reporter.looks = bool(self._error)
+            return
+        self._waited += seconds
+        if self._error:
+            self._reporter.looks = True
+        if self._error or self._waited < self._look_after:
+            return
+        # Every rank looks when its time is nearly up: its collective may raise, and it must know whom to name.
+        self._reporter.looks = self._is_speaker() or self._waited > limit - 5 * self._interval
+        if self._is_speaker():
+            self._tell(mark, limit)
+        if mark.phase in _ENDED_BY_WATCHDOG and self._waited >= limit:
+            self._expire(mark, limit)
+
+    def _is_speaker(self) -> bool:
+        """Rank 0; where its store does not answer, rank 1 speaks in its place."""
+        if self._launch.rank == 0:
+            return True
+        return self._launch.rank == 1 and self._is_store_silent()
+
+    def _is_store_silent(self) -> bool:
+        assert self._reporter is not None
+        return self._reporter.unanswered_seconds() > max(2 * self._interval, 0.5)
+
+    def _tell(self, mark: Mark, limit: float) -> None:
+        """Say whom this rank waits for: at once for ranks that cannot go on, else after a tenth of the limit."""
+        lost, missing = self._missing(mark)
+        if lost and self._is_due("lost"):
+            log.warning("%s has taken %.0f s; %s", mark.name, self._waited, self._described(lost, missing))
+        is_limited = mark.phase in _ENDED_BY_WATCHDOG or mark.phase == "final"
+        slow_after = limit / 10 if is_limited else WAIT_LINE_SECONDS
+        if self._waited < slow_after or lost or not (missing or is_limited) or not self._is_due("slow"):
+            return
+        log.warning("%s has taken %.0f s; %s", mark.name, self._waited, self._described(lost, missing))
+
+    def _is_due(self, sort: str) -> bool:
+        last = self._told.get(sort)
+        if last is not None and self._waited - last < WAIT_LINE_SECONDS:
+            return False
+        self._told[sort] = self._waited
+        return True
+
+    def _missing(self, mark: Mark) -> tuple[dict[int, str], list[int]]:
+        """Ranks that cannot go on, and ranks that have not entered this phase."""
+        assert self._reporter is not None
+        if self._launch.rank != 0 and self._is_store_silent():
+            return self._reporter.peers.silent_first(), []
+        lost = self._reporter.peers.lost()
+        return lost, [rank for rank in self._reporter.peers.behind(mark.position) if rank not in lost]
+
+    def _described(self, lost: dict[int, str], missing: list[int]) -> str:
+        assert self._reporter is not None
+        peers = self._reporter.peers
+        if lost or missing:
+            return f"not arrived: {peers.described([*lost, *missing], lost)}"
+        working = [r for r, report in peers.reports().items() if report.waited and not report.in_collective]
+        if working:
+            return f"all ranks have entered it; not in a collective: {peers.described(working)}"
+        return "all ranks have entered it"
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def _expire(self, mark: Mark, limit: float) -> None:
+        """The limit has passed: write the stacks; end the process if its collective has not raised by then."""
+        if is_debugged():
+            if self._is_due("debugger"):
+                log.warning("%s has taken %.0f s, in a debugger: not ended", mark.name, self._waited)
+            return
+        self._dump()
+        patience = RAISE_SECONDS + (0 if self._speaks_first(mark) else SPEAK_SECONDS)
+        if self._waited < limit + patience:
+            return
+        message = f"error (rank {self._launch.rank} on {self._own.host}): {self._timed_out(mark, limit)}"
+        if self._error or self._closed:  # the main thread has raised meanwhile
+            return
+        with contextlib.suppress(OSError), self._stacks.open("a") as file:
+            print(message, file=file)
+        print(message, file=sys.stderr, flush=True)
+        os._exit(RankLost.exit_status)
+
+    def _dump(self) -> None:
+        if self._dumped:
+            return
+        self._dumped = True
+        dump_stacks(self._stacks)
+        dump_collectives(self._recording)
+
+    @property
+    def _stacks(self) -> Path:
+        return self._logs / f"rank-{self._launch.rank}.log"
+
+    @property
+    def _recording(self) -> Path:
+        return self._logs / f"flight-recorder-rank-{self._launch.rank}.json"
+
+    def _timed_out(self, mark: Mark, limit: float) -> str:
+        lost, missing = self._missing(mark)
+        recorded = f", its collectives in {self._recording}" if self._recording.exists() else ""
+        return (
+            f"{mark.name}: a collective did not end within {limit:g} s (run.collective_timeout_seconds); "
+            f"{self._described(lost, missing)}. The stacks of this rank are in {self._stacks}{recorded}"
+        )
+
+    def _speaks_first(self, mark: Mark) -> bool:
+        """Whether this is the lowest rank that can still speak."""
+        lost, _ = self._missing(mark)
+        return self._launch.rank == min(rank for rank in range(self._launch.world) if rank not in lost)
+
+    def _explained(self, error: Exception) -> RankLost:
+        """The error that names the ranks which are missing. Waits until the store tells who they are."""
+        assert self._reporter is not None
+        mark, limit = self.phases.mark, self.phases.timeout
+        cause = _cause(error)
+        if _TIMEOUT.search(cause):
+            self._dump()
+            message, speaks = self._timed_out(mark, limit), self._speaks_first(mark)
+            self._give_up(cause)
+            return RankLost(message, speaks=speaks, patience=0.0 if speaks else SPEAK_SECONDS)
+        self._give_up(cause)
+        self._wait_until(lambda: self._dead() or self._is_store_silent())
+        lost = self._dead() or self._missing(mark)[0]
+        described = self._reporter.peers.described(lost, lost) or "a rank that still reports"
+        is_certain = any("died" in reason for reason in lost.values())
+        speaks = is_certain and self._speaks_first(mark)
+        return RankLost(f"{mark.name}: lost {described}; {cause}", speaks=speaks, patience=DEATH_PATIENCE_SECONDS)
+
+    def _dead(self) -> dict[int, str]:
+        """Lost ranks but those which have failed only because another one was lost before."""
+        assert self._reporter is not None
+        return {r: why for r, why in self._reporter.peers.lost().items() if not _CONNECTION.search(why)}
+
+    def _wait_until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 5 * self._interval
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(self._tick / 5)
