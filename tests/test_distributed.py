@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from tests.harness import run_ranks
+from tests.harness import run_command, run_ranks
 from trainer import distributed, exit
 from trainer.distributed import (
     Launch,
     agree,
     configure_logging,
+    extensions,
     joined_world,
     load_extension,
     open_store,
@@ -25,6 +29,8 @@ from trainer.distributed import (
 )
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.topology import Topology
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
 
 def _sums(pipeline: int, tensor: int) -> dict[str, int]:
@@ -48,18 +54,60 @@ def test_groups_on_eight_ranks(pipeline: int, tensor: int) -> None:
         assert found == {axis: sum(place.group(axis)) for axis in axes}
 
 
+HOLDER = """
+import mmap, os, sys, time
+file = open(sys.argv[1], "r+b")
+if sys.argv[2] == "map":
+    kept = mmap.mmap(file.fileno(), 4096)
+    file.close()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.mark.fast
-def test_only_buffers_that_nobody_has_mapped_are_removed() -> None:
+def test_only_old_buffers_that_no_process_has_open_or_mapped_are_removed() -> None:
     folder = Path("/dev/shm")
-    stale, living = (folder / f"deepspeed_allreduce_buffer_{os.getuid()}_test_{name}_0" for name in ("stale", "living"))
-    for file in (stale, living):
-        file.write_bytes(b"\0" * 4096)
-    with living.open("r+b") as handle, mmap.mmap(handle.fileno(), 4096):
+    names = ("stale", "open", "map", "young")
+    files = {name: folder / f"deepspeed_allreduce_buffer_{os.getuid()}_test_{name}_0" for name in names}
+    holders = []
+    try:
+        for name, file in files.items():
+            file.write_bytes(b"\0" * 4096)
+            if name in ("open", "map"):
+                command = [sys.executable, "-c", HOLDER, str(file), name]
+                holders.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+                assert holders[-1].stdout is not None
+                assert holders[-1].stdout.readline() == b"ready\n"
+            if name != "young":
+                os.utime(file, (0, 0))
         assert remove_stale_buffers() >= 1
-        assert not stale.exists()
-        assert living.exists()
-    remove_stale_buffers()
-    assert not living.exists()
+        assert [name for name, file in files.items() if file.exists()] == ["open", "map", "young"]
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+        remove_stale_buffers()
+        assert [name for name, file in files.items() if file.exists()] == ["young"]
+    finally:
+        for holder in holders:
+            holder.kill()
+        for file in files.values():
+            file.unlink(missing_ok=True)
+
+
+def test_a_start_says_which_lock_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(extensions, "SECONDS_BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(extensions.log, "propagate", True)
+    logging.getLogger("trainer").propagate = True
+    caplog.set_level(logging.INFO)
+    held = FileLock(str(tmp_path / "lock"), thread_local=False)
+    held.acquire()
+    threading.Timer(0.5, held.release).start()
+    with extensions._patient_lock(tmp_path / "lock", "another process"):
+        pass
+    assert f"for another process ({tmp_path / 'lock'})" in caplog.text
 
 
 @pytest.mark.fast
@@ -96,6 +144,63 @@ def test_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     assert Launch.from_environment() == Launch(5, 8, 1, 4)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": "abc"}, "RANK: must be a number from 0 to 0 (got 'abc')"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: must be a number from 0 to 1 (got '-1')"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: must be a number from 0 to 1 (got '2')"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: must be a number of at least 1 (got '0')"),
+        ({"WORLD_SIZE": "9" * 400}, "WORLD_SIZE: must be a number of at least 1 (got '999"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK: must be a number from 0 to 1 (got 'x')"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK: must be a number from 0 to 1"),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "5"}, "LOCAL_SIZE: must be a number from 1 to 4 (got '5')"),
+        ({"RANK": ""}, "RANK: must be a number from 0 to 0 (got '')"),
+    ],
+)
+def test_a_wrong_launch_environment_is_refused(
+    values: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as raised:
+        Launch.from_environment()
+    assert message in str(raised.value)
+    assert len(raised.value.problems) == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("address", "port", "message"),
+    [
+        ("127.0.0.1", None, "MASTER_PORT: must be a port from 1 to 65535"),
+        ("127.0.0.1", "abc", "(got 'abc')"),
+        ("127.0.0.1", "70000", "(got '70000')"),
+        (None, "29500", "MASTER_ADDR: must be the host of rank 0"),
+    ],
+)
+def test_several_ranks_need_the_address_of_rank_0(
+    address: str | None, port: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank would otherwise choose a port of its own, and wait for the others forever."""
+    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as raised:
+        open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))
+    assert message in str(raised.value)
+
+
+def test_a_wrong_launch_environment_ends_the_command_with_2() -> None:
+    ended = run_command(TRAIN, "--config", "x.json", environment={"RANK": "abc"})
+    assert (ended.status, "Traceback" in ended.err) == (2, False)
+    assert "error: RANK: must be a number from 0 to 0 (got 'abc')" in ended.err
 
 
 @pytest.mark.fast
@@ -201,5 +306,5 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(ConfigError, match=f"cannot listen on port {port} .*--master_port"):
+        with pytest.raises(ConfigError, match=f"--master_port: cannot listen on port {port} "):
             open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))

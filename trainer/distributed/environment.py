@@ -11,6 +11,10 @@ from typing import Literal
 
 import torch
 
+from trainer.errors import ConfigError, Problem
+
+_LAUNCHER_REMEDY = "Launchers set this environment variable: start by deepspeed or torchrun, or unset it"
+
 
 def prepare_environment() -> None:
     """Sets what DeepSpeed and torch read from the environment on import. Call it before importing either room.
@@ -53,14 +57,31 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Reads RANK and its kin; one process where there is no launcher."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            world=world,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world)))),
-        )
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process where there is no launcher.
+
+        Raises:
+            ConfigError: naming every variable that is not a number in its range.
+        """
+        problems: list[Problem] = []
+        world = _count("WORLD_SIZE", "1", 1, None, problems)
+        rank = _count("RANK", "0", 0, world, problems)
+        has_only_deepspeeds = "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+        local = "LOCAL_SIZE" if has_only_deepspeeds else "LOCAL_WORLD_SIZE"
+        local_world = _count(local, str(world), 1, world + 1, problems)
+        local_rank = _count("LOCAL_RANK", "0", 0, local_world, problems)
+        if problems:
+            raise ConfigError(problems)
+        return cls(rank, world, local_rank, local_world)
+
+
+def _count(name: str, default: str, least: int, end: int | None, problems: list[Problem]) -> int:
+    """The variable as a number from `least` up to, but not including, `end`."""
+    text = os.environ.get(name, default)
+    expected = f"a number of at least {least}" if end is None else f"a number from {least} to {end - 1}"
+    if text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) < (end or 10**9):
+        return int(text)
+    problems.append(Problem(name, f"must be {expected} (got {text!r})", _LAUNCHER_REMEDY))
+    return max(least, 1) if end is None else least
 
 
 def free_port() -> int:

@@ -6,11 +6,34 @@ import contextlib
 import io
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
 
+from trainer.units import format_duration
+
 log = logging.getLogger(__name__)
+
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+@contextlib.contextmanager
+def _patient_lock(path: Path, holder: str) -> Iterator[None]:
+    """Hold a file lock; log for whom this process waits."""
+    lock, start = FileLock(str(path)), time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=SECONDS_BETWEEN_LINES)
+            break
+        except TimeoutError:
+            log.info("waiting %s for %s (%s)", format_duration(time.monotonic() - start), holder, path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def load_extension(builder: str) -> None:
@@ -26,7 +49,7 @@ def load_extension(builder: str) -> None:
         return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(root / ".tessera.lock")):
+    with _patient_lock(root / ".tessera.lock", f"another process that compiles or loads {found.name}"):
         for stale in root.rglob("lock"):
             log.warning("removing %s, left by a process that was killed while compiling", stale)
             stale.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,29 +14,52 @@ from trainer.distributed.environment import Launch
 _SHARED_MEMORY = Path("/dev/shm")
 _BUFFERS = "deepspeed_allreduce_buffer_*"
 
+YOUNG_SECONDS = 60.0
+"""A buffer that was written less than so long ago may belong to a rank that is starting."""
+
 
 def remove_stale_buffers() -> int:
-    """Removes the shared-memory files of killed ranks: 69 MB each, and nobody else ever does.
+    """Remove the shared-memory files of killed ranks: 69 MB each, and nobody else ever does.
 
-    Only files of this user that no living process has mapped. Returns how many were removed.
+    Only files of this user, older than `YOUNG_SECONDS`, that no living process has open or mapped: DeepSpeed creates a
+    file, writes it, closes it, and maps it only then, and ranks whose file was removed in between wait forever.
+
+    Returns:
+        How many were removed.
     """
-    files = list(_SHARED_MEMORY.glob(_BUFFERS.replace("*", f"{os.getuid()}_*")))
+    files = [f for f in _SHARED_MEMORY.glob(_BUFFERS.replace("*", f"{os.getuid()}_*")) if not _is_young(f)]
     if not files:
         return 0
-    mapped: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            mapped.update(
-                line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "/dev/shm/" in line
-            )
-    stale = [f for f in files if str(f) not in mapped]
+    used = _used_files()
+    stale = [file for file in files if str(file) not in used and not _is_young(file)]
     for file in stale:
         file.unlink(missing_ok=True)
     return len(stale)
 
 
+def _is_young(file: Path) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime < YOUNG_SECONDS
+    except OSError:
+        return True  # its owner has removed it meanwhile
+
+
+def _used_files() -> set[str]:
+    """Files in shared memory that a process of this user has open or mapped."""
+    used: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines = (process / "maps").read_text().splitlines()
+            used.update(line.split(maxsplit=5)[-1].strip() for line in lines if str(_SHARED_MEMORY) in line)
+        with contextlib.suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    used.add(os.readlink(descriptor))
+    return used
+
+
 def unlink_own_buffer(launch: Launch) -> None:
-    """Takes this rank's shared-memory file out of the folder once all ranks have it mapped.
+    """Unlink this rank's shared-memory file once all ranks have it mapped. All ranks must call it.
 
     The memory stays theirs until they end, however they end: nothing is left for anybody to remove.
     """
