@@ -59,5 +59,5 @@ def test_it_trains_on_token_ids_and_is_exported_without_one(
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "gemma3_text", "mamba"])
 def test_no_empty_tokenizer_is_made_of_a_folder_without_one(model_type: str, tmp_path: Path) -> None:
     tiny_family(model_type).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.path: no tokenizer can be loaded from .*Set data.tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.path: no tokenizer can be loaded from .*set data.tokenizer"):
         load_tokenizer(str(tmp_path), "model.path")

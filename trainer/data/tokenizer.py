@@ -32,12 +32,35 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
         )
         if len(tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()) <= 1:
             raise ValueError("it has no vocabulary")  # what transformers makes of a folder without one
+        if not any(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES):
+            raise ValueError(f"it encodes any text, such as {_PROBES[0]!r}, as no token")
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            Problem(key, f"no tokenizer can be loaded from '{name}': {first}", "Set data.tokenizer")
+            Problem(
+                key,
+                f"no tokenizer can be loaded from '{name}': {_missing_files(name) or first}",
+                "Save one there with `save_pretrained`, or set data.tokenizer to a folder or name that has one",
+            )
         ) from None
     return tokenizer
+
+
+_PROBES = ("seven wizards", "12", "\u4e03\u4eba")
+_VOCABULARY_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Files of which a tokenizer's folder has at least one, unless it works on bytes or characters."""
+
+
+def _missing_files(name: str) -> str:
+    """What a local folder lacks of a tokenizer; empty where that is not known."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or any((folder / file).exists() for file in _VOCABULARY_FILES):
+        return ""
+    others = sorted(file.name for file in folder.glob("*token*"))
+    found = f", only {', '.join(others)}" if others else ""
+    return f"the folder holds none of {', '.join(_VOCABULARY_FILES)}{found}"
 
 
 def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
