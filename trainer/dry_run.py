@@ -7,12 +7,21 @@ from itertools import groupby
 from math import prod
 from typing import Any
 
+from trainer.checkpoint import resumed_checkpoint
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import extensions_of, first_rates, weight_decay
+from trainer.config.load import with_steps
+from trainer.config.rules import RULES, Draft
+from trainer.config.schema import SECTIONS
 from trainer.data import document_frame
+from trainer.data.epochs import steps_of
+from trainer.data.inspection import DataReport, inspect_data
+from trainer.distributed import local_device
+from trainer.errors import Problem
 from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
 from trainer.parallel import drops, read_plan, starred
 from trainer.pipeline import Division, divide_layers
+from trainer.run_directory import RunDirectory
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
@@ -166,6 +175,40 @@ def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Itera
         yield f"offloaded    {', '.join(offloaded)}"
 
 
+def _data_lines(loaded: LoadedConfig, report: DataReport) -> Iterator[str]:
+    about = "" if report.is_exact else "about "
+    for source in report.sources:
+        yield f"data         {source}"
+    if report.epoch_samples is None or loaded.known_steps is None:
+        yield "  the number of samples is not known before the data are prepared"
+        return
+    read = loaded.known_steps * loaded.batch.train
+    yield (f"epochs       {loaded.known_steps:,} steps read {read:,} samples: {about}{read / report.epoch_samples:.2f} "
+           f"epochs of {about}{report.epoch_samples:,} samples")  # fmt: skip
+
+
+def _device_problems(loaded: LoadedConfig) -> list[Problem]:
+    """What keeps this configuration from running on this machine; another one may have other devices."""
+    sections = {name: getattr(loaded.config, name) for name in SECTIONS}
+    draft = Draft(**sections, facts=loaded.facts, world=loaded.world, device=local_device())
+    return [problem for rule in RULES if rule.name == "device_can" for problem in rule.check(draft)]
+
+
+def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -> Iterator[str]:
+    yield from (f"warning: on this machine it would be refused: {problem}" for problem in device)
+    for source in report.sources:
+        if source.empty_files:
+            shown = ", ".join(source.empty_files[:3]) + (", ..." if len(source.empty_files) > 3 else "")
+            yield f"warning: {source.key}: no text in {len(source.empty_files)} files: {shown}"
+    yield from (f"warning: {problem}" for problem in loaded.warnings)
+
+
+def _resume_lines(loaded: LoadedConfig) -> Iterator[str]:
+    resumed = resumed_checkpoint(loaded)
+    if resumed is not None:
+        yield f"resume       from step {resumed.manifest.step:,} ({resumed.folder}); its files are there, in full size"
+
+
 def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
     section = loaded.config.checkpoint
     interval = None if loaded.known_steps is None else section.interval(loaded.known_steps)
@@ -193,18 +236,33 @@ def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
 
 
 def describe(loaded: LoadedConfig) -> str:
-    """The rank grid, parameters, batch arithmetic, memory of model states, tokens a step.
+    """The rank grid, parameters, batch arithmetic, memory of model states, documents, tokens, epochs.
+
+    Looks at the first rows of the data, the headers of the weights, and the checkpoint to resume from.
 
     Raises:
-        ConfigError: if transformers refuses to build the model, or its layers cannot be divided.
+        ConfigError: if transformers refuses to build the model, its layers cannot be divided, or the run directory is
+            another run's. DataError: something wrong in the first rows. CheckpointError: nothing to resume from.
     """
+    directory = RunDirectory.examine(loaded)
+    report = inspect_data(loaded)
+    if loaded.config.training.epochs is not None and report.epoch_samples is not None:
+        loaded = with_steps(loaded, steps_of(loaded.config.training.epochs, report.epoch_samples, loaded.batch.train))
+    device = _device_problems(loaded)
+    where = ", but not on this machine" if device else ""
     model = build_model_shape(loaded)
     cost, division = model_cost(model), divide_layers(model, loaded)
     optimizer, extensions = loaded.deepspeed_json["optimizer"], extensions_of(loaded.deepspeed_json)
     lines = [
-        f"{loaded.name}: the configuration is sound; nothing was started",
+        f"{loaded.name}: the configuration is sound{where}; nothing was started",
+        *(
+            [f"finished     at step {directory.finished_step}"]
+            if directory.is_finished(loaded)
+            else _resume_lines(loaded)
+        ),
         *_model_lines(loaded, cost),
         *_batch_lines(loaded),
+        *_data_lines(loaded, report),
         _checkpoint_line(loaded, cost),
         f"optimizer    {optimizer['type']} {optimizer.get('params', {})}"
         + (f" (DeepSpeed's {', '.join(extensions)})" if extensions else ""),
@@ -214,6 +272,6 @@ def describe(loaded: LoadedConfig) -> str:
         *_tensor_lines(loaded, model),
         *_pipeline_lines(loaded, model, division),
         *_rank_lines(loaded),
-        *(f"warning: {problem}" for problem in loaded.warnings),
+        *_warnings(loaded, report, device),
     ]
     return "\n".join(lines)

@@ -164,6 +164,28 @@ class Cache:
         return str(self.store.get(key).decode())
 
 
+class NotCachedError(Exception):
+    """An entry would have to be built."""
+
+
+class CacheView(Cache):
+    """Finds entries, and neither builds nor verifies nor changes any."""
+
+    def entry(
+        self, appearance: Any, content: Callable[[], Any], prefix: str, build: Callable[[Path], None],
+        *, check: Check | None = None, adopts: bool = False,
+    ) -> Path:  # fmt: skip
+        """See `Cache.entry`.
+
+        Raises:
+            NotCachedError: it is not there.
+        """
+        folder = _Entry(self, _digest(appearance), check, adopts).followed()
+        if folder is None or not (folder / COMPLETE).is_file():
+            raise NotCachedError
+        return folder
+
+
 class _Entry:
     """One entry as its builder opens it."""
 
@@ -175,12 +197,12 @@ class _Entry:
 
     def open(self, content: Callable[[], Any], prefix: str, build: Callable[[Path], None]) -> Path:
         """See `Cache.entry`."""
-        if (folder := self._followed()) is not None and self._is_sound(folder):
+        if (folder := self.followed()) is not None and self._is_sound(folder):
             return folder
         root = self._cache.root
         self._alias.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self._cache.lock(self._alias.stem[:32])):
-            if (found := self._followed()) is not None and found != folder and self._is_sound(found):
+            if (found := self.followed()) is not None and found != folder and self._is_sound(found):
                 return found  # another run has built it in the meantime
             name = f"{prefix}-{_digest(content())[:32]}"
             with _locked(self._cache.lock(name)):
@@ -191,7 +213,8 @@ class _Entry:
             replace_text(self._alias, json.dumps({"name": name}))
         return root / name
 
-    def _followed(self) -> Path | None:
+    def followed(self) -> Path | None:
+        """The directory that was found for this appearance earlier."""
         try:
             name = json.loads(self._alias.read_text())["name"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -53,6 +53,9 @@ class PreparedData:
     weights: tuple[float, ...]
     """How often an epoch reads each of `train`."""
 
+    train_files: tuple[int, ...]
+    """How many of `train` each source of `data.train` has."""
+
     validation: list[IndexedTokens]
     validation_files: tuple[int, ...]
     """How many of `validation` each source of `data.validation` has."""
@@ -133,7 +136,7 @@ def _training_text(sources: list[Source], fraction: float | None) -> Iterator[st
                 return
 
 
-def _named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
+def named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the configuration names; None where one is trained."""
     data, model = loaded.config.data, loaded.config.model
     if data.tokenizer is not None:
@@ -156,14 +159,14 @@ def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
     data = loaded.config.data
     if all(Source(path, "train", data.text_field).is_indexed for path in data.paths):
         return None
-    tokenizer = _named_tokenizer(loaded)
+    tokenizer = named_tokenizer(loaded)
     if tokenizer is None:
         return DocumentFrame() if data.special_tokens == "none" else DocumentFrame((), (0,), (), (END_OF_TEXT,))
     return frame_of(tokenizer, data.special_tokens)
 
 
 def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
-    if (named := _named_tokenizer(loaded)) is not None:
+    if (named := named_tokenizer(loaded)) is not None:
         return named
     data = loaded.config.data
 
@@ -187,7 +190,7 @@ def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> Pr
 def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the model, which no data needs; None if it has none."""
     try:
-        return _named_tokenizer(loaded)
+        return named_tokenizer(loaded)
     except ConfigError as error:
         log.info("the trained model will be written without a tokenizer: %s", error.problems[0].reason)
         return None
@@ -261,6 +264,12 @@ def prepare_data(
     blocks = max(4, _SAMPLED_BLOCKS // (len(data.train) + len(data.validation)))
     cache = Cache(root, launch or Launch(), store, None if verify_data else blocks)
     cache.sweep()
+    return open_prepared(loaded, cache)
+
+
+def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
+    """Open the token files of every source, which `cache` builds where they are missing. See `prepare_data`."""
+    data = loaded.config.data
     sources = {
         "train": [Source(s.path, "train", data.text_field) for s in data.train],
         "validation": [Source(s.path, "validation", data.text_field) for s in data.validation if s.path is not None],
@@ -294,6 +303,7 @@ def prepare_data(
     return PreparedData(
         [part for parts in train for part in parts],
         tuple(section.weight for section, parts in zip(data.train, train, strict=True) for _ in parts),
+        tuple(map(len, train)),
         [part for parts in validation for part in parts],
         tuple(map(len, validation)),
         tokenizer,

@@ -1,0 +1,180 @@
+"""`--dry_run` looks at the data, the weights, the checkpoint and the device, and says how much data there is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import save
+
+from tests.bad_inputs import SOUND_LINE, folder
+from tests.configs import with_values
+from tests.harness import Finished, run_command
+from trainer.config.load import check
+from trainer.data import count_steps, prepare_data
+from trainer.data.inspection import FIRST_ROWS, inspect_data
+from trainer.data.tokenizer import train_tokenizer
+
+TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def anew(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A configuration whose data are not in the cache."""
+    return with_values(tiny, data__cache_dir=str(tmp_path / "cache"))
+
+
+def dry_run(config: dict[str, Any], place: Path, *arguments: str) -> Finished:
+    (place / "config.json").write_text(json.dumps(config))
+    return run_command(TRAIN, "--config", str(place / "config.json"), "--dry_run", *arguments)
+
+
+def refusal(status: int, words: str, ended: Finished) -> None:
+    assert ended.status == status, ended.out + ended.err
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+    assert "sound" not in ended.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", SOUND_LINE + b'{"body": "x"}\n', "a.jsonl: line 2: no field 'text', only 'body'"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "line 1: no field 'text', only 'messages'"),
+        ("a.jsonl", b"", "a.jsonl: no text in it"),
+        ("a.jsonl", b'{"text": ""}\n', "a.jsonl: no text in it"),
+        ("a.json", b'{"text": 3}', "a.json: line 1: field 'text' holds int"),
+        ("a.jsonl.gz", gzip.compress(SOUND_LINE)[:-9], "a.jsonl.gz: line 1: cannot be decompressed"),
+        ("a.parquet", b"PAR1 and nothing", "a.parquet"),
+    ],
+)
+def test_wrong_rows_are_found(name: str, content: bytes, words: str, anew: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    refusal(3, words, dry_run(with_values(anew, data__train=[{"path": str(tmp_path / name)}]), tmp_path))
+    assert not (tmp_path / "cache").exists(), "nothing was prepared"
+
+
+def test_every_file_is_looked_at(anew: dict[str, Any], tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.jsonl").write_bytes(SOUND_LINE * 3 if number != 29 else b'{"body": ""}\n')
+    refusal(
+        3, "29.jsonl: line 1: no field", dry_run(with_values(anew, data__train=[{"path": str(tmp_path)}]), tmp_path)
+    )
+    (tmp_path / "29.jsonl").write_bytes(b"")
+    ended = dry_run(with_values(anew, data__train=[{"path": str(tmp_path)}]), tmp_path)
+    assert ended.status == 0, ended.err
+    assert "warning: data.train.0: no text in 1 files: " in ended.out
+
+
+def test_truncated_weights_are_found(anew: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    for name, content in folder({"model.norm.weight": np.ones(32, np.float32)}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    train_tokenizer((json.loads(line)["text"] for line in (corpus / "train.jsonl").open()), 320, tmp_path / "model")
+    config = with_values(anew, model={"path": str(tmp_path / "model")})
+    assert dry_run(config, tmp_path).status == 0
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(save({"model.norm.weight": np.ones(32, np.float32)}, metadata={"format": "pt"})[:-8])
+    refusal(2, "model.path", dry_run(config, tmp_path))
+
+
+def test_fp16_on_this_machine_is_named(anew: dict[str, Any], tmp_path: Path) -> None:
+    """Not refused: the machine that will train may have GPUs."""
+    half = with_values(anew, deepspeed__fp16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
+    ended = dry_run(half, tmp_path)
+    assert ended.status == 0, ended.err
+    assert "the configuration is sound, but not on this machine" in ended.out
+    assert "warning: on this machine it would be refused: deepspeed.fp16.enabled: DeepSpeed has no fp16" in ended.out
+    assert "not on this machine" not in dry_run(anew, tmp_path).out
+
+
+def test_checkpoint_to_resume_from_is_looked_at(anew: dict[str, Any], tmp_path: Path) -> None:
+    refusal(4, "nowhere is not there", dry_run(anew, tmp_path, "--resume", str(tmp_path / "nowhere")))
+    run = tmp_path / "run"
+    (tmp_path / "config.json").write_text(json.dumps(anew))
+    assert run_command(TRAIN, "--config", str(tmp_path / "config.json")).status == 0
+    assert "finished     at step 4" in dry_run(anew, tmp_path).out
+    more = with_values(anew, training__max_steps=6)
+    assert "resume       from step 4" in dry_run(more, tmp_path).out
+    other = with_values(more, run__output_dir=str(tmp_path / "other"))
+    assert "resume       from step 4" in dry_run(other, tmp_path, "--resume", str(run)).out
+    assert "resume " not in dry_run(other, tmp_path).out
+    refusal(2, "run.seed: 5 here, 11 in", dry_run(with_values(more, run__seed=5), tmp_path))
+    fewer = with_values(other, training__max_steps=2)
+    refusal(2, "training.max_steps: 2 steps, and", dry_run(fewer, tmp_path, "--resume", str(run)))
+    shard = run / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    refusal(4, "rank-00000.safetensors", dry_run(more, tmp_path))
+    refusal(4, "rank-00000.safetensors", dry_run(other, tmp_path, "--resume", str(run)))
+
+
+def texts(corpus: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (corpus / "train.jsonl").open()] * 8
+
+
+def as_jsonl(place: Path, rows: list[str]) -> str:
+    (place / "a.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in rows))
+    return str(place / "a.jsonl")
+
+
+def as_gzip(place: Path, rows: list[str]) -> str:
+    as_jsonl(place, rows)
+    (place / "a.jsonl.gz").write_bytes(gzip.compress((place / "a.jsonl").read_bytes()))
+    return str(place / "a.jsonl.gz")
+
+
+def as_array(place: Path, rows: list[str]) -> str:
+    (place / "a.json").write_text(json.dumps([{"text": text, "n": 1} for text in rows]))
+    return str(place / "a.json")
+
+
+def as_parquet(place: Path, rows: list[str]) -> str:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(str(place / "a.parquet"))
+    return str(place / "a.parquet")
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_gzip, as_array, as_parquet])
+@pytest.mark.parametrize("fraction", [None, 0.25])
+def test_estimates_are_near_the_exact_counts(
+    write: Callable[[Path, list[str]], str], fraction: float | None, anew: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    """Of documents and tokens, from the first rows; and exact ones once the data are prepared."""
+    folder_of_tokenizer, rows = tmp_path / "tokenizer", texts(corpus)
+    train_tokenizer(iter(rows), 320, folder_of_tokenizer)
+    path = write(tmp_path, rows)
+    config = with_values(anew, data__train=[{"path": path}], data__tokenizer=str(folder_of_tokenizer),
+                         data__validation=[{"fraction": fraction}] if fraction else [],
+                         training={"epochs": 2})  # fmt: skip
+    loaded = check(config, world=1, device="cpu")
+    estimated = inspect_data(loaded)
+    assert len(rows) > 10 * FIRST_ROWS
+    assert not estimated.is_exact
+    prepared = prepare_data(loaded)
+    exact = inspect_data(loaded)
+    assert exact.is_exact
+    assert exact.sources[0].documents == len(prepared.train[0])
+    assert exact.sources[0].tokens == prepared.train[0].tokens
+    for guess, count in zip(estimated.sources, exact.sources, strict=True):
+        assert guess.key == count.key
+        assert guess.documents == pytest.approx(count.documents, rel=0.35)
+        assert guess.tokens == pytest.approx(count.tokens, rel=0.35)
+    steps = count_steps(loaded, prepared).steps
+    said = dry_run(config, tmp_path).out
+    assert f"{count_of(exact)} samples" in said
+    assert f"epochs       {steps:,} steps read" in said
+    assert "about" not in re.findall(r"epochs       .*", said)[0]
+
+
+def count_of(report: Any) -> str:
+    return f"{report.epoch_samples:,}"

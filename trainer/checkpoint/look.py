@@ -1,0 +1,75 @@
+"""Which checkpoint a run would resume from, as one process can tell without reading its tensors."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from trainer.checkpoint.keep import Kept, checkpoints_in
+from trainer.checkpoint.remote import Remote, is_remote
+from trainer.checkpoint.run import FOLDER
+from trainer.config import LoadedConfig
+from trainer.errors import CheckpointError, ConfigError, Problem
+from trainer.run_directory import refuse_another_run
+from trainer.store import MANIFEST, read_manifest, verify_sizes
+
+log = logging.getLogger(__name__)
+
+
+def resumed_checkpoint(loaded: LoadedConfig) -> Kept | None:
+    """The checkpoint that `loaded` resumes from; None if it starts from the beginning, or from a copy elsewhere.
+
+    Of the checkpoint its manifest is read, and its files are there with their sizes; hashes are verified when the run
+    starts.
+
+    Raises:
+        CheckpointError: there is none where one is named. ConfigError: it is another run's.
+    """
+    resume = loaded.config.checkpoint.resume
+    if resume == "never":
+        return None
+    if is_remote(resume):
+        place = Remote(resume, "checkpoint.resume")
+        if place.newest() is None:
+            raise CheckpointError(f"{place.place}: there is no checkpoint")
+        return None
+    output = Path(loaded.config.run.output_dir).expanduser()
+    found = _newest(output / FOLDER) if resume == "auto" else _named(Path(resume).expanduser())
+    if found is None:
+        return None
+    refuse_another_run(found.manifest.config, loaded, str(found.folder))
+    steps = loaded.known_steps
+    if steps is not None and found.manifest.step > steps:
+        raise ConfigError(
+            Problem(f"training.{loaded.length_unit}", f"{steps} steps, and {found.folder} is at step "
+                    f"{found.manifest.step}", "Take more steps, or name an earlier checkpoint with --resume")
+        )  # fmt: skip
+    return found
+
+
+def _named(path: Path) -> Kept:
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint.resume: {path} is not there")
+    if (path / MANIFEST).exists() or not ((path / FOLDER).is_dir() or checkpoints_in(path)[0]):
+        manifest = read_manifest(path)
+        verify_sizes(path, manifest)
+        return Kept(path, manifest)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if (found := _newest(folder)) is None:
+        raise CheckpointError(f"{folder}: there is no sound checkpoint to resume from")
+    return found
+
+
+def _newest(folder: Path) -> Kept | None:
+    """The newest checkpoint whose files have their sizes."""
+    kept, damaged = checkpoints_in(folder)
+    for one in kept:
+        try:
+            verify_sizes(one.folder, one.manifest)
+        except CheckpointError as error:
+            damaged.append(error)
+        else:
+            return one
+    if damaged:
+        raise CheckpointError(f"{folder}: there is no sound checkpoint to resume from: {damaged[0]}")
+    return None
