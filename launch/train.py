@@ -30,6 +30,7 @@ prepare_environment()
 from trainer.config import LoadedConfig, load_config
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.exit import Arguments, exit_on_errors, read_launch
+from trainer.fault_tolerance import StopAgreement, StopRequests, refuse_missing_hostfile
 
 log = logging.getLogger("trainer.train")
 
@@ -37,20 +38,22 @@ log = logging.getLogger("trainer.train")
 def main() -> None:
     launch = read_launch()
     configure_logging(launch.rank)
-    with exit_on_errors(launch):
+    requests = StopRequests(launch.rank)
+    with exit_on_errors(launch, requests):
+        refuse_missing_hostfile(sys.argv[0])
         options = parse_arguments()
         looks_only = options.print_config or options.dry_run
         world = options.world if looks_only and launch.world == 1 else launch.world
         loaded = load_config(options.config, options.set, world=world, device=None if looks_only else local_device())
         if not looks_only:
-            train(loaded, launch, verify_data=options.verify_data)
+            train(loaded, launch, requests, verify_data=options.verify_data)
         elif launch.rank == 0:
             if loaded.kept.message:
                 print(f"[tessera] {loaded.kept.message}", file=sys.stderr)
             print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
 
 
-def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) -> None:
+def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verify_data: bool = False) -> None:
     """The whole story, one call a room, in the order in which data passes."""
     # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
     from trainer.causality import verify_causality
@@ -69,6 +72,7 @@ def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) ->
     if directory.is_finished(loaded):
         log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
         return
+    requests.install(directory, loaded.config.training.max_seconds)
     for problem in loaded.warnings:
         log.warning("%s", problem)
     config, store = loaded.config, open_store(launch)
@@ -103,8 +107,9 @@ def train(loaded: LoadedConfig, launch: Launch, *, verify_data: bool = False) ->
         meter = Meter(
             engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
         )
+        stop = StopAgreement(requests, world, directory, loaded.steps)
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
-            fit(loaded, world, engine, batches, checkpoints, meter, trackers)
+            fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
         files = write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)

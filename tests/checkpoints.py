@@ -22,6 +22,7 @@ from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.errors import TesseraError, TrainingHalted
+from trainer.fault_tolerance import StopRequests
 from trainer.model import build_model, build_model_shape, recipe_of
 from trainer.pipeline import divide_layers
 from trainer.run_directory import RunDirectory
@@ -109,7 +110,7 @@ def halted(config: dict[str, Any]) -> list[str]:
     saving.write_file = slowly
     launch = Launch.from_environment()
     try:
-        train(_loaded(config, launch.world), launch)
+        train(_loaded(config, launch.world), launch, StopRequests(launch.rank))
     except TrainingHalted:
         return sorted(path.name for path in (Path(config["run"]["output_dir"]) / "checkpoints").iterdir())
     raise AssertionError("it did not halt")

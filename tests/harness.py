@@ -6,10 +6,12 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from tools.ranks import Finished, context, run_command, run_ranks
+from tools.ranks import Finished, Started, context, run_command, run_ranks, started_command
 from trainer.distributed import free_port
 
-__all__ = ["Finished", "context", "free_port", "messages_of", "run_command", "run_ranks"]
+__all__ = [
+    "Finished", "Started", "context", "free_port", "messages_of", "run_command", "run_ranks", "started_command",
+]  # fmt: skip
 
 
 @contextlib.contextmanager

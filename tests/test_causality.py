@@ -31,6 +31,7 @@ from trainer.distributed import Launch, World, joined_world, seed_everything
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError
+from trainer.fault_tolerance import StopRequests
 from trainer.model import build_model, build_model_shape
 from trainer.pipeline import divide_layers
 from trainer.store import read_manifest
@@ -141,7 +142,7 @@ def counted_run(config: dict[str, Any]) -> int:
 
     PlainEngine.token_losses = count  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train_command(_loaded(config, launch.world), launch)
+    train_command(_loaded(config, launch.world), launch, StopRequests(launch.rank))
     return len(asked)
 
 

@@ -128,23 +128,49 @@ def _command(
     os._exit(0)
 
 
-def run_command(
+@dataclass(frozen=True)
+class Started:
+    """A command whose ranks run."""
+
+    processes: tuple[Any, ...]
+    """By rank; a rank's process id is `pid`."""
+
+    folder: Path
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank has written to its standard output so far."""
+        return self._text(f"out-{rank}")
+
+    def errors(self, rank: int = 0) -> str:
+        """The same of its standard error."""
+        return self._text(f"err-{rank}")
+
+    def _text(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""  # a rank may be ended before it has one
+
+    def statuses(self, seconds: float) -> list[int | None]:
+        """How each rank has ended, waiting for all of them; None for one that still runs then."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+
+@contextlib.contextmanager
+def started_command(
     script: str,
     *arguments: str,
     world: int = 1,
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
-) -> Finished:
-    """What `python SCRIPT ARGUMENTS...` does on `world` ranks, without the five seconds of imports: forked processes
-    run the script as `__main__`, each with its own file descriptors, environment and exit status.
-
-    As under a launcher, the command's status is that of the first rank that fails, and the others are ended then.
+) -> Iterator[Started]:
+    """Runs `python SCRIPT ARGUMENTS...` on `world` ranks, without the five seconds of imports: forked processes run the
+    script as `__main__`, each with its own file descriptors, environment and exit status. On leaving the `with` block
+    they are killed.
 
     Args:
         working_folder: default: this process's. environment: variables to set; PYTHONPATH comes first.
-
-    Raises:
-        AssertionError: if ranks still run after `SECONDS`; they are killed.
     """
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
@@ -163,18 +189,31 @@ def run_command(
             process.start()
             processes.append(process)
         try:
-            status = _status(processes)
+            yield Started(tuple(processes), Path(folder))
         finally:
             for process in processes:
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def run_command(script: str, *arguments: str, world: int = 1, **where: Any) -> Finished:
+    """What `python SCRIPT ARGUMENTS...` does on `world` ranks; see `started_command`.
+
+    As under a launcher, the command's status is that of the first rank that fails, and the others are ended then.
+
+    Raises:
+        AssertionError: if ranks still run after `SECONDS`; they are killed.
+    """
+    with started_command(script, *arguments, world=world, **where) as started:
+        status = _status(started.processes)
+        for process in started.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
         assert status is not None, f"{script} {arguments}: still running after {SECONDS} s"
-        files = [Path(folder) / f"err-{rank}" for rank in range(world)]
-        errors = tuple(
-            file.read_text() if file.exists() else "" for file in files
-        )  # a rank may be ended before it has one
-        return Finished(status, (Path(folder) / "out-0").read_text(), errors[0], errors)
+        errors = tuple(started.errors(rank) for rank in range(world))
+        return Finished(status, started.output(), errors[0], errors)
 
 
 def _status(processes: Sequence[Any]) -> int | None:

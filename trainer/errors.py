@@ -85,3 +85,9 @@ class RankLost(TesseraError):
         """
         self.speaks, self.patience = speaks, patience
         super().__init__(message)
+
+
+class Preempted(TesseraError):
+    """Stopped on request, with the state saved: start the same command again. No mistake of anybody's."""
+
+    exit_status = 75

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from trainer.distributed import Launch
-from trainer.errors import ConfigError, Problem, RankLost, RanksDifferError, TesseraError
+from trainer.errors import ConfigError, Preempted, Problem, RankLost, RanksDifferError, TesseraError
+from trainer.fault_tolerance import StopRequests
 
 _CONFIG_PATIENCE_SECONDS = 120.0
 _OTHER_PATIENCE_SECONDS = 10.0
@@ -36,48 +37,63 @@ def read_launch() -> Launch:
 
 
 @contextlib.contextmanager
-def exit_on_errors(launch: Launch) -> Iterator[None]:
+def exit_on_errors(launch: Launch, requests: StopRequests | None = None) -> Iterator[None]:
     """Ends the process: with 0, or with the message and status of one of our errors. Others keep their traceback.
 
     A launcher ends all ranks as soon as one leaves. So that rank 0's message is never lost, the others wait
     for it to speak and be ended with it: long where every rank finds the same mistake, briefly where they may
-    be the only one.
+    be the only one. A stop request that has come before has no launcher behind it that waits for a status; one that
+    comes meanwhile ends the process.
     """
+    requests = requests or StopRequests()
     try:
         yield
         _leave(0)
+    except Preempted as stopped:
+        if launch.rank == 0:
+            _print(f"[tessera] {stopped}")
+        _leave(stopped.exit_status)
     except RankLost as error:
+        requests.release()
         if error.speaks:
             _say(error, launch)
-        time.sleep(error.patience)
+        time.sleep(error.patience if requests.request is None else 0)
         if not error.speaks:
             _say(error, launch)
         _leave(error.exit_status)
     except TesseraError as error:
-        if launch.rank != 0:
+        requests.release()
+        if launch.rank != 0 and requests.request is None:
             everywhere = isinstance(error, ConfigError) and not isinstance(error, RanksDifferError)
             time.sleep(_CONFIG_PATIENCE_SECONDS if everywhere else _OTHER_PATIENCE_SECONDS)
         _say(error, launch)
         _leave(error.exit_status)
     except Exception:
+        requests.release()
         # Maybe only another rank's end, on which this one's collective has failed: that one's status is the run's.
-        if launch.world > 1:
+        if launch.world > 1 and requests.request is None:
             time.sleep(_OTHER_PATIENCE_SECONDS)
         raise
+
+
+def _print(*lines: str) -> None:
+    """To standard error, where somebody still reads it: a launcher that was killed may have taken it along."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _say(error: TesseraError, launch: Launch) -> None:
     who = f" (rank {launch.rank} on {socket.gethostname()})" if launch.rank else ""
     lines = str(error).splitlines()
     if isinstance(error, ConfigError) and len(lines) > 1:
-        print(f"error{who}: {len(lines)} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+        _print(f"error{who}: {len(lines)} mistakes", *(f"  {line}" for line in lines))
     else:
-        print(f"error{who}: {error}", file=sys.stderr)
+        _print(f"error{who}: {error}")
 
 
 def _leave(status: int) -> NoReturn:
     """Ends the process at once: collectives of a world that broke, or a tracker that hangs, would hold it up."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError):
+            flush()
     os._exit(status)

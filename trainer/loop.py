@@ -11,6 +11,7 @@ from trainer.data import Batches
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.errors import TesseraError, TrainingHalted
+from trainer.fault_tolerance import StopAgreement
 from trainer.tracking import Meter, Row, Trackers
 
 REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of this step"
@@ -18,7 +19,7 @@ REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of 
 
 def fit(
     loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
-    trackers: Trackers,
+    trackers: Trackers, stop: StopAgreement,
 ) -> None:  # fmt: skip
     """Trains up to the last step, from the beginning or from where the meter's progress says.
 
@@ -28,25 +29,30 @@ def fit(
             went wrong.
         ReplicasDifferError: at a step of `training.verify_every_steps`, before it is saved.
         DataError: from the reading thread, at the step whose batch is wrong.
+        Preempted: after the step at which all ranks have agreed to stop, once its checkpoint is saved.
     """
     try:
-        train(loaded, world, engine, batches, checkpoints, meter, trackers)
+        stopped = train(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
     except TesseraError:  # the exit would end the thread that writes a checkpoint
         checkpoints.close()
         raise
     checkpoints.close()
+    if stopped:
+        checkpoints.refuse_unsaved(meter.progress.step)
+        raise stop.preempted(meter.progress.step)
     world.phases.enter("final")
 
 
 def train(
     loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
-    trackers: Trackers,
-) -> None:  # fmt: skip
-    """The steps themselves; a checkpoint may still be being written when this returns."""
+    trackers: Trackers, stop: StopAgreement,
+) -> bool:  # fmt: skip
+    """The steps themselves; a checkpoint may still be being written when this returns. Whether they were stopped."""
     config, begun, last = loaded.config, meter.progress.step, loaded.steps
     if not begun:
         evaluate(0, world, engine, batches, meter, trackers)
     for step, batch in enumerate(meter.timed(batches.train.steps(begun + 1, last)), start=begun + 1):
+        stop.announce(step)
         world.phases.enter("step", step)
         world.seed_step(step)
         result = engine.train_step(batch, verify_as=step if verifies_replicas(step, config) else None)
@@ -54,17 +60,25 @@ def train(
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         losses: dict[str, float | None] = {}
-        due = checkpoints.is_due(step)
+        stops = stop.is_due(step)
+        due = stops or checkpoints.is_due(step)
         if due or step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
             trackers.log(row)
             refuse_nonfinite(row, result.applied)
             losses["train"] = row["loss"]
-        if step == last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
+        if step == last or (is_multiple(step, config.evaluation.every_steps) and not stops):
             losses["validation"] = evaluate(step, world, engine, batches, meter, trackers)
         if due:
             world.phases.enter("save", step)
             save(checkpoints, engine, meter, losses)
+        if stops:
+            return True
+    return False
+
+
+def is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def verifies_replicas(step: int, config: Config) -> bool:

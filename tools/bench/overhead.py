@@ -26,6 +26,7 @@ from trainer.config.deepspeed import for_engine
 from trainer.config.load import LoadedConfig
 from trainer.data.indexed import IndexedTokens
 from trainer.distributed import Launch, World, free_port, joined_world
+from trainer.fault_tolerance import StopAgreement, StopRequests
 from trainer.loop import fit
 from trainer.model import build_model, initialize_weights, model_cost
 from trainer.topology import Topology
@@ -120,7 +121,8 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
                 pause()  # so that the reading thread fills the place of the next batch in our own turn
 
         train.steps = pausing  # type: ignore[method-assign]
-        fit(loaded, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers)
+        stop = StopAgreement(StopRequests(), world, run.checkpoints.directory, loaded.steps)
+        fit(loaded, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers, stop)
 
     return Contestant("Tessera", loop)
 

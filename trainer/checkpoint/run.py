@@ -94,6 +94,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._fatal: Exception | None = None
+        self._saved_step: int | None = None
         self._on_first(lambda: _tidy(self._path))
         self._found = self._find()
         self._directory = replace(directory, attempt=self._on_first(self._attempt))
@@ -383,6 +384,17 @@ class Checkpoints:
         """Waits until what is being written is on the disk."""
         self._join()
 
+    def refuse_unsaved(self, step: int) -> None:
+        """Refuse to say that a step is saved when the disk has not taken it.
+
+        Raises:
+            ConfigError: the last save was not of this step, or has failed; the log says why.
+        """
+        if self._saved_step != step:
+            reason = f"the state of step {step} could not be saved (the log says why), and the run stops here"
+            raise ConfigError(Problem("run.output_dir", reason, "Mend it; the same command resumes from the checkpoint "
+                                      "before"))  # fmt: skip
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -409,6 +421,7 @@ class Checkpoints:
         except CheckpointError as error:
             self._failure = error
             return
+        self._saved_step = manifest.step
         gone: list[str] = []
         if self._rank == 0:
             seconds = time.perf_counter() - start

@@ -194,6 +194,11 @@ class TrainingSection(Section):
     number of steps is derived once the data are prepared: epochs x samples of an epoch / `train_batch_size`, rounded
     up. `--dry_run`, the log and `config.json` (`tessera.steps`) show it."""
 
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds from the trainer's start, on rank 0's clock, after which all ranks complete the steps in progress, save,
+    and exit with status 75; the same command resumes. Leave time for two steps and a save before whatever ends the job.
+    Default: no limit."""
+
     log_every_steps: Annotated[int, Field(ge=1)] = 10
     """Steps between two logged ones. Step 1 and the last are always logged."""
 

@@ -1,0 +1,164 @@
+"""What ranks do in the tests of stop requests: train as the command does, get a signal at some moment, resume."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import PrefixStore
+
+from tests.configs import with_values
+from tests.runs import _loaded, _place
+from tests.test_tracking import rows_of
+from tools.bench.common import assemble
+from trainer.checkpoint import save as saving
+from trainer.distributed import Launch, World, joined_world
+from trainer.errors import Preempted
+from trainer.events import read_events
+from trainer.fault_tolerance import StopAgreement, StopRequests
+from trainer.loop import fit
+from trainer.tracking.interface import Trackers
+from trainer.tracking.jsonl import JsonLines
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal that one rank sends itself."""
+
+    rank: int
+    number: signal.Signals
+    during: str
+    """`training` (at a random moment), `save` or `evaluation` (within the first one after step 0)."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What one rank saw of a run that was stopped and resumed."""
+
+    step: int
+    """After which it was stopped; -1 if it finished instead."""
+
+    message: str
+    evaluated: tuple[int, ...]
+    saved: tuple[str, ...]
+    events: tuple[dict[str, Any], ...]
+    losses: dict[int, float]
+    """By step, of both attempts."""
+
+
+def stop_and_resume(config: dict[str, Any], signals: list[Signal], seed: int) -> tuple[dict[int, float], list[Stopped]]:
+    """The losses of an unbroken run, and for each signal what became of a run that got it, in one world.
+
+    Each rank dawdles at random before each step, so that ranks are as far apart as they can be.
+    """
+    launch = Launch.from_environment()
+    folder = Path(config["run"]["output_dir"])
+    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+        _attempt(config, folder / "unbroken", world, "unbroken", None, seed)
+        found = []
+        for number, sent in enumerate(signals):
+            run = folder / str(number)
+            step, message, evaluated = _attempt(config, run, world, f"{number}/stopped", sent, seed + number)
+            saved = tuple(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
+            _attempt(config, run, world, f"{number}/resumed", None, seed)
+            events = tuple(read_events(run))
+            found.append(Stopped(step, message, evaluated, saved, events, _losses(run)))
+        return _losses(folder / "unbroken"), found
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows_of(run) if row["split"] == "train"}
+
+
+def _attempt(
+    config: dict[str, Any], run: Path, world: World, name: str, sent: Signal | None, seed: int
+) -> tuple[int, str, tuple[int, ...]]:
+    """One start of a run: the step after which it was stopped, the message, and the steps after which it evaluated."""
+    loaded = _loaded(with_values(config, run__output_dir=str(run)), world.topology.world)
+    world = replace(world, store=PrefixStore(name, world.store))
+    parts = assemble(loaded, world)
+    progress = parts.checkpoints.restore(parts.started.engine)
+    parts.batches.train.go_on_after(progress.step, progress.samples)
+    meter = replace(parts.meter, progress=progress)
+    parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
+    requests = StopRequests(world.topology.rank)
+    requests.install(parts.checkpoints.directory)
+    draw = random.Random(seed * 1000 + world.topology.rank)
+    stop = _Dawdling(requests, world, parts.checkpoints.directory, loaded.steps, draw)
+    trackers = _Evaluations([JsonLines(parts.checkpoints.directory.metrics)] if world.is_first else [])
+    stopped, message = -1, ""
+    with _sending(sent if sent and sent.rank == world.topology.rank else None, parts.started.engine, draw):
+        try:
+            fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, meter, trackers, stop)
+        except Preempted as error:
+            stopped, message = meter.progress.step, str(error)
+    requests.release()
+    return stopped, message, tuple(trackers.steps)
+
+
+class _Dawdling(StopAgreement):
+    """Sleeps before each step."""
+
+    def __init__(self, requests: StopRequests, world: World, directory: Any, final_step: int, draw: Any) -> None:
+        super().__init__(requests, world, directory, final_step)
+        self._draw = draw
+
+    def announce(self, step: int) -> None:
+        time.sleep(self._draw.random() * 0.005)
+        super().announce(step)
+
+
+class _Evaluations(Trackers):
+    """Counts evaluations on every rank."""
+
+    def __init__(self, trackers: list[Any]) -> None:
+        super().__init__(trackers)
+        self.steps: list[int] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        if row["split"] == "validation":
+            self.steps.append(row["step"])
+        super().log(row)
+
+
+@contextmanager
+def _sending(sent: Signal | None, engine: Any, draw: random.Random) -> Iterator[None]:
+    """Sends the signal at its moment."""
+    if sent is None:
+        yield
+        return
+    kill: Callable[[], None] = lambda: os.kill(os.getpid(), sent.number)  # noqa: E731
+    train_step, evaluate, write_file = engine.train_step, engine.evaluate, saving.write_file
+    begun = threading.Event()
+
+    def first_step(batch: Any, **values: Any) -> Any:
+        if not begun.is_set():
+            begun.set()
+            if sent.during == "training":
+                threading.Timer(draw.random() * 0.2, kill).start()
+        return train_step(batch, **values)
+
+    def during(function: Any) -> Any:
+        def calls(*arguments: Any) -> Any:
+            if begun.is_set():
+                kill()
+                time.sleep(0.1)
+            return function(*arguments)
+
+        return calls
+
+    engine.train_step = first_step
+    if sent.during == "evaluation":
+        engine.evaluate = during(evaluate)
+    elif sent.during == "save":
+        saving.write_file = during(write_file)
+    yield
+    saving.write_file = write_file

@@ -1,0 +1,104 @@
+"""All ranks stop after the same step, whichever of them is asked to, and without a collective."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from trainer.distributed import World
+from trainer.errors import Preempted
+from trainer.fault_tolerance.stop import StopRequests
+from trainer.run_directory import RunDirectory
+
+_LAST_STEP = "stop/last_step"
+_RECORDED = "stop/recorded"
+_RECORD_PATIENCE = timedelta(seconds=10)
+
+
+class StopAgreement:
+    """Which step is the last, as all ranks will find it in their store.
+
+    Each rank calls `announce(n)` before it enters step n, and `is_due(n)` after it. A rank with a stop request writes
+    the last step to the store in `announce`, unless another rank has; every rank reads it in `is_due`.
+
+    Why all ranks stop after the same step. No rank completes step n before every rank has entered it, because what a
+    rank computes in a step depends on every other rank's part of it:
+
+    - data ranks need each other's gradients: an all-reduce or reduce-scatter of them, under ZeRO also an all-gather of
+      the weights that the others update, under ZeRO 3 already in the forward pass. However many micro-batches are
+      accumulated, this happens at least once a step;
+    - tensor ranks sum in every layer, and in the gradient's norm;
+    - the last stage of a pipeline needs the activations of all earlier ones, the first one the gradients of all later
+      ones, and those between need both; all are joined in the gradient's norm;
+    - across axes: a rank's data group completes only when each member has had its own tensor and pipeline groups' part.
+
+    CPU: `announce(n)` writes n. A rank that calls `is_due(n)` has completed step n, so the writer had entered it, and
+    had written before that: every rank finds n in `is_due(n)`, and none is past it. Two ranks that write, in
+    `announce(n)` and `announce(m)`, write the same: were m > n, the second would have found n in `is_due(n)`.
+
+    GPU: the host is ahead of the device. `announce(n)` writes n + 1, and `is_due(n)` waits until the device has
+    completed step n - 1; it has step n to work on meanwhile. A rank that calls `is_due(n + 1)` has waited for step n on
+    its device, so the writer's device had begun step n, its host had entered it, and had written before that. Two ranks
+    may write different values; the store keeps the first, and what was said of its writer holds.
+
+    Evaluations, saves and logging between two steps are done by all ranks after the same steps, and only add points
+    at which they wait for each other. `is_due(n)` is called before them and gives all ranks the same answer, so that
+    all leave out the evaluation after the last step.
+    """
+
+    def __init__(self, requests: StopRequests, world: World, directory: RunDirectory, final_step: int) -> None:
+        """Args:
+        directory: of this attempt. final_step: after which the run has finished anyway.
+        """
+        self._requests, self._store, self._directory = requests, world.store, directory
+        self._rank, self._ranks, self._final_step = world.topology.rank, world.topology.world, final_step
+        self._ahead = 1 if world.device.type == "cuda" else 0
+        self._events: list[Any] = []
+        # A store that outlives an attempt, as torchrun's does, must not hand this one an earlier one's last step.
+        self._last_key, self._recorded_key = (f"{key}/{directory.attempt}" for key in (_LAST_STEP, _RECORDED))
+        self._is_announced = False
+
+    def announce(self, step: int) -> None:
+        """Before a step is entered: make it, or on a GPU the one after it, the last one if this rank is to stop."""
+        self._requests.begin_training()
+        if self._requests.request is not None and not self._is_announced:
+            rank = f" (rank {self._rank})" if self._ranks > 1 else ""
+            value = f"{step + self._ahead} {self._requests.request.cause}{rank}"
+            self._store.compare_set(self._last_key, "", value)
+            self._is_announced = True
+
+    def is_due(self, step: int) -> bool:
+        """Whether all ranks stop after this step, which has been entered; not after the final one, which needs no stop.
+
+        The same on all ranks, which all must call it after every step.
+        """
+        if self._ahead:
+            self._wait_for_previous_step()
+        return step < self._final_step and self._store.check([self._last_key]) and self._agreed()[0] == step
+
+    def _wait_for_previous_step(self) -> None:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._ahead:
+            self._events.pop(0).synchronize()
+
+    def _agreed(self) -> tuple[int, str]:
+        """The last step, and the cause of the request."""
+        step, _, cause = self._store.get(self._last_key).decode().partition(" ")
+        return int(step), cause
+
+    def preempted(self, step: int) -> Preempted:
+        """The error to raise once the state of `step` is saved. On all ranks; rank 0 records the event, and the others
+        wait for it, because a launcher ends rank 0 as soon as one of them has gone."""
+        if self._rank:
+            with contextlib.suppress(RuntimeError):  # rank 0, which may host the store, has gone already
+                self._store.wait([self._recorded_key], _RECORD_PATIENCE)
+            return Preempted(f"stopped after step {step}")
+        _, cause = self._agreed()
+        self._directory.record("preempted", step, cause=cause)
+        self._store.set(self._recorded_key, "1")
+        return Preempted(f"stopped after step {step}: {cause}. The state is saved: start the same command again")

@@ -1,0 +1,217 @@
+"""The processes that started this rank, up to and including the command that a user types, and when one of them dies.
+
+A launcher that is killed leaves its ranks behind: `deepspeed` starts launch.py, which starts the ranks, and a signal to
+the first reaches neither of the others. So each rank watches all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Role = Literal["runner", "launcher", "session"]
+"""A `runner` is the command that a user types, `deepspeed` or `torchrun`. DeepSpeed's starts a `launcher` (launch.py)
+on each host, on another host below the `session` process of its SSH server."""
+
+_RUNNER_COMMANDS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
+_RUNNER_MODULES = ("deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch")
+_LAUNCHER_MODULES = ("deepspeed.launcher.launch",)
+_GIVEN_BY_RUNNER = ("--enable_each_rank_log=", "--log_level=")
+_GIVEN_TO_RANKS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
+"""Environment variables of ranks that launch.py, or torchrun, has started."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of this host. Its id may be used again after its death; together with the start time it is unique."""
+
+    pid: int
+    start_ticks: int
+    """Clock ticks from the host's boot to the process's start."""
+
+    parent: int
+    session: int
+    is_dead: bool
+    """Whether it has ended; its parent may not have waited for it yet."""
+
+    command: tuple[str, ...]
+
+    def __str__(self) -> str:
+        name = "launch.py" if self.role == "launcher" else Path(_words(self.command)[0].split()[0]).name.rstrip(":")
+        return f"{name} (process {self.pid})"
+
+    @property
+    def role(self) -> Role | None:
+        """What it has to do with starting ranks; None for others, such as a shell between two of them."""
+        word = _words(self.command)[0]
+        module = word.removesuffix(".py").replace("/", ".")
+        if any(f".{module}".endswith(f".{name}") for name in _LAUNCHER_MODULES):
+            return "launcher"
+        if Path(word).name in _RUNNER_COMMANDS or any(f".{module}".endswith(f".{name}") for name in _RUNNER_MODULES):
+            return "runner"
+        return "session" if word.startswith("sshd") or Path(word).name.startswith("sshd") else None
+
+
+@dataclass(frozen=True)
+class Ancestors:
+    """What started this rank."""
+
+    processes: tuple[Process, ...] = ()
+    """Those whose death ends the run, nearest first, the runner last; none where there is no launcher."""
+
+    missing: str | None = None
+    """A process that has died already: its remains tell that there must be one."""
+
+    @property
+    def runner(self) -> Process | None:
+        """`deepspeed` or `torchrun`, where it runs on this host."""
+        return next((process for process in self.processes if process.role == "runner"), None)
+
+    @property
+    def launcher(self) -> Process | None:
+        """DeepSpeed's launch.py of this host."""
+        return next((process for process in self.processes if process.role == "launcher"), None)
+
+
+def _words(command: Sequence[str]) -> list[str]:
+    """A command from its script, or the name of its module, on."""
+    words = [word for word in command if word] or ["?"]
+    if not Path(words[0]).name.startswith(("python", "pypy")):
+        return words
+    rest = words[1:]
+    while rest and rest[0].startswith("-") and rest[0] != "-m":
+        rest = rest[2:] if rest[0] in ("-X", "-W") else rest[1:]
+    if rest[:1] == ["-m"]:
+        rest = rest[1:]
+    return rest or words
+
+
+def read_process(pid: int) -> Process | None:
+    """The process as /proc has it; None where there is none, or it is hidden."""
+    folder = Path("/proc") / str(pid)
+    try:
+        # The second field is a name in parentheses, which may hold anything.
+        fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0] in "ZX", tuple(command))
+
+
+def seconds_since_start() -> float:
+    """How long this process runs."""
+    own = read_process(os.getpid())
+    if own is None:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - own.start_ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def find_ancestors() -> Ancestors:
+    """The processes that started this rank, as far as they are the launcher's.
+
+    None under plain `python`: a shell's death ends no run. On another host than `deepspeed`'s the last one is the SSH
+    server's process of this connection, which dies with it, unless `nohup` or `setsid` stands between.
+    """
+    line, is_complete = _line()
+    roles = [process.role for process in line]
+    if "runner" in roles and "session" not in roles[: roles.index("runner")]:
+        return Ancestors(tuple(line[: roles.index("runner") + 1]))
+    if "launcher" not in roles:
+        return Ancestors(missing="the launcher" if is_complete and _was_launched() else None)
+    last = roles.index("launcher")
+    if "session" in roles[last:]:
+        session = roles.index("session")
+        is_attached = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and os.getsid(0) == line[session - 1].session
+        return Ancestors(tuple(line[: (session if is_attached else last) + 1]))
+    is_local = not any(word.startswith("--node_rank") for word in line[last].command)
+    by_runner = all(any(word.startswith(key) for word in line[last].command) for key in _GIVEN_BY_RUNNER)
+    return Ancestors(tuple(line[: last + 1]), missing="deepspeed" if is_complete and is_local and by_runner else None)
+
+
+def _line() -> tuple[list[Process], bool]:
+    """All ancestors, nearest first, and whether they are known up to the first process of the host or container."""
+    line: list[Process] = []
+    pid = os.getppid()
+    while pid:
+        process = read_process(pid)
+        if process is None:
+            return line, False
+        line.append(process)
+        pid = process.parent
+    return line, True
+
+
+def _was_launched() -> bool:
+    """Whether a launcher has started this process, and not in a container inside of which it cannot be seen: there the
+    process group or session has no number."""
+    return any(name in os.environ for name in _GIVEN_TO_RANKS) and os.getpgrp() != 0 and os.getsid(0) != 0
+
+
+def signal_at_parents_death(parent: Process) -> bool:
+    """Let the kernel send SIGTERM when the parent dies. Returns False if it is dead already."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return os.getppid() == parent.pid
+
+
+class Watched:
+    """Tells when one of some processes dies: by their process descriptors, or where a kernel has none by looking."""
+
+    def __init__(self, processes: Sequence[Process]) -> None:
+        self._opened: dict[int, Process] = {}
+        self._looked_at: list[Process] = []
+        for process in processes:
+            descriptor = _open(process)
+            if descriptor is None:
+                self._looked_at.append(process)
+            else:
+                self._opened[descriptor] = process
+
+    @property
+    def descriptors(self) -> Iterator[int]:
+        """Become readable when their process dies."""
+        return iter(self._opened)
+
+    @property
+    def must_look(self) -> bool:
+        """Whether some have no descriptor, so that `dead` has to be called from time to time."""
+        return bool(self._looked_at)
+
+    def dead(self, readable: Sequence[int] = ()) -> list[Process]:
+        """Those that have died, each told once.
+
+        Args:
+            readable: of the descriptors.
+        """
+        gone = [process for process in self._looked_at if not _lives(process)]
+        self._looked_at = [process for process in self._looked_at if process not in gone]
+        for descriptor in readable:
+            gone.append(self._opened.pop(descriptor))
+            os.close(descriptor)
+        return gone
+
+
+def _open(process: Process) -> int | None:
+    """A descriptor of the process; None where the kernel has none, or it has died."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (OSError, AttributeError):
+        return None
+    if _lives(process):
+        return descriptor
+    os.close(descriptor)  # the id may be another process's by now
+    return None
+
+
+def _lives(process: Process) -> bool:
+    now = read_process(process.pid)
+    return now is not None and now.start_ticks == process.start_ticks and not now.is_dead

@@ -1,0 +1,59 @@
+"""A hostfile that is not there: DeepSpeed warns, and trains on one host."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.errors import ConfigError, Problem
+from trainer.fault_tolerance.ancestors import find_ancestors
+
+_OPTIONS = ("--hostfile", "-H")
+
+
+def refuse_missing_hostfile(script: str) -> None:
+    """Look at the `deepspeed` command that started this rank.
+
+    Args:
+        script: the trainer's, as this rank was started; what follows it on the command line is not DeepSpeed's.
+
+    Raises:
+        ConfigError: it names a hostfile that is not a file, and DeepSpeed has started ranks on this host alone.
+    """
+    ancestors = find_ancestors()
+    runner, launcher = ancestors.runner, ancestors.launcher
+    if runner is None or launcher is None:
+        return
+    named = _hostfile(runner.command, script)
+    if named is None or _hosts(launcher.command) != ["localhost"]:
+        return
+    if not os.path.isfile(Path(f"/proc/{runner.pid}/cwd") / named):
+        reason = f"{named} is not a file; DeepSpeed would train on this host alone"
+        raise ConfigError(Problem("--hostfile", reason, "Take the path of a hostfile, or leave --hostfile away"))
+
+
+def _hostfile(command: Sequence[str], script: str) -> str | None:
+    """The last hostfile that is named before the script."""
+    words = list(command[: command.index(script)] if script in command else command)
+    found = None
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word in _OPTIONS:
+            found = after
+        for option in ("--hostfile=", "-H"):
+            if word.startswith(option) and word not in _OPTIONS:
+                found = word.removeprefix(option)
+    return found
+
+
+def _hosts(command: Sequence[str]) -> list[str]:
+    """The hosts that launch.py was given."""
+    for word in command:
+        if word.startswith("--world_info="):
+            try:
+                return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2])))
+            except ValueError:
+                return []
+    return []

@@ -1,0 +1,219 @@
+"""Stop requests: from a signal, a launcher's death or the clock to one step at which all ranks save and end.
+
+`StopRequests` listens in a thread, so that nothing is raised into a collective and a main thread that is inside of one
+is no obstacle. `StopAgreement`, in `agreement.py`, makes all ranks stop after the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+from trainer.errors import Preempted
+from trainer.events import read_events
+from trainer.fault_tolerance.ancestors import (
+    Ancestors,
+    Watched,
+    find_ancestors,
+    seconds_since_start,
+    signal_at_parents_death,
+)
+from trainer.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after a second SIGINT: a shell's for a command that Ctrl-C has ended."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_LEFT_ALONE = (signal.SIGINT, signal.SIGHUP)
+"""Where these are ignored (`nohup`, a background job of a script), they stay so."""
+
+_SAME_INTERRUPT_SECONDS = 1.0
+"""Launchers hand a SIGINT on that a terminal has sent to the ranks already: one within this time is the same."""
+
+_LOOK_SECONDS = 1.0
+"""Between two looks at processes that have no descriptor."""
+
+_LAUNCHER_PATIENCE_SECONDS = 30
+"""So long after SIGTERM launch.py and torchrun kill a rank that still lives."""
+
+_SLOW_SAVE_SECONDS = 20.0
+"""A save of this length, and the steps in progress before it, may take longer than a launcher waits."""
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Why a rank is to stop, and since when."""
+
+    cause: str
+    monotonic: float
+    """`time.monotonic()` in seconds."""
+
+
+class StopRequests:
+    """This rank's. A stop request is SIGTERM, SIGUSR1, SIGINT or SIGHUP, the death of a process that started this rank,
+    or `training.max_seconds` on rank 0.
+
+    Before the first step there is nothing to save: a request ends the process at once, with the status of `Preempted`.
+    From then on it is kept until the training loop asks. Nothing happens before `install`.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self._rank = rank
+        self._request: StopRequest | None = None
+        self._lock = threading.Lock()
+        self._trains = False
+        self._directory: RunDirectory | None = None
+        self._seconds: float | None = None
+        self._interrupted: float | None = None
+        self._callbacks: list[Callable[[StopRequest], None]] = []
+        self._handled: dict[signal.Signals, signal.Handlers | Callable[[int, FrameType | None], object] | int | None]
+        self._handled = {}
+
+    @property
+    def request(self) -> StopRequest | None:
+        """The first one; later ones change nothing."""
+        return self._request
+
+    def install(self, directory: RunDirectory | None = None, max_seconds: float | None = None) -> None:
+        """Listen from now on; call it in the main thread.
+
+        Args:
+            directory: where rank 0 records the event of a stop before the first step.
+            max_seconds: from this process's start; rank 0's counts.
+        """
+        self._directory = directory if self._rank == 0 else None
+        self._seconds = max_seconds if self._rank == 0 else None
+        self._warn_of_slow_saves()
+        ancestors = find_ancestors()
+        self._ours, self._theirs = socket.socketpair()
+        for end in (self._ours, self._theirs):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            if number not in _LEFT_ALONE or signal.getsignal(number) != signal.SIG_IGN:
+                self._handled[number] = signal.signal(number, _ignore)
+                signal.siginterrupt(number, False)
+        os.register_at_fork(after_in_child=self._forget)
+        thread = threading.Thread(target=self._listen, args=(ancestors,), name="stop requests", daemon=True)
+        thread.start()
+
+    def on_request(self, callback: Callable[[StopRequest], None]) -> None:
+        """Call `callback` once, in another thread, when a request comes while training."""
+        self._callbacks.append(callback)
+
+    def begin_training(self) -> None:
+        """From now on a request waits for the training loop."""
+        with self._lock:
+            self._trains = True
+
+    def release(self) -> None:
+        """Let signals end this process again, as a rank that has failed must not hold up its launcher. Call it in the
+        main thread."""
+        if self._handled:
+            signal.set_wakeup_fd(-1)
+        while self._handled:
+            number, before = self._handled.popitem()
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+    def _forget(self) -> None:
+        """In a forked child: its signals are its own, and not this rank's."""
+        self.release()
+
+    def _listen(self, ancestors: Ancestors) -> None:
+        """The thread."""
+        if ancestors.missing:
+            self._add(f"{ancestors.missing} had ended")
+        parent = ancestors.processes[0] if ancestors.processes else None
+        watched = Watched(ancestors.processes)
+        if parent is not None and parent.role is not None and not signal_at_parents_death(parent):
+            self._add(f"{parent} has ended")
+        while True:
+            readable = self._wait(watched)
+            for process in watched.dead([one for one in readable if one != self._ours.fileno()]):
+                self._add(f"{process} has ended")
+            if self._seconds is not None and seconds_since_start() >= self._seconds:
+                self._add(f"training.max_seconds ({self._seconds:g}) is over")
+                self._seconds = None
+            if self._ours.fileno() in readable:
+                for number in self._ours.recv(4096):
+                    self._take(number)
+
+    def _wait(self, watched: Watched) -> list[int]:
+        """Descriptors that have something to tell, after at most as long as may pass without looking."""
+        poll = select.poll()
+        for descriptor in (self._ours.fileno(), *watched.descriptors):
+            poll.register(descriptor, select.POLLIN)
+        limits = [_LOOK_SECONDS] if watched.must_look else []
+        if self._seconds is not None:
+            limits.append(min(3600.0, max(0.0, self._seconds - seconds_since_start())))
+        return [descriptor for descriptor, _ in poll.poll(1000 * min(limits) + 1 if limits else None)]
+
+    def _take(self, number: int) -> None:
+        """A signal."""
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted is not None and now - self._interrupted >= _SAME_INTERRUPT_SECONDS:
+                _leave(INTERRUPTED, "stopped by a second SIGINT; what was not saved is lost")
+            self._interrupted = self._interrupted or now
+        if number in self._handled:
+            self._add(signal.Signals(number).name)
+
+    def _add(self, cause: str) -> None:
+        with self._lock:
+            if self._request is not None:
+                return
+            self._request = StopRequest(cause, time.monotonic())
+            if not self._trains:
+                self._leave_before_training(cause)
+        log.warning("stopping: %s. The steps in progress are completed, then a checkpoint is saved", cause)
+        for callback in self._callbacks:
+            callback(self._request)
+
+    def _leave_before_training(self, cause: str) -> None:
+        """There is nothing to save, and no other rank to wait for."""
+        if self._rank:
+            _leave(Preempted.exit_status)
+        if self._directory is not None and self._directory.path.is_dir():
+            save = self._last_save()
+            self._directory.record("preempted", save["step"] if save else 0, cause=cause)
+        _leave(Preempted.exit_status, f"stopped before the first step: {cause}. Start the same command again")
+
+    def _last_save(self) -> dict[str, Any] | None:
+        """The newest event of a checkpoint."""
+        events = read_events(self._directory.path) if self._directory is not None else []
+        return next((event for event in reversed(events) if event["event"] == "save"), None)
+
+    def _warn_of_slow_saves(self) -> None:
+        """Ahead of a stop, because there is no time for it then."""
+        save = self._last_save()
+        seconds = save.get("seconds") if save else None
+        if isinstance(seconds, int | float) and seconds > _SLOW_SAVE_SECONDS:
+            log.warning(
+                "the last checkpoint took %.0f s. Launchers kill a rank %d s after SIGTERM, maybe before one is "
+                "written. To stop without such a limit, send SIGUSR1 to a rank or set training.max_seconds",
+                seconds, _LAUNCHER_PATIENCE_SECONDS,
+            )  # fmt: skip
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The thread reads the signal's number from the wakeup descriptor; this only keeps the default away."""
+
+
+def _leave(status: int, message: str = "") -> NoReturn:
+    """Ends the process from the thread. No logger: the main thread may hold its lock."""
+    if message:
+        with contextlib.suppress(OSError):
+            os.write(2, f"[tessera] {message}\n".encode())
+    os._exit(status)
