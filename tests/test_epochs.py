@@ -37,11 +37,11 @@ def loaded_from(config: dict[str, Any], world: int = 1) -> LoadedConfig:
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("epochs", "samples", "batch", "steps"),
-    [(1.0, 800, 8, 100), (1.0, 801, 8, 101), (0.1, 30, 1, 3), (0.7, 10, 7, 1), (3.0, 7, 8, 3), (1e-6, 10, 8, 1),
+    [(1.0, 800, 8, 100), (1.0, 801, 8, 101), (0.07, 100, 1, 7), (0.7, 10, 7, 1), (3.0, 7, 8, 3), (1e-6, 10, 8, 1),
      (0.3, 10**15, 1, 3 * 10**14)],
 )  # fmt: skip
 def test_steps_are_exact(epochs: float, samples: int, batch: int, steps: int) -> None:
-    """0.1 x 30 is 3 and not 3.0000000000000004, which would be 4 steps."""
+    """0.07 x 100 is 7 and not 7.000000000000001, which would be 8 steps."""
     assert steps_of(epochs, samples, batch) == steps
 
 
