@@ -130,6 +130,7 @@ BAD_INPUTS = [
     Bad("removed from ZeRO", 2, ("deepspeed.zero_optimization.mics_shard_size", "has been removed"), values=zero(stage=3, mics_shard_size=2)),
     Bad("deprecated in ZeRO", 2, ("zero_optimization.cpu_offload", "offload_optimizer"), values=zero(stage=2, cpu_offload=True)),
     Bad("unresolvable auto", 2, ('deepspeed.optimizer.params.lr: "auto" cannot be resolved',), values=optimizer("AdamW", lr="auto")),
+    Bad("no time for collectives", 2, ("run.collective_timeout_seconds", "0"), values={"run__collective_timeout_seconds": 0}),
     # Across sections.
     Bad("batch arithmetic", 2, ("deepspeed.train_batch_size: 8 is not a multiple of", "3 x 1 = 3"), values={"deepspeed__train_micro_batch_size_per_gpu": 3}, rule="batch_comes_out"),
     Bad("all three do not multiply", 2, ("8 is not micro-batch x accumulation x data ranks (2 x 2 x 1 = 4)",), values={"deepspeed__gradient_accumulation_steps": 2}),

@@ -143,6 +143,8 @@ def test_a_late_rank_is_named_while_the_others_join(outcomes: dict[str, Outcome]
 def test_a_sound_run_writes_nothing_about_waiting(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["none"]
     assert outcome.ended.status == 0, outcome.said
+    line = r"world: 2 ranks on 1 host \(\S+\), pipeline 1 x data 2 x tensor 1, device CPU \(\d+ cores\)"
+    assert len(re.findall(line, outcome.ended.out)) == 1
     for log in outcome.logs.values():
         assert "has taken" not in log
         assert 'File "' not in log
