@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from tests.configs import tiny_config, with_values
 from tests.harness import Finished, run_command
 from tests.test_tracking import rows_of
+from trainer.model import load_model
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 12
@@ -107,6 +108,7 @@ def test_a_folder_of_hugging_face(dtype: torch.dtype, run: Path, tmp_path: Path)
     assert f"'{tmp_path}/model' holds no tokenizer" in no_tokenizer.err
     AutoTokenizer.from_pretrained(run / "final").save_pretrained(tmp_path / "model")
     assert text_of("--path", tmp_path / "model") == expected(tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_what_is_missing_is_said_before_anything_is_downloaded(missing: str, wor
         (programs / name).symlink_to(shutil.which(name) or "/bin/false")
     (programs / "python3").symlink_to(sys.executable)
     old = tmp_path / "old"
-    old.write_text("#!/bin/sh\necho 'Python 3.11 or later is needed' >&2\nexit 1\n")
+    claim = "import sys; sys.version_info = (3, 10, 14);"
+    old.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{claim} $1"\n')
     old.chmod(0o755)
     if missing == "python":
         (programs / "g++").symlink_to("/bin/true")
