@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from trainer.distributed import (
+    JOIN_PATIENCE,
     Launch,
     configure_logging,
     joined_world,
@@ -58,9 +59,9 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
     # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
     from trainer.causality import verify_causality
     from trainer.checkpoint import Checkpoints
-    from trainer.data import count_steps, open_batches, prepare_data
+    from trainer.data import count_steps, open_batches, prepare_data, prepared_facts, source_facts
     from trainer.engine import start_engine
-    from trainer.fault_tolerance import Watchdog
+    from trainer.fault_tolerance import Watchdog, compare_ranks, start_facts
     from trainer.loop import fit
     from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
     from trainer.pipeline import divide_layers
@@ -68,6 +69,8 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
     from trainer.topology import Topology
     from trainer.tracking import Meter, open_trackers
 
+    store = open_store(launch)
+    compare_ranks(launch, store, "start", [*start_facts(loaded, launch), *source_facts(loaded)])
     directory = RunDirectory.examine(loaded)
     if directory.is_finished(loaded):
         log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
@@ -75,7 +78,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
     requests.install(directory, loaded.config.training.max_seconds)
     for problem in loaded.warnings:
         log.warning("%s", problem)
-    config, store = loaded.config, open_store(launch)
+    config = loaded.config
     watchdog = Watchdog(launch, store, config.run.collective_timeout_seconds, directory.path / "logs")
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
@@ -83,6 +86,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
     watchdog.phases.enter("data")
     prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
     loaded = count_steps(loaded, prepared)
+    compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), patience=JOIN_PATIENCE)
     configure_logging(launch.rank, directory.path / "logs")
     if loaded.kept.message:
         log.info("%s", loaded.kept.message)

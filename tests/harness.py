@@ -6,11 +6,12 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from tools.ranks import Finished, Started, context, run_command, run_ranks, started_command
+from tools.ranks import Finished, Started, Variant, context, run_command, run_ranks, started_command
 from trainer.distributed import free_port
 
 __all__ = [
-    "Finished", "Started", "context", "free_port", "messages_of", "run_command", "run_ranks", "started_command",
+    "Finished", "Started", "Variant", "context", "free_port", "messages_of", "run_command", "run_ranks",
+    "started_command",
 ]  # fmt: skip
 
 

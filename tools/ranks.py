@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,18 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What one rank of a command is started with instead of what the others are."""
+
+    arguments: tuple[str, ...] = ()
+    """Behind those that all ranks have."""
+
+    working_folder: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that win over those that a launcher sets."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """How a command ended."""
 
@@ -164,6 +176,7 @@ def started_command(
     world: int = 1,
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    variants: Mapping[int, Variant] | None = None,
 ) -> Iterator[Started]:
     """Runs `python SCRIPT ARGUMENTS...` on `world` ranks, without the five seconds of imports: forked processes run the
     script as `__main__`, each with its own file descriptors, environment and exit status. On leaving the `with` block
@@ -171,6 +184,7 @@ def started_command(
 
     Args:
         working_folder: default: this process's. environment: variables to set; PYTHONPATH comes first.
+        variants: by rank, of those that are started in another way than the rest.
     """
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
@@ -182,9 +196,12 @@ def started_command(
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                               "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                               "OMP_NUM_THREADS": "1"}  # fmt: skip
-            place = None if working_folder is None else str(working_folder)
+            variant = (variants or {}).get(rank, Variant())
+            variables |= variant.environment
+            place = variant.working_folder or working_folder
             process = context.Process(
-                target=_command, args=(script, list(arguments), str(out), str(err), variables, place)
+                target=_command,
+                args=(script, [*arguments, *variant.arguments], str(out), str(err), variables, place and str(place)),
             )
             process.start()
             processes.append(process)

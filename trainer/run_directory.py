@@ -86,7 +86,7 @@ def is_below(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
-def _versions(plugins: Sequence[str]) -> dict[str, str]:
+def package_versions(plugins: Sequence[str]) -> dict[str, str]:
     """Of Python, the packages that a run computes with, and those that its plugins belong to."""
     found = {"python": platform.python_version()}
     distributions = packages_distributions() if plugins else {}
@@ -118,7 +118,7 @@ def about_run(loaded: LoadedConfig) -> dict[str, Any]:
     """What a run computes on: versions, commit, layout; and what it keeps of an earlier version."""
     topology = {axis: getattr(loaded.config.parallel, axis) for axis in ("pipeline", "tensor")}
     return {
-        "versions": _versions(loaded.config.run.plugins),
+        "versions": package_versions(loaded.config.run.plugins),
         "git_commit": _git_commit(),
         "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
         "steps": loaded.known_steps,

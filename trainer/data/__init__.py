@@ -1,5 +1,6 @@
 """From sources of text to micro-batches: read, tokenise once, index, order, pack."""
 
+from trainer.data.appearance import prepared_facts, source_facts
 from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
 from trainer.data.epochs import count_steps
 from trainer.data.frame import DocumentFrame, frame_of, prompt_prefix
@@ -22,5 +23,7 @@ __all__ = [
     "load_tokenizer",
     "open_batches",
     "prepare_data",
+    "prepared_facts",
     "prompt_prefix",
+    "source_facts",
 ]

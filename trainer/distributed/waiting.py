@@ -1,0 +1,61 @@
+"""Waiting for what other ranks have to post in the store, with a line about who is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from torch.distributed import DistStoreError
+
+from trainer.distributed.store import Store
+from trainer.units import format_duration
+
+log = logging.getLogger(__name__)
+
+LINE_SECONDS = 30.0
+"""Between two lines about the same wait, and before the first."""
+
+_SLICE_SECONDS = 1.0
+"""A request to the store takes at most so long: Python handles signals only between two."""
+
+_LEAST_SECONDS = 0.02
+"""Less than a millisecond means for ever to a store."""
+
+_NAMED = 8
+
+
+def wait_for(store: Store, keys: Mapping[str, str], purpose: str, patience: timedelta) -> list[str]:
+    """Wait until all keys are in the store, with a log line every 30 s.
+
+    Args:
+        keys: from a key to who sets it. purpose: completes "waited 0:00:30 for rank 3 to ...".
+
+    Returns:
+        Who has not set their key within `patience`; usually nobody.
+    """
+    missing, start = dict(keys), time.monotonic()
+    said = start
+    while missing:
+        now = time.monotonic()
+        left = start + patience.total_seconds() - now
+        if left <= 0:
+            break
+        if now - said >= LINE_SECONDS:
+            said = now
+            log.info("waited %s for %s to %s", format_duration(now - start), named(list(missing.values())), purpose)
+        seconds = max(_LEAST_SECONDS, min(left, _SLICE_SECONDS, LINE_SECONDS))
+        try:
+            store.wait(list(missing), timedelta(seconds=seconds))
+        except DistStoreError:  # not all within this slice
+            missing = {key: who for key, who in missing.items() if not store.check([key])}
+        else:
+            missing = {}
+    return list(missing.values())
+
+
+def named(names: list[str]) -> str:
+    """Some of the names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
