@@ -924,10 +924,13 @@ def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_p
     assert list(outcomes([(several, 8)], world=3)[0]) == [7, 8]
     verify_files(fetched := tmp_path / "several" / "checkpoints" / "step-00000006", read_manifest(fetched))
     config = with_values(base, run__output_dir=str(tmp_path / "run"), training__max_steps=8,
-                         checkpoint__upload=f"file://{tmp_path}/copies", data__validation=held_out(base))  # fmt: skip
+                         checkpoint__upload=f"file://{tmp_path}/copies", data__validation=held_out(base),
+                         deepspeed__optimizer__params__lr=0.125)  # fmt: skip
     ended = started(config, tmp_path)
     assert ended.status == 0, ended.err
     assert "going on behind step 6" in ended.out
+    before = base["deepspeed"]["optimizer"]["params"]["lr"]
+    assert f"changed since the last attempt: deepspeed.optimizer.params.lr: {before} -> 0.125" in ended.out
     assert (tmp_path / "copies" / "latest").read_text() == "step-00000008\n"
     assert read_manifest(tmp_path / "run" / "checkpoints" / "step-00000008").attempt == 2, (
         "later than what it came from"

@@ -32,7 +32,8 @@ from trainer.checkpoint.load import fill, numbers_of
 from trainer.checkpoint.remote import Remote, is_remote
 from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
 from trainer.config import LoadedConfig
-from trainer.config.earlier_versions import value_at
+from trainer.config.changes import changes
+from trainer.config.earlier_versions import upgraded, value_at
 from trainer.distributed import World, agree
 from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
@@ -134,6 +135,8 @@ class Checkpoints:
             self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
         log.info("going on behind step %d, from %s (%s%s), read in %.1f s", manifest.step, folder,
                  format_bytes(manifest.bytes), _written_by(manifest), time.perf_counter() - start)  # fmt: skip
+        for change in changes(upgraded(manifest.config), self._loaded.resolved()):
+            log.info("changed since the last attempt: %s", change)
         return Progress(manifest.step, manifest.tokens, manifest.samples)
 
     def _find(self) -> _Found | None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.config.deepspeed import REFUSED
 from trainer.config.earlier_versions import replaced_key
+from trainer.config.hints import hint
 from trainer.config.rules import Draft
 from trainer.config.schema import SECTIONS
 from trainer.errors import Problem
@@ -129,6 +130,8 @@ def _unknown_key(name: str, raw: Raw, path: tuple[str | int, ...], repaired: Raw
         return Problem(dotted, reason, remedy)
     if replaced := replaced_key(dotted):
         return replaced
+    if hinted := hint(dotted):
+        return hinted
     key = str(path[-1])
     candidates = _keys_at(SECTIONS[name], path[:-1])
     near = get_close_matches(key, candidates, n=1)
@@ -159,12 +162,23 @@ def build_section(name: str, raw: Any, draft: Draft) -> Findings:
     return total
 
 
+def _hints(name: str, value: Any, *, below_only: bool) -> list[Problem]:
+    """Hints for an unknown section: for each of its keys that other trainers have, or else for itself."""
+    below = [hint(f"{name}.{key}") for key in value] if isinstance(value, dict) else []
+    found = [each for each in below if each]
+    own = None if found or below_only else hint(name)
+    return found if own is None else [own]
+
+
 def unknown_sections(raw: Raw) -> list[Problem]:
     problems = []
     for name in [key for key in raw if key not in SECTIONS]:
         near = get_close_matches(name, [*SECTIONS, "extends"], n=1)
         owner = [s for s, kind in SECTIONS.items() if name in kind.model_fields]
-        if near:
+        hinted = _hints(name, raw[name], below_only=bool(owner))
+        if hinted:
+            problems += hinted
+        elif near:
             problems.append(Problem(name, f"unknown section; did you mean '{near[0]}'?"))
             raw.setdefault(near[0], raw[name])
         elif owner:

@@ -19,6 +19,7 @@ from trainer.config.deepspeed.section import (
     SchedulerSection,
 )
 from trainer.config.deepspeed.wsd import DECAYS, WSD
+from trainer.config.hints import hint
 from trainer.errors import Problem
 
 _TORCH_OPTIMIZERS = {
@@ -142,10 +143,12 @@ def _param_problems(
         path = f"deepspeed.{where}.params.{key}"
         if key == "max_grad_norm":
             yield Problem(path, "not an optimizer's parameter in DeepSpeed", "Set deepspeed.gradient_clipping")
+        elif key not in known and (hinted := hint(path)):
+            yield hinted
         elif key not in known:
             near = get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield Problem(path, f"unknown key{hint}", "" if near else f"Known: {', '.join(sorted(known))}")
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            yield Problem(path, f"unknown key{meant}", "" if near else f"Known: {', '.join(sorted(known))}")
         elif value == "auto":
             continue  # resolved, or asked for by `missing_values`
         elif where == "scheduler" and key in PER_GROUP and isinstance(value, list):
