@@ -131,6 +131,13 @@ BAD_INPUTS = [
     Bad("deprecated in ZeRO", 2, ("zero_optimization.cpu_offload", "offload_optimizer"), values=zero(stage=2, cpu_offload=True)),
     Bad("unresolvable auto", 2, ('deepspeed.optimizer.params.lr: "auto" cannot be resolved',), values=optimizer("AdamW", lr="auto")),
     Bad("no time for collectives", 2, ("run.collective_timeout_seconds", "0"), values={"run__collective_timeout_seconds": 0}),
+    Bad("redacted secret", 2, ("checkpoint.upload: its secret was removed when this configuration was stored", "Give the whole URL"), values={"checkpoint__upload": "s3://***@bucket/run"}, rule="secrets_are_given"),
+    Bad("tensor ranks without end", 2, ("parallel.tensor: 1000000000 ranks cannot share the 4 attention heads", "works is 4"), values={"parallel__tensor": 10**9}),
+    Bad("layers without end", 2, ("model.config.num_hidden_layers: must be at most 10000 (got 1e+09)",), values=llama(num_hidden_layers=10**9)),
+    Bad("heads without end", 2, ("model.config.num_attention_heads: must be at most 2147483648",), values=llama(num_attention_heads=2**63 - 1)),
+    Bad("deeply nested file", 2, ("nested more than 100 levels deep",), text='{"run": ' + '{"a": ' * 100_000),
+    Bad("deeply nested sound file", 2, ("nested more than 100 levels deep",), text='{"run": ' + "[" * 500 + "]" * 500 + "}"),
+    Bad("escape in a key", 2, (r"run.\x1b]0;owned\x07\nkey: unknown key",), values={"run__\x1b]0;owned\x07\nkey": 1}),
     # Across sections.
     Bad("batch arithmetic", 2, ("deepspeed.train_batch_size: 8 is not a multiple of", "3 x 1 = 3"), values={"deepspeed__train_micro_batch_size_per_gpu": 3}, rule="batch_comes_out"),
     Bad("all three do not multiply", 2, ("8 is not micro-batch x accumulation x data ranks (2 x 2 x 1 = 4)",), values={"deepspeed__gradient_accumulation_steps": 2}),

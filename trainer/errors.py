@@ -21,7 +21,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
-        return f"{where}{self.reason}" + (f". {self.remedy}" if self.remedy else "")
+        text = f"{where}{self.reason}" + (f". {self.remedy}" if self.remedy else "")
+        return text.replace("\n", "\\n").replace("\r", "\\r")  # one line, whatever the name of a file or key
 
 
 class TesseraError(Exception):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trainer.files import no_follow
+from trainer.sanitize import redacted
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def append_event(run: Path, event: Event, *, attempt: int, step: int, **details:
     row = {"time": time, "attempt": attempt, "step": step, "event": event, **details}
     try:
         with open(run / EVENTS, "a+b", buffering=0, opener=no_follow) as file:
-            _append(file, json.dumps(row, allow_nan=False).encode() + b"\n")
+            _append(file, json.dumps(redacted(row), allow_nan=False).encode() + b"\n")
     except OSError as error:
         log.warning("%s: event '%s' not written: %s", run / EVENTS, event, error)
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted, Problem, RankLost, RanksDifferError, TesseraError
 from trainer.fault_tolerance import StopRequests
+from trainer.sanitize import displayable
 
 _CONFIG_PATIENCE_SECONDS = 120.0
 _OTHER_PATIENCE_SECONDS = 10.0
@@ -84,11 +85,11 @@ def _print(*lines: str) -> None:
 
 def _say(error: TesseraError, launch: Launch) -> None:
     who = f" (rank {launch.rank} on {socket.gethostname()})" if launch.rank else ""
-    lines = str(error).splitlines()
+    lines = displayable(str(error)).split("\n")
     if isinstance(error, ConfigError) and len(lines) > 1:
         _print(f"error{who}: {len(lines)} mistakes", *(f"  {line}" for line in lines))
     else:
-        _print(f"error{who}: {error}")
+        _print(f"error{who}: {lines[0]}", *lines[1:])
 
 
 def _leave(status: int) -> NoReturn:

@@ -23,6 +23,7 @@ from trainer.events import Event, append_event, read_events
 from trainer.files import bare_exceptions_as_os_errors, remove, replace_folder, replace_text
 from trainer.final_model import damage_in
 from trainer.run_config import is_count, read_run_config
+from trainer.sanitize import redacted
 from trainer.store import TOKENIZER, Written
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str)
     Raises:
         ConfigError: naming each key that makes it another run, unless `checkpoint.allow_changed` names it.
     """
-    found, old, new = [], upgraded(old), loaded.resolved()
+    found, old, new = [], redacted(upgraded(old)), loaded.resolved()
     allowed = tuple(loaded.config.checkpoint.allow_changed)
     for path in (*_IDENTITY, *(row.key for row in ADDED_KEYS if not is_below(row.key, _IDENTITY))):
         before, now = _leaves(_value(old, path), path), _leaves(_value(new, path), path)

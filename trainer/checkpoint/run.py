@@ -39,6 +39,7 @@ from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.files import sync_directory
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
+from trainer.sanitize import redacted
 from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, verify_files
 from trainer.units import format_bytes
 
@@ -135,7 +136,7 @@ class Checkpoints:
             self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
         log.info("going on behind step %d, from %s (%s%s), read in %.1f s", manifest.step, folder,
                  format_bytes(manifest.bytes), _written_by(manifest), time.perf_counter() - start)  # fmt: skip
-        for change in changes(upgraded(manifest.config), self._loaded.resolved()):
+        for change in changes(redacted(upgraded(manifest.config)), self._loaded.resolved()):
             log.info("changed since the last attempt: %s", change)
         return Progress(manifest.step, manifest.tokens, manifest.samples)
 

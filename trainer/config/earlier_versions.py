@@ -11,6 +11,7 @@ one row in `CHANGED_DEFAULTS`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -247,8 +248,9 @@ def _resumed_run(raw: Raw) -> StoredRun | None:
     for name in (output,) if resume == "auto" else (resume, output):
         if not isinstance(name, str) or not name or "://" in name:
             continue
-        if (run := stored_run(Path(name).expanduser())) is not None:
-            return run
+        with contextlib.suppress(OSError):  # an overlong name, which rules tell
+            if (run := stored_run(Path(name).expanduser())) is not None:
+                return run
     return None
 
 

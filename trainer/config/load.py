@@ -29,6 +29,7 @@ from trainer.config.rules import Device, Draft, warnings_of
 from trainer.config.schema import SECTIONS, Config
 from trainer.config.validate import build_section, unknown_sections
 from trainer.errors import ConfigError, Problem
+from trainer.sanitize import redacted
 
 Raw = dict[str, Any]
 
@@ -77,12 +78,16 @@ class LoadedConfig:
         return "max_steps" if self.config.training.epochs is None else "epochs"
 
     def resolved(self) -> Raw:
-        """The whole configuration as plain JSON, defaults and the resolved `deepspeed` section included."""
+        """The whole configuration as plain JSON, defaults and the resolved `deepspeed` section included.
+
+        Secrets in URLs are redacted, because it is what is stored and logged: `config` has them.
+        """
         whole = self.config.model_dump(mode="json", exclude={"deepspeed"})
         whole["run"]["name"] = self.name
         whole["model"]["initialize"] = self.initialize
         whole["model"]["attention"] = self.attention
-        return {**whole, "deepspeed": self.deepspeed_json}
+        resolved: Raw = redacted({**whole, "deepspeed": self.deepspeed_json})
+        return resolved
 
     @cached_property
     def attention(self) -> str:
@@ -115,6 +120,14 @@ def _look_at_model(draft: Draft) -> list[Problem]:
     except ConfigError as error:
         return error.problems
     return []
+
+
+def _checked(rule: cross_section.Rule, draft: Draft) -> list[Problem]:
+    """The problems of a rule; a path that the file system refuses to look at, such as an overlong one, is one too."""
+    try:
+        return list(rule.check(draft))
+    except OSError as error:
+        return [Problem(rule.needs[0], f"a path cannot be examined: {error}")]
 
 
 def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file: str | None = None) -> LoadedConfig:
@@ -155,7 +168,7 @@ def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file:
         problems += _look_at_model(draft)
     for rule in cross_section.RULES:
         if not _skipped(rule.needs, wrong):
-            problems += rule.check(draft)
+            problems += _checked(rule, draft)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     loaded = _finish(draft)

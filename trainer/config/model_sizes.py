@@ -24,6 +24,13 @@ _NOT_NEGATIVE = re.compile(
 )
 """Sizes of parts that a model may lack, which a 0 says: shared experts, layers that predict further tokens."""
 
+_LAYERS = re.compile(r"(num_\w*layers|n_layers?|encoder_layers|decoder_layers)")
+"""Numbers of layers, each of which is built as objects before anything else is known of the model."""
+
+_MOST_LAYERS = 10_000
+_MOST = 2**31
+"""Of every other size."""
+
 _NOT_TRAINED = ("vision", "audio", "image", "speech")
 """Parts of a larger model that a language model is not made of."""
 
@@ -59,6 +66,10 @@ def size_problems(raw: Mapping[str, Any], where: str, above: str = "") -> Iterat
         values = value if isinstance(value, list) and value else [value]
         if not all(_is_whole(number) and number >= least for number in values):
             yield Problem(key_in(where, key), f"must be a whole number of at least {least} (got {value!r})")
+            continue
+        most = _MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST
+        if max(values) > most:
+            yield Problem(key_in(where, key), f"must be at most {most} (got {max(values):.3g})")
 
 
 def _is_whole(value: Any) -> bool:

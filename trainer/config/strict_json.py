@@ -15,6 +15,10 @@ MAX_DEPTH = 100
 """Objects and lists inside each other, at most. Far below what Python's stack holds."""
 
 
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+"""Characters that no file name and no UTF-8 file can hold."""
+
+
 class TooDeep(ValueError):
     """Text that is nested deeper than `MAX_DEPTH`."""
 
@@ -110,7 +114,8 @@ def _items(node: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def not_finite(value: Any, key: str = "") -> Iterator[Problem]:
-    """Problems of the numbers in `value`, which `loads` returned, that are infinite or NaN.
+    """Problems of the numbers in `value`, which `loads` returned, that are infinite or NaN, and of strings that are no
+    text.
 
     Args:
         key: dotted, of `value` itself.
@@ -118,6 +123,8 @@ def not_finite(value: Any, key: str = "") -> Iterator[Problem]:
     if isinstance(value, _NotFinite):
         written = value.written if len(value.written) <= 40 else value.written[:37] + "..."
         yield Problem(key, f"must be a finite number (got {written})")
+    elif isinstance(value, str) and _NO_TEXT.search(value):
+        yield Problem(key, f"must be text without null characters and in valid Unicode (got {value[:40]!a})")
     elif isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from not_finite(item, f"{key}.{name}" if key else str(name))

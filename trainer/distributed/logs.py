@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from trainer.sanitize import SafeFormatter
+
 
 class _Console(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stdout` is at the time: a progress bar puts itself in its place and keeps below the lines."""
@@ -46,13 +48,13 @@ def configure_logging(rank: int, folder: Path | None = None) -> None:
             logger.setLevel(logging.INFO)
         if rank == 0:
             console = _Console()
-            console.setFormatter(logging.Formatter("[tessera] %(message)s"))
+            console.setFormatter(SafeFormatter("[tessera] %(message)s"))
             console.addFilter(_AtLeast(console_level))
             logger.addHandler(console)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(folder / f"rank-{rank}.log")
-            file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            file.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logger.addHandler(file)
         if not logger.handlers:
             logger.addHandler(logging.NullHandler())

@@ -3,7 +3,7 @@
 A module for each theme adds its rules to the table when it is imported here.
 """
 
-from trainer.config.rules import data, layout, model, offload, optimizer, schedule
+from trainer.config.rules import data, layout, model, offload, optimizer, schedule, secrets
 from trainer.config.rules.table import RULES, Device, Draft, Rule
 from trainer.config.rules.warnings import warnings_of
 
@@ -18,5 +18,6 @@ __all__ = [
     "offload",
     "optimizer",
     "schedule",
+    "secrets",
     "warnings_of",
 ]

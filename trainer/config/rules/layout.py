@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from trainer.config.deepspeed import Batch, batch_arithmetic
@@ -76,13 +77,19 @@ def two_ways_need_micro_batches(draft: Draft) -> Iterator[Problem]:
         yield Problem("parallel.pipeline_schedule", reason, "Make them smaller, or take '1f1b'")
 
 
+def _largest_divisor_below(number: int, bound: int) -> int:
+    """The largest divisor of `number` that is less than `bound` (at least 2); a loop over its square root at most."""
+    small = [size for size in range(1, min(bound, math.isqrt(number) + 1)) if number % size == 0]
+    return max(size for each in small for size in (each, number // each) if size < bound)
+
+
 @rule("parallel", "model")
 def heads_divide(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     heads = draft.facts.heads if draft.facts else None
     ranks = draft.parallel.tensor
     if draft.facts and heads and heads % ranks:
-        fits = max(size for size in range(1, ranks) if heads % size == 0)
+        fits = _largest_divisor_below(heads, ranks)
         yield Problem(
             "parallel.tensor",
             f"{ranks} ranks cannot share the {heads} attention heads of {draft.facts.model_type}",

@@ -1,0 +1,64 @@
+"""Text as it may be shown and stored: without the secrets of URLs, and without characters that control a terminal."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+REDACTED = "***"
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"<>?#]+@")
+"""What stands before the host: `user:password@`, or a token alone."""
+
+_QUERY = re.compile(
+    r"(?i)(?<=[?&;])([\w.%-]*(?:sig|signature|token|secret|passw|pwd|credential|apikey|api_key|access_?key|auth)[\w.%-]*"
+    r"|key|sas)=[^&;\s'\"<>#]*"
+)
+"""Query parameters of signed URLs."""
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters other than tab and newline, characters that reorder text, and halves of surrogate pairs."""
+
+
+def redact(text: str) -> str:
+    """`text` without user names, passwords, tokens and signatures of the URLs in it."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(rf"\1={REDACTED}", _CREDENTIALS.sub(f"{REDACTED}@", text))
+
+
+def redacted(value: Any) -> Any:
+    """A JSON value with `redact` applied to each string, names of keys included."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(key) if isinstance(key, str) else key: redacted(item) for key, item in value.items()}
+    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_redacted(text: str) -> bool:
+    """Whether a secret was removed from a URL in `text`."""
+    return "://" in text and (f"://{REDACTED}@" in text or f"={REDACTED}" in text)
+
+
+def escape(text: str) -> str:
+    """`text` with control characters written out, such as \\x1b; newlines and tabs stay."""
+    return _UNSAFE.sub(lambda match: _written(match[0]), text)
+
+
+def _written(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def displayable(text: str) -> str:
+    """`text` as a console or a log may show it."""
+    return escape(redact(text))
+
+
+class SafeFormatter(logging.Formatter):
+    """Formats records as `displayable`, each line after the first indented, so that no file name can forge a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return displayable(super().format(record)).replace("\n", "\n    ")
