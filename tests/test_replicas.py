@@ -167,7 +167,7 @@ def test_two_data_ranks(base: dict[str, Any], after_update: bool) -> None:
     cases: list[tuple[Case, str]] = [
         ((zero(0), UP, 1), BOTH),
         ((zero(1), UP, 1), wrong(1, 0, 1)),
-        ((zero(2), EMBEDDING, 0), wrong(0, 0, 1)),
+        ((zero(2), EMBEDDING, 1), wrong(1, 0, 1)),  # of which rank 0 has the master weights
         ((BF16 | zero(0), NORM, 0), wrong(0, 0, 1)),
         ((BF16 | zero(1), UP, 1), wrong(1, 0, 1)),
     ]
