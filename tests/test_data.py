@@ -310,7 +310,7 @@ def test_documents_are_framed_token_by_token(kind: str, mode: str | None, tiny: 
 
 def test_long_document_is_framed_once(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many pieces it is read in and samples it is cut into; an empty one has no frame."""
-    monkeypatch.setattr("trainer.data.sources._CHUNK_BYTES", 30)
+    monkeypatch.setattr("trainer.data.text._PIECE_SIZE", 30)
     (tmp_path / "long.txt").write_text("\n\n" + "seven wizards\n" * 40)
     (tmp_path / "zero.txt").write_text("")
     config = framed_config(tiny, "bert", tmp_path)

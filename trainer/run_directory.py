@@ -33,7 +33,8 @@ _IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspe
 """What makes a run this run: with another value of these it cannot be gone on with. In addition: `ADDED_KEYS`."""
 
 _NOT_IDENTITY = (
-    "data.cache_dir", "model.attention", "model.activation_checkpointing", "model.allow_unexpected_keys",
+    "data.cache_dir", "data.max_document_bytes", "model.attention", "model.activation_checkpointing",
+    "model.allow_unexpected_keys",
 )  # fmt: skip
 
 

@@ -184,6 +184,10 @@ class DataSection(Section):
     cache_dir: Text | None = None
     """Where tokenised text is kept. Default: `~/.cache/tessera`. May lie on each host's own disk."""
 
+    max_document_bytes: Annotated[int, Field(ge=1, le=2_000_000_000)] = 64_000_000
+    """Bytes of the longest document of .jsonl, .json and tables (a line, an element, a row's text), each of which is
+    in memory as a whole. A longer one is refused with its file and line. .txt files may have any length."""
+
 
 class TrainingSection(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = None

@@ -19,7 +19,8 @@ import xxhash
 
 from trainer.data.indexed import IndexedTokens
 from trainer.data.samples import samples_of
-from trainer.data.sources import Piece, Source
+from trainer.data.sources import Source
+from trainer.data.text import Piece
 from trainer.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from trainer.data.frame import DocumentFrame, frame_of
 from trainer.data.holdout import HASHES, TextHasher, hold_out, without_held_out
 from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
 from trainer.data.progress import Progress
-from trainer.data.sources import Piece, Source
+from trainer.data.sources import Source
+from trainer.data.text import Piece
 from trainer.data.tokenizer import (
     END_OF_TEXT,
     TRAINING_BYTES,
@@ -259,7 +260,7 @@ def prepare_data(
         ConfigError: no usable tokenizer, a hub dataset that is not available, a cache that cannot be written to.
         DataError: something wrong inside a file.
     """
-    data = loaded.config.data
+    data, largest = loaded.config.data, loaded.config.data.max_document_bytes
     root = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
     blocks = max(4, _SAMPLED_BLOCKS // (len(data.train) + len(data.validation)))
     cache = Cache(root, launch or Launch(), store, None if verify_data else blocks)
@@ -271,8 +272,10 @@ def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
     """Open the token files of every source, which `cache` builds where they are missing. See `prepare_data`."""
     data = loaded.config.data
     sources = {
-        "train": [Source(s.path, "train", data.text_field) for s in data.train],
-        "validation": [Source(s.path, "validation", data.text_field) for s in data.validation if s.path is not None],
+        "train": [Source(s.path, "train", data.text_field, largest) for s in data.train],
+        "validation": [
+            Source(s.path, "validation", data.text_field, largest) for s in data.validation if s.path is not None
+        ],
     }
     texts = [s for s in sources["train"] if not s.is_indexed]
     tokenizer: PreTrainedTokenizerBase | None = None

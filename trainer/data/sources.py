@@ -9,43 +9,32 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.config import strict_json
 from trainer.config.paths import (
     BUILTIN,
     HUB,
     compression_of,
-    is_saved_dataset,
+    has_splits,
     kind_of,
     matching_files,
     only_tokens,
 )
-from trainer.data.compressed import open_bytes
-from trainer.data.json_array import elements, is_array
+from trainer.data.json_array import is_array
+from trainer.data.tables import TABLES, table_rows
+from trainer.data.text import Piece, as_text, json_elements, json_lines, pieces_of, plain_text, too_large
 from trainer.errors import ConfigError, DataError, Problem
 
 Split = Literal["train", "validation"]
 
-_CHUNK_BYTES = 1 << 20
-_LARGEST_ELEMENT = 64_000_000
-"""Characters of an element of a .json array."""
-_TABLES = (".parquet", ".csv", ".arrow")
+LARGEST_DOCUMENT = 64_000_000
+"""Default of `data.max_document_bytes`."""
+
 _HELD_OUT_OF_100 = 5
 _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of a document. Long text files come in pieces so that no file has to fit in memory."""
-
-    text: str
-    ends: bool
-    """Whether the document ends with this piece."""
-
-    size: int
-    """Bytes (of files) or characters (of tables) that this piece stands for; progress is counted in them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +44,8 @@ class Source:
     path: str
     split: Split
     text_field: str
+    largest: int = LARGEST_DOCUMENT
+    """Bytes of a document at most, where it is in memory as a whole."""
 
     @property
     def files(self) -> list[Path]:
@@ -71,7 +62,7 @@ class Source:
     def total_bytes(self) -> int | None:
         """Bytes of text to read, where that is known beforehand: not of what is compressed."""
         files = self.files
-        if not files or any(f.is_dir() or f.suffix in _TABLES or compression_of(f) for f in files):
+        if not files or any(f.is_dir() or f.suffix in TABLES or compression_of(f) for f in files):
             return None
         return sum(f.stat().st_size for f in files)
 
@@ -112,33 +103,44 @@ class Source:
             DataError: naming the file and the line, row or byte, for anything that cannot be read as text.
         """
         if self.path.startswith(HUB):
-            yield from self._rows(_from_hub(self.path, self.split), self.path)
-        for file in self.files:
-            if file.is_dir():
-                yield from self._rows(_from_disk(file, self.split), str(file))
-            elif kind_of(file) == ".json" and is_array(file):
-                yield from _json_elements(file, self.text_field)
-            elif kind_of(file) in (".jsonl", ".json"):
-                yield from _json_lines(file, self.text_field)
-            elif file.suffix in _TABLES:
-                yield from self._rows(_from_table(file), str(file))
+            yield from self._hub_rows()
+        for is_table, files in groupby(self.files, lambda file: file.is_dir() or file.suffix in TABLES):
+            if is_table:
+                yield from self._table_rows([_of_split(file, self.split) for file in files])
             else:
-                yield from _text(file)
+                for file in files:
+                    yield from self._text_pieces(file)
 
-    def _rows(self, rows: Any, where: str) -> Iterator[Piece]:
+    def _text_pieces(self, file: Path) -> Iterator[Piece]:
+        if kind_of(file) == ".json" and is_array(file):
+            yield from json_elements(file, self.text_field, self.largest)
+        elif kind_of(file) in (".jsonl", ".json"):
+            yield from json_lines(file, self.text_field, self.largest)
+        else:
+            yield from plain_text(file)
+
+    def _table_rows(self, files: list[Path]) -> Iterator[Piece]:
+        for row in table_rows(files, self.text_field, self.largest):
+            text = as_text(row.text, row.where, self.text_field)
+            yield from pieces_of(text, len(text))
+
+    def _hub_rows(self) -> Iterator[Piece]:
         try:
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(_from_hub(self.path, self.split), start=1):
+                where = f"{self.path}: row {number}"
                 if self.text_field not in row:
                     have = ", ".join(f"'{key}'" for key in row)
-                    raise DataError(f"{where}: row {number} has no field '{self.text_field}', only {have}")
-                text = _as_text(row[self.text_field], f"{where}: row {number}", self.text_field)
-                yield Piece(text, True, len(text))
-        except DataError:
+                    raise DataError(f"{where} has no field '{self.text_field}', only {have}")
+                text = as_text(row[self.text_field], where, self.text_field)
+                if len(text) > self.largest:
+                    raise too_large(where, len(text.encode()), self.largest)
+                yield from pieces_of(text, len(text))
+        except (DataError, ConfigError):
             raise
         except Exception as error:  # whatever pyarrow, pandas and fsspec raise on damaged files
             cause = error.__cause__ or error
             first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise DataError(f"{where}: cannot be read: {first}") from error
+            raise DataError(f"{self.path}: cannot be read: {first}") from error
 
 
 def stdlib_files(split: Split) -> list[Path]:
@@ -155,99 +157,21 @@ def stdlib_files(split: Split) -> list[Path]:
     return files
 
 
-def _decode(raw: bytes, file: Path, first_line: int) -> str:
+def _of_split(file: Path, split: Split) -> Path:
+    """Of a folder with several splits, saved by `datasets`, the folder of this one; any other file itself.
+
+    Raises:
+        ConfigError: it has no such split.
+    """
+    if not file.is_dir() or not has_splits(file):
+        return file
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{file}: line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}). Convert the file to UTF-8"
-        ) from None
-
-
-def _text(file: Path) -> Iterator[Piece]:
-    """A text file is one document, in pieces that end at line ends."""
-    with open_bytes(file) as handle:
-        line = 1
-        while lines := handle.readlines(_CHUNK_BYTES):
-            raw = b"".join(lines)
-            yield Piece(_decode(raw, file, line), False, len(raw))
-            line += len(lines)
-    yield Piece("", True, 0)
-
-
-def _json_elements(file: Path, text_field: str) -> Iterator[Piece]:
-    for element in elements(file, _LARGEST_ELEMENT):
-        yield Piece(_text_of_row(element.value, element.where, text_field), True, element.size)
-
-
-def _json_lines(file: Path, text_field: str) -> Iterator[Piece]:
-    with open_bytes(file) as handle:
-        for number, raw in enumerate(handle, start=1):
-            line = _decode(raw, file, number)
-            if not line.strip():
-                continue
-            yield Piece(_text_of(line, f"{file}: line {number}", text_field), True, len(raw))
-
-
-def _text_of(line: str, where: str, text_field: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    return _text_of_row(row, where, text_field)
-
-
-def _text_of_row(row: object, where: str, text_field: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    if text_field not in row:
-        have = ", ".join(f"'{key}'" for key in islice(row, 10)) or "nothing"
-        raise DataError(f"{where}: no field '{text_field}', only {have}. Set data.text_field")
-    return _as_text(row[text_field], where, text_field)
-
-
-def _as_text(value: object, where: str, text_field: str) -> str:
-    """The text that a row holds; null is no text."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field '{text_field}' holds {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half a surrogate pair at character {error.start}, which is no text") from None
-    return value
-
-
-def _from_table(file: Path) -> Any:
-    """A streaming dataset over one file: nothing is copied to another cache."""
-    import datasets
-
-    if file.stat().st_size == 0:
-        raise DataError(f"{file}: the file is empty")
-    kind = file.suffix.removeprefix(".")
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print what we raise
-    try:
-        return datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
-    except Exception as error:
-        raise DataError(f"{file}: not a {kind} file: {str(error).strip().splitlines()[0]}") from error
-
-
-def _from_disk(folder: Path, split: Split) -> Any:
-    import datasets
-
-    assert is_saved_dataset(folder)
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(f"{folder}: not a dataset that can be loaded: {str(error).splitlines()[0]}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            have = ", ".join(found)
-            raise ConfigError(Problem(f"data.{split}", f"'{folder}' has no split '{split}', only {have}"))
-        found = found[split]
-    return found
+        splits = [str(name) for name in strict_json.read(file / "dataset_dict.json")["splits"]]
+    except (ConfigError, LookupError, TypeError) as error:
+        raise DataError(f"{file}: not a dataset that can be loaded: {error}") from None
+    if split not in splits:
+        raise ConfigError(Problem(f"data.{split}", f"'{file}' has no split '{split}', only {', '.join(splits)}"))
+    return file / split
 
 
 def _hub_name(path: str) -> tuple[str, str | None]:

@@ -1,0 +1,156 @@
+"""Reading of documents: in pieces, within limits of memory, and from files that end their reader."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.data import tables
+from trainer.data.sources import Source
+from trainer.data.text import Piece, pieces_of, plain_text
+from trainer.errors import DataError
+
+pytestmark = pytest.mark.fast
+
+LETTERS = "ab \u00e9\u4e2d\U0001f600\n"
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.text._PIECE_SIZE", 100)
+    monkeypatch.setattr("trainer.data.text._SEARCHED", 20)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_join_to_the_document(seed: int, tmp_path: Path) -> None:
+    """Whatever characters a piece ends at, also within lines longer than a piece."""
+    draw = random.Random(seed)
+    text = "".join(draw.choices(LETTERS, weights=[9, 9, draw.choice([0, 2]), 3, 3, 3, draw.choice([0, 0.05])], k=3000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    for pieces in (list(plain_text(tmp_path / "a.txt")), list(pieces_of(text, len(text)))):
+        assert "".join(piece.text for piece in pieces) == text
+        assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert max(len(piece.text) for piece in pieces) <= 320
+        assert len(pieces) > 5
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_are_cut_before_single_spaces() -> None:
+    text = "word " * 200
+    texts = [piece.text for piece in pieces_of(text, len(text))]
+    assert len(texts) > 5
+    assert all(later.startswith(" w") for later in texts[1:])
+
+
+def test_document_of_two_mebibytes_is_whole() -> None:
+    """Token files of earlier versions hold such documents tokenized as a whole."""
+    text = "word " * ((2 << 20) // 5)
+    assert list(pieces_of(text, 7)) == [Piece(text, True, 7)]
+
+
+def test_long_line_takes_little_memory(tmp_path: Path) -> None:
+    """8 MB in one line, tokenized: 0.4 GB, and before 1.3 GB. A line of 33 MB took 4.9 GB."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "seven wizards brew potions " * 300_000}) + "\n")
+    script = f"""
+import resource
+from pathlib import Path
+import numpy
+from trainer.data.frame import DocumentFrame
+from trainer.data.prepare import tokenise
+from trainer.data.sources import Source
+from trainer.data.tokenizer import load_tokenizer, train_tokenizer
+out = Path({str(tmp_path)!r})
+train_tokenizer(iter(["seven wizards brew potions"]), 300, out)
+tokenizer = load_tokenizer(str(out), "x")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenise(Source(str(out / "a.jsonl"), "train", "text"), tokenizer, 300, DocumentFrame(), out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.split()[-1]) < 700_000, "kibibytes"
+
+
+def rows(path: Path, **options: Any) -> list[str]:
+    return [piece.text for piece in Source(str(path), "train", "text", **options).pieces()]
+
+
+def message_of(path: Path) -> str:
+    """What is said about a file; empty where it can be read."""
+    try:
+        rows(path)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_parquet_of_few_kilobytes_that_holds_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends its reader at the reader's limit, not this process."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(tables, "_LEAST_MEMORY", 1 << 29)
+    monkeypatch.setattr(tables, "_MEMORY_OF_BYTES", 0)
+    pq.write_table(pa.table({"text": ["x" * 250_000_000]}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 20_000
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read with 0\.54 GB of memory"):
+        rows(tmp_path / "a.parquet")
+
+
+def test_file_that_ends_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As C++ libraries do on some damaged files."""
+    (tmp_path / "table_reader.py").write_text(
+        'import os, sys\nprint(\'{"file": 0}\\n{"rows": ["one"]}\', flush=True)\nprint("bad alloc", file=sys.stderr)\n'
+        "sys.stderr.flush()\nos.abort()\n"
+    )
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: it ended .* after row 1 \(SIGABRT: bad alloc\)"):
+        rows(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_damaged_tables_are_data_errors(suffix: str, tmp_path: Path) -> None:
+    """Random bytes overwritten: the right rows, or a message that names the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table, path = pa.table({"text": [f"hello {n}" for n in range(300)]}), tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    sound, draw, failed = path.read_bytes(), random.Random(5), 0
+    for _ in range(12):
+        raw = bytearray(sound)
+        for _ in range(10):
+            raw[draw.randrange(len(raw))] = draw.choice([0, 0x7F, 0x80, 0xFF])
+        path.write_bytes(raw)
+        said = message_of(path)
+        assert not said or str(path) in said
+        failed += bool(said)
+    assert failed > 0
+
+
+def test_reader_ends_with_its_iterator(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "word\n" * 300_000)
+    pieces = Source(str(tmp_path / "a.csv"), "train", "text").pieces()
+    assert next(pieces).text == "word"
+    pieces.close()  # type: ignore[attr-defined]
+    children = Path("/proc/self/task").glob("*/children")
+    pids = " ".join(path.read_text() for path in children).split()
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not any(b"table_reader" in command for command in commands)
+
+
+def test_numbers_in_csv_stay_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("n,text\n1,007\n2,\n3,1.50\n")
+    assert rows(tmp_path / "a.csv") == ["007", "", "1.50"]

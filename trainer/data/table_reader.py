@@ -1,0 +1,158 @@
+"""Rows of tables and folders saved by `datasets` as JSON lines on standard output, as a process of its own.
+
+Libraries in C++ end the process on some damaged files, and small files can claim gigabytes. Here that ends a child
+with a limit on its memory, and `tables.py` says which file it was. Imports nothing of the trainer, so that it starts
+fast.
+
+    python table_reader.py FIELD LARGEST MEMORY FILE...
+
+Lines: `{"file": n}` when a file begins; `{"rows": [text or null, ...]}`; `{"row": n, "type": name}`,
+`{"row": n, "bytes": size}`, `{"fields": [...]}` or `{"error": text}` for what is wrong; `{"end": true}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_BATCH_BYTES = 1 << 20
+_MOST_ROWS = 250
+
+
+class _FieldMissingError(Exception):
+    def __init__(self, fields: list[str]) -> None:
+        self.fields = fields
+
+
+def _column(names: list[str], field: str) -> int:
+    if field not in names:
+        raise _FieldMissingError(list(names))
+    return names.index(field)
+
+
+def _parquet(path: str, field: str) -> Iterator[Any]:
+    """Columns of few rows each, because a dictionary makes many large texts of a small file."""
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path)
+    _column(schema.names, field)
+    with pq.ParquetFile(path, buffer_size=_BATCH_BYTES) as file:
+        names = [file.metadata.schema.column(n).path.split(".")[0] for n in range(file.metadata.num_columns)]
+        leaf = names.index(field)
+        for group in range(file.metadata.num_row_groups):
+            chunk = file.metadata.row_group(group).column(leaf)
+            rows = max(1, file.metadata.row_group(group).num_rows)
+            size = max(1, chunk.total_uncompressed_size // rows)
+            few = min(_MOST_ROWS, max(1, _BATCH_BYTES // size))
+            for batch in file.iter_batches(few, [group], columns=[field]):
+                yield batch.column(0)
+
+
+def _arrow(path: str, field: str) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.memory_map(path) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+            column = _column(reader.schema.names, field)
+            for batch in reader:
+                batch.validate(full=True)
+                yield batch.column(column)
+        except pa.ArrowInvalid:
+            file.seek(0)
+            if file.read(6) != b"ARROW1":
+                raise
+            file.seek(0)
+            random_access = pa.ipc.open_file(file)
+            column = _column(random_access.schema.names, field)
+            for number in range(random_access.num_record_batches):
+                batch = random_access.get_batch(number)
+                batch.validate(full=True)
+                yield batch.column(column)
+
+
+def _csv(path: str, field: str) -> Iterator[Any]:
+    import pandas as pd  # type: ignore[import-untyped]
+    import pyarrow as pa
+
+    for frame in pd.read_csv(path, chunksize=_MOST_ROWS, dtype={field: str}):
+        column = _column([str(name) for name in frame.columns], field)
+        yield pa.Array.from_pandas(frame.iloc[:, column])
+
+
+def _saved(path: str, field: str) -> Iterator[Any]:
+    import datasets
+
+    found = datasets.load_from_disk(path)
+    _column(found.column_names, field)
+    for table in found.select_columns([field]).with_format("arrow").iter(_MOST_ROWS):
+        table.validate(full=True)
+        yield table.column(0)
+
+
+_READERS = {".parquet": _parquet, ".arrow": _arrow, ".csv": _csv, "": _saved}
+
+
+def _say(**line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+
+
+def _read(path: str, field: str, largest: int) -> bool:
+    """Say the rows of a file. False if something is wrong in it."""
+    number, batch, size = 0, list[str | None](), 0
+    kind = "" if os.path.isdir(path) else os.path.splitext(path)[1]
+    for column in _READERS[kind](path, field):
+        for cell in column:
+            number += 1
+            value = cell.as_py()
+            if value is not None and not isinstance(value, str):
+                _say(rows=batch)
+                _say(row=number, type=type(value).__name__)
+                return False
+            if value is not None and len(value) * 4 > largest:
+                length = len(value.encode("utf-8", "surrogatepass"))
+                if length > largest:
+                    _say(rows=batch)
+                    _say(row=number, bytes=length)
+                    return False
+            batch.append(value)
+            size += len(value or "")
+            if size >= _BATCH_BYTES or len(batch) >= _MOST_ROWS:
+                _say(rows=batch)
+                batch, size = [], 0
+    _say(rows=batch)
+    return True
+
+
+def main() -> None:
+    field, largest, memory, *files = sys.argv[1:]
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(stop, signal.SIG_IGN)  # the parent decides; without it, the pipe breaks
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number, path in enumerate(files):
+        _say(file=number)
+        try:
+            if not _read(path, field, int(largest)):
+                break
+        except _FieldMissingError as error:
+            _say(fields=error.fields)
+            break
+        except MemoryError as error:
+            _say(memory=str(error))
+            break
+        except Exception as error:  # whatever pyarrow and pandas raise on damaged files
+            _say(error=(str(error).strip().splitlines() or [type(error).__name__])[0])
+            break
+    else:
+        _say(end=True)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Rows of tables and folders saved by `datasets`, read by a process with a limit on its memory (`table_reader.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.data.text import too_large
+from trainer.errors import DataError
+from trainer.units import format_bytes
+
+TABLES = (".parquet", ".csv", ".arrow")
+
+_LEAST_MEMORY = 4 << 30
+_MEMORY_OF_BYTES = 16
+"""Copies of the largest document that a reader may hold."""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row of a table."""
+
+    where: str
+    """File and number, for messages."""
+
+    text: str | None
+
+
+def table_rows(files: Sequence[Path], field: str, largest: int) -> Iterator[TableRow]:
+    """The rows of the files, one after the other.
+
+    Args:
+        field: of the text. largest: bytes of a document at most.
+
+    Raises:
+        DataError: naming file and row, for what is damaged, has no such field, holds no text or too much of it.
+    """
+    for file in files:
+        if file.is_file() and file.stat().st_size == 0:
+            raise DataError(f"{file}: the file is empty")
+    memory = _LEAST_MEMORY + _MEMORY_OF_BYTES * largest
+    script = str(Path(__file__).with_name("table_reader.py"))
+    command = [sys.executable, "-P", script, field, str(largest), str(memory), *map(str, files)]
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    with tempfile.TemporaryFile() as said, subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=environment
+    ) as reader:  # fmt: skip
+        assert reader.stdout is not None
+        try:
+            yield from _rows(reader, said, files, field, largest, memory)
+        finally:
+            reader.kill()
+
+
+def _rows(
+    reader: subprocess.Popen[bytes], said: IO[bytes], files: Sequence[Path], field: str, largest: int, memory: int
+) -> Iterator[TableRow]:
+    assert reader.stdout is not None
+    file, number = files[0], 0
+    for raw in reader.stdout:
+        line: dict[str, Any] = json.loads(raw)
+        if "file" in line:
+            file, number = files[line["file"]], 0
+        elif "rows" in line:
+            for text in line["rows"]:
+                number += 1
+                yield TableRow(f"{file}: row {number}", text)
+        elif "end" in line:
+            return
+        else:
+            raise _error(line, file, field, largest, memory)
+    status = reader.wait()
+    said.seek(0)
+    last = (said.read().decode(errors="replace").strip().splitlines() or [""])[-1][:200]
+    name = f"status {status}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-status).name
+    raise DataError(
+        f"{file}: cannot be read: it ended the process that read it, after row {number} ({name}"
+        f"{last and ': ' + last}). The file is damaged, or takes more than {format_bytes(memory)} of memory"
+    )
+
+
+def _error(line: dict[str, Any], file: Path, field: str, largest: int, memory: int) -> DataError:
+    if "fields" in line:
+        have = ", ".join(f"'{key}'" for key in line["fields"]) or "nothing"
+        return DataError(f"{file}: no field '{field}', only {have}. Set data.text_field")
+    if "type" in line:
+        return DataError(f"{file}: row {line['row']}: field '{field}' holds {line['type']}, not text")
+    if "bytes" in line:
+        return too_large(f"{file}: row {line['row']}", line["bytes"], largest)
+    if "memory" in line:
+        return DataError(
+            f"{file}: cannot be read with {format_bytes(memory)} of memory: {line['memory']}. The file is damaged, or "
+            "its row groups are too large: write it again with smaller ones, or raise data.max_document_bytes"
+        )
+    return DataError(f"{file}: cannot be read: {line['error']}")
