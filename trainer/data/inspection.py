@@ -105,9 +105,12 @@ def inspect_data(loaded: LoadedConfig) -> DataReport:
     held_out = f"{data.held_out_fraction or 0:g} of the training documents"
     names = [(f"data.train.{n}", source.path) for n, source in enumerate(data.train)]
     names += [(f"data.validation.{n}", source.path or held_out) for n, source in enumerate(data.validation)]
-    samples = {f"data.train.{n}": _look(Source(s.path, "train", data.text_field)) for n, s in enumerate(data.train)}
+    samples = {
+        f"data.train.{n}": _look(Source(s.path, "train", data.text_field, data.max_document_bytes))
+        for n, s in enumerate(data.train)
+    }
     samples |= {
-        f"data.validation.{n}": _look(Source(source.path, "validation", data.text_field))
+        f"data.validation.{n}": _look(Source(source.path, "validation", data.text_field, data.max_document_bytes))
         for n, source in enumerate(data.validation)
         if source.path is not None
     }
@@ -124,7 +127,7 @@ def _look(source: Source) -> _Sample:
         return sample
     files = source.files
     for path in [source.path] if source.path.startswith(HUB) else map(str, files[:LARGEST_FILES]):
-        _look_at(Source(path, source.split, source.text_field), sample)
+        _look_at(Source(path, source.split, source.text_field, source.largest), sample)
         sample.files += 1
     if not sample.texts and len(files) <= LARGEST_FILES:
         raise DataError(f"{source.path}: no text in it")
@@ -236,7 +239,7 @@ def _estimated(loaded: LoadedConfig, names: list[tuple[str, str]], samples: dict
     for key, name in names:
         is_train = key.startswith("data.train")
         if key in samples:
-            source = Source(name, "train" if is_train else "validation", data.text_field)
+            source = Source(name, "train" if is_train else "validation", data.text_field, data.max_document_bytes)
             reports.append(_report(key, source, samples[key], rate, around, 1 - fraction if is_train else 1.0))
         else:  # what is held out of the training documents
             train, share = reports[: len(data.train)], fraction / (1 - fraction)

@@ -260,7 +260,7 @@ def prepare_data(
         ConfigError: no usable tokenizer, a hub dataset that is not available, a cache that cannot be written to.
         DataError: something wrong inside a file.
     """
-    data, largest = loaded.config.data, loaded.config.data.max_document_bytes
+    data = loaded.config.data
     root = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
     blocks = max(4, _SAMPLED_BLOCKS // (len(data.train) + len(data.validation)))
     cache = Cache(root, launch or Launch(), store, None if verify_data else blocks)
@@ -270,7 +270,7 @@ def prepare_data(
 
 def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
     """Open the token files of every source, which `cache` builds where they are missing. See `prepare_data`."""
-    data = loaded.config.data
+    data, largest = loaded.config.data, loaded.config.data.max_document_bytes
     sources = {
         "train": [Source(s.path, "train", data.text_field, largest) for s in data.train],
         "validation": [
