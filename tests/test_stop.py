@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.configs import with_values
-from tests.harness import run_ranks
+from tests.harness import Started, messages_of, run_command, run_ranks, started_command
 from tests.stops import Signal, stop_and_resume
+from trainer import exit
+from trainer.distributed import Launch
+from trainer.errors import Preempted
+from trainer.events import append_event, read_events
+from trainer.fault_tolerance import StopRequests
+from trainer.fault_tolerance.stop import INTERRUPTED
+from trainer.run_directory import RunDirectory
 
 STEPS = 40
 
@@ -60,3 +71,85 @@ def test_all_ranks_stop_after_the_same_step_and_resume_exactly(name: str, tiny: 
         assert step not in first.evaluated, "an evaluation is not begun by a run that stops"
         assert [event["step"] for event in first.events if event["event"] == "save"].count(step) == 1
         assert first.losses == unbroken, "the resumed run computes what the unbroken one does"
+
+
+def _wait(path_exists: Callable[[], bool], started: Started, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path_exists():
+        assert time.monotonic() < deadline
+        assert all(process.is_alive() for process in started.processes), started.errors()
+        time.sleep(0.01)
+
+
+def test_a_stop_before_the_first_step_does_no_harm(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """While the data are prepared, and while the ranks join and build; then the same command trains."""
+    documents = (json.dumps({"text": f"document {number} " * 40}) for number in range(20_000))
+    (tmp_path / "large.jsonl").write_text("\n".join(documents))
+    values = {"data__train": [{"path": str(tmp_path / "large.jsonl")}], "data__cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, **values)))
+    command = ("launch/train.py", "--config", str(tmp_path / "config.json"))
+    with started_command(*command) as started:
+        _wait(lambda: any((tmp_path / "cache").glob("*partial*")), started)
+        os.kill(started.processes[0].pid, signal.SIGTERM)
+        assert started.statuses(10) == [75]
+        assert "stopped before the first step: SIGTERM. Start the same command again" in started.errors()
+    with started_command(*command) as started:
+        _wait(lambda: (tmp_path / "run" / "logs").is_dir(), started)
+        os.kill(started.processes[0].pid, signal.SIGINT)
+        assert started.statuses(30) == [75]
+    assert read_events(tmp_path / "run")[-1]["event"] == "preempted"
+    assert run_command(*command).status == 0
+    assert read_events(tmp_path / "run")[-1]["event"] == "finish"
+
+
+def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """In a step that never ends; one within a second is the launcher's copy of the first."""
+    assert run_ranks(_interrupted, 1, tmp_path) == [None]
+    assert (tmp_path / "alive").read_text() == "after the copy"
+
+
+def _interrupted(folder: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        requests = StopRequests()
+        requests.install()
+        requests.begin_training()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        (folder / "alive").write_text("after the copy")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == INTERRUPTED
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("seconds", "warns"), [(25.0, True), (3.0, False)])
+def test_a_run_with_slow_saves_warns_at_the_start(seconds: float, warns: bool, tmp_path: Path) -> None:
+    append_event(tmp_path, "save", attempt=1, step=5, seconds=seconds)
+    requests = StopRequests()
+    requests._directory = RunDirectory(tmp_path, 2, None)
+    with messages_of("trainer.fault_tolerance.stop") as messages:
+        requests._warn_of_slow_saves()
+    assert any("the last checkpoint took 25 s" in message for message in messages) == warns
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_ends_with_75_and_is_no_error(
+    rank: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses: list[int] = []
+
+    def leave(status: int) -> None:
+        statuses.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(exit, "_leave", leave)
+    with pytest.raises(SystemExit), exit.exit_on_errors(Launch(rank=rank, world=2)):
+        raise Preempted("stopped after step 3: SIGTERM")
+    assert statuses == [75]
+    assert capsys.readouterr().err == ("" if rank else "[tessera] stopped after step 3: SIGTERM\n")

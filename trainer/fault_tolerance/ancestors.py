@@ -92,7 +92,7 @@ def _words(command: Sequence[str]) -> list[str]:
         rest = rest[2:] if rest[0] in ("-X", "-W") else rest[1:]
     if rest[:1] == ["-m"]:
         rest = rest[1:]
-    return rest or words
+    return words if "-c" in words[: len(words) - len(rest)] else rest or words
 
 
 def read_process(pid: int) -> Process | None:

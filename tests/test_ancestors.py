@@ -1,0 +1,142 @@
+"""Which processes have started a rank, and the death of one of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.fault_tolerance import ancestors, hostfile
+from trainer.fault_tolerance.ancestors import Ancestors, Process, Watched, find_ancestors, read_process
+
+ONE_HOST = "--world_info=" + base64.urlsafe_b64encode(json.dumps({"localhost": [0]}).encode()).decode()
+RUNNER = ("/env/bin/python", "/env/bin/deepspeed", "--num_gpus", "2", "launch/train.py")
+LAUNCHER = ("/env/bin/python3.12", "-u", "-m", "deepspeed.launcher.launch", ONE_HOST, "--master_port=29500",
+            "--enable_each_rank_log=None", "--log_level=info", "launch/train.py")  # fmt: skip
+REMOTE = (*LAUNCHER[:5], "--node_rank=1", *LAUNCHER[5:])
+SHELL = ("-bash",)
+SSHD = ("sshd-session: user@notty",)
+INIT = ("/sbin/init",)
+
+
+def line_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[Process]:
+    """Ancestors with these commands, nearest first."""
+    own = os.getsid(0)
+    sessions = sessions or (own,) * len(commands)
+    return [Process(100 - n, n, 99 - n, sessions[n], False, command) for n, command in enumerate(commands)]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("commands", "watched", "missing"),
+    [
+        ((LAUNCHER, RUNNER, SHELL, INIT), 2, None),
+        ((("numactl", "-m", "0"), LAUNCHER, RUNNER, SHELL), 3, None),
+        ((("python", "/env/bin/torchrun", "--nproc_per_node", "2"), SHELL, INIT), 1, None),
+        ((("python", "-m", "torch.distributed.run"), SHELL, INIT), 1, None),
+        ((("python", "-X", "dev", "-m", "deepspeed.launcher.runner"), SHELL, INIT), 1, None),
+        ((REMOTE, SHELL, SSHD, ("sshd: /usr/sbin/sshd -D",), INIT), 3, None),
+        ((REMOTE, SSHD, INIT, RUNNER), 2, None),
+        ((SHELL, SSHD, RUNNER), 0, None),
+        ((SHELL, ("tmux",), INIT), 0, None),
+        ((("python", "-c", "deepspeed.launcher.runner"), INIT), 0, None),
+        ((LAUNCHER, INIT), 1, "deepspeed"),
+        ((REMOTE, INIT), 1, None),
+        ((LAUNCHER[:6], SHELL, INIT), 1, None),
+    ],
+)
+def test_processes_whose_death_ends_a_run(
+    commands: tuple[tuple[str, ...], ...], watched: int, missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = line_of(*commands)
+    monkeypatch.setattr(ancestors, "_line", lambda: (line, True))
+    found = find_ancestors()
+    assert found.processes == tuple(line[:watched])
+    assert found.missing == missing
+
+
+@pytest.mark.fast
+def test_a_remote_rank_survives_its_connection_under_nohup_or_setsid(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = line_of(REMOTE, SHELL, SSHD, INIT)
+    monkeypatch.setattr(ancestors, "_line", lambda: (line, True))
+    assert len(find_ancestors().processes) == 3
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(find_ancestors().processes) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    line[:] = line_of(REMOTE, SHELL, SSHD, INIT, sessions=(1, 1, 2, 0))
+    assert len(find_ancestors().processes) == 1, "a rank in a session of its own"
+
+
+@pytest.mark.fast
+def test_a_rank_whose_launcher_died_while_it_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ancestors, "_line", lambda: (line_of(INIT), True))
+    monkeypatch.delenv("CROSS_RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert find_ancestors().missing is None
+    monkeypatch.setenv("CROSS_RANK", "0")
+    assert find_ancestors().missing == "the launcher"
+    monkeypatch.setattr(ancestors.os, "getpgrp", lambda: 0)
+    assert find_ancestors().missing is None, "the launcher is outside of this container"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("has_descriptors", [True, False])
+def test_a_death_is_told_once(has_descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_descriptors:
+        monkeypatch.delattr(os, "pidfd_open")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = read_process(child.pid)
+    assert process is not None
+    used_again = Process(process.pid, process.start_ticks - 1, process.parent, process.session, False, ())
+    watched = Watched([process])
+    assert watched.must_look != has_descriptors
+    assert watched.dead() == []
+    assert Watched([used_again]).dead() == [used_again], "another process has its id"
+    child.kill()
+    deadline = time.monotonic() + 10
+    dead: list[Process] = []
+    while not dead and time.monotonic() < deadline:
+        time.sleep(0.02)
+        dead = watched.dead(list(watched.descriptors) if (read_process(child.pid) or process).is_dead else [])
+    assert dead == [process], "although nobody has waited for it"
+    assert watched.dead() == []
+    child.wait()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("options", "hosts", "is_refused"),
+    [
+        (("--hostfile", "{}/missing"), ["localhost"], True),
+        (("--hostfile={}/missing", "--num_gpus", "2"), ["localhost"], True),
+        (("-H", "{}/missing"), ["localhost"], True),
+        (("-H", "{}/hosts"), ["localhost"], False),
+        (("--hostfile", "{}/missing"), ["worker-1"], False),
+        (("--num_gpus", "2"), ["localhost"], False),
+        (("launch/train.py", "--hostfile", "{}/missing"), ["localhost"], False),
+    ],
+)
+def test_a_hostfile_that_is_not_there(
+    options: tuple[str, ...], hosts: list[str], is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    words = [word.format(tmp_path) for word in options]
+    encoded = base64.urlsafe_b64encode(json.dumps({host: [0] for host in hosts}).encode()).decode()
+    runner = Process(os.getpid(), 0, 1, 1, False, ("python", "/env/bin/deepspeed", *words, "launch/train.py"))
+    launcher = Process(2, 0, 1, 1, False, (*LAUNCHER[:4], f"--world_info={encoded}"))
+    monkeypatch.setattr(hostfile, "find_ancestors", lambda: Ancestors((launcher, runner)))
+    if not is_refused:
+        hostfile.refuse_missing_hostfile("launch/train.py")
+        return
+    with pytest.raises(ConfigError, match=f"--hostfile: {tmp_path}/missing is not a file"):
+        hostfile.refuse_missing_hostfile("launch/train.py")
