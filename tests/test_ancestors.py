@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ REMOTE = (*LAUNCHER[:5], "--node_rank=1", *LAUNCHER[5:])
 SHELL = ("-bash",)
 SSHD = ("sshd-session: user@notty",)
 INIT = ("/sbin/init",)
+
+
+@pytest.fixture(autouse=True)
+def _hangup_is_not_ignored() -> Iterator[None]:
+    """The tests may run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def line_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[Process]:

@@ -166,14 +166,16 @@ def test_a_time_limit_saves_and_ends_with_75(config: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun(number: int, config: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_torchrun(number: int, status: int, config: Path) -> None:
     port = str(free_port())
     with started(config, "torchrun", "--nproc_per_node", "2", "--master_port", port) as run:
         os.kill(run.command.pid, number)
-        assert run.command.wait(60) == 1
+        assert run.command.wait(60) == status
         run.wait_for_ranks()
-        run.refuse_unsaved("SIG")
+        run.refuse_unsaved("torchrun (process" if number == signal.SIGKILL else "SIG")
 
 
 @pytest.mark.matrix

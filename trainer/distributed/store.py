@@ -23,7 +23,7 @@ _CONNECT_TIMEOUT = timedelta(seconds=30)
 
 
 def open_store(launch: Launch, patience: timedelta = JOIN_PATIENCE) -> Store:
-    """Open the store of a run: hosted by rank 0, or under torchrun by its agent. All ranks must call it.
+    """Open the store of a run, hosted by rank 0. All ranks must call it.
 
     Where all ranks are on one host, only this host can reach it. The store has no authentication: between hosts it
     belongs on a private network, like every store of torch's.
@@ -40,14 +40,40 @@ def open_store(launch: Launch, patience: timedelta = JOIN_PATIENCE) -> Store:
     complete_environment(launch)
     if launch.is_on_one_host:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if _is_hosted_by_agent():  # it outlives its workers: what those before a restart have written must not be read
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"attempt_{attempt}", _connected_store(launch, patience))
-    return _hosted_store(launch) if launch.rank == 0 else _connected_store(launch, patience)
+    if _is_hosted_by_agent():
+        return _store_beside_agent(launch, patience)
+    address = _address()
+    return _hosted_store(launch, *address) if launch.rank == 0 else _connected_store(launch, *address, patience)
 
 
 def _is_hosted_by_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def _store_beside_agent(launch: Launch, patience: timedelta) -> Store:
+    """torchrun's agent has a store, which dies with it, and the ranks must be able to save then. So rank 0 hosts one
+    here too; only its address goes through the agent's."""
+    agent = _connected_store(launch, *_address(), patience)
+    # The agent outlives its workers: what those before a restart have written must not be read.
+    key = f"tessera/store/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if launch.rank == 0:
+        store = _hosted_store(launch, _own_address(launch), 0)
+        agent.set(key, f"{store.host} {store.port}")
+        return store
+    host, port = agent.get(key).decode().split()
+    return _connected_store(launch, host, int(port), patience)
+
+
+def _own_address(launch: Launch) -> str:
+    """Where the other ranks reach this host: the address from which it reaches the agent."""
+    if launch.is_on_one_host:
+        return "127.0.0.1"
+    host, port = _address()
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # of a datagram socket: nothing is sent
+        own = str(probe.getsockname()[0])
+    return host if own.startswith("127.") or own == "::1" else own
 
 
 def _refuse_bad_address() -> None:
@@ -66,8 +92,10 @@ def _address() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def _hosted_store(launch: Launch) -> Store:
-    host, port = _address()
+def _hosted_store(launch: Launch, host: str, port: int) -> TCPStore:
+    """Args:
+    port: 0 for any.
+    """
     listener = socket.socket(socket.AF_INET if launch.is_on_one_host else socket.AF_INET6)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -78,13 +106,13 @@ def _hosted_store(launch: Launch) -> Store:
             Problem("--master_port", f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}",
                     "Take another one: deepspeed --master_port N, or torchrun --master_port N")
         ) from None  # fmt: skip
+    port = listener.getsockname()[1]
     return TCPStore(
         host, port, launch.world, True, JOIN_PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 
-def _connected_store(launch: Launch, patience: timedelta) -> Store:
-    host, port = _address()
+def _connected_store(launch: Launch, host: str, port: int, patience: timedelta) -> Store:
     start = time.monotonic()
     while True:
         try:

@@ -23,6 +23,7 @@ from trainer.errors import Preempted
 from trainer.events import read_events
 from trainer.fault_tolerance.ancestors import (
     Ancestors,
+    Process,
     Watched,
     find_ancestors,
     seconds_since_start,
@@ -148,7 +149,7 @@ class StopRequests:
                 self._seconds = None
             if self._ours.fileno() in readable:
                 for number in self._ours.recv(4096):
-                    self._take(number)
+                    self._take(number, parent)
 
     def _wait(self, watched: Watched) -> list[int]:
         """Descriptors that have something to tell, after at most as long as may pass without looking."""
@@ -160,15 +161,16 @@ class StopRequests:
             limits.append(min(3600.0, max(0.0, self._seconds - seconds_since_start())))
         return [descriptor for descriptor, _ in poll.poll(1000 * min(limits) + 1 if limits else None)]
 
-    def _take(self, number: int) -> None:
-        """A signal."""
+    def _take(self, number: int, parent: Process | None) -> None:
+        """A signal, which may be the kernel's at the parent's death."""
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._interrupted is not None and now - self._interrupted >= _SAME_INTERRUPT_SECONDS:
                 _leave(INTERRUPTED, "stopped by a second SIGINT; what was not saved is lost")
             self._interrupted = self._interrupted or now
         if number in self._handled:
-            self._add(signal.Signals(number).name)
+            is_parents = number == signal.SIGTERM and parent is not None and os.getppid() != parent.pid
+            self._add(f"{parent} has ended" if is_parents else signal.Signals(number).name)
 
     def _add(self, cause: str) -> None:
         with self._lock:
