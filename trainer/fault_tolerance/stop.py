@@ -46,6 +46,9 @@ _SAME_INTERRUPT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between two looks at processes that have no descriptor."""
 
+_DYING_SECONDS = 0.1
+"""The kernel sends SIGTERM when the first thread of the parent dies; by then all have, and the cause can be told."""
+
 _LAUNCHER_PATIENCE_SECONDS = 30
 """So long after SIGTERM launch.py and torchrun kill a rank that still lives."""
 
@@ -169,8 +172,11 @@ class StopRequests:
                 _leave(INTERRUPTED, "stopped by a second SIGINT; what was not saved is lost")
             self._interrupted = self._interrupted or now
         if number in self._handled:
-            is_parents = number == signal.SIGTERM and parent is not None and os.getppid() != parent.pid
-            self._add(f"{parent} has ended" if is_parents else signal.Signals(number).name)
+            if number == signal.SIGTERM and parent is not None:
+                time.sleep(_DYING_SECONDS)
+                if os.getppid() != parent.pid:
+                    self._add(f"{parent} has ended")
+            self._add(signal.Signals(number).name)
 
     def _add(self, cause: str) -> None:
         with self._lock:
