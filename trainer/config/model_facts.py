@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.model_sizes import relation_problems, size_problems
+from trainer.config.paths import refuse_special_files
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.store import MANIFEST, is_checkpoint, read_manifest
 
@@ -160,6 +161,7 @@ def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
         raise ConfigError(Problem("model.path", f"'{path}' does not exist", "Give a folder or a name on the hub"))
+    refuse_special_files(folder, "model.path")
     if is_checkpoint(folder):
         return config_from(_recipe_in(folder), f"{path}/{MANIFEST}")
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -6,7 +6,16 @@ import glob
 import os
 from pathlib import Path
 
-from trainer.errors import Problem
+from trainer.config.search import (
+    MOST_ENTRIES,
+    SearchTooLargeError,
+    fixed_part,
+    search_folder,
+    search_glob,
+    special_files,
+    special_kind,
+)
+from trainer.errors import ConfigError, Problem
 
 BUILTIN = "builtin:python-stdlib"
 HUB = "hf://"
@@ -49,12 +58,37 @@ def matching_files(path: str) -> list[Path]:
     if whole.is_dir():
         if is_saved_dataset(whole):
             return [whole]
-        found = {f for f in whole.rglob("*") if f.is_file() and kind_of(f)}
+        found = {f for f in _searched(whole) if kind_of(f)}
         found = {f for f in found if kind_of(f) != ".json"} or found
         return sorted(f for f in found if not (compression_of(f) and f.with_suffix("") in found))
     if whole.exists():
         return [whole]
-    return sorted(Path(found) for found in glob.glob(str(whole), recursive=True) if Path(found).is_file())
+    return _searched(whole)
+
+
+def _searched(path: Path) -> list[Path]:
+    """The files that a folder or a glob stands for; none where `problems_of_path` says that there are too many."""
+    try:
+        return search_folder(path) if path.is_dir() else search_glob(path)
+    except SearchTooLargeError:
+        return []
+
+
+def _is_search_too_large(path: str) -> bool:
+    whole = Path(os.path.expanduser(path))
+    try:
+        search_folder(whole) if whole.is_dir() else search_glob(whole)
+    except SearchTooLargeError:
+        return True
+    return False
+
+
+def _special_files(path: Path) -> list[tuple[Path, str]]:
+    """What is no regular file of what is read for `path`: itself, the index of a token file, the files of a folder."""
+    if path.is_dir():
+        return special_files(path, recursive=True)
+    pair = (path, path.with_suffix(".idx")) if path.suffix == ".bin" else (path,)
+    return [(file, kind) for file in pair if (kind := special_kind(file)) is not None]
 
 
 def only_tokens(path: str) -> bool:
@@ -68,6 +102,16 @@ def has_splits(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file()
 
 
+def refuse_special_files(folder: Path, key: str) -> None:
+    """Refuse a model or tokenizer folder with a named pipe, device or socket in it: to read one can wait for ever.
+
+    Raises:
+        ConfigError: at `key`.
+    """
+    if found := special_files(folder):
+        raise ConfigError(Problem(key, f"'{path}' is {kind}", "Give a folder of regular files") for path, kind in found)
+
+
 def problems_of_path(key: str, path: str) -> list[Problem]:
     """What is wrong with the data path `path`, given at the key `key`; empty when it can be opened."""
     if path.startswith("builtin:"):
@@ -75,13 +119,22 @@ def problems_of_path(key: str, path: str) -> list[Problem]:
         return [Problem(key, reason, f"There is one: '{BUILTIN}'") for reason in known]
     if path.startswith(HUB):
         return [] if path != HUB else [Problem(key, f"'{path}' names no dataset", "Write hf://OWNER/NAME")]
+    if (kind := special_kind(fixed_part(path))) is not None:
+        return [Problem(key, f"'{path}' is {kind}", "Give a regular file, or a folder or glob of regular files")]
     files = matching_files(path)
+    if not files and _is_search_too_large(path):
+        return [Problem(key, f"'{path}' searches more than {MOST_ENTRIES:,} files", "Name a folder deeper down")]
     if not files:
         what = "matches no file" if glob.has_magic(path) else "does not exist"
         if Path(os.path.expanduser(path)).is_dir():
             what = f"is a folder without files of a known kind ({_KNOWN}), and not one saved by `datasets`"
         return [Problem(key, f"'{path}' {what}", f"Paths are relative to the working folder, {os.getcwd()}")]
     problems = [Problem(key, f"'{f}' cannot be read: no permission") for f in files if not os.access(f, os.R_OK)]
+    problems += [
+        Problem(key, f"'{special}' is {kind}", "Give regular files")
+        for f in files
+        for special, kind in _special_files(f)
+    ]
     if len({f.suffix == ".bin" for f in files}) == 2:
         problems.append(Problem(key, f"'{path}' holds both text and token files (.bin)", "Name them as two sources"))
     problems += [

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config.search import special_kind
 from trainer.errors import ConfigError, Problem
 
 MAX_DEPTH = 100
@@ -159,6 +160,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`; see `parse`."""
+    if (kind := special_kind(path)) is not None:
+        raise ConfigError(Problem(str(path), f"is {kind}", "Give a regular file"))
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:

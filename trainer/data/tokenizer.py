@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.paths import refuse_special_files
 from trainer.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    refuse_special_files(Path(name).expanduser(), key)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, trust_remote_code=False
