@@ -62,23 +62,23 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
     from trainer.data import count_steps, open_batches, prepare_data, prepared_facts, source_facts
     from trainer.engine import start_engine
     from trainer.fault_tolerance import Watchdog, compare_ranks, start_facts
+    from trainer.fault_tolerance.claim import claim_run_directory
     from trainer.loop import fit
     from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
     from trainer.pipeline import divide_layers
-    from trainer.run_directory import RunDirectory
     from trainer.topology import Topology
     from trainer.tracking import Meter, open_trackers
 
-    store = open_store(launch)
+    config, store = loaded.config, open_store(launch)
     compare_ranks(launch, store, "start", [*start_facts(loaded, launch), *source_facts(loaded)])
-    directory = RunDirectory.examine(loaded)
+    directory, lock = claim_run_directory(loaded, launch, store)
     if directory.is_finished(loaded):
         log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
+        lock.release()
         return
     requests.install(directory, loaded.config.training.max_seconds)
     for problem in loaded.warnings:
         log.warning("%s", problem)
-    config = loaded.config
     watchdog = Watchdog(launch, store, config.run.collective_timeout_seconds, directory.path / "logs")
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
@@ -118,6 +118,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)
             directory.record("finish", loaded.steps, reason=loaded.length_unit)
+            lock.release()
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 

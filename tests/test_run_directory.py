@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,7 +29,8 @@ from trainer import store
 from trainer.checkpoint import Checkpoints
 from trainer.config.earlier_versions import stored_run
 from trainer.config.load import check
-from trainer.distributed import Launch
+from trainer.distributed import Launch, configure_logging
+from trainer.distributed.logs import _RankFile
 from trainer.errors import ConfigError
 from trainer.events import EVENTS, append_event, read_events
 from trainer.files import replace_folder, replace_text
@@ -303,6 +306,22 @@ def test_event_that_does_not_fit_leaves_no_part(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / EVENTS).read_bytes() == before
     append_event(tmp_path, "save", attempt=1, step=6)
     assert [event["step"] for event in read_events(tmp_path)] == [0, 6]
+
+
+@pytest.mark.fast
+def test_log_that_does_not_fit_is_warned_about_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _RankFile(tmp_path / "rank-0.log")
+    assert file.stream is not None
+    with open("/dev/full", "w") as file.stream:
+        for text in ("one", "two"):
+            file.emit(logging.LogRecord("x", logging.INFO, "", 0, text, (), None))
+        with contextlib.suppress(OSError):
+            file.stream.close()
+    assert capsys.readouterr().err.count("lines are lost: No space left on device") == 1
+    (tmp_path / "rank-1.log").symlink_to(tmp_path / "rank-0.log")
+    with pytest.raises(ConfigError, match=r"rank-1\.log cannot be written"):
+        configure_logging(1, tmp_path)
+    configure_logging(0)
 
 
 def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:

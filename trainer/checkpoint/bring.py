@@ -17,6 +17,7 @@ from trainer.checkpoint.save import Folder, in_order
 from trainer.config import LoadedConfig
 from trainer.engine import Numbers
 from trainer.errors import CheckpointError, ConfigError, Problem
+from trainer.fault_tolerance.run_lock import RunLock
 from trainer.model import build_model, read_weights, recipe_of
 from trainer.run_directory import about_run
 from trainer.store import BUFFER, WEIGHT, Entry, Manifest
@@ -30,9 +31,18 @@ def bring(source: Path, loaded: LoadedConfig) -> Path:
         source: a Hugging Face folder, or a folder into which DeepSpeed has saved a plain data-parallel run.
 
     Raises:
-        ConfigError: if `source` is neither, or holds other weights than the model's, or the run has checkpoints.
+        ConfigError: if `source` is neither, or holds other weights than the model's, or the run has checkpoints or is
+            being trained.
         CheckpointError: if DeepSpeed's files hold more than tensors and its own settings, or are damaged.
     """
+    lock = RunLock.acquire(Path(loaded.config.run.output_dir).expanduser())
+    try:
+        return _bring(source, loaded)
+    finally:
+        lock.release()
+
+
+def _bring(source: Path, loaded: LoadedConfig) -> Path:
     folder = Path(loaded.config.run.output_dir).expanduser() / FOLDER
     if folder.is_dir() and any(folder.glob("step-*")):
         raise ConfigError(Problem("run.output_dir", f"{folder} holds checkpoints", "Take another folder"))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
+from trainer.errors import ConfigError, Problem
+from trainer.files import no_follow
 from trainer.sanitize import SafeFormatter
 
 
@@ -32,6 +35,34 @@ class _AtLeast(logging.Filter):
         return record.levelno >= self._level
 
 
+class _RankFile(logging.FileHandler):
+    """A rank's own file. One on a full disk loses lines, with one warning, and never ends the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._has_failed = False
+        super().__init__(path, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        return TextIOWrapper(open(self.baseFilename, "ab", opener=no_follow), encoding=self.encoding)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            print(f"warning: {self.baseFilename}: lines are lost: {error.strerror}", file=sys.stderr)
+            self._has_failed = True
+
+
+def _opened(folder: Path, rank: int) -> _RankFile:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _RankFile(folder / f"rank-{rank}.log")
+    except OSError as error:
+        reason = f"{folder}/rank-{rank}.log cannot be written: {error.strerror}"
+        raise ConfigError(Problem("run.output_dir", reason, "Free some space, or take another folder")) from None
+
+
 def configure_logging(rank: int, folder: Path | None = None) -> None:
     """Rank 0 speaks on the console; with a `folder`, every rank writes its own `rank-N.log` there.
 
@@ -52,8 +83,7 @@ def configure_logging(rank: int, folder: Path | None = None) -> None:
             console.addFilter(_AtLeast(console_level))
             logger.addHandler(console)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(folder / f"rank-{rank}.log")
+            file = _opened(folder, rank)
             file.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logger.addHandler(file)
         if not logger.handlers:
