@@ -77,6 +77,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
         lock.release()
         return
     requests.install(directory, loaded.config.training.max_seconds)
+    requests.on_request(lambda request: lock.stopping())
     for problem in loaded.warnings:
         log.warning("%s", problem)
     watchdog = Watchdog(launch, store, config.run.collective_timeout_seconds, directory.path / "logs")
@@ -111,7 +112,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
         meter = Meter(
             engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
         )
-        stop = StopAgreement(requests, world, directory, loaded.steps)
+        stop = StopAgreement(requests, world, directory, loaded.steps, lock)
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
         files = write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)

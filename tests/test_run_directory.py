@@ -33,6 +33,7 @@ from trainer.distributed import Launch, configure_logging
 from trainer.distributed.logs import _RankFile
 from trainer.errors import ConfigError
 from trainer.events import EVENTS, append_event, read_events
+from trainer.fault_tolerance import StopRequests
 from trainer.files import replace_folder, replace_text
 from trainer.final_model import damage_in
 from trainer.run_layout import misplaced
@@ -93,7 +94,7 @@ def test_lost_checkpoints_are_not_trained_again(run: Path, tiny: dict[str, Any],
 def killed_at_first_save(config: dict[str, Any]) -> None:
     Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train(check(config, world=launch.world, device="cpu"), launch)
+    train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
 
 
 def test_run_killed_before_its_first_save_starts_again(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -347,7 +348,7 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
         os.replace = replaced  # type: ignore[assignment]
     launch = Launch.from_environment()
     try:
-        train(check(config, world=launch.world, device="cpu"), launch)
+        train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
     except ConfigError as error:
         return error.exit_status, str(error)
     return 0, ""

@@ -25,8 +25,8 @@ from tests.test_tracking import ROOT, TRAIN, rows_of
 from trainer.checkpoint import Checkpoints
 from trainer.config.load import check
 from trainer.distributed import Launch
-from trainer.errors import ConfigError
-from trainer.fault_tolerance import run_lock
+from trainer.errors import ConfigError, Preempted
+from trainer.fault_tolerance import StopRequests, run_lock
 from trainer.fault_tolerance.run_lock import Holder, RunLock
 from trainer.run_layout import LOCK
 from trainer.store import read_manifest, verify_files
@@ -288,7 +288,7 @@ def saving_slowly(config: dict[str, Any]) -> None:
 
     Checkpoints.save = slowly  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train(check(config, world=launch.world, device="cpu"), launch)
+    train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -325,6 +325,32 @@ def test_second_start_leaves_the_first_unharmed(world: int, tiny: dict[str, Any]
     again = run_command(*command, world=world)
     assert again.status == 0, again.err
     assert "finished at step 4" in again.out
+
+
+def states_while_saving(config: dict[str, Any]) -> list[str]:
+    """What the lock says at each save of a run whose last rank is asked to stop in the first one."""
+    states, save = list[str](), Checkpoints.save
+    launch = Launch.from_environment()
+
+    def recorded(self: Any, *arguments: Any) -> None:
+        states.append(json.loads((Path(config["run"]["output_dir"]) / LOCK).read_text())["state"])
+        if len(states) == 1 and launch.rank == launch.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        save(self, *arguments)
+
+    Checkpoints.save = recorded  # type: ignore[method-assign]
+    try:
+        train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
+    except Preempted:
+        return states
+    raise AssertionError("it did not stop")
+
+
+def test_lock_says_that_the_run_is_stopping(tiny: dict[str, Any]) -> None:
+    """Also where another rank than the holder is asked to."""
+    config = with_values(tiny, training__max_steps=50, checkpoint__every_steps=2, data__validation=[])
+    assert run_ranks(states_while_saving, 2, config)[0] == ["running", "stopping"]
 
 
 @pytest.mark.parametrize("world", [2])

@@ -10,6 +10,7 @@ import torch
 
 from trainer.distributed import World
 from trainer.errors import Preempted
+from trainer.fault_tolerance.run_lock import RunLock
 from trainer.fault_tolerance.stop import StopRequests
 from trainer.run_directory import RunDirectory
 
@@ -49,10 +50,15 @@ class StopAgreement:
     all leave out the evaluation after the last step.
     """
 
-    def __init__(self, requests: StopRequests, world: World, directory: RunDirectory, final_step: int) -> None:
+    def __init__(
+        self, requests: StopRequests, world: World, directory: RunDirectory, final_step: int,
+        lock: RunLock | None = None,
+    ) -> None:  # fmt: skip
         """Args:
         directory: of this attempt. final_step: after which the run has finished anyway.
+        lock: of the directory; it tells other starts that this run is stopping.
         """
+        self._lock = lock or RunLock()
         self._requests, self._store, self._directory = requests, world.store, directory
         self._rank, self._ranks, self._final_step = world.topology.rank, world.topology.world, final_step
         self._ahead = 1 if world.device.type == "cuda" else 0
@@ -77,7 +83,10 @@ class StopAgreement:
         """
         if self._ahead:
             self._wait_for_previous_step()
-        return step < self._final_step and self._store.check([self._last_key]) and self._agreed()[0] == step
+        is_due = step < self._final_step and self._store.check([self._last_key]) and self._agreed()[0] == step
+        if is_due:
+            self._lock.stopping()
+        return is_due
 
     def _wait_for_previous_step(self) -> None:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
