@@ -1,0 +1,90 @@
+"""Seeded damage to JSON and binary files, as people, disks and other programs do it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_DEEP = 100_000
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, -(2**63), 10**18, 10**300, 1.5, -0.0, 1e308, 1e-320, "",
+    "auto", "nowhere", "../..", "/dev/null", "/proc/self/mem", "*", "\x00", "\x1b[2J\x07", "\u202e", "\ud800", "é💥",
+    "a" * 5000, "s3://***@b/x", "nosuchscheme://u:p@h/x", [], {}, [[]], [None], {"": 1}, {"a": {"b": [1, {}]}},
+    [[[[[[[[[[]]]]]]]]]],
+)  # fmt: skip
+"""Values that replace a sound one."""
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _places(item, (*path, key))
+
+
+def mutated_json(value: Any, rng: random.Random) -> str:
+    """The text of `value` with one to three mutations."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = [path for path in _places(value) if path]
+        if not places:
+            break
+        *above, last = rng.choice(places)
+        holder = value
+        for key in above:
+            holder = holder[key]
+        how = rng.choice(("replace", "replace", "replace", "delete", "rename", "wrap", "add"))
+        if how == "replace":
+            holder[last] = copy.deepcopy(rng.choice(ODD_VALUES))
+        elif how == "delete":
+            del holder[last]
+        elif how == "wrap":
+            holder[last] = rng.choice(([holder[last]], {"value": holder[last]}, str(holder[last])))
+        elif isinstance(holder, dict):
+            name = rng.choice((f"{last}s", "", "\x1b]0;x\x07", "extends", "__class__", "a.b", str(last).upper()))
+            holder[name] = holder.pop(last) if how == "rename" else copy.deepcopy(rng.choice(ODD_VALUES))
+    text = json.dumps(value)
+    how = rng.choice(("keep",) * 8 + ("cut", "number", "nest", "bytes"))
+    if how == "cut":
+        return text[: rng.randrange(len(text) + 1)]
+    if how == "number":
+        return text.replace(": 1", f": {rng.choice(('1e999', 'NaN', '-Infinity', '1' * 400, '01', '1_0'))}", 1)
+    if how == "nest":
+        return '{"a":' * _DEEP if rng.random() < 0.5 else "[" * 500 + text + "]" * 500
+    if how == "bytes":
+        at = rng.randrange(len(text) + 1)
+        return text[:at] + rng.choice(("\x00", "\ufeff", "//", "'", ",", "}", "\udcff")) + text[at:]
+    return text
+
+
+def damage(file: Path, rng: random.Random) -> str:
+    """Damages a file of a run; returns how."""
+    if file.suffix == ".json" and rng.random() < 0.7:
+        file.write_bytes(mutated_json(json.loads(file.read_text()), rng).encode(errors="surrogateescape"))
+        return "JSON"
+    data = bytearray(file.read_bytes())
+    how = rng.choice(("truncate", "flip", "empty", "zero", "append", "remove", "folder", "noise"))
+    if how == "truncate":
+        data = data[: rng.randrange(len(data) + 1)]
+    elif how == "flip" and data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif how == "empty":
+        data = bytearray()
+    elif how == "zero" and data:
+        at = rng.randrange(len(data))
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+    elif how == "append":
+        data += rng.choice((b"\x00" * 64, b'{"a":' * _DEEP + b"\n", b"\xff\xfe\n", b"{}\n", b"[]\n", b"null\n"))
+    elif how == "noise":
+        data = bytearray(rng.randbytes(max(1, len(data) // 2)))
+    if how in ("remove", "folder"):
+        file.unlink()
+        if how == "folder":
+            file.mkdir()
+    else:
+        file.write_bytes(bytes(data))
+    return how
