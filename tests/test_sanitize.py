@@ -12,6 +12,7 @@ import pytest
 from tests.configs import with_values
 from tests.harness import run_command
 from trainer.config.load import check
+from trainer.distributed import configure_logging
 from trainer.errors import ConfigError
 from trainer.run_directory import refuse_another_run
 from trainer.sanitize import SafeFormatter, displayable, redact
@@ -44,6 +45,16 @@ def test_control_characters_are_written_out() -> None:
     assert displayable("a\x1b[2Jb\x07\x9b\r\u202e\udcff\tc\nd") == r"a\x1b[2Jb\x07\x9b\x0d\u202e\udcff" + "\tc\nd"
     record = logging.LogRecord("trainer", logging.INFO, "x", 1, "%s", ("a\n2026 ERROR forged\x1b",), None)
     assert SafeFormatter("%(message)s").format(record) == "a\n    2026 ERROR forged" + r"\x1b"
+
+
+@pytest.mark.fast
+def test_console_and_log_files_are_safe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(0, tmp_path)
+    logging.getLogger("trainer.test").info("from %s", "s3://user:pa55w0rd@host/\x1b[2J")
+    configure_logging(0)  # closes the file
+    for text in (capsys.readouterr().out, (tmp_path / "rank-0.log").read_text()):
+        assert r"from s3://***@host/\x1b[2J" in text
+        assert "pa55w0rd" not in text
 
 
 @pytest.mark.fast
