@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -36,7 +37,7 @@ class Signal:
     rank: int
     number: signal.Signals
     during: str
-    """`training` (at a random moment), `save` or `evaluation` (within the first one after step 0)."""
+    """`training` (at a random moment), `save` or `evaluation` (within the first one after step 0), `step 14`."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,16 @@ def _sending(sent: Signal | None, engine: Any, draw: random.Random) -> Iterator[
         return
     kill: Callable[[], None] = lambda: os.kill(os.getpid(), sent.number)  # noqa: E731
     train_step, evaluate, write_file = engine.train_step, engine.evaluate, saving.write_file
-    begun = threading.Event()
+    begun, steps = threading.Event(), itertools.count(1)
 
     def first_step(batch: Any, **values: Any) -> Any:
         if not begun.is_set():
             begun.set()
             if sent.during == "training":
                 threading.Timer(draw.random() * 0.2, kill).start()
+        if sent.during == f"step {next(steps)}":
+            kill()
+            time.sleep(0.1)
         return train_step(batch, **values)
 
     def during(function: Any) -> Any:
