@@ -43,9 +43,10 @@ def test_all_ranks_stop_after_the_same_step_and_resume_exactly(name: str, tiny: 
     world, values = (LAYOUTS | MORE_LAYOUTS)[name]
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
     signals = [Signal(rank, numbers[rank % 3], "training") for rank in range(world)]
-    signals += [Signal(1, signal.SIGTERM, "save"), Signal(world - 1, signal.SIGTERM, "evaluation")]
+    signals += [Signal(1, signal.SIGTERM, "save"), Signal(world - 1, signal.SIGTERM, "evaluation"),
+                Signal(0, signal.SIGUSR1, "step 9"), Signal(1, signal.SIGINT, "step 14")]  # fmt: skip
     if name in LAYOUTS:
-        signals = signals[-3:]
+        signals = signals[-5:] if world == 2 else [signals[2], signals[-1]]
     config = with_values(tiny, training__max_steps=STEPS, training__log_every_steps=1, checkpoint__every_steps=10,
                          evaluation__every_steps=15, **values)  # fmt: skip
     asynchronous = values.get("checkpoint__asynchronous", False)
@@ -58,7 +59,7 @@ def test_all_ranks_stop_after_the_same_step_and_resume_exactly(name: str, tiny: 
         first, step = ranks[0], ranks[0].step
         assert 0 < step < STEPS
         if sent.during != "training":
-            begun = {"save": 10, "evaluation": 15}[sent.during]
+            begun = {"save": 10, "evaluation": 15, "step 9": 9, "step 14": 14}[sent.during]
             assert step == begun + 1 or (sent.during == "save" and asynchronous and step > begun), (
                 "one more step, no more"
             )
