@@ -27,7 +27,8 @@ from trainer.config.load import check
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted
 from trainer.fault_tolerance import StopRequests, run_lock
-from trainer.fault_tolerance.run_lock import Holder, RunLock
+from trainer.fault_tolerance.lock_holder import Holder, start_time, this_process
+from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_layout import LOCK
 from trainer.store import read_manifest, verify_files
 
@@ -192,7 +193,7 @@ def test_heartbeat_is_the_lock_where_there_is_no_flock(tmp_path: Path, locks: An
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         first.release()
-        local = replace(run_lock._this_process(), pid=other.pid, started=run_lock._start_time(other.pid) or 0)
+        local = replace(this_process(), pid=other.pid, started=start_time(other.pid) or 0)
         (tmp_path / LOCK).write_text(json.dumps(asdict(local)))
         with pytest.raises(ConfigError, match=f"process {other.pid} on"):
             locks(tmp_path)

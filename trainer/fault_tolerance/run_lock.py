@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from trainer.errors import ConfigError, Problem
+from trainer.fault_tolerance.lock_holder import Holder, is_same, read_holder, this_process, write_holder
 from trainer.run_layout import LOCK
 
 log = logging.getLogger(__name__)
@@ -37,62 +35,6 @@ _SETTLE_SECONDS = 2.0
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _SHARED_BY_HOSTS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "ceph", "gpfs", "glusterfs", "fuse.glusterfs")
 """Types of file systems on which `flock` may hold on one host only, as they are mounted."""
-
-_CONTENT_BYTES = 512
-
-State = Literal["running", "stopping"]
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lock, as its file says."""
-
-    host: str
-    pid: int
-    started: int
-    """Start time of the process in clock ticks since boot: field 22 of /proc/PID/stat."""
-
-    machine: str
-    """Boot and process namespace in which `pid` has a meaning."""
-
-    since: str
-    """UTC, ISO 8601."""
-
-    state: State = "running"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether this process can look for it."""
-        return self.machine == _machine()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it still runs, if it is local."""
-        return _start_time(self.pid) == self.started
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _start_time(pid: int) -> int | None:
-    """See `Holder.started`; None if there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _this_process() -> Holder:
-    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
-    return Holder(socket.gethostname(), os.getpid(), _start_time(os.getpid()) or 0, _machine(), since)
 
 
 class RunLock:
@@ -140,7 +82,7 @@ class RunLock:
         if self._holder is not None:
             self._holder = replace(self._holder, state="stopping")
             try:
-                _write(self._descriptor, self._holder)
+                write_holder(self._descriptor, self._holder)
             except OSError as error:
                 log.warning("%s: not written: %s", self._path, error)
 
@@ -170,8 +112,8 @@ class RunLock:
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_SECONDS):
             try:
-                found = _read(self._descriptor)
-                if found is not None and self._holder is not None and not _is_same(found, self._holder):
+                found = read_holder(self._descriptor)
+                if found is not None and self._holder is not None and not is_same(found, self._holder):
                     log.error("%s was taken over by %s, because this process had not touched it for %d s. Ending: two "
                               "runs must not write to one directory", self._path, found, STALE_SECONDS)  # fmt: skip
                     os._exit(ConfigError.exit_status)
@@ -188,7 +130,7 @@ class _Attempt:
         self._seen: tuple[int, float] | None = None
         """The other host's last heartbeat (its time in the file system) and the age that it has here at least."""
 
-        self.holder = _this_process()
+        self.holder = this_process()
         self.needs_heartbeat = False
 
     def wait(self) -> None:
@@ -226,24 +168,24 @@ class _Attempt:
             other, ends_soon = self._beating()
             if other is not None:
                 return other, ends_soon
-        _write(self._descriptor, self.holder)
+        write_holder(self._descriptor, self.holder)
         if self.needs_heartbeat:
             time.sleep(_SETTLE_SECONDS)
-            found = _read(self._descriptor)
-            if found is not None and not _is_same(found, self.holder):
+            found = read_holder(self._descriptor)
+            if found is not None and not is_same(found, self.holder):
                 return found, False
         return None, False
 
     def _holding(self) -> tuple[Holder | None, bool]:
-        other = _read(self._descriptor)
+        other = read_holder(self._descriptor)
         if other is None or (other.is_local and not other.is_alive):  # the holder has not written its name yet
             return None, True
         return other, other.state == "stopping"
 
     def _beating(self) -> tuple[Holder | None, bool]:
         """The holder by its heartbeat; (None, False) if none lives."""
-        other = _read(self._descriptor)
-        if other is None or _is_same(other, self.holder):
+        other = read_holder(self._descriptor)
+        if other is None or is_same(other, self.holder):
             return None, False
         if other.is_local:
             return (other, other.state == "stopping") if other.is_alive else (None, False)
@@ -269,26 +211,6 @@ def _in_use(path: Path, holder: Holder | None) -> ConfigError:
 def _unwritable(path: Path, error: OSError) -> ConfigError:
     reason = f"{path} cannot be written: {error.strerror or error}"
     return ConfigError(Problem("run.output_dir", reason, "Take another folder, or its permissions"))
-
-
-def _is_same(one: Holder, other: Holder) -> bool:
-    return (one.machine, one.pid, one.started) == (other.machine, other.pid, other.started)
-
-
-def _write(descriptor: int, holder: Holder) -> None:
-    """In place and in one call, so that no reader finds a part."""
-    text = json.dumps(asdict(holder)).encode()
-    os.pwrite(descriptor, text.ljust(_CONTENT_BYTES - 1) + b"\n", 0)
-    os.ftruncate(descriptor, max(_CONTENT_BYTES, len(text) + 1))
-    os.fsync(descriptor)
-
-
-def _read(descriptor: int) -> Holder | None:
-    """None where nobody has written, or somebody else has."""
-    try:
-        return Holder(**json.loads(os.pread(descriptor, 4 * _CONTENT_BYTES, 0)))
-    except (ValueError, TypeError, RecursionError):
-        return None
 
 
 def _age_seconds(path: Path, beat: int) -> float:

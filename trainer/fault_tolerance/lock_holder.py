@@ -1,0 +1,87 @@
+"""Who holds a run lock, as its file says."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+_CONTENT_BYTES = 512
+
+State = Literal["running", "stopping"]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, as its file says."""
+
+    host: str
+    pid: int
+    started: int
+    """Start time of the process in clock ticks since boot: field 22 of /proc/PID/stat."""
+
+    machine: str
+    """Boot and process namespace in which `pid` has a meaning."""
+
+    since: str
+    """UTC, ISO 8601."""
+
+    state: State = "running"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this process can look for it."""
+        return self.machine == _machine()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs, if it is local."""
+        return start_time(self.pid) == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def start_time(pid: int) -> int | None:
+    """See `Holder.started`; None if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def this_process() -> Holder:
+    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
+    return Holder(socket.gethostname(), os.getpid(), start_time(os.getpid()) or 0, _machine(), since)
+
+
+def is_same(one: Holder, other: Holder) -> bool:
+    return (one.machine, one.pid, one.started) == (other.machine, other.pid, other.started)
+
+
+def write_holder(descriptor: int, holder: Holder) -> None:
+    """In place and in one call, so that no reader finds a part."""
+    text = json.dumps(asdict(holder)).encode()
+    os.pwrite(descriptor, text.ljust(_CONTENT_BYTES - 1) + b"\n", 0)
+    os.ftruncate(descriptor, max(_CONTENT_BYTES, len(text) + 1))
+    os.fsync(descriptor)
+
+
+def read_holder(descriptor: int) -> Holder | None:
+    """None where nobody has written, or somebody else has."""
+    try:
+        return Holder(**json.loads(os.pread(descriptor, 4 * _CONTENT_BYTES, 0)))
+    except (ValueError, TypeError, RecursionError):
+        return None
