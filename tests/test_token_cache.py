@@ -160,6 +160,29 @@ def test_sample_misses_what_all_blocks_find(tmp_path: Path, monkeypatch: pytest.
     assert integrity.damage_of(folder, blocks=None) == "tokens.bin: wrong hash of block 50 (from byte 51,200 on)"
 
 
+def test_damage_that_a_sample_has_found_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the samples after it would miss it."""
+    samples: list[int] = []
+
+    def chosen(count: int, blocks: int | None) -> Any:
+        if blocks is None:
+            return range(count)
+        samples.append(blocks)
+        return [50] if len(samples) == 1 else [0]
+
+    def build(folder: Path) -> None:
+        (folder / "tokens.bin").write_bytes(random.Random(3).randbytes(1024 * 100))
+
+    monkeypatch.setattr(integrity, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(integrity, "_chosen", chosen)
+    folder = Cache(tmp_path, blocks=4).entry("key", lambda: "content", "thing", build)
+    sound = contents(folder)
+    damage(folder / "tokens.bin", flip(50 * 1024))
+    Cache(tmp_path, blocks=4).entry("key", lambda: "content", "thing", build)
+    assert samples == [4]
+    assert contents(folder) == sound
+
+
 def test_changed_time_verifies_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrity, "BLOCK_BYTES", 1024)
     folder = large_entry(tmp_path / "e", 100)
