@@ -7,20 +7,23 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from torch.distributed import HashStore
 
 from tests.configs import with_values
 from tests.harness import Started, messages_of, run_command, run_ranks, started_command
 from tests.stops import Signal, stop_and_resume
 from trainer import exit
-from trainer.distributed import Launch
+from trainer.distributed import Launch, World
 from trainer.errors import Preempted
 from trainer.events import append_event, read_events
-from trainer.fault_tolerance import StopRequests
-from trainer.fault_tolerance.stop import INTERRUPTED
+from trainer.fault_tolerance import StopAgreement, StopRequests, agreement
+from trainer.fault_tolerance.stop import INTERRUPTED, StopRequest
 from trainer.run_directory import RunDirectory
 
 STEPS = 40
@@ -136,6 +139,31 @@ def test_a_run_with_slow_saves_warns_at_the_start(seconds: float, warns: bool, t
     with messages_of("trainer.fault_tolerance.stop") as messages:
         requests._warn_of_slow_saves()
     assert any("the last checkpoint took 25 s" in message for message in messages) == warns
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("arrives", [True, False])
+def test_rank_0_hosts_the_store_until_the_others_have_read_from_it(
+    arrives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "_READ_PATIENCE_SECONDS", 20.0 if arrives else 0.2)
+    store, directory = HashStore(), RunDirectory(tmp_path, 1, None)
+    stops = []
+    for rank in (0, 1):
+        world = SimpleNamespace(
+            store=store, topology=SimpleNamespace(rank=rank, world=2), device=SimpleNamespace(type="cpu")
+        )
+        requests = StopRequests(rank)
+        requests._request = StopRequest("SIGTERM", 0.0)
+        stops.append(StopAgreement(requests, cast("World", world), directory, 9))
+        stops[rank].announce(3)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(stops[0].preempted, 3)
+        time.sleep(0.5)
+        assert first.done() != arrives, "rank 0 waits for rank 1, but not for ever"
+        if arrives:
+            stops[1].preempted(3)
+        assert "SIGTERM (rank 0)" in str(first.result(timeout=2))
 
 
 @pytest.mark.fast

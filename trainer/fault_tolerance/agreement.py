@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.run_directory import RunDirectory
 _LAST_STEP = "stop/last_step"
 _RECORDED = "stop/recorded"
 _RECORD_PATIENCE = timedelta(seconds=10)
+_READ_PATIENCE_SECONDS = 5.0
 
 
 class StopAgreement:
@@ -102,12 +104,18 @@ class StopAgreement:
 
     def preempted(self, step: int) -> Preempted:
         """The error to raise once the state of `step` is saved. On all ranks; rank 0 records the event, and the others
-        wait for it, because a launcher ends rank 0 as soon as one of them has gone."""
+        wait for it, because a launcher ends rank 0 as soon as one of them has gone. Rank 0 returns once they know."""
+        read_key = f"{self._recorded_key}/read"
         if self._rank:
             with contextlib.suppress(RuntimeError):  # rank 0, which may host the store, has gone already
                 self._store.wait([self._recorded_key], _RECORD_PATIENCE)
+                self._store.add(read_key, 1)
             return Preempted(f"stopped after step {step}")
         _, cause = self._agreed()
         self._directory.record("preempted", step, cause=cause)
         self._store.set(self._recorded_key, "1")
+        # The store may end with this process. A rank that still reads from it would print the stack of torch's client.
+        end = time.monotonic() + _READ_PATIENCE_SECONDS
+        while self._store.add(read_key, 0) < self._ranks - 1 and time.monotonic() < end:
+            time.sleep(0.02)
         return Preempted(f"stopped after step {step}: {cause}. The state is saved: start the same command again")
