@@ -232,6 +232,7 @@ BAD_INPUTS = [
     Bad("family that sees later tokens", 2, ("model.config.model_type: 'xlnet' sees later tokens", "Take another family"), values={"model__config": {"model_type": "xlnet", "vocab_size": 320, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}}, rule="family_is_causal"),
     Bad("pretrained without weights", 2, ("model.initialize",), values={"model__initialize": "pretrained"}),
     Bad("model folder missing", 2, ("model.path: './nowhere' does not exist",), values={"model": {"path": "./nowhere"}}),
+    Bad("model folder of another working folder", 2, ("model.path: 'nowhere' is not a folder in /", "and as a name on the hub it cannot be read", "Check the name, the network, or the folder"), values={"model": {"path": "nowhere"}}),
     Bad("model folder without config", 2, ("holds no config.json",), values={"model": {"path": "{tmp}"}}),
     Bad("model folder with pickles only", 2, ("holds no *.safetensors", "pytorch_model.bin", "can run code"), values={"model": {"path": "{tmp}/model"}, "data__tokenizer": "{tokenizer}"}, rule="weights_cannot_run_code", files={"model/config.json": b'{"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}', "model/pytorch_model.bin": b"x"}),
     Bad("quantized folder", 2, ("model.path: the weights in", "are quantized", "config.json: quantization_config says quant_method 'fp8'", "save_pretrained"), values=in_folder(), files=folder({}, quantization_config={"quant_method": "fp8"})),

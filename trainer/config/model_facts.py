@@ -171,13 +171,11 @@ def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
     try:
         raw, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else path)
     except Exception as error:  # network, hub and JSON errors alike
-        last = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
+        cause = lines[0].rstrip(".") if lines else type(error).__name__
+        place = "" if folder.is_dir() else f"is not a folder in {Path.cwd()}, and as a name on the hub it "
         raise ConfigError(
-            Problem(
-                "model.path",
-                f"'{path}' cannot be read: {last[0] if last else type(error).__name__}",
-                "Check the name, the network, or give a folder",
-            )
+            Problem("model.path", f"'{path}' {place}cannot be read: {cause}", "Check the name, the network, or the folder")
         ) from None
     if weights_are_read and (found := _quantization(raw)) is not None:
         where, method = found

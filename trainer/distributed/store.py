@@ -104,7 +104,8 @@ def _hosted_store(launch: Launch, host: str, port: int) -> TCPStore:
     except OSError as error:
         raise ConfigError(
             Problem("--master_port", f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}",
-                    "Take another one: deepspeed --master_port N, or torchrun --master_port N")
+                    "Another run on this host may have it, perhaps this one, started before; for a second run take "
+                    "another port: deepspeed --master_port N, or torchrun --master_port N")
         ) from None  # fmt: skip
     port = listener.getsockname()[1]
     return TCPStore(
