@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import time
 import lzma
 import random
 from collections.abc import Callable
@@ -154,6 +155,17 @@ def test_element_without_an_end_is_not_read_forever(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n{"text": "' + "x" * 5_000_000)
     with pytest.raises(DataError, match=r"line 2 \(element 1\): not JSON, or longer than 1\.50 MB"):
         list(json_array.elements(tmp_path / "a.json", 1_500_000))
+
+
+def test_many_elements_after_a_long_one_take_linear_time(tmp_path: Path) -> None:
+    """Lines are counted once, and not again for each element: 13 MB took 268 s, and take 0.1 s."""
+    rows = [{"text": "x" * 3_000_000}, *({"text": f"word {number}"} for number in range(100_000))]
+    (tmp_path / "a.json").write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+    start = time.process_time()
+    last = list(json_array.elements(tmp_path / "a.json", 64_000_000))[-1]
+    assert time.process_time() - start < 5
+    assert last.where == f"{tmp_path / 'a.json'}: line 100001 (element 100001)"
+    assert last.value == rows[-1]
 
 
 def test_what_a_folder_stands_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -154,3 +155,22 @@ def test_reader_ends_with_its_iterator(tmp_path: Path) -> None:
 def test_numbers_in_csv_stay_as_they_are_written(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n,text\n1,007\n2,\n3,1.50\n")
     assert rows(tmp_path / "a.csv") == ["007", "", "1.50"]
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_mapped_table_larger_than_the_limit_of_memory(is_saved: bool, tmp_path: Path) -> None:
+    """Mapping a file takes addresses, and no memory."""
+    import datasets
+    import pyarrow as pa
+
+    table = pa.table({"text": ["one", "two"]})
+    if is_saved:
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+        path = tmp_path / "saved"
+        file = next(path.glob("*.arrow"))
+    else:
+        path = file = tmp_path / "a.arrow"
+        with pa.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table)
+    os.truncate(file, 8 << 30)  # a hole after the end of the stream
+    assert [piece.text for piece in Source(str(path), "train", "text").pieces()] == ["one", "two"]

@@ -73,18 +73,22 @@ class _Text:
         self._file, self._handle, self._largest = file, handle, largest
         self._decode = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at = "", 0
-        self._lines = 0
-        """Line ends before `_text`."""
+        self._lines = self._counted = 0
+        """Line ends before position `_counted` of `_text`."""
 
     def line(self, at: int | None = None) -> int:
-        """Number of the line at the current position, or at position `at` of what is in memory."""
-        return 1 + self._lines + self._text.count("\n", 0, self._at if at is None else at)
+        """Number of the line at the current position, or at position `at` of what is in memory; `at` is no smaller than
+        in the call before, so that each character is looked at once."""
+        at = self._at if at is None else at
+        self._lines += self._text.count("\n", self._counted, at)
+        self._counted = at
+        return 1 + self._lines
 
     def _read(self, size: int) -> bool:
         """Read so many bytes more. False at the end of the file."""
         raw = self._handle.read(size)
-        self._lines += self._text.count("\n", 0, self._at)
-        self._text, self._at = self._text[self._at :], 0
+        self.line()
+        self._text, self._at, self._counted = self._text[self._at :], 0, 0
         try:
             self._text += self._decode.decode(raw, final=not raw)
         except UnicodeDecodeError as error:

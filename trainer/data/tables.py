@@ -24,6 +24,9 @@ _LEAST_MEMORY = 4 << 30
 _MEMORY_OF_BYTES = 16
 """Copies of the largest document that a reader may hold."""
 
+_FEW_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+"""The limit is on address space, of which libraries reserve much for each core."""
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -48,9 +51,10 @@ def table_rows(files: Sequence[Path], field: str, largest: int) -> Iterator[Tabl
         if file.is_file() and file.stat().st_size == 0:
             raise DataError(f"{file}: the file is empty")
     memory = _LEAST_MEMORY + _MEMORY_OF_BYTES * largest
+    addresses = memory + sum(map(_mapped_bytes, files))
     script = str(Path(__file__).with_name("table_reader.py"))
-    command = [sys.executable, "-P", script, field, str(largest), str(memory), *map(str, files)]
-    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    command = [sys.executable, "-P", script, field, str(largest), str(addresses), *map(str, files)]
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", **_FEW_THREADS}
     with tempfile.TemporaryFile() as said, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=environment
     ) as reader:  # fmt: skip
@@ -59,6 +63,13 @@ def table_rows(files: Sequence[Path], field: str, largest: int) -> Iterator[Tabl
             yield from _rows(reader, said, files, field, largest, memory)
         finally:
             reader.kill()
+
+
+def _mapped_bytes(file: Path) -> int:
+    """Bytes of a file that its reader maps, which take addresses and no memory."""
+    if file.is_dir():
+        return sum(part.stat().st_size for part in file.rglob("*.arrow"))
+    return file.stat().st_size if file.suffix == ".arrow" else 0
 
 
 def _rows(
