@@ -32,6 +32,7 @@ from trainer.config import LoadedConfig, load_config
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.exit import Arguments, exit_on_errors, read_launch
 from trainer.fault_tolerance import StopAgreement, StopRequests, refuse_missing_hostfile
+from trainer.sanitize import displayable
 
 log = logging.getLogger("trainer.train")
 
@@ -50,7 +51,7 @@ def main() -> None:
             train(loaded, launch, requests, verify_data=options.verify_data)
         elif launch.rank == 0:
             if loaded.kept.message:
-                print(f"[tessera] {loaded.kept.message}", file=sys.stderr)
+                print(f"[tessera] {displayable(loaded.kept.message)}", file=sys.stderr)
             print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
 
 
@@ -135,7 +136,7 @@ def described(loaded: LoadedConfig) -> str:
     """What would run."""
     from trainer.dry_run import describe
 
-    return describe(loaded)
+    return displayable(describe(loaded))
 
 
 def parse_arguments() -> argparse.Namespace:

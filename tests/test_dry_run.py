@@ -61,6 +61,15 @@ def test_wrong_rows_are_found(name: str, content: bytes, words: str, anew: dict[
     assert not (tmp_path / "cache").exists(), "nothing was prepared"
 
 
+def test_control_characters_of_names_are_written_out(anew: dict[str, Any], tmp_path: Path) -> None:
+    name = "a\x1b[31m.jsonl"
+    (tmp_path / name).write_bytes(SOUND_LINE)
+    ended = dry_run(with_values(anew, data__train=[{"path": str(tmp_path / name)}]), tmp_path)
+    assert ended.status == 0, ended.err
+    assert r"a\x1b[31m.jsonl" in ended.out
+    assert "\x1b" not in ended.out
+
+
 def test_every_file_is_looked_at(anew: dict[str, Any], tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number:02}.jsonl").write_bytes(SOUND_LINE * 3 if number != 29 else b'{"body": ""}\n')

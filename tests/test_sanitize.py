@@ -30,6 +30,7 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
         ("https://h/x?sv=1&sig=AB%2Fc&se=2", "https://h/x?sv=1&sig=***&se=2"),
         ("https://h/x?X-Amz-Signature=ab&X-Amz-Credential=cd&X-Amz-Date=1",
          "https://h/x?X-Amz-Signature=***&X-Amz-Credential=***&X-Amz-Date=1"),
+        ("abfs://h/x?account_key=ab&apikey=cd&keys=1", "abfs://h/x?account_key=***&apikey=***&keys=1"),
         ("hf://datasets/a/b@main/x", "hf://datasets/a/b@main/x"),
         ("s3://bucket/run", "s3://bucket/run"),
         ("someone@example.org", "someone@example.org"),

@@ -12,8 +12,8 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"<>?#]+@")
 """What stands before the host: `user:password@`, or a token alone."""
 
 _QUERY = re.compile(
-    r"(?i)(?<=[?&;])([\w.%-]*(?:sig|signature|token|secret|passw|pwd|credential|apikey|api_key|access_?key|auth)[\w.%-]*"
-    r"|key|sas)=[^&;\s'\"<>#]*"
+    r"(?i)(?<=[?&;])([\w.%-]*(?:sig|signature|token|secret|passw|pwd|credential|access_?key|auth)[\w.%-]*"
+    r"|[\w.%-]*key|sas)=[^&;\s'\"<>#]*"
 )
 """Query parameters of signed URLs."""
 
