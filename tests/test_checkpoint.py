@@ -880,6 +880,12 @@ def test_the_tool_looks_into_checkpoints(run_of_six: Path, tmp_path: Path) -> No
     damaged = tool("verify", copied)
     assert damaged.status == 4
     assert "step-00000006/rank-00000.safetensors: damaged" in damaged.out
+    manifest = copied / "checkpoints" / "step-00000006" / "manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["checksum"]
+    body["created"] = "today\x1b[2J"
+    manifest.write_text(json.dumps({**body, "checksum": checksum(body)}))
+    assert r"today\x1b[2J, commit" in tool("show", copied).out, "no control character of a file reaches the console"
     nothing = tool("show", tmp_path)
     assert nothing.status == 4
     assert "no checkpoint: it has no manifest.json" in nothing.err

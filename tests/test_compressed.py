@@ -5,9 +5,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
-import time
 import lzma
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import HashStore
 from tests.configs import with_values
 from tests.harness import run_command
 from trainer.config.load import check
-from trainer.data import integrity, prepare_data
+from trainer.data import integrity, prepare, prepare_data
 from trainer.data.cache import Cache
 from trainer.data.indexed import IndexedTokens, IndexedWriter
 from trainer.distributed import Launch
@@ -129,6 +129,31 @@ def test_damaged_tokenizer_is_rebuilt(cached: dict[str, Any]) -> None:
     opened(cached)
     assert contents(folder) == sound
     assert tokens_folder(cached) == tokens, "the same tokenizer, so the same token files"
+
+
+@pytest.mark.parametrize("reader", ["tokenise", "train_tokenizer"])
+def test_file_that_changes_while_it_is_read_is_refused(
+    reader: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the cache has tokens of other text under the hash of the old one, and gives them to every later run."""
+    old = Path(tiny["data"]["train"][0]["path"]).read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(old)
+    config = with_values(tiny, data__cache_dir=str(tmp_path / "cache"), data__validation=[],
+                         data__train=[{"path": str(tmp_path / "a.jsonl")}])  # fmt: skip
+    read = getattr(prepare, reader)
+
+    def growing(*arguments: Any) -> None:
+        with (tmp_path / "a.jsonl").open("ab") as file:
+            file.write(b'{"text": "one more document"}\n')
+        read(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, reader, growing)
+        with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+            opened(config)
+    more = len(opened(config))
+    (tmp_path / "a.jsonl").write_bytes(old)
+    assert len(opened(config)) == more - 1
 
 
 def test_undamaged_entry_is_not_rebuilt(cached: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ prepare_environment()
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -41,6 +42,7 @@ from trainer.config import load_config
 from trainer.config.plugins import import_named_plugins
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
+from trainer.sanitize import displayable
 from trainer.store import DTYPES, Files, Manifest, Stored, is_checkpoint, read_manifest, verify_files
 from trainer.topology import Topology
 from trainer.units import format_bytes
@@ -55,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = options.run(options)
         if status:
             raise SystemExit(status)
+
+
+def _say(line: str) -> None:
+    """Print; names in a manifest may be anybody's."""
+    print(displayable(line))
 
 
 def _parser() -> Arguments:
@@ -145,7 +152,7 @@ def _list(options: argparse.Namespace) -> int:
         )  # fmt: skip
     _console().print(table)
     for error in damaged:
-        print(f"damaged: {error}")
+        _say(f"damaged: {error}")
     return 0
 
 
@@ -168,10 +175,10 @@ def _show(options: argparse.Namespace) -> int:
         "W&B run": told.wandb_run or "-",
     }
     for name, value in lines.items():
-        print(f"{name:<12} {value}")
+        _say(f"{name:<12} {value}")
     if options.tensors:
         for (name, kind), stored in sorted(told.tensors.items()):
-            print(f"  {kind:<12} {name} {list(stored.shape)} {stored.dtype} in {len(stored.boxes)} parts")
+            _say(f"  {kind:<12} {name} {list(stored.shape)} {stored.dtype} in {len(stored.boxes)} parts")
     return 0
 
 
@@ -184,11 +191,11 @@ def _verify(options: argparse.Namespace) -> int:
     for one in track(kept, description="reading", console=Console(stderr=True), transient=True):
         try:
             verify_files(one.folder, one.manifest)
-            print(f"{one.folder}: sound ({len(one.manifest.files)} files, {format_bytes(one.manifest.bytes)})")
+            _say(f"{one.folder}: sound ({len(one.manifest.files)} files, {format_bytes(one.manifest.bytes)})")
         except CheckpointError as error:
             damaged.append(error)
     for error in damaged:
-        print(f"damaged: {error}")
+        _say(f"damaged: {error}")
     if not kept and not damaged:
         raise CheckpointError(f"{options.checkpoint}: there is no checkpoint")
     return 4 if damaged else 0
@@ -207,7 +214,7 @@ def _diff(options: argparse.Namespace) -> int:
     rows.sort(reverse=True)
     table = Table("tensor", "kind", "largest difference", "of a largest value of")
     for most, largest, name, kind in rows[: options.top]:
-        table.add_row(name, kind, f"{most:.3g}", f"{largest:.3g}")
+        table.add_row(escape(displayable(name)), kind, f"{most:.3g}", f"{largest:.3g}")
     if rows:
         _console().print(table)
     alone = told.tensors.keys() ^ other.tensors.keys()
@@ -215,11 +222,11 @@ def _diff(options: argparse.Namespace) -> int:
         k for k in told.tensors.keys() & other.tensors.keys() if told.tensors[k].shape != other.tensors[k].shape
     }
     for name, kind in sorted(alone):
-        print(f"only in {folders[(name, kind) in other.tensors]}: {kind} of {name}")
+        _say(f"only in {folders[(name, kind) in other.tensors]}: {kind} of {name}")
     for name, kind in sorted(reshaped):
-        print(f"of another shape: {kind} of {name}")
+        _say(f"of another shape: {kind} of {name}")
     same = len(told.tensors) - len(rows) - len(reshaped) - len(told.tensors.keys() - other.tensors.keys())
-    print(f"{same} tensors are equal bit for bit, {len(rows)} differ")
+    _say(f"{same} tensors are equal bit for bit, {len(rows)} differ")
     return 1 if rows or alone or reshaped else 0
 
 
@@ -248,18 +255,18 @@ def _export(options: argparse.Namespace) -> int:
     import_named_plugins(read_manifest(folder).config["run"].get("plugins", ()), options.plugin)
     largest = int(options.shard_gigabytes * 1e9)
     told = export(folder, options.folder, _DTYPES[options.dtype], largest, options.tokenizer)
-    print(f"{options.folder}: {told.model['class']} of step {told.step:,} in {options.dtype}")
+    _say(f"{options.folder}: {told.model['class']} of step {told.step:,} in {options.dtype}")
     if not (options.folder / "tokenizer_config.json").exists():
-        print("without a tokenizer: the run keeps none; --tokenizer DIR names one")
+        _say("without a tokenizer: the run keeps none; --tokenizer DIR names one")
     if options.check:
         found = compare_logits(folder, options.folder, _DTYPES[options.dtype])
-        print(
+        _say(
             f"check {'passed' if found.is_good else 'FAILED'}: logits differ by {found.difference:.3g} from the "
             f"checkpoint's with weights in {options.dtype}; up to {found.tolerance:.3g} is the rounding of fp32 "
             f"arithmetic (1e-5 of the largest logit, {found.largest:.3g})"
         )
         if options.dtype != "fp32":
-            print(f"rounding the weights to {options.dtype} changes logits by up to {found.rounding:.3g}")
+            _say(f"rounding the weights to {options.dtype} changes logits by up to {found.rounding:.3g}")
         return 0 if found.is_good else 1
     return 0
 
@@ -270,7 +277,7 @@ def _import(options: argparse.Namespace) -> int:
     loaded = load_config(options.config, options.set, world=None, device=None)
     with joined_world(Launch(), Topology.of(1, 0), seed=0):
         made = bring(options.folder, loaded)
-    print(f"{made}: the run begins with these weights; start it as ever: launch/train.py --config {options.config}")
+    _say(f"{made}: the run begins with these weights; start it as ever: launch/train.py --config {options.config}")
     return 0
 
 

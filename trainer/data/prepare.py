@@ -166,20 +166,35 @@ def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
     return frame_of(tokenizer, data.special_tokens)
 
 
+def _refuse_changed(source: Source, before: Sequence[Sequence[Any]]) -> None:
+    """Refuse what was built from files that changed in the meantime: the cache would keep it under the hash of another
+    content, for every later run.
+
+    Raises:
+        DataError: names, sizes or modification times differ from `before`, the appearance that was hashed.
+    """
+    if source.appearance() != before:
+        raise DataError(f"{source.path}: changed while it was read. Start again once nothing writes to it")
+
+
 def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
     if (named := named_tokenizer(loaded)) is not None:
         return named
     data = loaded.config.data
 
+    before = [s.appearance() for s in texts]
+
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in texts))
         train_tokenizer(_training_text(texts, data.held_out_fraction), loaded.facts.vocabulary, folder)
+        for source, appearance in zip(texts, before, strict=True):
+            _refuse_changed(source, appearance)
 
     settings = ["byte-level BPE", _FORMAT, TRAINING_BYTES, data.text_field, loaded.facts.vocabulary]
     if data.held_out_fraction is not None:
         settings.append(data.held_out_fraction)
     folder = cache.entry(
-        [settings, [s.appearance() for s in texts]],
+        [settings, before],
         lambda: [settings, [s.content_hash() for s in texts]],
         "tokenizer",
         build,
@@ -227,14 +242,17 @@ def _tokens_of(
     if is_divided:
         settings.append(HASHES)
 
+    before = source.appearance()
+
     def build(out: Path) -> None:
         hasher = TextHasher() if is_divided else None
         tokenise(source, tokenizer, loaded.facts.vocabulary, frame, out, hasher)
+        _refuse_changed(source, before)
         if hasher is not None:
             hasher.save(out)
 
     folder = cache.entry(
-        [settings, source.split, source.appearance()],
+        [settings, source.split, before],
         lambda: [settings, source.content_hash()],
         "tokens",
         build,
