@@ -306,5 +306,6 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(ConfigError, match=f"--master_port: cannot listen on port {port} .*Another run on this host may"):
+        message = f"--master_port: cannot listen on port {port} .*Another run on this host may have it"
+        with pytest.raises(ConfigError, match=message):
             open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))

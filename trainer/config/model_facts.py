@@ -175,7 +175,9 @@ def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
         cause = lines[0].rstrip(".") if lines else type(error).__name__
         place = "" if folder.is_dir() else f"is not a folder in {Path.cwd()}, and as a name on the hub it "
         raise ConfigError(
-            Problem("model.path", f"'{path}' {place}cannot be read: {cause}", "Check the name, the network, or the folder")
+            Problem(
+                "model.path", f"'{path}' {place}cannot be read: {cause}", "Check the name, the network, or the folder"
+            )
         ) from None
     if weights_are_read and (found := _quantization(raw)) is not None:
         where, method = found
