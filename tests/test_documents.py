@@ -174,3 +174,11 @@ def test_mapped_table_larger_than_the_limit_of_memory(is_saved: bool, tmp_path: 
             writer.write_table(table)
     os.truncate(file, 8 << 30)  # a hole after the end of the stream
     assert [piece.text for piece in Source(str(path), "train", "text").pieces()] == ["one", "two"]
+
+
+def test_parquet_field_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": ["no"], "a.b": ["yes"]}), tmp_path / "a.parquet")
+    assert [piece.text for piece in Source(str(tmp_path / "a.parquet"), "train", "a.b").pieces()] == ["yes"]

@@ -42,8 +42,8 @@ def _parquet(path: str, field: str) -> Iterator[Any]:
     schema = pq.read_schema(path)
     _column(schema.names, field)
     with pq.ParquetFile(path, buffer_size=_BATCH_BYTES) as file:
-        names = [file.metadata.schema.column(n).path.split(".")[0] for n in range(file.metadata.num_columns)]
-        leaf = names.index(field)
+        paths = [f"{file.metadata.schema.column(n).path}." for n in range(file.metadata.num_columns)]
+        leaf = next(number for number, path in enumerate(paths) if path.startswith(f"{field}."))
         for group in range(file.metadata.num_row_groups):
             chunk = file.metadata.row_group(group).column(leaf)
             rows = max(1, file.metadata.row_group(group).num_rows)
