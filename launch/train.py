@@ -19,6 +19,7 @@ from typing import Any
 from trainer.distributed import (
     JOIN_PATIENCE,
     Launch,
+    Store,
     configure_logging,
     joined_world,
     local_device,
@@ -31,7 +32,7 @@ prepare_environment()
 from trainer.config import LoadedConfig, load_config
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.exit import Arguments, exit_on_errors, read_launch
-from trainer.fault_tolerance import StopAgreement, StopRequests, refuse_missing_hostfile
+from trainer.fault_tolerance import GuardedRun, StopAgreement, StopRequests, refuse_missing_hostfile
 from trainer.sanitize import displayable
 
 log = logging.getLogger("trainer.train")
@@ -48,6 +49,7 @@ def main() -> None:
         world = options.world if looks_only and launch.world == 1 else launch.world
         loaded = load_config(options.config, options.set, world=world, device=None if looks_only else local_device())
         if not looks_only:
+            requests.install(loaded.config.training.max_seconds)
             train(loaded, launch, requests, verify_data=options.verify_data)
         elif launch.rank == 0:
             if loaded.kept.message:
@@ -56,50 +58,53 @@ def main() -> None:
 
 
 def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verify_data: bool = False) -> None:
-    """The whole story, one call a room, in the order in which data passes."""
-    # The rooms are entered here, and not above: they take longer to load than a mistake takes to be told.
-    from trainer.causality import verify_causality
-    from trainer.checkpoint import Checkpoints
-    from trainer.data import count_steps, open_batches, prepare_data, prepared_facts, source_facts
-    from trainer.engine import start_engine
-    from trainer.fault_tolerance import Watchdog, compare_ranks, start_facts
-    from trainer.fault_tolerance.claim import claim_run_directory
-    from trainer.loop import fit
-    from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
-    from trainer.pipeline import divide_layers
-    from trainer.topology import Topology
-    from trainer.tracking import Meter, open_trackers
+    """Takes the run directory, and trains what is left to do there."""
+    # Imported here, because they take longer to load than a mistake takes to be told.
+    from trainer.data import source_facts
+    from trainer.fault_tolerance import claim_run_directory, compare_ranks, guarded_run, start_facts
 
-    config, store = loaded.config, open_store(launch)
+    timeout, store = loaded.config.run.collective_timeout_seconds, open_store(launch)
     compare_ranks(launch, store, "start", [*start_facts(loaded, launch), *source_facts(loaded)])
     directory, lock = claim_run_directory(loaded, launch, store)
     if directory.is_finished(loaded):
         log.info("%s finished at step %d; its model is in %s", directory.path, directory.finished_step, directory.final)
         lock.release()
         return
-    requests.install(directory, loaded.config.training.max_seconds)
-    requests.on_request(lambda request: lock.stopping())
     for problem in loaded.warnings:
         log.warning("%s", problem)
-    watchdog = Watchdog(launch, store, config.run.collective_timeout_seconds, directory.path / "logs")
+    with guarded_run(launch, store, requests, directory, lock, timeout) as run:
+        train_guarded(loaded, launch, store, run, verify_data=verify_data)
+
+
+def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: GuardedRun, *, verify_data: bool) -> None:
+    """The whole story, one call a package, in the order in which data passes."""
+    from trainer.causality import verify_causality
+    from trainer.checkpoint import Checkpoints
+    from trainer.data import count_steps, open_batches, prepare_data, prepared_facts
+    from trainer.engine import start_engine
+    from trainer.fault_tolerance import compare_ranks
+    from trainer.loop import fit
+    from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
+    from trainer.pipeline import divide_layers
+    from trainer.topology import Topology
+    from trainer.tracking import Meter, open_trackers
+
+    config = loaded.config
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), divide_layers(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
-    watchdog.phases.enter("data")
+    run.phases.enter("data")
     prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
     loaded = count_steps(loaded, prepared)
     compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), patience=JOIN_PATIENCE)
-    configure_logging(launch.rank, directory.path / "logs")
+    configure_logging(launch.rank, run.directory.path / "logs")
     if loaded.kept.message:
         log.info("%s", loaded.kept.message)
-    with (
-        watchdog.explained_failures(),
-        joined_world(launch, topology, store, watchdog.phases, seed=config.run.seed) as world,
-    ):
+    with joined_world(launch, topology, store, run.phases, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
         checkpoints = Checkpoints(
-            loaded, directory, world, batches.fingerprint, recipe_of(model), batches.evaluated_samples
+            loaded, run.directory, world, batches.fingerprint, recipe_of(model), batches.evaluated_samples
         )
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
         if not checkpoints.found:
@@ -113,14 +118,13 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
         meter = Meter(
             engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
         )
-        stop = StopAgreement(requests, world, directory, loaded.steps, lock)
+        stop = StopAgreement(run.requests, world, directory, loaded.steps, run.lock)
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
         files = write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)
             directory.record("finish", loaded.steps, reason=loaded.length_unit)
-            lock.release()
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 

@@ -25,6 +25,7 @@ from trainer.distributed import Launch, World, joined_world
 from trainer.errors import Preempted
 from trainer.events import read_events
 from trainer.fault_tolerance import StopAgreement, StopRequests
+from trainer.fault_tolerance.run_lock import RunLock
 from trainer.loop import fit
 from trainer.tracking.interface import Trackers
 from trainer.tracking.jsonl import JsonLines
@@ -91,7 +92,8 @@ def _attempt(
     meter = replace(parts.meter, progress=progress)
     parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
     requests = StopRequests(world.topology.rank)
-    requests.install(parts.checkpoints.directory)
+    requests.install()
+    requests.begin_run(parts.checkpoints.directory, RunLock())
     draw = random.Random(seed * 1000 + world.topology.rank)
     stop = _Dawdling(requests, world, parts.checkpoints.directory, loaded.steps, draw)
     trackers = _Evaluations([JsonLines(parts.checkpoints.directory.metrics)] if world.is_first else [])

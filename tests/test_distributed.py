@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.harness import run_command, run_ranks
+from tests.harness import free_port, run_command, run_ranks
 from trainer import distributed, exit
 from trainer.distributed import (
     Launch,
@@ -309,3 +310,20 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         message = f"--master_port: cannot listen on port {port} .*Another run on this host may have it"
         with pytest.raises(ConfigError, match=message):
             open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))
+
+
+def test_hosts_without_ipv6_have_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several hosts; on this one IPv6 is switched off."""
+    opened = socket.socket
+
+    def without_ipv6(family: int = socket.AF_INET, *arguments: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return opened(family, *arguments)
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(distributed.store.socket, "socket", without_ipv6)
+    store = open_store(Launch(rank=0, world=2, local_rank=0, local_world=1))
+    store.set("key", "value")
+    assert store.get("key") == b"value"

@@ -341,8 +341,10 @@ def states_while_saving(config: dict[str, Any]) -> list[str]:
         save(self, *arguments)
 
     Checkpoints.save = recorded  # type: ignore[method-assign]
+    requests = StopRequests(launch.rank)
+    requests.install()
     try:
-        train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
+        train(check(config, world=launch.world, device="cpu"), launch, requests)
     except Preempted:
         return states
     raise AssertionError("it did not stop")

@@ -26,9 +26,11 @@ from trainer.data import prepare_data
 from trainer.distributed import JOIN_PATIENCE, Launch, Mark, Phases, joined_world
 from trainer.engine import start_engine
 from trainer.errors import RankLost
+from trainer.events import read_events
+from trainer.fault_tolerance.failures import is_collective_failure
 from trainer.fault_tolerance.inspection import is_debugged, main_thread_location, process_state
 from trainer.fault_tolerance.reports import STALE_ROUNDS, Peers, own_report
-from trainer.fault_tolerance.watchdog import LOOK_SECONDS, REPORT_SECONDS, is_collective_failure
+from trainer.fault_tolerance.watchdog import LOOK_SECONDS, REPORT_SECONDS
 from trainer.model import build_model, build_model_shape
 from trainer.pipeline import divide_layers
 from trainer.topology import Topology
@@ -56,6 +58,7 @@ CASES = {
     "save": Case("save 2"),
     "rank 0": Case("step 3", rank=0),  # the store does not answer
     "dead": Case("step 3", action="exit"),
+    "dead before it has joined": Case("data 0", action="exit", rank=0),
     "late": Case("data 0", action="sleep"),
     "none": Case("nowhere", limit=60.0),  # lines from 3 s on, which a busy machine does not reach
 }
@@ -71,6 +74,8 @@ class Outcome:
     """From the fault to the first line about it in the log of a rank that is not the faulty one."""
 
     logs: dict[int, str]
+    failures: list[dict[str, Any]]
+    """Events."""
 
     @property
     def said(self) -> str:
@@ -89,12 +94,14 @@ def _outcome(case: Case, config: dict[str, Any], folder: Path) -> Outcome:
     ended = run_command(SCRIPT, "--config", str(folder / "config.json"), world=2, environment=variables)
     since = float((folder / "since").read_text()) if (folder / "since").exists() else time.time()
     seconds = time.time() - since
-    logs = {rank: (folder / "run" / "logs" / f"rank-{rank}.log").read_text() for rank in range(2)}
+    files = {rank: folder / "run" / "logs" / f"rank-{rank}.log" for rank in range(2)}
+    logs = {rank: file.read_text() if file.exists() else "" for rank, file in files.items()}
     lines = [line for line in logs[1 - case.rank].splitlines() if "has taken" in line]
     told = float("inf")
     if lines:
         told = datetime.strptime(lines[0][:23], "%Y-%m-%d %H:%M:%S,%f").timestamp() - since
-    return Outcome(ended, seconds, told, logs)
+    failures = [event for event in read_events(folder / "run") if event["event"] == "failure"]
+    return Outcome(ended, seconds, told, logs, failures)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +141,26 @@ def test_a_dead_rank_is_named(outcomes: dict[str, Outcome]) -> None:
     assert "Traceback" not in outcome.said
 
 
+def test_a_rank_0_that_dies_before_it_has_joined_is_named(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["dead before it has joined"]
+    assert outcome.ended.status == RankLost.exit_status
+    assert "preparing data: lost rank 0 (" in outcome.said
+    assert "Traceback" not in outcome.said
+
+
+@pytest.mark.parametrize("name", ["step", "step of a pipeline", "evaluation", "save", "dead"])
+def test_the_failure_is_an_event_that_names_the_rank(name: str, outcomes: dict[str, Outcome]) -> None:
+    (failure,) = outcomes[name].failures
+    assert failure["rank"] == 1
+    assert failure["step"] == 2
+    assert "rank 1 (host " in failure["cause"]
+
+
 def test_a_late_rank_is_named_while_the_others_join(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["late"]
     assert outcome.ended.status == 0, outcome.said
-    words = r"joining has taken \d s; not arrived: rank 1 \(host .*, last in preparing data"
-    assert re.search(words, outcome.ended.out)
+    assert re.search(r"waited 0:00:0\d for rank 1 to prepare its data", outcome.ended.out)
+    assert "timed out" not in outcome.said, "torch's own warnings"
 
 
 def test_a_sound_run_writes_nothing_about_waiting(outcomes: dict[str, Outcome]) -> None:

@@ -40,7 +40,7 @@ def fit(
     if stopped:
         checkpoints.refuse_unsaved(meter.progress.step)
         raise stop.preempted(meter.progress.step)
-    world.phases.enter("final")
+    world.phases.enter("final", meter.progress.step)
 
 
 def train(

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import trainer.fault_tolerance.watchdog as watchdog
-from trainer.distributed import Phases
+from trainer.distributed import Phases, waiting
 
-watchdog.WAIT_LINE_SECONDS = 1.0
+watchdog.WAIT_LINE_SECONDS = waiting.LINE_SECONDS = 1.0
 watchdog.DEATH_PATIENCE_SECONDS = 0.5
 enter = Phases.enter
 

@@ -50,6 +50,9 @@ T = TypeVar("T")
 FOLDER = "checkpoints"
 """In the run directory."""
 
+_PROGRESS_SECONDS = 0.5
+"""Between two looks at a thread that writes, by a main thread that waits for it."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -89,11 +92,12 @@ class Checkpoints:
         upload = self._section.upload
         self._remote = self._agree(lambda: Remote(upload)) if upload else None
         self._staging = Staging()
-        # In a thread of its own a save is no progress of the training that goes on.
-        self._advance: Callable[[], None] = world.phases.advance
-        if self._section.asynchronous:
-            self._advance = lambda: None
+        # In a thread of its own a save is no progress of the training that goes on, until that waits for it.
+        self._advance = self._count_file if self._section.asynchronous else world.phases.advance
         self._thread: threading.Thread | None = None
+        self._files_done = 0
+        """By the thread, so far."""
+
         self._failure: CheckpointError | None = None
         self._fatal: Exception | None = None
         self._saved_step: int | None = None
@@ -400,12 +404,19 @@ class Checkpoints:
                                       "before"))  # fmt: skip
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        while self._thread is not None:
+            done = self._files_done
+            self._thread.join(_PROGRESS_SECONDS)
+            if self._files_done != done:
+                self._world.phases.advance()
+            if not self._thread.is_alive():
+                self._thread = None
         if self._fatal is not None:
             raise self._fatal
         self._say_failure()
+
+    def _count_file(self) -> None:
+        self._files_done += 1
 
     def _say_failure(self) -> None:
         if self._failure is not None:

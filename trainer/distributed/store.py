@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed hides them from mypy
@@ -96,11 +98,8 @@ def _hosted_store(launch: Launch, host: str, port: int) -> TCPStore:
     """Args:
     port: 0 for any.
     """
-    listener = socket.socket(socket.AF_INET if launch.is_on_one_host else socket.AF_INET6)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1" if launch.is_on_one_host else "::", port))
-        listener.listen(2048)
+        listener = _listener(["127.0.0.1"] if launch.is_on_one_host else ["::", "0.0.0.0"], port)
     except OSError as error:
         raise ConfigError(
             Problem("--master_port", f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}",
@@ -111,6 +110,23 @@ def _hosted_store(launch: Launch, host: str, port: int) -> TCPStore:
     return TCPStore(
         host, port, launch.world, True, JOIN_PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
     )
+
+
+def _listener(addresses: Sequence[str], port: int) -> socket.socket:
+    """Listens on the first of the addresses whose family this host has: IPv6 may be switched off."""
+    for number, address in enumerate(addresses, start=1):
+        try:
+            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in address:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind((address, port))
+            listener.listen(2048)
+            return listener
+        except OSError as error:
+            if number == len(addresses) or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+    raise AssertionError("no address")
 
 
 def _connected_store(launch: Launch, host: str, port: int, patience: timedelta) -> Store:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-from torch.distributed import DistStoreError
-
 from trainer.distributed.store import Store
 from trainer.units import format_duration
 
@@ -17,11 +15,8 @@ log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0
 """Between two lines about the same wait, and before the first."""
 
-_SLICE_SECONDS = 1.0
-"""A request to the store takes at most so long: Python handles signals only between two."""
-
-_LEAST_SECONDS = 0.02
-"""Less than a millisecond means for ever to a store."""
+_POLL_SECONDS = 0.01, 0.5
+"""Between two looks, at first and after a while. A store's own `wait` writes a warning of torch's at each timeout."""
 
 _NAMED = 8
 
@@ -36,8 +31,8 @@ def wait_for(store: Store, keys: Mapping[str, str], purpose: str, patience: time
         Who has not set their key within `patience`; usually nobody.
     """
     missing, start = dict(keys), time.monotonic()
-    said = start
-    while missing:
+    said, pause = start, _POLL_SECONDS[0]
+    while missing := {key: who for key, who in missing.items() if not store.check([key])}:
         now = time.monotonic()
         left = start + patience.total_seconds() - now
         if left <= 0:
@@ -45,13 +40,8 @@ def wait_for(store: Store, keys: Mapping[str, str], purpose: str, patience: time
         if now - said >= LINE_SECONDS:
             said = now
             log.info("waited %s for %s to %s", format_duration(now - start), named(list(missing.values())), purpose)
-        seconds = max(_LEAST_SECONDS, min(left, _SLICE_SECONDS, LINE_SECONDS))
-        try:
-            store.wait(list(missing), timedelta(seconds=seconds))
-        except DistStoreError:  # not all within this slice
-            missing = {key: who for key, who in missing.items() if not store.check([key])}
-        else:
-            missing = {}
+        time.sleep(min(left, pause, LINE_SECONDS))
+        pause = min(2 * pause, _POLL_SECONDS[1])
     return list(missing.values())
 
 

@@ -127,7 +127,7 @@ class Peers:
         for rank in ranks[:limit]:
             report = reports.get(rank)
             if report is None:
-                shown.append(f"rank {rank} (not started)")
+                shown.append(f"rank {rank} ({lost.get(rank, 'not started')})")
                 continue
             parts = [f"host {report.host}"]
             if report is not self.first:
@@ -203,7 +203,9 @@ class Reporter:
             self._posted = report
             if report.waited:
                 self._store.check([str(report.rank)])  # unlike `set`, this waits for an answer
-        if self.peers.first is None and report.phase not in ("start", "data", "join"):
+        # Before all have joined rank 0 may not have posted: `get` would wait for it.
+        has_joined = report.phase not in ("start", "data", "join")
+        if self.peers.first is None and (has_joined or self._store.check(["0"])):
             self.peers.first = Report(**json.loads(self._store.get("0")))
         if not self.looks:
             if self.peers.rounds:

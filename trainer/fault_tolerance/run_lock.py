@@ -44,6 +44,9 @@ class RunLock:
         """Without arguments: what the ranks have that do not hold the lock. All of its methods do nothing."""
         self._path, self._descriptor, self._holder = path, descriptor, holder
         self._beats: threading.Event | None = None
+        self._mutex = threading.Lock()
+        """Held while the descriptor is used or closed: its number may be another file's afterwards."""
+
         if descriptor >= 0:
             os.register_at_fork(after_in_child=self._leave_to_parent)
 
@@ -79,7 +82,9 @@ class RunLock:
 
     def stopping(self) -> None:
         """Tell other starts that this run is saving and about to end, so that they wait for it."""
-        if self._holder is not None:
+        with self._mutex:
+            if self._holder is None:
+                return
             self._holder = replace(self._holder, state="stopping")
             try:
                 write_holder(self._descriptor, self._holder)
@@ -88,16 +93,17 @@ class RunLock:
 
     def release(self) -> None:
         """Let others have the directory before this process ends. Nothing may be written to it afterwards."""
-        if self._holder is None:
-            return
-        if self._beats is not None:
-            self._beats.set()
-        try:
-            os.ftruncate(self._descriptor, 0)
-        except OSError as error:
-            log.warning("%s: not emptied: %s", self._path, error)
-        os.close(self._descriptor)
-        self._descriptor, self._holder = -1, None
+        with self._mutex:
+            if self._holder is None:
+                return
+            if self._beats is not None:
+                self._beats.set()
+            try:
+                os.ftruncate(self._descriptor, 0)
+            except OSError as error:
+                log.warning("%s: not emptied: %s", self._path, error)
+            os.close(self._descriptor)
+            self._descriptor, self._holder = -1, None
 
     def _leave_to_parent(self) -> None:
         """A forked child must not keep the lock when this process ends."""
@@ -111,15 +117,20 @@ class RunLock:
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_SECONDS):
-            try:
-                found = read_holder(self._descriptor)
-                if found is not None and self._holder is not None and not is_same(found, self._holder):
-                    log.error("%s was taken over by %s, because this process had not touched it for %d s. Ending: two "
-                              "runs must not write to one directory", self._path, found, STALE_SECONDS)  # fmt: skip
-                    os._exit(ConfigError.exit_status)
-                os.utime(self._descriptor)
-            except OSError as error:
-                log.warning("%s: not touched: %s", self._path, error)
+            with self._mutex:
+                if self._holder is not None:
+                    self._touch(self._holder)
+
+    def _touch(self, holder: Holder) -> None:
+        try:
+            found = read_holder(self._descriptor)
+            if found is not None and not is_same(found, holder):
+                log.error("%s was taken over by %s, because this process had not touched it for %d s. Ending: two "
+                          "runs must not write to one directory", self._path, found, STALE_SECONDS)  # fmt: skip
+                os._exit(ConfigError.exit_status)
+            os.utime(self._descriptor)
+        except OSError as error:
+            log.warning("%s: not touched: %s", self._path, error)
 
 
 class _Attempt:

@@ -29,6 +29,7 @@ from trainer.fault_tolerance.ancestors import (
     seconds_since_start,
     signal_at_parents_death,
 )
+from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class StopRequests:
     or `training.max_seconds` on rank 0.
 
     Before the first step there is nothing to save: a request ends the process at once, with the status of `Preempted`.
-    From then on it is kept until the training loop asks. Nothing happens before `install`.
+    From then on it is kept until the training loop asks. Nothing happens before `install`, which comes before this rank
+    waits for another one: nobody else would end it if its launcher died.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -81,7 +83,7 @@ class StopRequests:
         self._directory: RunDirectory | None = None
         self._seconds: float | None = None
         self._interrupted: float | None = None
-        self._callbacks: list[Callable[[StopRequest], None]] = []
+        self._run_lock = RunLock()
         self._handled: dict[signal.Signals, signal.Handlers | Callable[[int, FrameType | None], object] | int | None]
         self._handled = {}
 
@@ -90,16 +92,13 @@ class StopRequests:
         """The first one; later ones change nothing."""
         return self._request
 
-    def install(self, directory: RunDirectory | None = None, max_seconds: float | None = None) -> None:
+    def install(self, max_seconds: float | None = None) -> None:
         """Listen from now on; call it in the main thread.
 
         Args:
-            directory: where rank 0 records the event of a stop before the first step.
             max_seconds: from this process's start; rank 0's counts.
         """
-        self._directory = directory if self._rank == 0 else None
         self._seconds = max_seconds if self._rank == 0 else None
-        self._warn_of_slow_saves()
         ancestors = find_ancestors()
         self._ours, self._theirs = socket.socketpair()
         for end in (self._ours, self._theirs):
@@ -113,9 +112,10 @@ class StopRequests:
         thread = threading.Thread(target=self._listen, args=(ancestors,), name="stop requests", daemon=True)
         thread.start()
 
-    def on_request(self, callback: Callable[[StopRequest], None]) -> None:
-        """Call `callback` once, in another thread, when a request comes while training."""
-        self._callbacks.append(callback)
+    def begin_run(self, directory: RunDirectory, lock: RunLock) -> None:
+        """From now on rank 0 records there that it stops before the first step; `lock` says when this rank stops."""
+        self._directory, self._run_lock = directory if self._rank == 0 else None, lock
+        self._warn_of_slow_saves()
 
     def begin_training(self) -> None:
         """From now on a request waits for the training loop."""
@@ -185,9 +185,9 @@ class StopRequests:
             self._request = StopRequest(cause, time.monotonic())
             if not self._trains:
                 self._leave_before_training(cause)
-        log.warning("stopping: %s. The steps in progress are completed, then a checkpoint is saved", cause)
-        for callback in self._callbacks:
-            callback(self._request)
+        log.warning("stopping: %s. The steps in progress are completed, then a checkpoint is saved; after the last "
+                    "step the final model is written", cause)  # fmt: skip
+        self._run_lock.stopping()
 
     def _leave_before_training(self, cause: str) -> None:
         """There is nothing to save, and no other rank to wait for."""

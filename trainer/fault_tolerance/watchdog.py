@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -18,10 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from trainer.distributed import Launch, Mark, Phases, Store
-from trainer.errors import RankLost, TesseraError
+from trainer.errors import Preempted, RankLost, TesseraError
+from trainer.fault_tolerance.failures import cause_of, is_broken_connection, is_collective_failure, is_timeout
 from trainer.fault_tolerance.inspection import (
     dump_collectives,
     dump_stacks,
@@ -30,6 +28,7 @@ from trainer.fault_tolerance.inspection import (
     record_collectives,
 )
 from trainer.fault_tolerance.reports import Report, Reporter, own_report
+from trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +54,6 @@ DEATH_PATIENCE_SECONDS = 10.0
 _ENDED_BY_WATCHDOG = ("step", "evaluate", "save")
 """In `final` rank 0 works alone for a time, and all that the others wait for are collectives that raise."""
 
-_TIMEOUT = re.compile(r"tim(ed?|ing) ?out", re.IGNORECASE)
-_CONNECTION = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
-
-
-def is_collective_failure(error: Exception) -> bool:
-    """Whether an exception comes from a collective or the store because another rank is gone or late."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and bool(_TIMEOUT.search(text) or _CONNECTION.search(text))
-
-
-def _cause(error: Exception) -> str:
-    """The first sentence of what torch or gloo say, without the line of their source."""
-    line = (str(error).splitlines() or [repr(error)])[0]
-    return re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\] *", "", line).partition(". ")[0]
-
 
 class Watchdog:
     """Reports what this rank is doing, and ends it when it waits for longer than the limit.
@@ -79,12 +61,12 @@ class Watchdog:
     In a world of one rank there is nobody to wait for, and no thread is started.
     """
 
-    def __init__(self, launch: Launch, store: Store, timeout_seconds: float, logs: Path) -> None:
+    def __init__(self, launch: Launch, store: Store, timeout_seconds: float, directory: RunDirectory) -> None:
         """Args:
-        timeout_seconds: `run.collective_timeout_seconds`. logs: the run's folder of logs.
+        timeout_seconds: `run.collective_timeout_seconds`. directory: stacks go to its logs, failures to its events.
         """
         self.phases = Phases(timeout_seconds)
-        self._launch, self._logs = launch, logs
+        self._launch, self._directory, self._logs = launch, directory, directory.path / "logs"
         self._interval = min(REPORT_SECONDS, timeout_seconds / 20)
         self._look_after = min(LOOK_SECONDS, timeout_seconds / 20)
         self._tick = min(1.0, timeout_seconds / 50)
@@ -97,7 +79,7 @@ class Watchdog:
         self._dumped = self._closed = False
         self._reporter: Reporter | None = None
         if launch.world > 1:
-            record_collectives(logs)
+            record_collectives(self._logs)
             self._reporter = Reporter(launch, store, self._interval, self._report)
             self._reporter.start()
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
@@ -111,19 +93,39 @@ class Watchdog:
 
     @contextlib.contextmanager
     def explained_failures(self) -> Iterator[None]:
-        """Raise failures of collectives within as errors that name the rank that is missing.
+        """Raise failures of collectives within as errors that name the rank that is missing. Rank 0 records every
+        failure as an event.
 
         Raises:
             RankLost: in place of what torch raises when another rank has died, or does not arrive.
         """
         try:
             yield
+        except Preempted:
+            raise
         except Exception as error:
             if self._reporter is None or isinstance(error, TesseraError) or not is_collective_failure(error):
                 self._give_up(str(error) or repr(error))
+                self._record(str(error) or repr(error), self._launch.rank)
                 raise
-            raise self._explained(error) from error
+            lost = self._explained(error)
+            self._record(str(lost), next(iter(self._missing(self.phases.mark)[0]), self._launch.rank))
+            raise lost from error
         self.close()
+
+    def _record(self, cause: str, rank: int) -> None:
+        """Append the event of a failure; rank 0 only.
+
+        Args:
+            rank: the one that has failed, as far as rank 0 knows.
+        """
+        if self._launch.rank != 0 or not self._directory.path.is_dir():
+            return
+        mark = self.phases.mark
+        peers = {} if self._reporter is None else self._reporter.peers.reports()
+        host = peers[rank].host if rank in peers else self._own.host
+        step = mark.step - 1 if mark.phase == "step" else mark.step
+        self._directory.record("failure", step, rank=rank, host=host, phase=mark.name, cause=cause)
 
     # What the reporter posts ------------------------------------------------------------------------------------------
 
@@ -231,6 +233,7 @@ class Watchdog:
         message = f"error (rank {self._launch.rank} on {self._own.host}): {self._timed_out(mark, limit)}"
         if self._error or self._closed:  # the main thread has raised meanwhile
             return
+        self._record(self._timed_out(mark, limit), next(iter(self._missing(mark)[0]), self._launch.rank))
         with contextlib.suppress(OSError), self._stacks.open("a") as file:
             print(message, file=file)
         print(message, file=sys.stderr, flush=True)
@@ -268,8 +271,8 @@ class Watchdog:
         """The error that names the ranks which are missing. Waits until the store tells who they are."""
         assert self._reporter is not None
         mark, limit = self.phases.mark, self.phases.timeout
-        cause = _cause(error)
-        if _TIMEOUT.search(cause):
+        cause = cause_of(error)
+        if is_timeout(cause):
             self._dump()
             message, speaks = self._timed_out(mark, limit), self._speaks_first(mark)
             self._give_up(cause)
@@ -285,7 +288,7 @@ class Watchdog:
     def _dead(self) -> dict[int, str]:
         """Lost ranks but those which have failed only because another one was lost before."""
         assert self._reporter is not None
-        return {r: why for r, why in self._reporter.peers.lost().items() if not _CONNECTION.search(why)}
+        return {r: why for r, why in self._reporter.peers.lost().items() if not is_broken_connection(why)}
 
     def _wait_until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 5 * self._interval
