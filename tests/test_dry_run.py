@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from trainer.config.load import check
 from trainer.data import count_steps, prepare_data
 from trainer.data.inspection import FIRST_ROWS, inspect_data
 from trainer.data.tokenizer import train_tokenizer
+from trainer.dry_run import describe
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
@@ -59,6 +62,18 @@ def test_wrong_rows_are_found(name: str, content: bytes, words: str, anew: dict[
     (tmp_path / name).write_bytes(content)
     refusal(3, words, dry_run(with_values(anew, data__train=[{"path": str(tmp_path / name)}]), tmp_path))
     assert not (tmp_path / "cache").exists(), "nothing was prepared"
+
+
+@pytest.mark.parametrize(("free", "warns"), [(1000, True), (10**12, False)])
+def test_a_disk_that_holds_no_checkpoint_is_a_warning(
+    free: int, warns: bool, anew: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: seen.append(path) or SimpleNamespace(free=free))
+    config = with_values(anew, run__output_dir=str(tmp_path / "runs" / "later"))
+    text = describe(check(config, world=1, device=None))
+    assert ("warning: run.output_dir: 0.0 MiB free in " in text) == warns
+    assert seen == [tmp_path], "the run directory is not there yet"
 
 
 def test_control_characters_of_names_are_written_out(anew: dict[str, Any], tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import groupby
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import resumed_checkpoint
@@ -219,8 +221,23 @@ def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
         if section.keep_last is None
         else f"the newest {section.keep_last} and the best {section.keep_best} kept"
     )
-    size = cost.parameters * 4 * (1 + _moments(loaded))
-    return f"checkpoint   {every}at the end; {_gib(size)} each, {kept}"
+    return f"checkpoint   {every}at the end; {_gib(_checkpoint_bytes(loaded, cost))} each, {kept}"
+
+
+def _checkpoint_bytes(loaded: LoadedConfig, cost: ModelCost) -> int:
+    return cost.parameters * 4 * (1 + _moments(loaded))
+
+
+def _disk_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
+    """A warning where the disk cannot hold one checkpoint more: training would go on without."""
+    folder = Path(loaded.config.run.output_dir).expanduser().absolute()
+    place = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free, size = shutil.disk_usage(place).free, _checkpoint_bytes(loaded, cost)
+    if free < size:
+        yield (
+            f"warning: run.output_dir: {_gib(free)} free in {place}, and a checkpoint takes {_gib(size)}. Free space, "
+            "or take another folder"
+        )
 
 
 def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
@@ -272,6 +289,7 @@ def describe(loaded: LoadedConfig) -> str:
         *_tensor_lines(loaded, model),
         *_pipeline_lines(loaded, model, division),
         *_rank_lines(loaded),
+        *_disk_lines(loaded, cost),
         *_warnings(loaded, report, device),
     ]
     return "\n".join(lines)
