@@ -12,11 +12,16 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed's Muon compiles its kernels
 
 import json
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A job in the background of a script, or below nohup, begins with these ignored, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from trainer.distributed import prepare_environment, remove_stale_buffers
 

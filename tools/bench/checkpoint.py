@@ -113,7 +113,7 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
             changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
             return Checkpoints(changed, RunDirectory.examine(changed), world, run.batches.fingerprint, recipe)
 
-        at_once, later = (checkpoints(resume="never", asynchronous=how) for how in (False, True))
+        at_once, later = (checkpoints(resume="never", keep_last=None, asynchronous=how) for how in (False, True))
         for number in range(rounds + 1):
             _round(number, engine, at_once, later, world, loaded, measured)
     return measured
