@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
 from tests.checkpoints import disconnected, go_on, halted, numbers_in, several, state_of
@@ -31,6 +32,7 @@ from tests.test_tracking import ROOT, TRAIN, rows_of
 from trainer.checkpoint.keep import Kept, best_of, name_of, superfluous
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.save import in_order, refuse_wrong_cover
+from trainer.checkpoint.tensors_only import _load_tensors
 from trainer.config.deepspeed import nvme_can_be_read
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
@@ -991,6 +993,28 @@ def save_as_deepspeed_does(folder: str, weights: dict[str, Any], stage: int) -> 
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
             if launch.rank == 0:
                 torch.save({name: p.detach().float() for name, p in model.named_parameters()}, f"{folder}/expected")
+
+
+class _PickledByGetattr:
+    """As early releases of Python 3.11 pickle a member of an enumeration; or, of another object, an attack."""
+
+    def __init__(self, target: Any, name: str) -> None:
+        self._made_by = getattr, (target, name)
+
+    def __reduce__(self) -> Any:
+        return self._made_by
+
+
+@pytest.mark.fast
+def test_enum_members_that_were_pickled_by_getattr_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "saved.pt"
+    torch.save({"zero_stage": _PickledByGetattr(ZeroStageEnum, "gradients"), "weight": torch.ones(2)}, file)
+    loaded = _load_tensors(file)
+    assert loaded["zero_stage"] == 2
+    assert loaded["weight"].tolist() == [1, 1]
+    torch.save({"zero_stage": _PickledByGetattr(Path, "unlink")}, file)
+    with pytest.raises(SystemExit, match=r"would run pathlib\.Path"):
+        _load_tensors(file)
 
 
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.matrix) for stage in (0, 3))])

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 _load = torch.load
+_GETATTR = "builtins.getattr"
 
 
 class _Nothing:
@@ -29,12 +30,25 @@ class _Nothing:
         pass
 
 
+def _stand_in(name: str) -> Any:
+    if name == _GETATTR:
+        return _enum_member
+    return int if name.endswith("ZeroStageEnum") else _Nothing
+
+
+def _enum_member(stand_in: Any, name: Any) -> Any:
+    """In place of `getattr`, by which early releases of Python 3.11 pickle members of enumerations; gives no others."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return int(ZeroStageEnum[name]) if stand_in is int else _Nothing()
+
+
 def _load_tensors(file: Any, **_: Any) -> Any:
     names = get_unsafe_globals_in_checkpoint(file)
-    foreign = [name for name in names if not name.startswith("deepspeed.")]
+    foreign = [name for name in names if not name.startswith("deepspeed.") and name != _GETATTR]
     if foreign:
         raise SystemExit(f"{file} would run {foreign[0]}: refused, a checkpoint holds tensors and settings")
-    stand_ins: list[Any] = [(int if name.endswith("ZeroStageEnum") else _Nothing, name) for name in names]
+    stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
     with safe_globals(stand_ins):
         return _load(file, map_location="cpu", weights_only=True)
 
