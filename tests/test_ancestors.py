@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from trainer.errors import ConfigError
 from trainer.fault_tolerance import ancestors, hostfile
 from trainer.fault_tolerance.ancestors import Ancestors, Process, Watched, find_ancestors, read_process
+from trainer.fault_tolerance.processes import ProcessStat
 
 ONE_HOST = "--world_info=" + base64.urlsafe_b64encode(json.dumps({"localhost": [0]}).encode()).decode()
 RUNNER = ("/env/bin/python", "/env/bin/deepspeed", "--num_gpus", "2", "launch/train.py")
@@ -40,7 +42,7 @@ def line_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[
     """Ancestors with these commands, nearest first."""
     own = os.getsid(0)
     sessions = sessions or (own,) * len(commands)
-    return [Process(100 - n, n, 99 - n, sessions[n], False, command) for n, command in enumerate(commands)]
+    return [Process(100 - n, ProcessStat("S", 99 - n, sessions[n], n), command) for n, command in enumerate(commands)]
 
 
 @pytest.mark.fast
@@ -106,7 +108,7 @@ def test_a_death_is_told_once(has_descriptors: bool, monkeypatch: pytest.MonkeyP
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     process = read_process(child.pid)
     assert process is not None
-    used_again = Process(process.pid, process.start_ticks - 1, process.parent, process.session, False, ())
+    used_again = replace(process, stat=process.stat._replace(start_ticks=process.stat.start_ticks - 1))
     watched = Watched([process])
     assert watched.must_look != has_descriptors
     assert watched.dead() == []
@@ -116,7 +118,7 @@ def test_a_death_is_told_once(has_descriptors: bool, monkeypatch: pytest.MonkeyP
     dead: list[Process] = []
     while not dead and time.monotonic() < deadline:
         time.sleep(0.02)
-        dead = watched.dead(list(watched.descriptors) if (read_process(child.pid) or process).is_dead else [])
+        dead = watched.dead(list(watched.descriptors) if (read_process(child.pid) or process).stat.is_dead else [])
     assert dead == [process], "although nobody has waited for it"
     assert watched.dead() == []
     child.wait()
@@ -141,8 +143,10 @@ def test_a_hostfile_that_is_not_there(
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     words = [word.format(tmp_path) for word in options]
     encoded = base64.urlsafe_b64encode(json.dumps({host: [0] for host in hosts}).encode()).decode()
-    runner = Process(os.getpid(), 0, 1, 1, False, ("python", "/env/bin/deepspeed", *words, "launch/train.py"))
-    launcher = Process(2, 0, 1, 1, False, (*LAUNCHER[:4], f"--world_info={encoded}"))
+    runner = Process(
+        os.getpid(), ProcessStat("S", 1, 1, 0), ("python", "/env/bin/deepspeed", *words, "launch/train.py")
+    )
+    launcher = Process(2, ProcessStat("S", 1, 1, 0), (*LAUNCHER[:4], f"--world_info={encoded}"))
     monkeypatch.setattr(hostfile, "find_ancestors", lambda: Ancestors((launcher, runner)))
     if not is_refused:
         hostfile.refuse_missing_hostfile("launch/train.py")

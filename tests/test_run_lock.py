@@ -27,7 +27,8 @@ from trainer.config.load import check
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted
 from trainer.fault_tolerance import StopRequests, run_lock
-from trainer.fault_tolerance.lock_holder import Holder, start_time, this_process
+from trainer.fault_tolerance.lock_holder import Holder, this_process
+from trainer.fault_tolerance.processes import process_stat
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_layout import LOCK
 from trainer.store import read_manifest, verify_files
@@ -193,7 +194,9 @@ def test_heartbeat_is_the_lock_where_there_is_no_flock(tmp_path: Path, locks: An
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         first.release()
-        local = replace(this_process(), pid=other.pid, started=start_time(other.pid) or 0)
+        stat = process_stat(other.pid)
+        assert stat is not None
+        local = replace(this_process(), pid=other.pid, started=stat.start_ticks)
         (tmp_path / LOCK).write_text(json.dumps(asdict(local)))
         with pytest.raises(ConfigError, match=f"process {other.pid} on"):
             locks(tmp_path)

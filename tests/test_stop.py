@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -146,7 +147,7 @@ def test_a_run_with_slow_saves_warns_at_the_start(seconds: float, warns: bool, t
 def test_rank_0_hosts_the_store_until_the_others_have_read_from_it(
     arrives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "_READ_PATIENCE_SECONDS", 20.0 if arrives else 0.2)
+    monkeypatch.setattr(agreement, "_READ_PATIENCE", timedelta(seconds=20.0 if arrives else 0.2))
     store, directory = HashStore(), RunDirectory(tmp_path, 1, None)
     stops = []
     for rank in (0, 1):

@@ -40,7 +40,7 @@ class Run:
         found = (read_process(int(path.name)) for path in Path("/proc").glob("[0-9]*"))
         return [
             process for process in found
-            if process is not None and str(self.config) in process.command and not process.is_dead
+            if process is not None and str(self.config) in process.command and not process.stat.is_dead
             and any(text.endswith(word) for text in process.command[:6])
         ]  # fmt: skip
 

@@ -248,7 +248,7 @@ def test_progress_and_position_of_a_mark() -> None:
 @pytest.mark.fast
 def test_ranks_that_cannot_go_on_are_told_from_those_that_work() -> None:
     own = own_report(Launch(0, 6, 0, 6))
-    elsewhere = replace(own, host="b", machine="another")
+    elsewhere = replace(own, host="b", namespace="another")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     at = Mark(12, 0, "step", 12)

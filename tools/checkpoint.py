@@ -36,8 +36,7 @@ from rich.table import Table
 
 from trainer.checkpoint.bring import bring
 from trainer.checkpoint.export import compare_logits, export
-from trainer.checkpoint.keep import Kept, best_of, checkpoints_in
-from trainer.checkpoint.run import FOLDER
+from trainer.checkpoint.keep import FOLDER, Kept, best_of, checkpoints_in
 from trainer.config import load_config
 from trainer.config.plugins import import_named_plugins
 from trainer.errors import CheckpointError, ConfigError, Problem

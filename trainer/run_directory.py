@@ -75,6 +75,23 @@ def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str)
         raise ConfigError(found)
 
 
+def refuse_fewer_steps(loaded: LoadedConfig, step: int, where: str) -> None:
+    """Refuse a checkpoint that is past the last step of the configuration, as far as that is known.
+
+    Args:
+        step: of the checkpoint. where: it is.
+
+    Raises:
+        ConfigError: it is.
+    """
+    steps = loaded.known_steps
+    if steps is not None and step > steps:
+        raise ConfigError(
+            Problem(f"training.{loaded.length_unit}", f"{steps} steps, and {where} is at step {step}",
+                    "Take more steps, or name an earlier checkpoint with --resume")
+        )  # fmt: skip
+
+
 def _setting(key: str, old: Mapping[str, Any]) -> str:
     """The argument that sets an added key to its value in `old`, because users cannot look it up in an old file."""
     for row in ADDED_KEYS:

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from tools.bench.common import assemble, configuration, table, write_tokens
 from tools.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Progress
-from trainer.checkpoint.keep import name_of
+from trainer.checkpoint.keep import FOLDER, name_of
 from trainer.checkpoint.load import fill, numbers_of
-from trainer.checkpoint.run import FOLDER
 from trainer.config import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import Engine

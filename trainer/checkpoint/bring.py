@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from trainer.checkpoint.keep import name_of, point
-from trainer.checkpoint.run import FOLDER
+from trainer.checkpoint.keep import FOLDER, name_of, point
 from trainer.checkpoint.save import Folder, in_order
 from trainer.config import LoadedConfig
 from trainer.engine import Numbers

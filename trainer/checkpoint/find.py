@@ -6,8 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from trainer.checkpoint.keep import Kept, best_of, checkpoints_in, name_of
-from trainer.checkpoint.run import FOLDER
+from trainer.checkpoint.keep import FOLDER, Kept, best_of, checkpoints_in, name_of
 from trainer.config.earlier_versions import stored_run
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.store import is_checkpoint, tokenizer_beside, verify_files

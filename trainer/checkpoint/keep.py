@@ -15,9 +15,12 @@ from trainer.checkpoint.save import DELETED
 from trainer.config.schema import CheckpointSection
 from trainer.errors import CheckpointError
 from trainer.files import replace_text
-from trainer.store import Manifest, read_manifest
+from trainer.store import MANIFEST, Manifest, read_manifest
 
 log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+"""In the run directory."""
 
 LATEST, BEST = "latest", "best"
 EVALUATED = "evaluated_samples"
@@ -77,6 +80,21 @@ def checkpoints_in(folder: Path) -> tuple[list[Kept], list[CheckpointError]]:
             except CheckpointError as error:
                 damaged.append(error)
     return sorted(kept, key=lambda one: one.order, reverse=True), damaged
+
+
+def search_folder(path: Path) -> Path | None:
+    """The folder of whose checkpoints the newest is meant by `--resume PATH`; None if `path` is a checkpoint itself.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint.resume: {path} is not there")
+    if (path / MANIFEST).exists():
+        return None
+    if (path / FOLDER).is_dir():
+        return path / FOLDER
+    return path if checkpoints_in(path)[0] else None
 
 
 def best_of(kept: Sequence[Kept], count: int = 1) -> list[Kept]:

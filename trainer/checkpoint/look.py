@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from trainer.checkpoint.keep import Kept, checkpoints_in
+from trainer.checkpoint.keep import FOLDER, Kept, checkpoints_in, search_folder
 from trainer.checkpoint.remote import Remote, is_remote
-from trainer.checkpoint.run import FOLDER
 from trainer.config import LoadedConfig
-from trainer.errors import CheckpointError, ConfigError, Problem
-from trainer.run_directory import refuse_another_run
-from trainer.store import MANIFEST, read_manifest, verify_sizes
+from trainer.errors import CheckpointError
+from trainer.run_directory import refuse_another_run, refuse_fewer_steps
+from trainer.store import read_manifest, verify_sizes
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +37,16 @@ def resumed_checkpoint(loaded: LoadedConfig) -> Kept | None:
     if found is None:
         return None
     refuse_another_run(found.manifest.config, loaded, str(found.folder))
-    steps = loaded.known_steps
-    if steps is not None and found.manifest.step > steps:
-        raise ConfigError(
-            Problem(f"training.{loaded.length_unit}", f"{steps} steps, and {found.folder} is at step "
-                    f"{found.manifest.step}", "Take more steps, or name an earlier checkpoint with --resume")
-        )  # fmt: skip
+    refuse_fewer_steps(loaded, found.manifest.step, str(found.folder))
     return found
 
 
 def _named(path: Path) -> Kept:
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint.resume: {path} is not there")
-    if (path / MANIFEST).exists() or not ((path / FOLDER).is_dir() or checkpoints_in(path)[0]):
+    folder = search_folder(path)
+    if folder is None:
         manifest = read_manifest(path)
         verify_sizes(path, manifest)
         return Kept(path, manifest)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if (found := _newest(folder)) is None:
         raise CheckpointError(f"{folder}: there is no sound checkpoint to resume from")
     return found

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from trainer.checkpoint.aside import attempts_aside, last_saved, left_aside, move_aside
 from trainer.checkpoint.keep import (
     EVALUATED,
+    FOLDER,
     LATEST,
     Kept,
     checkpoints_in,
@@ -26,6 +27,7 @@ from trainer.checkpoint.keep import (
     name_of,
     point,
     pointed_at,
+    search_folder,
     superfluous,
 )
 from trainer.checkpoint.load import fill, numbers_of
@@ -38,7 +40,7 @@ from trainer.distributed import World, agree
 from trainer.engine import Engine, Numbers, Scalars, merged
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.files import sync_directory
-from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run
+from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run, refuse_fewer_steps
 from trainer.sanitize import redacted
 from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, verify_files
 from trainer.units import format_bytes
@@ -46,9 +48,6 @@ from trainer.units import format_bytes
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-FOLDER = "checkpoints"
-"""In the run directory."""
 
 _PROGRESS_SECONDS = 0.5
 """Between two looks at a thread that writes, by a main thread that waits for it."""
@@ -206,16 +205,8 @@ class Checkpoints:
     def _named(self, path: Path) -> _Found | None:
         """The checkpoint that the user names, or the newest of the run that the user names; no other is taken."""
 
-        def which() -> str:
-            if not path.is_dir():
-                raise CheckpointError(f"checkpoint.resume: {path} is not there")
-            if (path / MANIFEST).exists() or not ((path / FOLDER).is_dir() or checkpoints_in(path)[0]):
-                return str(path)
-            return ""
-
-        if folder := self._on_first(which):
-            return self._verified(Path(folder))
-        return self._first_sound(path / FOLDER if (path / FOLDER).is_dir() else path, must=True)
+        folder = self._on_first(lambda: search_folder(path))
+        return self._verified(path) if folder is None else self._first_sound(folder, must=True)
 
     def _first_sound(self, folder: Path, *, must: bool) -> _Found | None:
         """The newest checkpoint whose files are what its manifest says; says why newer ones are not taken."""
@@ -272,14 +263,7 @@ class Checkpoints:
                 Problem("data.train", f"its samples are others than those that {found.folder} was trained on",
                         "Take the same files, or --allow_change data.train to go on with other ones")
             )  # fmt: skip
-        last = self._loaded.steps
-        if found.manifest.step > last:
-            length = "" if self._loaded.length_unit == "max_steps" else " steps"
-            raise ConfigError(
-                Problem(f"training.{self._loaded.length_unit}",
-                        f"{last}{length}, and {found.folder} is at step {found.manifest.step}",
-                        "Take more steps, or name an earlier checkpoint with --resume")
-            )  # fmt: skip
+        refuse_fewer_steps(self._loaded, found.manifest.step, str(found.folder))
         samples, epochs = found.manifest.step * self._loaded.batch.train, self._loaded.config.training.epochs
         if epochs is not None and found.manifest.samples != samples:
             raise ConfigError(

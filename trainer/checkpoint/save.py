@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from trainer.distributed import JOIN_PATIENCE
 from trainer.engine import Piece
 from trainer.errors import CheckpointError
-from trainer.files import hash_file, replace_text, sync_directory
+from trainer.files import hash_file, replace_folder, replace_text
 from trainer.store import (
     LARGEST_FILE,
     MANIFEST,
@@ -113,7 +112,7 @@ class Folder:
             files = list(itertools.chain.from_iterable(gathered))
             complete = replace(manifest, files=tuple(file for file, _ in files), tensors=_joined(i for _, i in files))
             replace_text(self._partial / MANIFEST, complete.to_json())
-            self._rename()
+            replace_folder(self._partial, self._path)  # from now on there is a checkpoint
 
         self._agree(commit if self._rank == 0 else None)
         return complete
@@ -122,23 +121,6 @@ class Folder:
         if self._rank == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
-
-    def _rename(self) -> None:
-        """The moment in which the checkpoint comes to be."""
-        if self._path.exists():
-            old = self._path.with_name(DELETED.format(self._path.name))
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self._path, old)
-            try:
-                os.rename(self._partial, self._path)
-            except OSError:
-                os.rename(old, self._path)
-                raise
-            sync_directory(self._path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(self._partial, self._path)
-            sync_directory(self._path.parent)
 
     def _verify(self) -> None:
         """Each rank reads again what it has written, before anything older may go for it."""

@@ -45,6 +45,31 @@ def wait_for(store: Store, keys: Mapping[str, str], purpose: str, patience: time
     return list(missing.values())
 
 
+def hand_out(store: Store, world: int, key: str, value: str, purpose: str, patience: timedelta) -> None:
+    """Post a value for all other ranks and wait until they have read it: rank 0 may end then, and the store with it.
+
+    Call on rank 0, and `receive` on the others.
+
+    Args:
+        purpose: what the others have to do, as in `wait_for`. patience: at most so long; then they are not waited for.
+    """
+    store.set(key, value)
+    wait_for(store, {f"{key}/read/{rank}": f"rank {rank}" for rank in range(1, world)}, purpose, patience)
+
+
+def receive(store: Store, rank: int, key: str, purpose: str, patience: timedelta) -> str | None:
+    """What rank 0 hands out; None if it has not within `patience`.
+
+    Args:
+        purpose: what rank 0 has to do, as in `wait_for`.
+    """
+    if wait_for(store, {key: "rank 0"}, purpose, patience):
+        return None
+    value = store.get(key).decode()
+    store.set(f"{key}/read/{rank}", "")
+    return value
+
+
 def named(names: list[str]) -> str:
     """Some of the names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

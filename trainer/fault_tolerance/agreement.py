@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 
-from trainer.distributed import World
+from trainer.distributed import World, hand_out, receive
 from trainer.errors import Preempted
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.fault_tolerance.stop import StopRequests
@@ -18,7 +17,7 @@ from trainer.run_directory import RunDirectory
 _LAST_STEP = "stop/last_step"
 _RECORDED = "stop/recorded"
 _RECORD_PATIENCE = timedelta(seconds=10)
-_READ_PATIENCE_SECONDS = 5.0
+_READ_PATIENCE = timedelta(seconds=5)
 
 
 class StopAgreement:
@@ -65,8 +64,6 @@ class StopAgreement:
         self._rank, self._ranks, self._final_step = world.topology.rank, world.topology.world, final_step
         self._ahead = 1 if world.device.type == "cuda" else 0
         self._events: list[Any] = []
-        # A store that outlives an attempt, as torchrun's does, must not hand this one an earlier one's last step.
-        self._last_key, self._recorded_key = (f"{key}/{directory.attempt}" for key in (_LAST_STEP, _RECORDED))
         self._is_announced = False
 
     def announce(self, step: int) -> None:
@@ -75,7 +72,7 @@ class StopAgreement:
         if self._requests.request is not None and not self._is_announced:
             rank = f" (rank {self._rank})" if self._ranks > 1 else ""
             value = f"{step + self._ahead} {self._requests.request.cause}{rank}"
-            self._store.compare_set(self._last_key, "", value)
+            self._store.compare_set(_LAST_STEP, "", value)
             self._is_announced = True
 
     def is_due(self, step: int) -> bool:
@@ -85,7 +82,7 @@ class StopAgreement:
         """
         if self._ahead:
             self._wait_for_previous_step()
-        is_due = step < self._final_step and self._store.check([self._last_key]) and self._agreed()[0] == step
+        is_due = step < self._final_step and self._store.check([_LAST_STEP]) and self._agreed()[0] == step
         if is_due:
             self._lock.stopping()
         return is_due
@@ -99,23 +96,17 @@ class StopAgreement:
 
     def _agreed(self) -> tuple[int, str]:
         """The last step, and the cause of the request."""
-        step, _, cause = self._store.get(self._last_key).decode().partition(" ")
+        step, _, cause = self._store.get(_LAST_STEP).decode().partition(" ")
         return int(step), cause
 
     def preempted(self, step: int) -> Preempted:
         """The error to raise once the state of `step` is saved. On all ranks; rank 0 records the event, and the others
         wait for it, because a launcher ends rank 0 as soon as one of them has gone. Rank 0 returns once they know."""
-        read_key = f"{self._recorded_key}/read"
         if self._rank:
-            with contextlib.suppress(RuntimeError):  # rank 0, which may host the store, has gone already
-                self._store.wait([self._recorded_key], _RECORD_PATIENCE)
-                self._store.add(read_key, 1)
+            with contextlib.suppress(RuntimeError):  # rank 0, which hosts the store, has gone already
+                receive(self._store, self._rank, _RECORDED, "record the stop", _RECORD_PATIENCE)
             return Preempted(f"stopped after step {step}")
         _, cause = self._agreed()
         self._directory.record("preempted", step, cause=cause)
-        self._store.set(self._recorded_key, "1")
-        # The store may end with this process. A rank that still reads from it would print the stack of torch's client.
-        end = time.monotonic() + _READ_PATIENCE_SECONDS
-        while self._store.add(read_key, 0) < self._ranks - 1 and time.monotonic() < end:
-            time.sleep(0.02)
+        hand_out(self._store, self._ranks, _RECORDED, "", "hear that the stop is recorded", _READ_PATIENCE)
         return Preempted(f"stopped after step {step}: {cause}. The state is saved: start the same command again")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.fault_tolerance.processes import ProcessStat, process_stat
+
 Role = Literal["runner", "launcher", "session"]
 """A `runner` is the command that a user types, `deepspeed` or `torchrun`. DeepSpeed's starts a `launcher` (launch.py)
 on each host, on another host below the `session` process of its SSH server."""
@@ -35,14 +37,7 @@ class Process:
     """A process of this host. Its id may be used again after its death; together with the start time it is unique."""
 
     pid: int
-    start_ticks: int
-    """Clock ticks from the host's boot to the process's start."""
-
-    parent: int
-    session: int
-    is_dead: bool
-    """Whether it has ended; its parent may not have waited for it yet."""
-
+    stat: ProcessStat
     command: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -97,19 +92,17 @@ def _words(command: Sequence[str]) -> list[str]:
 
 def read_process(pid: int) -> Process | None:
     """The process as /proc has it; None where there is none, or it is hidden."""
-    folder = Path("/proc") / str(pid)
+    stat = process_stat(pid)
     try:
-        # The second field is a name in parentheses, which may hold anything.
-        fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        command = (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return None
-    return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0] in "ZX", tuple(command))
+    return None if stat is None else Process(pid, stat, tuple(command))
 
 
 def seconds_since_start() -> float:
     """How long this process runs."""
-    own = read_process(os.getpid())
+    own = process_stat(os.getpid())
     if own is None:
         return 0.0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - own.start_ticks / os.sysconf("SC_CLK_TCK"))
@@ -130,7 +123,9 @@ def find_ancestors() -> Ancestors:
     last = roles.index("launcher")
     if "session" in roles[last:]:
         session = roles.index("session")
-        is_attached = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and os.getsid(0) == line[session - 1].session
+        is_attached = (
+            signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and os.getsid(0) == line[session - 1].stat.session
+        )
         return Ancestors(tuple(line[: (session if is_attached else last) + 1]))
     is_local = not any(word.startswith("--node_rank") for word in line[last].command)
     by_runner = all(any(word.startswith(key) for word in line[last].command) for key in _GIVEN_BY_RUNNER)
@@ -146,7 +141,7 @@ def _line() -> tuple[list[Process], bool]:
         if process is None:
             return line, False
         line.append(process)
-        pid = process.parent
+        pid = process.stat.parent
     return line, True
 
 
@@ -213,5 +208,5 @@ def _open(process: Process) -> int | None:
 
 
 def _lives(process: Process) -> bool:
-    now = read_process(process.pid)
-    return now is not None and now.start_ticks == process.start_ticks and not now.is_dead
+    now = process_stat(process.pid)
+    return now is not None and now.start_ticks == process.stat.start_ticks and not now.is_dead

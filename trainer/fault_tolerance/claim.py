@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from trainer.config import LoadedConfig
-from trainer.distributed import Launch
-from trainer.distributed.store import JOIN_PATIENCE, Store
+from trainer.distributed import JOIN_PATIENCE, Launch, Store, hand_out, receive
 from trainer.errors import ConfigError, Problem
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_directory import RunDirectory
 
-log = logging.getLogger(__name__)
-
-_OUTCOME, _READERS = "run_directory/outcome", "run_directory/readers"
-_FINISH_PATIENCE_SECONDS = 600.0
-_ERROR_PATIENCE_SECONDS = 5.0
+_OUTCOME = "run_directory"
+_PURPOSE = "hear what is in the run directory"
+_FINISH_PATIENCE = timedelta(minutes=10)
+_ERROR_PATIENCE = timedelta(seconds=5)
 
 
 def claim_run_directory(loaded: LoadedConfig, launch: Launch, store: Store) -> tuple[RunDirectory, RunLock]:
@@ -33,9 +29,10 @@ def claim_run_directory(loaded: LoadedConfig, launch: Launch, store: Store) -> t
         ConfigError: on all ranks: the directory is in use, belongs to another run, or cannot be written to.
     """
     if launch.rank != 0:
-        store.wait([_OUTCOME], JOIN_PATIENCE)
-        told = json.loads(store.get(_OUTCOME))
-        store.add(_READERS, 1)
+        text = receive(store, launch.rank, _OUTCOME, "lock the run directory", JOIN_PATIENCE)
+        if text is None:
+            raise ConfigError(Problem("run.output_dir", f"rank 0 did not lock it within {JOIN_PATIENCE}"))
+        told = json.loads(text)
         if "problems" in told:
             raise ConfigError(Problem(**problem) for problem in told["problems"])
         return RunDirectory(Path(told.pop("path")), **told), RunLock()
@@ -43,25 +40,10 @@ def claim_run_directory(loaded: LoadedConfig, launch: Launch, store: Store) -> t
         lock = RunLock.acquire(Path(loaded.config.run.output_dir).expanduser())
         directory = RunDirectory.examine(loaded)
     except ConfigError as error:
-        _tell({"problems": [asdict(problem) for problem in error.problems]}, launch, store, _ERROR_PATIENCE_SECONDS)
+        problems = json.dumps({"problems": [asdict(problem) for problem in error.problems]})
+        hand_out(store, launch.world, _OUTCOME, problems, _PURPOSE, _ERROR_PATIENCE)
         raise
-    patience = _FINISH_PATIENCE_SECONDS if directory.is_finished(loaded) else 0.0
-    _tell({**asdict(directory), "path": str(directory.path)}, launch, store, patience)
+    outcome = json.dumps({**asdict(directory), "path": str(directory.path)})
+    ends_now = directory.is_finished(loaded)
+    hand_out(store, launch.world, _OUTCOME, outcome, _PURPOSE, _FINISH_PATIENCE if ends_now else timedelta())
     return directory, lock
-
-
-def _tell(outcome: dict[str, Any], launch: Launch, store: Store, patience: float) -> None:
-    """Hand the outcome to the other ranks.
-
-    Args:
-        patience: seconds for which to wait until all have read it: this rank is about to end, and the store with it.
-    """
-    if launch.world == 1:
-        return
-    store.set(_OUTCOME, json.dumps(outcome))
-    end, line = time.monotonic() + patience, time.monotonic() + 30
-    while (readers := store.add(_READERS, 0)) < launch.world - 1 and time.monotonic() < end:
-        if time.monotonic() > line:
-            log.info("waiting for %d ranks to hear that the run has finished", launch.world - 1 - readers)
-            line += 30
-        time.sleep(0.05)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.distributed import Launch, PrefixStore, Store, named, wait_for
+from trainer.distributed import Launch, PrefixStore, Store, hand_out, named, receive, wait_for
 from trainer.errors import ConfigError, Problem, RanksDifferError
 
 _PATIENCE = timedelta(minutes=30)
@@ -81,23 +81,15 @@ def compare_ranks(
     shared.set(f"facts/{launch.rank}", json.dumps(posted))
     if launch.rank == 0:
         problems = _problems(launch.world, shared, purpose, own, patience)
-        shared.set("verdict", json.dumps(list(map(astuple, problems))))
-        # The store goes with this process, which may end now: not before the others have read from it.
-        wait_for(
-            shared,
-            {f"read/{rank}": "" for rank in range(1, launch.world)},
-            "read the verdict",
-            min(patience, _READ_PATIENCE),
-        )
-        if problems:
-            raise RanksDifferError(problems)
-        return
-    if late := wait_for(shared, {"verdict": "rank 0"}, "compare all ranks", patience):
-        raise ConfigError(_late(late, patience))
-    verdict = json.loads(shared.get("verdict"))
-    shared.set(f"read/{launch.rank}", "")
-    if verdict:
-        raise RanksDifferError(Problem(*problem) for problem in verdict)
+        verdict = json.dumps(list(map(astuple, problems)))
+        hand_out(shared, launch.world, "verdict", verdict, "read the verdict", min(patience, _READ_PATIENCE))
+    else:
+        told = receive(shared, launch.rank, "verdict", "compare all ranks", patience)
+        if told is None:
+            raise ConfigError(_late(["rank 0"], patience))
+        problems = [Problem(*problem) for problem in json.loads(told)]
+    if problems:
+        raise RanksDifferError(problems)
 
 
 def _problems(world: int, store: Store, purpose: str, own: list[Fact], patience: timedelta) -> list[Problem]:

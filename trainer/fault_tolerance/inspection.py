@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from types import FrameType
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
+from trainer.fault_tolerance.processes import process_stat
+
 _COLLECTIVE_FILES = (
     f"{os.sep}torch{os.sep}distributed{os.sep}distributed_c10d.py",
     f"{os.sep}deepspeed{os.sep}comm{os.sep}",
@@ -22,21 +23,10 @@ _COLLECTIVE_FILES = (
 _DEBUGGERS = {"bdb", "pdb", "pydevd", "debugpy"}
 
 
-def machine_id() -> str:
-    """Equal for two processes that see each other's process ids."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
 def process_state(pid: int) -> str:
     """`running`, `stopped` (SIGSTOP, or a debugger) or `dead`."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "dead"
-    return {"T": "stopped", "t": "stopped", "Z": "dead", "X": "dead"}.get(state, "running")
+    stat = process_stat(pid)
+    return "dead" if stat is None or stat.is_dead else "stopped" if stat.is_stopped else "running"
 
 
 def _frames() -> Iterator[FrameType]:

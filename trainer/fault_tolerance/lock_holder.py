@@ -7,8 +7,9 @@ import os
 import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
+
+from trainer.fault_tolerance.processes import process_namespace, process_stat
 
 _CONTENT_BYTES = 512
 
@@ -22,7 +23,7 @@ class Holder:
     host: str
     pid: int
     started: int
-    """Start time of the process in clock ticks since boot: field 22 of /proc/PID/stat."""
+    """See `ProcessStat.start_ticks`."""
 
     machine: str
     """Boot and process namespace in which `pid` has a meaning."""
@@ -35,36 +36,23 @@ class Holder:
     @property
     def is_local(self) -> bool:
         """Whether this process can look for it."""
-        return self.machine == _machine()
+        return self.machine == process_namespace()
 
     @property
     def is_alive(self) -> bool:
         """Whether it still runs, if it is local."""
-        return start_time(self.pid) == self.started
+        stat = process_stat(self.pid)
+        return stat is not None and stat.start_ticks == self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def start_time(pid: int) -> int | None:
-    """See `Holder.started`; None if there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
 def this_process() -> Holder:
     since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
-    return Holder(socket.gethostname(), os.getpid(), start_time(os.getpid()) or 0, _machine(), since)
+    stat = process_stat(os.getpid())
+    started = 0 if stat is None else stat.start_ticks
+    return Holder(socket.gethostname(), os.getpid(), started, process_namespace(), since)
 
 
 def is_same(one: Holder, other: Holder) -> bool:

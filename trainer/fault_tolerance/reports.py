@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from trainer.distributed import Launch, Mark, Phase, PrefixStore, Store, second_connection
-from trainer.fault_tolerance.inspection import machine_id, process_state
+from trainer.fault_tolerance.inspection import process_state
+from trainer.fault_tolerance.processes import process_namespace
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Report:
 
     rank: int
     host: str
-    machine: str
+    namespace: str
     pid: int
     position: int = 0
     progress: int = 0
@@ -56,7 +57,7 @@ class Report:
 
 
 def own_report(launch: Launch) -> Report:
-    return Report(launch.rank, socket.gethostname(), machine_id(), os.getpid())
+    return Report(launch.rank, socket.gethostname(), process_namespace(), os.getpid())
 
 
 class Peers:
@@ -94,7 +95,7 @@ class Peers:
         return {0: condition or "does not respond"}
 
     def _condition(self, report: Report) -> str:
-        state = process_state(report.pid) if report.machine == self._own.machine else "running"
+        state = process_state(report.pid) if report.namespace == self._own.namespace else "running"
         return {"dead": f"its process {report.pid} has died", "stopped": f"its process {report.pid} is stopped"}.get(
             state, ""
         )
