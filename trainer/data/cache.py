@@ -24,8 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from trainer.data.integrity import COMPLETE, damage_of, read_record, record_times, seal
-from trainer.distributed import Launch
-from trainer.distributed.store import JOIN_PATIENCE, Store
+from trainer.distributed import JOIN_PATIENCE, Launch, Store, wait_for
 from trainer.errors import ConfigError, DataError, Problem, RanksDifferError
 from trainer.files import replace_text, sync_directory
 from trainer.units import format_duration
@@ -38,7 +37,6 @@ _UNLOCKED_AGE_SECONDS = 24 * 3600.0
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SECONDS_BETWEEN_LINES = 30.0
-_POLL_SECONDS = 0.2
 
 Check = Callable[[Path], None]
 
@@ -150,17 +148,8 @@ class Cache:
         """The value of a key, once the builder has set it."""
         if self.store is None:
             raise ValueError("only the builder can open a cache without a store")
-        start = reported = time.monotonic()
-        while not self.store.check([key]):
-            time.sleep(_POLL_SECONDS)
-            now = time.monotonic()
-            if now - start > JOIN_PATIENCE.total_seconds():
-                raise DataError(f"{self.root}: rank {builder} has not prepared the data in {JOIN_PATIENCE}")
-            if now - reported > _SECONDS_BETWEEN_LINES:
-                reported = now
-                log.info(
-                    "waiting %s for rank %d to prepare the data of this host", format_duration(now - start), builder
-                )
+        if wait_for(self.store, {key: f"rank {builder}"}, "prepare the data of this host", JOIN_PATIENCE):
+            raise DataError(f"{self.root}: rank {builder} has not prepared the data in {JOIN_PATIENCE}")
         return str(self.store.get(key).decode())
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.config import LoadedConfig
-    from trainer.distributed.store import Store
+    from trainer.distributed import Store
 
 log = logging.getLogger(__name__)
 

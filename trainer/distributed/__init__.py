@@ -1,12 +1,14 @@
 """The ranks of a run: environment, logs, the store they share, process groups, agreement."""
 
+from torch.distributed import PrefixStore, Store
+
 from trainer.distributed.agreement import agree
 from trainer.distributed.environment import Launch, free_port, local_device, prepare_environment
 from trainer.distributed.extensions import load_extension
 from trainer.distributed.logs import configure_logging
 from trainer.distributed.phases import JOIN_PATIENCE, Mark, Phase, Phases
 from trainer.distributed.shared_memory import remove_stale_buffers
-from trainer.distributed.store import PrefixStore, Store, open_store, second_connection
+from trainer.distributed.store import open_store, second_connection
 from trainer.distributed.waiting import hand_out, named, receive, wait_for
 from trainer.distributed.world import World, joined_world, seed_everything
 

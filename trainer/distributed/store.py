@@ -11,13 +11,11 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # torch.distributed hides them from mypy
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from trainer.distributed.environment import Launch, complete_environment
 from trainer.distributed.phases import JOIN_PATIENCE
 from trainer.errors import ConfigError, Problem
-
-__all__ = ["JOIN_PATIENCE", "PrefixStore", "Store", "open_store", "second_connection"]
 
 log = logging.getLogger(__name__)
 

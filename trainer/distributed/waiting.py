@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-from trainer.distributed.store import Store
+from torch.distributed import Store
+
 from trainer.units import format_duration
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
 
 from trainer.distributed.environment import Launch, complete_environment, local_device
 from trainer.distributed.extensions import load_extension
 from trainer.distributed.phases import JOIN_PATIENCE, Phases
 from trainer.distributed.shared_memory import remove_stale_buffers, unlink_own_buffer
-from trainer.distributed.store import PrefixStore, Store, open_store
+from trainer.distributed.store import open_store
 from trainer.topology import Axis, Topology
 
 log = logging.getLogger(__name__)
