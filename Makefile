@@ -54,6 +54,7 @@ bench: $(VENV)/.installed-dev  ## every figure of the README (about a quarter of
 	$(PY) -m tools.bench pipeline
 	$(PY) -m tools.bench checkpoint
 	$(PY) -m tools.bench replicas
+	$(PY) -m tools.bench guards
 	$(PY) -m tools.bench overhead
 
 schema: $(VENV)/.installed  ## write ds_configs/schema.json anew

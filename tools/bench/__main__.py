@@ -7,6 +7,7 @@ python -m tools.bench traffic     collectives and bytes a layer under tensor par
 python -m tools.bench pipeline    idle share of the schedule, bytes over each boundary, parameters of a rank
 python -m tools.bench checkpoint  saving and loading against the disk itself, the stall of an asynchronous save, memory
 python -m tools.bench replicas    CPU time of a step that compares the copies of all weights by hash
+python -m tools.bench guards      cost of stop requests, run lock, watchdog, comparison of ranks; how soon runs end
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
-from tools.bench import checkpoint, data, overhead, pipeline, replicas, states, traffic
+from tools.bench import checkpoint, data, guards, overhead, pipeline, replicas, states, traffic
 
 BENCHMARKS: dict[str, Any] = {
     "overhead": overhead,
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Any] = {
     "pipeline": pipeline,
     "checkpoint": checkpoint,
     "replicas": replicas,
+    "guards": guards,
 }
 
 

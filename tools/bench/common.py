@@ -44,10 +44,10 @@ def write_tokens(folder: Path, documents: int = 400) -> Path:
     return folder / "tokens.bin"
 
 
-def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> LoadedConfig:
-    """A Llama of about `millions` parameters on `write_tokens`' file."""
+def settings(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> dict[str, Any]:
+    """The configuration of a Llama of about `millions` parameters on `write_tokens`' file, as its JSON file has it."""
     model = {"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, **SIZES[millions]}
-    config = {
+    return {
         "run": {"output_dir": str(folder / "run")},
         "model": {"config": model},
         "data": {"train": [{"path": str(folder / "tokens.bin")}], "sequence_length": LENGTH},
@@ -61,7 +61,11 @@ def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1
             **deepspeed,
         },
     }
-    return check(config, world=world, device="cpu")
+
+
+def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> LoadedConfig:
+    """`settings`, checked."""
+    return check(settings(folder, millions, batch=batch, world=world, **deepspeed), world=world, device="cpu")
 
 
 def inline(config: PreTrainedConfig) -> dict[str, Any]:
