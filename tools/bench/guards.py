@@ -94,8 +94,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "stopped": stopped,
         "signalled": signalled,
     }
-    print(f"2 ranks; {options.pairs} interleaved pairs of {options.steps} steps, of 1 M parameters on 256 tokens a rank; "
-          f"signals to runs\nof {options.size} M parameters\n")  # fmt: skip
+    print(f"2 ranks; {options.pairs} interleaved pairs of {options.steps} steps, of 1 M parameters on 256 tokens a rank;\n"
+          f"signals to runs of {options.size} M parameters\n")  # fmt: skip
     print(table(("", ""), _rows(figures, options.limit)))
     return figures
 
