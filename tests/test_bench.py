@@ -27,7 +27,7 @@ ROWS: dict[str, list[str]] = {
     "replicas": ["fp32, ZeRO 0", "fp32, ZeRO 1", "bf16, ZeRO 1"],
     "guards": [
         "stop look-up after a step", "releasing the run lock", "comparing the ranks at the start", "guards, CPU time",
-        "until no rank is left  not in a short round", "ranks left after 10 s", "rank stopped, limit 4 s: named after",
+        "until no rank is left", "not in a short round", "ranks left after 10 s", "limit 4 s: named after",
         "the other ends, beyond the limit", "rank stopped, default limit, 1800 s: named after",
     ],
 }  # fmt: skip

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ SECONDS = 300.0
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tools.preload"])
+
+
+def start_server() -> None:
+    """Start the server that forks the ranks now, so that it imports while this process imports. Otherwise the first
+    ranks start it."""
+    forkserver.ensure_running()
 
 
 def _rank(

@@ -24,6 +24,11 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
+from tools.ranks import start_server
+
+if __name__ == "__main__":
+    start_server()
+
 from tools.bench import checkpoint, data, guards, overhead, pipeline, replicas, states, traffic
 
 BENCHMARKS: dict[str, Any] = {

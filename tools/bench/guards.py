@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "stopped": stopped,
         "signalled": signalled,
     }
-    print(f"2 ranks; {options.pairs} interleaved pairs of {options.steps} steps, of 1 M parameters on 256 tokens a rank;\n"
+    print(f"2 ranks; {options.pairs} interleaved pairs of {options.steps} steps (1 M parameters, 256 tokens a rank); "
           f"signals to runs of {options.size} M parameters\n")  # fmt: skip
     print(table(("", ""), _rows(figures, options.limit)))
     return figures
@@ -243,10 +243,8 @@ def _signalled(run_directory: Path, folder: Path, size: int, number: signal.Sign
         begin, left = time.monotonic(), 0
         while ranks := rank_processes(path):
             seconds = time.monotonic() - begin
-            if seconds < _LEFT_AFTER:
-                left = 0
-            elif not left:
-                left = len(ranks)
+            if seconds >= _LEFT_AFTER:
+                left = max(left, len(ranks))
             if seconds > 120:
                 raise RuntimeError(f"ranks are left {seconds:.0f} s after {number.name}: {ranks}")
             time.sleep(0.05)
