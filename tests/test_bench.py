@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 
 from tests.harness import run_command
 from tools.bench.__main__ import BENCHMARKS
+from tools.bench.launches import rank_processes
 
 ROWS: dict[str, list[str]] = {
     "overhead": ["bare torch", "plain DeepSpeed", "Tessera"],
@@ -52,6 +57,26 @@ def numbers(figures: Any) -> Iterator[float]:
 
 def test_every_benchmark_has_a_short_round() -> None:
     assert set(ROWS) == set(BENCHMARKS)
+
+
+@pytest.mark.fast
+def test_ranks_of_a_launch_are_found_while_they_live(tmp_path: Path) -> None:
+    script, config = tmp_path / "train.py", tmp_path / "config.json"
+    script.write_text("import time; time.sleep(60)")
+    rank = subprocess.Popen([sys.executable, str(script), "--config", str(config)])
+    other = subprocess.Popen([sys.executable, str(script), "--config", str(tmp_path / "another.json")])
+    try:
+        deadline = time.monotonic() + 10
+        while not rank_processes(config) and time.monotonic() < deadline:
+            time.sleep(0.01)  # between fork and exec
+        assert [one.pid for one in rank_processes(config)] == [rank.pid]
+    finally:
+        rank.kill()
+        other.kill()
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
+    assert not rank_processes(config), "dead, though nobody has waited for it"
+    rank.wait()
+    other.wait()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _START_SECONDS = 300.0
 def processes_of(config: Path) -> list[Process]:
     """Live processes of the launch whose configuration is this file."""
     found = (read_process(int(path.name)) for path in Path("/proc").glob("[0-9]*"))
-    return [one for one in found if one is not None and str(config) in one.command and not one.is_dead]
+    return [one for one in found if one is not None and str(config) in one.command and not one.stat.is_dead]
 
 
 def rank_processes(config: Path) -> list[Process]:
