@@ -86,8 +86,9 @@ def refuse_fewer_steps(loaded: LoadedConfig, step: int, where: str) -> None:
     """
     steps = loaded.known_steps
     if steps is not None and step > steps:
+        length = f"{steps} steps" if loaded.length_unit == "epochs" else str(steps)
         raise ConfigError(
-            Problem(f"training.{loaded.length_unit}", f"{steps} steps, and {where} is at step {step}",
+            Problem(f"training.{loaded.length_unit}", f"{length}, and {where} is at step {step}",
                     "Take more steps, or name an earlier checkpoint with --resume")
         )  # fmt: skip
 
