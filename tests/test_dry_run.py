@@ -134,7 +134,7 @@ def test_checkpoint_to_resume_from_is_looked_at(anew: dict[str, Any], tmp_path: 
     assert "resume " not in dry_run(other, tmp_path).out
     refusal(2, "run.seed: 5 here, 11 in", dry_run(with_values(more, run__seed=5), tmp_path))
     fewer = with_values(other, training__max_steps=2)
-    refusal(2, "training.max_steps: 2 steps, and", dry_run(fewer, tmp_path, "--resume", str(run)))
+    refusal(2, "training.max_steps: 2, and", dry_run(fewer, tmp_path, "--resume", str(run)))
     shard = run / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
     refusal(4, "rank-00000.safetensors", dry_run(more, tmp_path))
