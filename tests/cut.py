@@ -10,10 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from trainer.distributed import Launch, World, joined_world
-from trainer.parallel import (
-    TensorMapper,
-    read_plan,
-)
+from trainer.tensor_parallel import TensorMapper, read_plan
 from trainer.topology import Topology
 
 

@@ -40,7 +40,7 @@ from trainer.engine import Numbers, TrainingState, nvme
 from trainer.engine.holding import _mapped
 from trainer.errors import CheckpointError
 from trainer.files import hash_file
-from trainer.parallel import Shard, boxes_of, flat_boxes
+from trainer.sharding import Shard, boxes_of, flat_boxes
 from trainer.store import (
     MANIFEST,
     Box,

@@ -15,14 +15,12 @@ from torch import Tensor
 from tests.cut import one_tensor_group
 from tests.harness import run_ranks
 from trainer.distributed import World
-from trainer.parallel import (
-    collectives,
-)
+from trainer.tensor_parallel import collectives
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A collective of `trainer.parallel.collectives`, and what all ranks together compute with it."""
+    """A collective of `trainer.tensor_parallel.collectives`, and what all ranks together compute with it."""
 
     name: str
     whole: Callable[[list[Tensor], int], list[Tensor]]

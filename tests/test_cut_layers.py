@@ -16,12 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from tests.cut import cut, one_tensor_group
 from tests.harness import run_ranks
 from tools.parity.shrink import tiny
-from trainer.parallel import (
-    IGNORED,
-    Joiner,
-    TensorMapper,
-    shard_of,
-)
+from trainer.sharding import Joiner, shard_of
+from trainer.tasks.cross_entropy import IGNORED
+from trainer.tensor_parallel import TensorMapper
 
 WIDTH, HEADS, HEAD = 16, 4, 4
 

@@ -20,7 +20,7 @@ from tests.harness import run_ranks
 from tools.parity.shrink import tiny
 from trainer.distributed import World
 from trainer.errors import PlanError
-from trainer.parallel.region import Region
+from trainer.tensor_parallel.region import Region
 
 DROPPING: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}),

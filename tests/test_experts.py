@@ -19,7 +19,7 @@ from tests.test_plan import meta
 from tools.parity.families import Family
 from tools.parity.proof import prove
 from trainer.errors import PlanError
-from trainer.parallel import TensorMapper, choose_experts_implementation, read_plan
+from trainer.tensor_parallel import TensorMapper, choose_experts_implementation, read_plan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

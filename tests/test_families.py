@@ -16,8 +16,8 @@ from tools.parity.shapes import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WID
 from tools.parity.subject import parse_layout
 from tools.parity.training import prove_training, tiny_model
 from trainer.config.model_facts import NEVER_CAUSAL
-from trainer.parallel import TensorMapper, collectives, layers
-from trainer.parallel.families import FAMILIES as PLANS
+from trainer.tensor_parallel import TensorMapper, collectives, layers
+from trainer.tensor_parallel.families import FAMILIES as PLANS
 
 REPRESENTATIVE = [
     Family("llama"),
@@ -122,7 +122,7 @@ def bias_added_twice(families: list[Family]) -> list[Verdict]:
 
 
 def no_sum_of_shared_gradients(families: list[Family]) -> list[Verdict]:
-    from trainer.parallel import mapper
+    from trainer.tensor_parallel import mapper
 
     mapper.sum_gradient = lambda parameter, group: None
     return prove(families)

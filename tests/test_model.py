@@ -37,8 +37,10 @@ from trainer.model import (
 from trainer.model.initialize import _Initializer
 from trainer.model.read import read_weights
 from trainer.model.tasks import auxiliary_coefficient
-from trainer.parallel import TensorMapper, VocabularyCrossEntropy, read_plan, shard_of
-from trainer.parallel.elsewhere import put_elsewhere
+from trainer.sharding import shard_of
+from trainer.sharding.remote import put_elsewhere
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
+from trainer.tensor_parallel import TensorMapper, read_plan
 
 pytestmark = pytest.mark.fast
 

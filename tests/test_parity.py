@@ -233,9 +233,9 @@ def test_families_are_counted_and_verdicts_kept(
 
 @pytest.mark.fast
 def test_every_source_that_is_proven_is_hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for folder in ("trainer/parallel", "tools/parity", "launch"):
+    for folder in ("trainer/tensor_parallel", "tools/parity", "launch"):
         (tmp_path / folder).mkdir(parents=True)
-    sources = ("trainer/parallel/region.py", "tools/parity/proof.py", "launch/train.py", "tools/ranks.py")
+    sources = ("trainer/tensor_parallel/region.py", "tools/parity/proof.py", "launch/train.py", "tools/ranks.py")
     for source in sources:
         (tmp_path / source).write_text("a = 1\n")
     monkeypatch.chdir(tmp_path)

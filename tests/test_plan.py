@@ -13,14 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tools.parity.shrink import tiny
 from trainer.errors import PlanError
-from trainer.parallel import (
-    Shard,
-    TensorMapper,
-    read_plan,
-)
-from trainer.parallel.families import FAMILIES
-from trainer.parallel.mapper import drops
-from trainer.parallel.parts import Part, Refused, Share
+from trainer.sharding import Shard
+from trainer.tensor_parallel import TensorMapper, read_plan
+from trainer.tensor_parallel.families import FAMILIES
+from trainer.tensor_parallel.mapper import drops
+from trainer.tensor_parallel.units import Part, Refused, Share
 
 
 def _random_pieces(draw: random.Random) -> tuple[tuple[int, ...], int, int, list[Part]]:

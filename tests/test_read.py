@@ -29,7 +29,8 @@ from trainer.config.model_facts import config_at
 from trainer.errors import ConfigError
 from trainer.model import build_model, build_model_shape, give_weights
 from trainer.model.read import check_weights, read_weights
-from trainer.parallel import Shard, TensorMapper, boxes_of, parts_in_whole, read_plan
+from trainer.sharding import Shard, boxes_of, parts_in_whole
+from trainer.tensor_parallel import TensorMapper, read_plan
 
 pytestmark = pytest.mark.fast
 

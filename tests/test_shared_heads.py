@@ -19,7 +19,8 @@ from tools.parity.families import Family
 from tools.parity.proof import Verdict, prove
 from trainer.distributed import Launch, joined_world
 from trainer.errors import PlanError
-from trainer.parallel import mapper, shard_of
+from trainer.sharding import shard_of
+from trainer.tensor_parallel import mapper
 
 STEPS = 4
 

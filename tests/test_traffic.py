@@ -6,7 +6,7 @@ import pytest
 
 from tests.harness import run_ranks
 from tools.bench.traffic import ACTIVATION, BATCH, LENGTH, Case, Measured, measure, sent
-from trainer.parallel.region import Region
+from trainer.tensor_parallel.region import Region
 
 PARALLEL_RESIDUALS = [
     *(Case(model_type) for model_type in ("gpt_neox", "gptj", "falcon", "phi", "cohere")),

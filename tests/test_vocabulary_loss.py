@@ -17,10 +17,7 @@ from tests.cut import one_tensor_group
 from tests.harness import run_ranks
 from tools.bench.traffic import Recorder
 from trainer.errors import TesseraError
-from trainer.parallel import (
-    IGNORED,
-    VocabularyCrossEntropy,
-)
+from trainer.tasks.cross_entropy import IGNORED, VocabularyCrossEntropy
 
 TOKENS = 20
 TYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -21,9 +21,10 @@ from trainer.data.inspection import DataReport, inspect_data
 from trainer.distributed import local_device
 from trainer.errors import Problem
 from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
-from trainer.parallel import drops, read_plan, starred
 from trainer.pipeline import Division, divide_layers
 from trainer.run_directory import RunDirectory
+from trainer.sharding import starred
+from trainer.tensor_parallel import drops, read_plan
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")

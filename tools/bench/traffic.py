@@ -24,7 +24,7 @@ from tools.bench.common import table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
 from trainer.distributed import Launch, World, joined_world
-from trainer.parallel import collectives, tensor_mapper
+from trainer.tensor_parallel import collectives, tensor_mapper
 from trainer.topology import Topology
 
 BATCH, LENGTH, HIDDEN = 2, 256, 64

@@ -25,18 +25,9 @@ from trainer.config.model_facts import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.model.tasks import auxiliary_coefficient
-from trainer.parallel import (
-    Mapper,
-    Plan,
-    Shard,
-    TensorMapper,
-    WholeModel,
-    fill_elsewhere,
-    read_plan,
-    shard_of,
-    starred,
-)
 from trainer.pipeline import Stage, divide, follow, refuse_other_uses, shared_weights
+from trainer.sharding import Shard, fill_elsewhere, shard_of, starred
+from trainer.tensor_parallel import Mapper, Plan, TensorMapper, WholeModel, read_plan
 from trainer.topology import Topology
 
 BATCH, LENGTH = 2, 24

@@ -32,15 +32,16 @@ from trainer.config.load import LoadedConfig, check
 from trainer.config.model_facts import model_config
 from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
+from trainer.distributed.collectives import all_gather
 from trainer.engine import start_engine
 from trainer.engine.pipeline import PipelineEngine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model, build_model_shape, initialize_weights
 from trainer.model.tasks import auxiliary_coefficient
-from trainer.parallel import choose_experts_implementation, shard_of
-from trainer.parallel.collectives import all_gather
 from trainer.pipeline import divide_layers
+from trainer.sharding import shard_of
+from trainer.tensor_parallel import choose_experts_implementation
 from trainer.topology import Topology
 
 _SEED = 2026

@@ -33,7 +33,7 @@ from trainer.data import open_batches, prepare_data
 from trainer.data.batches import IGNORED, MicroBatch
 from trainer.data.indexed import IndexedWriter, id_type
 from trainer.errors import ConfigError
-from trainer.parallel import drops
+from trainer.tensor_parallel import drops
 from trainer.topology import Topology
 
 LENGTH = 24

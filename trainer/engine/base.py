@@ -18,7 +18,8 @@ from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.replicas import Replicas
 from trainer.engine.state import TrainingState
 from trainer.errors import DataError
-from trainer.parallel import Joiner, Mapper, counts
+from trainer.sharding import Joiner, counts
+from trainer.tensor_parallel import Mapper
 from trainer.topology import Axis
 
 

@@ -32,8 +32,9 @@ from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.optimization import Optimization
 from trainer.model import TaskLoss
-from trainer.parallel import Mapper, all_parameters, counts, shard_of
 from trainer.pipeline import Division, Record, Stage, pieces_of, shared_weights
+from trainer.sharding import all_parameters, counts, shard_of
+from trainer.tensor_parallel import Mapper
 
 EVALUATED_TOGETHER = 4
 """Micro-batches for each stage that are evaluated in one schedule: enough that the pipeline is mostly full."""

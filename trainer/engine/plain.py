@@ -12,7 +12,7 @@ from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
-from trainer.parallel import shard_of
+from trainer.sharding import shard_of
 
 _PREFIX = "model."
 """Of parameter names in a task module, before the Hugging Face name."""

@@ -22,8 +22,9 @@ from trainer.engine.optimization import Optimization
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights, weight_options
-from trainer.parallel import Mapper, fill_elsewhere, tensor_mapper
 from trainer.pipeline import ONE_STAGE, Division, Stage, recompute, unite
+from trainer.sharding import fill_elsewhere
+from trainer.tensor_parallel import Mapper, tensor_mapper
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

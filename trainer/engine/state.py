@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from trainer.distributed import World
 from trainer.engine.holding import Holding, holding_of
-from trainer.parallel import Mapper, Shard, boxes_of, counts, parts_in_whole
 from trainer.pipeline import pieces_of
+from trainer.sharding import Shard, boxes_of, counts, parts_in_whole
 from trainer.store import BUFFER, WEIGHT
+from trainer.tensor_parallel import Mapper
 
 Scalars = dict[str, float]
 

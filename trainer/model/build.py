@@ -17,8 +17,8 @@ from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weights, read_weights
-from trainer.parallel import choose_experts_implementation, drops, read_plan, refuse_sequence_parallel
 from trainer.store import is_checkpoint
+from trainer.tensor_parallel import choose_experts_implementation, drops, read_plan, refuse_sequence_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.errors import ConfigError, Problem
 from trainer.files import bare_exceptions_as_os_errors, hash_file, remove, replace_folder, sync_tree
-from trainer.parallel import all_parameters, choose_experts_implementation
+from trainer.sharding import all_parameters
 from trainer.store import Written, write_safetensors
+from trainer.tensor_parallel import choose_experts_implementation
 from trainer.units import format_bytes
 
 if TYPE_CHECKING:

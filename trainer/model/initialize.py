@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import TORCH_INIT_FUNCTIONS, guard_torch_init_functions
 
 from trainer.errors import ConfigError, Problem
-from trainer.parallel import shard_of
+from trainer.sharding import shard_of
 
 Complete = Callable[[list[nn.Parameter]], object]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.config.schema import TrainingSection
 from trainer.errors import ConfigError, Problem
-from trainer.parallel import starred
+from trainer.sharding import starred
 
 _EXCLUDE, _SCALES = "training.weight_decay_exclude", "training.learning_rate_scales"
 

@@ -39,7 +39,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.model.unexpected import SHOWN, Leftovers, classify, refuse_quantized, shown
 from trainer.model.unexpected import Stored as Header
-from trainer.parallel import Shard, all_parameters, shard_of
+from trainer.sharding import Shard, all_parameters, shard_of
 from trainer.store import DTYPES, MODEL_KINDS, Files, Stored, is_checkpoint, read_manifest, verify_sizes
 
 log = logging.getLogger(__name__)

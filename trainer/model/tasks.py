@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.errors import TesseraError
-from trainer.parallel import VocabularyCrossEntropy
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 
 _AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "ffn_config.moe_loss_weight")
 """What configurations call the weight of their load-balancing loss; the last is dbrx's."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.parallel import lies_elsewhere
+from trainer.sharding import lies_elsewhere
 
 
 def recompute(model: nn.Module, names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainer.distributed import World
-from trainer.parallel import Shard, shard_of
+from trainer.sharding import Shard, shard_of
 
 Pieces = dict[str, list[tuple[nn.Parameter, Shard | None]]]
 """What a rank holds of each weight, by the weight's first name."""

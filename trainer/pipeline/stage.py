@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from trainer.parallel import put_elsewhere, starred
 from trainer.pipeline.flow import BATCH, LENGTH, Call, Flow, Leaf, Value
+from trainer.sharding import put_elsewhere, starred
 
 T = TypeVar("T")
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.distributed import World
-from trainer.parallel.collectives import Group
-from trainer.parallel.experts import choose_experts_implementation
-from trainer.parallel.heads import correct_key_value_groups
-from trainer.parallel.join import Joiner
-from trainer.parallel.layers import INSTALL, resize, share_pieces, sum_gradient
-from trainer.parallel.loss import VocabularyCrossEntropy
-from trainer.parallel.plan import Placement, Plan, read_plan
-from trainer.parallel.region import Region
-from trainer.parallel.sequence import SequenceParallel, refuse_sequence_parallel
-from trainer.parallel.shard import Shard, mark, shard_of
-from trainer.parallel.watch import GradientWatch
+from trainer.distributed.collectives import Group
+from trainer.sharding.join import Joiner
+from trainer.sharding.shard import Shard, mark, shard_of
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
+from trainer.tensor_parallel.experts import choose_experts_implementation
+from trainer.tensor_parallel.gradient_watch import GradientWatch
+from trainer.tensor_parallel.key_value_groups import correct_key_value_groups
+from trainer.tensor_parallel.layers import INSTALL, resize, share_pieces, sum_gradient
+from trainer.tensor_parallel.plan import Placement, Plan, read_plan
+from trainer.tensor_parallel.region import Region
+from trainer.tensor_parallel.sequence import SequenceParallel, refuse_sequence_parallel
 
 
 class Mapper(Protocol):

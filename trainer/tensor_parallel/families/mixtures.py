@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.parallel.families.common import POSITIONS, ROUTER, Rows
+from trainer.tensor_parallel.families.common import POSITIONS, ROUTER, Rows
 
 LATENT = "replicate:a latent; small, and used by all heads"
 INDEXER = "replicate:an indexer; it picks the tokens for all heads, and learns nothing"
@@ -408,7 +408,7 @@ PLANS: dict[str, Rows] = {
 }
 """Tensor plans that Hugging Face lacks, has wrong, or leaves without the weights that stay whole. Dictionaries only.
 
-Names and words are those of `trainer.parallel.plan`; names count from the base model. A row here overrides Hugging
-Face's row of the same name; None takes Hugging Face's row away. A new family is one dictionary here and one row in the
-table of families.
+Names and words are those of `trainer.tensor_parallel.plan`; names count from the base model. A row here overrides
+Hugging Face's row of the same name; None takes Hugging Face's row away. A new family is one dictionary here and one row
+in the table of families.
 """

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem, TesseraError
-from trainer.parallel import collectives
-from trainer.parallel.families import WHOLE_SEQUENCES
-from trainer.parallel.hooks import on_argument, on_output
-from trainer.parallel.layers import sum_gradient
-from trainer.parallel.plan import Plan
-from trainer.parallel.region import Region
+from trainer.tensor_parallel import collectives
+from trainer.tensor_parallel.families import WHOLE_SEQUENCES
+from trainer.tensor_parallel.hooks import on_argument, on_output
+from trainer.tensor_parallel.layers import sum_gradient
+from trainer.tensor_parallel.plan import Plan
+from trainer.tensor_parallel.region import Region
 
 SEQUENCE = 1
 """Dimension of hidden states (batch, sequence, hidden) that is cut."""

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from trainer.distributed.collectives import Group, all_reduce, own_slice
 from trainer.errors import PlanError, Problem
-from trainer.parallel import collectives
-from trainer.parallel.collectives import Group
-from trainer.parallel.hooks import on_argument, on_inputs, on_output
-from trainer.parallel.parts import Scope
-from trainer.parallel.plan import ModuleStyle
-from trainer.parallel.region import Region
-from trainer.parallel.shard import shard_of
-from trainer.parallel.styles import Style
+from trainer.sharding.shard import shard_of
+from trainer.tensor_parallel import collectives
+from trainer.tensor_parallel.hooks import on_argument, on_inputs, on_output
+from trainer.tensor_parallel.plan import ModuleStyle
+from trainer.tensor_parallel.region import Region
+from trainer.tensor_parallel.styles import Style
+from trainer.tensor_parallel.units import Scope
 
 
 def _computes_as(kind: type[nn.Module], plain: type[nn.Module]) -> bool:
@@ -295,7 +295,7 @@ def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
     summed: list[Group] = parameter.__dict__.setdefault("tessera_summed", [])
     if parameter.requires_grad and not any(other is group for other in summed):
         summed.append(group)
-        parameter.register_hook(lambda gradient: collectives.all_reduce(gradient, group))  # type: ignore[no-untyped-call]
+        parameter.register_hook(lambda gradient: all_reduce(gradient, group))  # type: ignore[no-untyped-call]
 
 
 def _install_experts(region: Region, at: ModuleStyle, style: Style) -> None:
@@ -409,10 +409,10 @@ def _install_split_input(region: Region, at: ModuleStyle, style: Style) -> None:
         if value.shape[dim] == 1:  # one for all heads
             return value
         if heads is None:
-            return collectives.own_slice(value, dim, region.group)
+            return own_slice(value, dim, region.group)
         shape = (*value.shape[:dim], -1, heads * region.ranks, *value.shape[dim + 1 :])
         grouped = value.reshape(shape)
-        return collectives.own_slice(grouped, dim + 1, region.group).flatten(dim, dim + 1)
+        return own_slice(grouped, dim + 1, region.group).flatten(dim, dim + 1)
 
     on_argument(at.module, name, take)
 

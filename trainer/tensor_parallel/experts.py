@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
-from trainer.parallel.shard import shard_of
+from trainer.sharding.shard import shard_of
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from trainer.parallel.styles import Style
+from trainer.tensor_parallel.styles import Style
 
 
 class Refused(Exception):

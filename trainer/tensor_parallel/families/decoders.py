@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.parallel.families.common import POSITIONS, Rows
+from trainer.tensor_parallel.families.common import POSITIONS, Rows
 
 _GPT2: Rows = {
     "wpe": POSITIONS,

@@ -6,7 +6,6 @@ cannot. Where a style takes an argument, it follows a colon.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 WORDS = {
@@ -68,11 +67,6 @@ COLUMNS = {"colwise", "kv_colwise", "packed_colwise", "colwise_gather_output", "
 
 ROWS = {"rowwise", "packed_rowwise", "rowwise_split_input", "rowwise_enter", "rowwise_scatter_output"}
 """Styles that cut a parameter along its inputs."""
-
-
-def starred(name: str) -> str:
-    """The name with `*` for each number that stands alone in it."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
 
 
 @dataclass(frozen=True)

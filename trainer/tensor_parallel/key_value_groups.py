@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trainer.parallel.elsewhere import all_parameters
-from trainer.parallel.shard import shard_of
+from trainer.sharding.remote import all_parameters
+from trainer.sharding.shard import shard_of
 
 
 def correct_key_value_groups(model: nn.Module, heads: Mapping[str, int], ranks: int) -> None:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.distributed.collectives import Group
 from trainer.errors import TesseraError
-from trainer.parallel.collectives import Group
 
 IGNORED = -100
 """The label of a token that is not predicted."""

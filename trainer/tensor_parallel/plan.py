@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import PlanError, Problem
-from trainer.parallel.elsewhere import lies_elsewhere
-from trainer.parallel.parts import Part, Refused, Scope, in_units, parse_parts
-from trainer.parallel.rows import Rows
-from trainer.parallel.shard import Shard
-from trainer.parallel.styles import COLUMNS, ON_MODULES, ROWS, WHOLE, Style, starred
+from trainer.sharding import starred
+from trainer.sharding.remote import lies_elsewhere
+from trainer.sharding.shard import Shard
+from trainer.tensor_parallel.plan_sources import Rows
+from trainer.tensor_parallel.styles import COLUMNS, ON_MODULES, ROWS, WHOLE, Style
+from trainer.tensor_parallel.units import Part, Refused, Scope, in_units, parse_parts
 
 
 @dataclass(frozen=True)

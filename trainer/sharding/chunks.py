@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from trainer.parallel.shard import Shard
+from trainer.sharding.shard import Shard
 
 Place = tuple[int, ...]
 

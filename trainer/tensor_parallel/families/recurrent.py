@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.parallel.families.common import ROUTER, Rows
+from trainer.tensor_parallel.families.common import ROUTER, Rows
 
 SMALL = "replicate:low rank; its outputs are few, and used by all heads"
 _INDEXER = "replicate:an indexer; it picks the tokens for all heads, and learns nothing"

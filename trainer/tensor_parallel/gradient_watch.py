@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.distributed.collectives import Group, all_gather
 from trainer.errors import PlanError, Problem
-from trainer.parallel.collectives import Group, all_gather
-from trainer.parallel.plan import Placement, Plan
-from trainer.parallel.styles import starred
+from trainer.sharding import starred
+from trainer.tensor_parallel.plan import Placement, Plan
 
 _DIFFERENCE = 0.02
 """Ranks may differ by so much of a gradient's norm: kernels that add in no fixed order do."""

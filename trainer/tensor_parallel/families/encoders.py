@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.parallel.families.common import POSITIONS, Rows
+from trainer.tensor_parallel.families.common import POSITIONS, Rows
 
 AFTER = "replicate:after the exit of the block"
 BEFORE = "replicate:before the entrance to the block"

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from trainer.parallel.collectives import Group, all_gather
-from trainer.parallel.shard import Shard
+from trainer.distributed.collectives import Group, all_gather
+from trainer.sharding.shard import Shard
 
 
 class Joiner:

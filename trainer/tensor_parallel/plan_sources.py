@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import Problem
-from trainer.parallel.families import COMMON, FAMILIES, UNITS
-from trainer.parallel.styles import WORDS, Style, starred
+from trainer.sharding import starred
+from trainer.tensor_parallel.families import COMMON, FAMILIES, UNITS
+from trainer.tensor_parallel.styles import WORDS, Style
 
 _Rows = Mapping[str, str | None]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer.parallel import collectives
-from trainer.parallel.collectives import Group
+from trainer.distributed.collectives import Group
+from trainer.tensor_parallel import collectives
 
 _APART = 0x5A7E
 """Upper 16 bits of every seed for a rank's own numbers."""

@@ -1,0 +1,10 @@
+"""Names of modules and parameters with their layer numbers as wildcards."""
+
+from __future__ import annotations
+
+import re
+
+
+def starred(name: str) -> str:
+    """The name with `*` for each number that stands alone in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)

@@ -1,0 +1,1 @@
+"""Training tasks: what a model learns to predict, and the loss that measures it."""
