@@ -84,14 +84,14 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     from trainer.engine import start_engine
     from trainer.fault_tolerance import compare_ranks
     from trainer.loop import fit
-    from trainer.model import build_model, build_model_shape, model_cost, recipe_of, write_model
-    from trainer.pipeline import divide_layers
+    from trainer.model import build_model, build_model_shape, describe_model, model_cost, write_model
+    from trainer.pipeline import assign_stages
     from trainer.topology import Topology
     from trainer.tracking import Meter, open_trackers
 
     config = loaded.config
     shape = build_model_shape(loaded)
-    cost, stages = model_cost(shape), divide_layers(shape, loaded)
+    cost, stages = model_cost(shape), assign_stages(shape, loaded)
     topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     run.phases.enter("data")
     prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
@@ -104,7 +104,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
         checkpoints = Checkpoints(
-            loaded, run.directory, world, batches.fingerprint, recipe_of(model), batches.evaluated_samples
+            loaded, run.directory, world, batches.fingerprint, describe_model(model), batches.evaluated_samples
         )
         engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
         if not checkpoints.found:

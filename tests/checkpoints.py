@@ -23,8 +23,8 @@ from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.errors import TesseraError, TrainingHalted
 from trainer.fault_tolerance import StopRequests
-from trainer.model import build_model, build_model_shape, recipe_of
-from trainer.pipeline import divide_layers
+from trainer.model import build_model, build_model_shape, describe_model
+from trainer.pipeline import assign_stages
 from trainer.run_directory import RunDirectory
 from trainer.store import Files, read_manifest
 
@@ -77,9 +77,9 @@ def _go_on(
     model = build_model(loaded, prepared.tokenizer)
     if frozen:
         model.get_parameter(frozen).requires_grad_(False)
-    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(model))
-    division = divide_layers(build_model_shape(loaded), loaded)
-    engine = start_engine(model, loaded, world, division, blank=checkpoints.found)
+    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, describe_model(model))
+    assignment = assign_stages(build_model_shape(loaded), loaded)
+    engine = start_engine(model, loaded, world, assignment, blank=checkpoints.found)
     progress = checkpoints.restore(engine)
     batches.train.go_on_after(progress.step, progress.samples)
     if kill is not None and launch.rank in victims:

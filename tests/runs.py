@@ -22,7 +22,7 @@ from trainer.distributed import Launch, World, joined_world, local_device
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.model import build_model, build_model_shape, initialize_weights, model_cost
-from trainer.pipeline import divide_layers
+from trainer.pipeline import assign_stages
 from trainer.topology import Topology
 from trainer.tracking import Meter
 
@@ -60,8 +60,8 @@ def _train(
     loaded = _loaded(config, launch.world)
     prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, topology)
-    division = divide_layers(build_model_shape(loaded), loaded)
-    engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
+    assignment = assign_stages(build_model_shape(loaded), loaded)
+    engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
     before = engine.evaluate(batches.validation).loss if batches.validation else None
     if sabotage:
         _sabotage(engine, sabotage)
@@ -250,7 +250,7 @@ def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainB
     prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     cost = model_cost(model)
-    engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
+    engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
     meter = Meter(engine, world.device, launch.world, cost, loaded.config.data.sequence_length, attempt=1)
     return open_batches(loaded, prepared, world.topology).train, engine, meter
 
@@ -370,7 +370,7 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
         batches, engine, _ = _start(config, launch, world)
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
-        shared = {name for name, stages in engine._held_by.items() if len(stages) > 1}
+        shared = {name for name, stages in engine._parameter_ranks.items() if len(stages) > 1}
         held = (pair for own in engine.models for pair in own.named_parameters())
         return {name: parameter.detach().float().numpy() for name, parameter in held if name in shared}
 

@@ -33,7 +33,7 @@ from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError
 from trainer.fault_tolerance import StopRequests
 from trainer.model import build_model, build_model_shape
-from trainer.pipeline import divide_layers
+from trainer.pipeline import assign_stages
 from trainer.store import read_manifest
 from trainer.topology import Topology
 
@@ -87,7 +87,7 @@ def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, A
     loaded = _loaded(config, launch.world)
     prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
-    engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
+    engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
     return loaded, engine, open_batches(loaded, prepared, world.topology).train
 
 
@@ -161,7 +161,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_models_that_see_later_tokens_are_refused(layout: str, base: dict[str, Any], bert: Path) -> None:
+def test_bidirectional_models_are_refused(layout: str, base: dict[str, Any], bert: Path) -> None:
     """And a run in the same layout that is not refused computes, dropout included, what it does without the probe."""
     world, values = LAYOUTS[layout]
     config = with_values(base, **values)
@@ -202,7 +202,7 @@ def test_causal_models_are_not_refused(precision: str, base: dict[str, Any], ber
 
 
 @pytest.mark.fast
-def test_remedy_for_a_hub_name_can_be_followed(tmp_path: Path) -> None:
+def test_remedy_for_hub_name_is_actionable(tmp_path: Path) -> None:
     def remedy(path: str) -> str | None:
         facts = SimpleNamespace(model_type="bert", causal_setting=("is_decoder", True))
         loaded: Any = SimpleNamespace(facts=facts, config=SimpleNamespace(model=SimpleNamespace(path=path)))
@@ -216,7 +216,7 @@ def test_remedy_for_a_hub_name_can_be_followed(tmp_path: Path) -> None:
     assert of_folder.startswith(f"Set is_decoder to true in {tmp_path}/config.json")
 
 
-def test_the_command_ends_with_one_message(base: dict[str, Any], bert: Path, tmp_path: Path) -> None:
+def test_command_reports_bidirectional_model_once(base: dict[str, Any], bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(with_values(base, model={"path": str(bert)}, run__output_dir=str(tmp_path / "run"))))
     ended = run_command(TRAIN, "--config", str(path), world=2)
@@ -226,7 +226,7 @@ def test_the_command_ends_with_one_message(base: dict[str, Any], bert: Path, tmp
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_only_a_run_that_begins_is_probed(base: dict[str, Any], tmp_path: Path) -> None:
+def test_resumed_run_is_not_probed(base: dict[str, Any], tmp_path: Path) -> None:
     """A model that is made causal says so wherever it is rebuilt from."""
     config = with_values(base, model={"config": BERT}, run__output_dir=str(tmp_path), checkpoint={"every_steps": 2})
     asked = [run_ranks(counted_run, 1, with_values(config, training__max_steps=steps))[0] for steps in (2, 3)]
@@ -250,7 +250,9 @@ def test_only_a_run_that_begins_is_probed(base: dict[str, Any], tmp_path: Path) 
     ],
     ids=["bert", "bert explicit", "xlm", "gpt2"],
 )
-def test_random_weights_are_causal(config: dict[str, Any], expected: dict[str, bool], tiny: dict[str, Any]) -> None:
+def test_random_weights_default_to_causal(
+    config: dict[str, Any], expected: dict[str, bool], tiny: dict[str, Any]
+) -> None:
     loaded = check(with_values(tiny, model={"config": config}), world=1, device="cpu")
     resolved = loaded.resolved()["model"]["config"]
     assert resolved == config | expected
@@ -260,7 +262,7 @@ def test_random_weights_are_causal(config: dict[str, Any], expected: dict[str, b
 
 
 @pytest.mark.fast
-def test_a_begun_run_stays_bidirectional(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_resumed_run_keeps_bidirectional_setting(tiny: dict[str, Any], tmp_path: Path) -> None:
     """Its stored configuration lacks the key; a run of another family in its place hears nothing of it."""
     path, run = tmp_path / "config.json", tmp_path / "run"
     path.write_text(json.dumps(with_values(tiny, model={"config": BERT}, run__output_dir=str(run))))
@@ -304,7 +306,7 @@ def asked(config: dict[str, Any], ids: Any, passes: list[torch.Tensor] | None = 
 
 
 @pytest.mark.fast
-def test_the_sample_is_the_datas_own_and_its_last_quarter_is_replaced(tiny: dict[str, Any]) -> None:
+def test_probe_replaces_last_quarter_of_first_sample(tiny: dict[str, Any]) -> None:
     ids = list(range(10, 10 + LENGTH + 1))
     original, changed = asked(tiny, ids)
     assert original.input_ids_BT.tolist() == [ids[:-1]] * 2
@@ -323,7 +325,7 @@ def test_the_sample_is_the_datas_own_and_its_last_quarter_is_replaced(tiny: dict
 
 
 @pytest.mark.fast
-def test_short_samples(tiny: dict[str, Any]) -> None:
+def test_short_samples_are_extended_or_skipped(tiny: dict[str, Any]) -> None:
     original, changed = asked(tiny, [7, 8, 9])
     assert original.input_ids_BT.shape == (2, LENGTH), "random ids where the data has too few"
     assert not torch.equal(original.input_ids_BT, changed.input_ids_BT)
@@ -336,7 +338,7 @@ def test_short_samples(tiny: dict[str, Any]) -> None:
 
 
 @pytest.mark.fast
-def test_block_sparse_attention_is_probed_where_it_is_used(tiny: dict[str, Any]) -> None:
+def test_probe_is_long_enough_for_block_sparse_attention(tiny: dict[str, Any]) -> None:
     big_bird = {**BERT, "model_type": "big_bird", "max_position_embeddings": 2048}
     config = with_values(tiny, model={"config": big_bird}, data__sequence_length=1024)
     assert asked(config, range(200))[0].input_ids_BT.shape == (2, 705), "a shorter one would turn it off for good"
@@ -368,7 +370,7 @@ def changed_losses(changes: dict[tuple[int, int], float]) -> list[torch.Tensor]:
         ("bf16", {**{(PROBED, n): 4e-3 for n in range(4, 16)}, (CONTROL, 1): 1e-3}, "no loss"),
     ],
 )
-def test_verdict(
+def test_probe_verdict(
     precision: str, changes: dict[tuple[int, int], float], outcome: str, tiny: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -386,7 +388,7 @@ def test_verdict(
 
 
 @pytest.mark.fast
-def test_random_numbers_go_on_as_if_nothing_had_been_probed() -> None:
+def test_probe_preserves_random_state() -> None:
     def draws() -> tuple[float, float, float]:
         return random.random(), float(np.random.random()), float(torch.rand(()))
 

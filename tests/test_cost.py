@@ -78,18 +78,18 @@ SAMPLE = ("blt", "deepseek_v32", "dots3_note_text", "gemma4_text", "gpt2", "jamb
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", SAMPLE)
-def test_cost_of_a_family(model_type: str) -> None:
+def test_model_cost_of_representative_families(model_type: str) -> None:
     check(model_type)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(SAMPLE)))
-def test_cost_of_every_family(model_type: str) -> None:
+def test_model_cost_of_every_family(model_type: str) -> None:
     check(model_type)
 
 
 @pytest.mark.fast
-def test_cost_counts_what_runs() -> None:
+def test_model_cost_counts_executed_modules_only() -> None:
     """An image encoder without images, cross-attention without states to attend to: nothing. A cycle: every time."""
     text = model_cost(meta("gemma3_text")).active_matrix_parameters
     assert model_cost(meta("gemma3")).active_matrix_parameters == text
@@ -106,7 +106,7 @@ def test_cost_counts_what_runs() -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["dbrx", "granitemoe", "hunyuan_v1_moe", "mixtral", "qwen3_moe"])
-def test_cost_counts_active_experts(model_type: str) -> None:
+def test_model_cost_counts_active_experts(model_type: str) -> None:
     """2 of 4 experts, whatever the family calls them, in one field or one for each layer."""
     model = meta(model_type)
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n or "_linear.weight" in n)
@@ -118,7 +118,7 @@ def test_cost_counts_active_experts(model_type: str) -> None:
 
 
 @pytest.mark.fast
-def test_cost_of_a_model_that_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_cost_without_trace_equals_traced_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its modules and their attributes give the same for layers that are alike."""
     models = [meta(model_type) for model_type in ("llama", "gpt2", "bert", "bloom", "cpmant", "xlnet")]
     traced = [model_cost(model) for model in models]

@@ -38,7 +38,7 @@ def export(run: Path, folder: Path, dtype: str) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_rounding_of_large_logits_is_good(dtype: str, run: Path, tmp_path: Path) -> None:
+def test_export_check_accepts_rounding_of_large_logits(dtype: str, run: Path, tmp_path: Path) -> None:
     ended = export(run, tmp_path / "out", dtype)
     assert ended.status == 0, ended.out + ended.err
     assert "check passed: logits differ by 0 from" in ended.out
@@ -54,7 +54,7 @@ def test_rounding_of_large_logits_is_good(dtype: str, run: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "damage", ["a weight one step of bf16 away", "two rows of the head exchanged", "a number that is none"]
 )
-def test_an_export_that_differs_is_not_good(damage: str, run: Path, tmp_path: Path) -> None:
+def test_export_check_detects_damage(damage: str, run: Path, tmp_path: Path) -> None:
     """A difference of one step in one weight of 20,000 is far smaller than bf16's rounding of all of them."""
     assert export(run, tmp_path / "out", "bf16").status == 0
     file = tmp_path / "out" / "model.safetensors"

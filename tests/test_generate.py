@@ -54,7 +54,7 @@ def expected(folder: Path) -> str:
     return str(tokenizer.decode(model.generate(ids, **options)[0], skip_special_tokens=True)) + "\n"
 
 
-def test_each_checkpoint_by_its_name(run: Path, tmp_path: Path) -> None:
+def test_generate_from_named_checkpoints(run: Path, tmp_path: Path) -> None:
     texts = {}
     for step in (1, 2, 3, 4):
         folder = run / "checkpoints" / f"step-{step:08}"
@@ -72,7 +72,7 @@ def test_each_checkpoint_by_its_name(run: Path, tmp_path: Path) -> None:
     assert text_of("--run", run, "--checkpoint", "best") == texts[best] != texts[4]
 
 
-def test_of_a_run_that_has_not_finished_or_is_damaged(run: Path, tmp_path: Path) -> None:
+def test_generate_from_unfinished_or_damaged_run(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "final")
@@ -96,7 +96,7 @@ def test_of_a_run_that_has_not_finished_or_is_damaged(run: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_folder_of_hugging_face(dtype: torch.dtype, run: Path, tmp_path: Path) -> None:
+def test_generate_from_hugging_face_folder(dtype: torch.dtype, run: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -58,7 +58,7 @@ def worst(found: Outcome, expected: Outcome) -> tuple[float, float]:
 @pytest.mark.parametrize(
     "name", ["dualpipev", "pipeline and sequence", pytest.param("ZeRO 3", marks=pytest.mark.matrix)]
 )
-def test_padded_sample_in_every_layout(name: str, base: dict[str, Any], reference: Outcome) -> None:
+def test_short_last_sample_trains_equally_in_every_layout(name: str, base: dict[str, Any], reference: Outcome) -> None:
     values = LAYOUTS[name]
     ((found,), *_) = run_ranks(train, world_of(values), [(with_values(base, **values), STEPS)])
     loss, weight = worst(found, reference)
@@ -66,7 +66,7 @@ def test_padded_sample_in_every_layout(name: str, base: dict[str, Any], referenc
     assert weight < 5e-7, "with SGD a change of a weight is its gradient"
 
 
-def test_dropped_sample_is_noticed(base: dict[str, Any], reference: Outcome) -> None:
+def test_dropped_last_sample_changes_training(base: dict[str, Any], reference: Outcome) -> None:
     """The negative control."""
     found = run_ranks(train_bare, 1, [(with_values(base, data__drop_last=True), STEPS)])[0][0]
     assert worst(found, reference)[0] > 1e-4

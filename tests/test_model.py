@@ -24,14 +24,14 @@ from trainer.config.load import check
 from trainer.errors import ConfigError
 from trainer.model import (
     TASKS,
-    build_from_recipe,
+    build_from_description,
     build_model,
+    describe_model,
     give_weights,
     initialize_weights,
     load_exported,
     model_cost,
     peak_flops,
-    recipe_of,
     write_model,
 )
 from trainer.model.initialize import _Initializer
@@ -65,21 +65,25 @@ def built(tiny: dict[str, Any], **values: Any) -> Any:
     return build_model(loaded)
 
 
-def made(tiny: dict[str, Any], seed: int = 1, **values: Any) -> Any:
+def initialized_model(tiny: dict[str, Any], seed: int = 1, **values: Any) -> Any:
     model = built(tiny, **values)
     initialize_weights(model, seed)
     return model
 
 
-def test_nothing_has_memory_until_it_is_made(tiny: dict[str, Any]) -> None:
+def test_built_model_is_on_meta_device(tiny: dict[str, Any]) -> None:
     model = built(tiny)
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize("config", [None, GPT2, MIXTRAL, OPENAI], ids=["llama", "gpt2", "mixtral", "openai-gpt"])
-def test_initialisation_is_the_familys_own_and_depends_on_the_seed_only(config: Any, tiny: dict[str, Any]) -> None:
+def test_initialization_has_family_distribution_and_depends_on_seed_only(config: Any, tiny: dict[str, Any]) -> None:
     values: dict[str, Any] = {} if config is None else {"model__config": config}
-    first, again, other = made(tiny, 1, **values), made(tiny, 1, **values), made(tiny, 2, **values)
+    first, again, other = (
+        initialized_model(tiny, 1, **values),
+        initialized_model(tiny, 1, **values),
+        initialized_model(tiny, 2, **values),
+    )
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(first.config)
     buffers = dict(plain.named_buffers())
@@ -96,14 +100,14 @@ def test_initialisation_is_the_familys_own_and_depends_on_the_seed_only(config: 
             assert not torch.equal(value, other.get_parameter(name)), name
 
 
-def test_a_module_does_not_depend_on_what_was_made_before_it(tiny: dict[str, Any]) -> None:
+def test_module_values_do_not_depend_on_earlier_modules(tiny: dict[str, Any]) -> None:
     """What lets every layout make only its own part: more layers before, the same values in each."""
-    small, large = made(tiny), made(tiny, model__config__num_hidden_layers=3)
+    small, large = initialized_model(tiny), initialized_model(tiny, model__config__num_hidden_layers=3)
     for name, value in small.named_parameters():
         assert torch.equal(value, large.get_parameter(name)), name
 
 
-def test_blocks_are_handed_on_whole_and_each_parameter_once(tiny: dict[str, Any]) -> None:
+def test_initialization_yields_full_blocks_and_each_parameter_once(tiny: dict[str, Any]) -> None:
     model = built(tiny, model__config=GPT2)
     handed: list[list[torch.nn.Parameter]] = []
     with torch.no_grad():
@@ -124,7 +128,7 @@ def family_shape(family: Family, **fields: Any) -> Any:
     return model if sum(parameter.numel() for parameter in model.parameters()) < 3e7 else None
 
 
-def initialized(model: Any, complete: Any = lambda parameters: None) -> dict[str, torch.Tensor]:
+def initialize_parameters(model: Any, complete: Any = lambda parameters: None) -> dict[str, torch.Tensor]:
     initialize_weights(model, 1, complete)
     return dict(model.named_parameters())
 
@@ -137,7 +141,7 @@ SETS_BELOW = [
 
 
 @pytest.mark.parametrize("families", [SETS_BELOW, pytest.param(FAMILIES, marks=pytest.mark.matrix)], ids=["few", "all"])
-def test_weights_are_handed_on_with_their_last_value(families: list[Family]) -> None:
+def test_initialization_yields_final_values(families: list[Family]) -> None:
     """Who takes them away, as ZeRO-3 does, has what one process has that keeps them."""
     compared = 0
     for family in families:
@@ -151,13 +155,13 @@ def test_weights_are_handed_on_with_their_last_value(families: list[Family]) -> 
         whole, other = family_shape(family), family_shape(family)
         if whole is None:
             continue
-        expected, names = initialized(whole), initialized(other, take)
+        expected, names = initialize_parameters(whole), initialize_parameters(other, take)
         assert [name for name, p in names.items() if not taken[id(p)].equal(expected[name])] == [], str(family)
         compared += 1
     assert compared > 0.8 * len(families)
 
 
-def test_what_cannot_be_tried_without_values_is_handed_on_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initializer_that_reads_values_is_yielded_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose rule reads a number of a weight that it sets from above."""
     rule = LlamaForCausalLM._init_weights
 
@@ -167,27 +171,27 @@ def test_what_cannot_be_tried_without_values_is_handed_on_last(monkeypatch: pyte
             module.lm_head.weight.fill_(module.lm_head.weight.mean().item())
 
     monkeypatch.setattr(LlamaForCausalLM, "_init_weights", reads)
-    test_weights_are_handed_on_with_their_last_value([Family("llama")])
+    test_initialization_yields_final_values([Family("llama")])
 
 
-def test_a_stage_without_a_weight_draws_the_same_for_the_others() -> None:
+def test_stage_initializes_local_weights_as_full_model_does() -> None:
     """GIT sets the weights of two embeddings one after the other, when it comes to the module above them."""
     whole, stage = family_shape(Family("git")), family_shape(Family("git"))
     first = stage.git.image_encoder.vision_model.embeddings.patch_embedding
     put_elsewhere(first, "weight")
-    expected, found = initialized(whole), initialized(stage)
+    expected, found = initialize_parameters(whole), initialize_parameters(stage)
     assert expected.keys() - found.keys() == {"git.image_encoder.vision_model.embeddings.patch_embedding.weight"}
     assert [name for name in found if not found[name].equal(expected[name])] == []
     assert first.weight.is_meta
 
 
-def test_tied_weights_stay_one_parameter(tiny: dict[str, Any]) -> None:
-    model = made(tiny, model__config__tie_word_embeddings=True)
+def test_tied_weights_remain_one_parameter(tiny: dict[str, Any]) -> None:
+    model = initialized_model(tiny, model__config__tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_the_loss_is_hugging_faces(tiny: dict[str, Any]) -> None:
-    model = made(tiny).eval()
+def test_causal_lm_loss_equals_hugging_face(tiny: dict[str, Any]) -> None:
+    model = initialized_model(tiny).eval()
     ids = torch.randint(0, 320, (3, 17))
     loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids[:, :-1], ids[:, 1:])
     expected = model(input_ids=ids, labels=ids).loss
@@ -195,8 +199,8 @@ def test_the_loss_is_hugging_faces(tiny: dict[str, Any]) -> None:
     assert float(loss.auxiliary) == 0
 
 
-def test_ignored_labels_do_not_count(tiny: dict[str, Any]) -> None:
-    model = made(tiny).eval()
+def test_ignored_labels_do_not_contribute_to_loss(tiny: dict[str, Any]) -> None:
+    model = initialized_model(tiny).eval()
     ids, labels = torch.randint(0, 320, (1, 9)), torch.full((1, 9), -100)
     labels[0, 4] = 7
     loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids, labels)
@@ -204,8 +208,8 @@ def test_ignored_labels_do_not_count(tiny: dict[str, Any]) -> None:
     assert float(loss.loss_sum) == pytest.approx(float(F.cross_entropy(logits[0, 4:5], torch.tensor([7]))), rel=1e-6)
 
 
-def test_a_mixtures_load_balancing_loss_is_apart(tiny: dict[str, Any]) -> None:
-    model = made(tiny, model__config=MIXTRAL).eval()
+def test_load_balancing_loss_is_reported_as_auxiliary(tiny: dict[str, Any]) -> None:
+    model = initialized_model(tiny, model__config=MIXTRAL).eval()
     ids = torch.randint(0, 320, (2, 9))
     loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids[:, :-1], ids[:, 1:])
     output = model(input_ids=ids[:, :-1], output_router_logits=True)
@@ -218,7 +222,7 @@ def test_attention_implementation_is_used(attention: str, tiny: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", "sdpa"), ("gptj", "eager")])
-def test_attention_is_by_default_the_best_that_the_family_has(family: str, expected: str, tiny: dict[str, Any]) -> None:
+def test_attention_default_is_best_supported(family: str, expected: str, tiny: dict[str, Any]) -> None:
     config = {
         "model_type": family,
         "vocab_size": 320,
@@ -233,7 +237,7 @@ def test_attention_is_by_default_the_best_that_the_family_has(family: str, expec
     assert build_model(loaded).config._attn_implementation == expected
 
 
-def test_an_attention_that_is_not_there_is_refused(tiny: dict[str, Any]) -> None:
+def test_unavailable_attention_is_refused(tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"model\.attention: 'flash_attention_2' cannot be used"):
         built(tiny, model__attention="flash_attention_2")
 
@@ -242,8 +246,8 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "ffn_config.moe_loss_we
 BALANCED = [family for family in FAMILIES if family.task == "causal_lm" and not family.variant]
 
 
-def added_by_family(family: Family, given: float) -> tuple[float, float] | None:
-    """What the family's own loss adds to the cross entropy with `given` as coefficient, where ours is `given` too.
+def auxiliary_loss_of_family(family: Family, coefficient: float) -> tuple[float, float] | None:
+    """Return what the family's own loss adds to the cross entropy for a coefficient, which ours must read as well.
 
     Returns:
         (load-balancing loss, what is added for it); None for a family without one.
@@ -251,17 +255,17 @@ def added_by_family(family: Family, given: float) -> tuple[float, float] | None:
     try:
         config = tiny_family(family.model_type, **family.fields)
         with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config))
+            model_class = type(AutoModelForCausalLM.from_config(config))
     except Exception:  # there is no tiny model
         return None
-    if "aux_loss" not in inspect.getsource(kind.forward):
+    if "aux_loss" not in inspect.getsource(model_class.forward):
         return None
     text = config.get_text_config(decoder=True)
     for path in COEFFICIENTS:
         *parents, last = path.split(".")
         holder = text if not parents else getattr(text, parents[0], None)
         if hasattr(holder, last):
-            setattr(holder, last, given)
+            setattr(holder, last, coefficient)
     for part in (config, text):
         part.output_router_logits = True
     torch.manual_seed(0)
@@ -271,28 +275,28 @@ def added_by_family(family: Family, given: float) -> tuple[float, float] | None:
         output = model(input_ids=ids, labels=ids, use_cache=False)
     if not isinstance(getattr(output, "aux_loss", None), torch.Tensor):
         return None
-    assert auxiliary_coefficient(model.config) == given
+    assert auxiliary_coefficient(model.config) == coefficient
     own = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     return float(output.aux_loss), float(output.loss - own)
 
 
 @pytest.mark.parametrize("family", [Family(name) for name in ("dbrx", "mixtral", "jetmoe")], ids=str)
-def test_the_auxiliary_coefficient_is_the_familys(family: Family) -> None:
-    found = added_by_family(family, 0.37)
+def test_auxiliary_coefficient_equals_family(family: Family) -> None:
+    found = auxiliary_loss_of_family(family, 0.37)
     assert found is not None
     assert found[1] == pytest.approx(0.37 * found[0], rel=1e-4)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", BALANCED, ids=str)
-def test_the_auxiliary_coefficient_of_every_family(family: Family) -> None:
-    found = added_by_family(family, 0.37)
+def test_auxiliary_coefficient_equals_family_for_all(family: Family) -> None:
+    found = auxiliary_loss_of_family(family, 0.37)
     if found is None:
         pytest.skip("no load-balancing loss")
     assert found[1] == pytest.approx(0.37 * found[0], rel=1e-4)
 
 
-def test_cost_by_hand(tiny: dict[str, Any]) -> None:
+def test_model_cost_of_llama_equals_arithmetic(tiny: dict[str, Any]) -> None:
     cost = model_cost(built(tiny))
     layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64
     assert cost.parameters == 2 * 320 * 32 + 2 * (layer + 2 * 32) + 32
@@ -303,7 +307,7 @@ def test_cost_by_hand(tiny: dict[str, Any]) -> None:
     assert tied.parameters == cost.parameters - 320 * 32
 
 
-def test_mixture_cost_counts_active_experts(tiny: dict[str, Any]) -> None:
+def test_model_cost_counts_active_experts_of_mixtral(tiny: dict[str, Any]) -> None:
     cost = model_cost(built(tiny, model__config=MIXTRAL))
     attention, router, experts = 32 * 32 * 2 + 2 * 32 * 16, 32 * 4, 3 * 32 * 48
     assert cost.active_matrix_parameters == 320 * 32 + 2 * (attention + router + 2 * experts)
@@ -314,13 +318,13 @@ def test_mixture_cost_counts_active_experts(tiny: dict[str, Any]) -> None:
     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090", None),
 ])  # fmt: skip
-def test_peaks(name: str, peak: float | None) -> None:
+def test_peak_flops_by_device_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_exported_model_gives_the_live_models_logits(tied: bool, tiny: dict[str, Any], tmp_path: Path) -> None:
-    model = made(tiny, model__config__tie_word_embeddings=tied).eval()
+def test_exported_model_has_equal_logits(tied: bool, tiny: dict[str, Any], tmp_path: Path) -> None:
+    model = initialized_model(tiny, model__config__tie_word_embeddings=tied).eval()
     write_model(model, model.named_parameters(), tmp_path / "final", None)
     again = load_exported(tmp_path / "final")
     ids = torch.randint(0, 320, (2, 20))
@@ -330,25 +334,27 @@ def test_the_exported_model_gives_the_live_models_logits(tied: bool, tiny: dict[
     assert not list(tmp_path.glob(".final*"))
 
 
-def test_an_infinite_number_in_a_recipe_is_read(tiny: dict[str, Any]) -> None:
+def test_infinite_number_in_model_description_is_read(tiny: dict[str, Any]) -> None:
     """Transformers writes it into JSON as an object."""
     model = built(tiny, model__config=inline(tiny_family("bamba")))
-    recipe = json.loads(json.dumps(recipe_of(model), allow_nan=False))
-    assert build_from_recipe(recipe).config.time_step_limit == model.config.time_step_limit == (0.0, float("inf"))
+    description = json.loads(json.dumps(describe_model(model), allow_nan=False))
+    assert (
+        build_from_description(description).config.time_step_limit
+        == model.config.time_step_limit
+        == (0.0, float("inf"))
+    )
 
 
 @pytest.mark.parametrize("model_type", ["emu3", "mllama"])
-def test_a_language_model_of_a_multimodal_family_is_found_again(
-    model_type: str, tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_language_model_of_multimodal_family_round_trips(model_type: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Its own configuration is not in the auto class's table; the family's, which is, contains it."""
-    model = made(tiny, model__config=inline(tiny_family(model_type))).eval()
+    model = initialized_model(tiny, model__config=inline(tiny_family(model_type))).eval()
     write_model(model, model.named_parameters(), tmp_path / "final", None)
     again = load_exported(tmp_path / "final")
     ids = torch.randint(5, 256, (2, 20))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
-    rebuilt = build_from_recipe(recipe_of(model))
+    rebuilt = build_from_description(describe_model(model))
     assert type(rebuilt) is type(model)
     assert {n: p.shape for n, p in rebuilt.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
@@ -372,7 +378,7 @@ def from_folder(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
     return model
 
 
-def test_pretrained_weights_are_read(tiny: dict[str, Any], folder: Path) -> None:
+def test_pretrained_weights_are_loaded(tiny: dict[str, Any], folder: Path) -> None:
     model = from_folder(tiny, folder)
     expected = LlamaForCausalLM.from_pretrained(folder)
     for name, value in expected.named_parameters():
@@ -380,12 +386,12 @@ def test_pretrained_weights_are_read(tiny: dict[str, Any], folder: Path) -> None
     assert model.dtype == torch.float32
 
 
-def test_a_folder_can_be_trained_from_scratch(tiny: dict[str, Any], folder: Path) -> None:
+def test_pretrained_folder_can_be_randomly_initialized(tiny: dict[str, Any], folder: Path) -> None:
     read, fresh = from_folder(tiny, folder), from_folder(tiny, folder, initialize="random")
     assert not torch.equal(read.lm_head.weight, fresh.lm_head.weight)
 
 
-def test_no_code_of_a_model_folder_runs(tiny: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_code_in_model_folder_is_not_executed(tiny: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     canary = tmp_path / "ran"
     code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Evil: pass\n"
     (folder / "modeling_evil.py").write_text(code)
@@ -402,7 +408,7 @@ def test_no_code_of_a_model_folder_runs(tiny: dict[str, Any], folder: Path, tmp_
 @pytest.mark.parametrize(
     ("damage", "words"), [("shape", "mismatched|cannot be read"), ("missing", "missing"), ("cut", "cannot be read")]
 )
-def test_weights_that_do_not_fit_are_refused(damage: str, words: str, tiny: dict[str, Any], folder: Path) -> None:
+def test_mismatched_weights_are_refused(damage: str, words: str, tiny: dict[str, Any], folder: Path) -> None:
     weights = folder / "model.safetensors"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -431,7 +437,7 @@ CUT = [
 
 @pytest.mark.fast
 @pytest.mark.parametrize("family", CUT, ids=str)
-def test_each_tensor_rank_reads_its_part(family: Family, tmp_path: Path) -> None:
+def test_tensor_rank_reads_its_shard_only(family: Family, tmp_path: Path) -> None:
     whole = reference_model(family)
     whole.save_pretrained(tmp_path, max_shard_size="200KB")
     expected = dict(whole.named_parameters())
@@ -477,7 +483,7 @@ def peak_of_reading(folder: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_a_rank_needs_its_part_and_one_tensor(model_type: str, tmp_path: Path) -> None:
+def test_peak_memory_of_reading_is_shard_plus_largest_tensor(model_type: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 32000}
     config = AutoConfig.for_model(model_type, **sizes, num_attention_heads=8, num_key_value_heads=4)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)

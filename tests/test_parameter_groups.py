@@ -86,14 +86,14 @@ def compare(rows: list[tuple[dict[str, Any], Layout]], tolerance: float, *, by_n
             assert_equal(outcome, plain[id(rows[number][0])], tolerance, rows[number][1], by_norm=by_norm)
 
 
-def test_groups_are_torchs(base: dict[str, Any]) -> None:
+def test_parameter_groups_train_as_torch(base: dict[str, Any]) -> None:
     adam = with_optimizer(base, "AdamW")
     scheduled = with_optimizer(base, "SGD", deepspeed__scheduler=WARMUP)
     compare([(adam, layout(stage=1)), (scheduled, layout(stage=3)), (adam, layout(pipeline=2, stage=0)),
              (scheduled, layout(tensor=2, stage=0))], 2e-4)  # fmt: skip
 
 
-def test_a_run_without_groups_is_told_apart(base: dict[str, Any]) -> None:
+def test_comparison_detects_missing_parameter_groups(base: dict[str, Any]) -> None:
     """The negative control: neither the decay nor the scales are too small to be seen."""
     config = with_optimizer(base, "AdamW")
     (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
@@ -125,14 +125,14 @@ TOLERANCE = {"AdamW": 2e-4, "SGD": 2e-4, "Lion": 2e-4, "Muon": 2e-4}
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", MATRIX)
-def test_groups_are_torchs_in_every_layout(kind: str, base: dict[str, Any]) -> None:
+def test_parameter_groups_train_as_torch_in_every_layout(kind: str, base: dict[str, Any]) -> None:
     config = with_optimizer(base, kind)
     compare([(config, values) for values in MATRIX[kind]], TOLERANCE[kind])
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_groups_in_bf16(kind: str, base: dict[str, Any]) -> None:
+def test_parameter_groups_train_in_bf16(kind: str, base: dict[str, Any]) -> None:
     """As far as rounding allows; without groups the difference is larger."""
     config = with_optimizer(base, kind)
     layouts = [layout(stage=stage, precision="bf16") for stage in (0, 1, 2, 3)]
@@ -178,16 +178,16 @@ def first_tensor_rank_alone_has_a_group(base: dict[str, Any]) -> dict[str, Any]:
     return with_optimizer(base, "AdamW", model={"config": GPT_OSS}, training=training)
 
 
-def test_a_pipeline_stage_may_lack_a_group(base: dict[str, Any]) -> None:
+def test_pipeline_stage_without_a_group_has_correct_norm(base: dict[str, Any]) -> None:
     compare_norms(first_stage_alone_has_a_group(base), [layout(pipeline=2, stage=1)], 2)
 
 
-def test_a_tensor_rank_may_lack_a_group(base: dict[str, Any]) -> None:
+def test_tensor_rank_without_a_group_has_correct_norm(base: dict[str, Any]) -> None:
     compare_norms(first_tensor_rank_alone_has_a_group(base), [layout(tensor=2, stage=1)], 2)
 
 
 @pytest.mark.matrix
-def test_ranks_may_lack_a_group_in_every_layout(base: dict[str, Any]) -> None:
+def test_ranks_without_a_group_have_correct_norm_in_every_layout(base: dict[str, Any]) -> None:
     """Muon's middle stage has neither embeddings nor a head, so one group less, by default."""
     pipelines = [layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD), layout(pipeline=2, stage=0)]
     compare_norms(first_stage_alone_has_a_group(base), pipelines, 4)
@@ -199,7 +199,7 @@ def test_ranks_may_lack_a_group_in_every_layout(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.matrix
-def test_a_tensor_rank_may_lack_a_group_in_bf16_at_zero_0(base: dict[str, Any]) -> None:
+def test_tensor_rank_without_a_group_has_correct_norm_in_bf16_zero_0(base: dict[str, Any]) -> None:
     """Norms of an optimizer without a fused kernel: also the other rank's parts of the weights count."""
     config = with_values(first_tensor_rank_alone_has_a_group(base),
                          deepspeed__optimizer={"type": "SGD", "params": OPTIMIZERS["SGD"]})  # fmt: skip
@@ -232,7 +232,7 @@ def resumes(config: dict[str, Any], first: Layout, others: list[Layout], folder:
             assert torch.allclose(reached[key], then[key], rtol=0, atol=limit), (first, other, key)
 
 
-def test_a_run_with_groups_resumes(base: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_groups_resumes_in_other_layouts(base: dict[str, Any], tmp_path: Path) -> None:
     resumes(with_optimizer(base, "AdamW"), layout(stage=1), [layout(pipeline=2, stage=0)], tmp_path)
 
 
@@ -275,7 +275,7 @@ def without_decay(family: str, exclude: Any = "biases_and_norms", **sizes: Any) 
 
 
 @pytest.mark.fast
-def test_default_spares_biases_and_norms_by_their_full_shape() -> None:
+def test_default_excludes_biases_and_norms_by_full_shape() -> None:
     """Also norms and biases that are matrices: Cohere's of each head, GPT-OSS's of each expert."""
     assert without_decay("llama") == {
         "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight", "model.norm.weight",
@@ -289,7 +289,7 @@ def test_default_spares_biases_and_norms_by_their_full_shape() -> None:
 
 
 @pytest.mark.fast
-def test_weights_that_are_treated_alike_are_one_group(tiny: dict[str, Any]) -> None:
+def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None:
     """As ever: no group, no hook, no cost."""
     parameters = list(torch.nn.Linear(2, 2).parameters())
     groups = ParameterGroups({"weight": WeightOptions(), "bias": WeightOptions()})
@@ -312,24 +312,24 @@ def test_weights_that_are_treated_alike_are_one_group(tiny: dict[str, Any]) -> N
         ("SGD", {}, 0.0), ("Muon", {}, 0.0), ("Rprop", {}, 0.0),
     ],
 )  # fmt: skip
-def test_weight_decay_is_that_of_the_optimizers_class(kind: str, params: dict[str, Any], expected: float) -> None:
+def test_weight_decay_default_equals_optimizer_class(kind: str, params: dict[str, Any], expected: float) -> None:
     assert weight_decay({"optimizer": {"type": kind, "params": params}}) == expected
 
 
-def test_logged_rate_is_the_unscaled_one(base: dict[str, Any]) -> None:
+def test_logged_learning_rate_is_unscaled(base: dict[str, Any]) -> None:
     config = with_optimizer(base, "AdamW", deepspeed__scheduler=WARMUP, training__learning_rate_scales={"*": 0.5})
     muon = with_optimizer(base, "Muon", training__learning_rate_scales={"model.layers.*": 0.5})
     assert run_ranks(rates, 1, [(config, 4), (muon, 1)])[0] == [pytest.approx(scheduled_rates(config, 4)), [0.02]]
 
 
-def test_a_dry_run_lists_the_groups(base: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_lists_parameter_groups(base: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_optimizer(base, "AdamW")))
     said = run_command("launch/train.py", "--config", str(tmp_path / "config.json"), "--dry_run").out
     assert "6 weights (12,288 parameters): weight decay 0.5, learning rate x 2\n" in said
     assert "5 weights (160 parameters): weight decay 0\n" in said
 
 
-def test_other_groups_are_another_run(base: dict[str, Any]) -> None:
+def test_changed_parameter_groups_are_refused_on_resume(base: dict[str, Any]) -> None:
     loaded = check(base, world=1, device="cpu")
     other = with_values(base, training__weight_decay_exclude=["*.bias"], training__learning_rate_scales={"*": 2.0})
     with pytest.raises(ConfigError) as refused:

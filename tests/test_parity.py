@@ -33,7 +33,7 @@ def config(tiny: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_layouts_agree(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_layouts_agree_in_engine(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layouts = ["tensor=2", "tensor=2,sequence_parallel=true", "pipeline=2,accumulation=4,zero=1"]
     status = main(["--config", str(config), "--layouts", *layouts])
     said = capsys.readouterr().out

@@ -31,10 +31,10 @@ from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.errors import ConfigError, PlanError
 from trainer.model import build_model, build_model_shape, initialize_weights, read
-from trainer.pipeline import balance, divide_layers, example_inputs, follow, recompute
-from trainer.pipeline.balance import divide
-from trainer.pipeline.flow import LENGTH
-from trainer.pipeline.stage import Stage, holders, numbers_sent
+from trainer.pipeline import assign_stages, balance, example_inputs, recompute, trace_dataflow
+from trainer.pipeline.balance import stage_bounds
+from trainer.pipeline.dataflow import LENGTH
+from trainer.pipeline.stage import Stage, boundary_numel, parameter_stages
 from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
@@ -70,37 +70,37 @@ def meta(model_type: str, **fields: Any) -> PreTrainedModel:
         ("bart", {}, ["model.encoder.layers.2"]),
     ],
 )
-def test_what_crosses_the_middle(model_type: str, fields: dict[str, Any], crossing: list[str]) -> None:
-    flow = follow(meta(model_type, **fields))
-    assert [value.module for value in flow.crossing(len(flow.units) // 2)] == crossing
+def test_boundary_values_at_middle_layer(model_type: str, fields: dict[str, Any], crossing: list[str]) -> None:
+    dataflow = trace_dataflow(meta(model_type, **fields))
+    assert [value.module for value in dataflow.boundary_values(len(dataflow.units) // 2)] == crossing
 
 
 @pytest.mark.fast
-def test_layers_in_several_lists_are_one() -> None:
-    flow = follow(meta("xlm"))
-    assert flow.units[0] == (
+def test_parallel_module_lists_form_one_layer() -> None:
+    dataflow = trace_dataflow(meta("xlm"))
+    assert dataflow.units[0] == (
         "transformer.attentions.0",
         "transformer.layer_norm1.0",
         "transformer.ffns.0",
         "transformer.layer_norm2.0",
     )
-    assert [value.module for value in flow.crossing(1)] == ["transformer.layer_norm2.0"]
+    assert [value.module for value in dataflow.boundary_values(1)] == ["transformer.layer_norm2.0"]
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "bloom", "mamba2", "zamba2", "t5", "deepseek_v3"])
-def test_stages_hold_every_weight_and_share_no_layers(model_type: str) -> None:
+def test_stages_partition_layers_and_hold_every_weight(model_type: str) -> None:
     model = meta(model_type)
-    flow = follow(model)
-    bounds = balance([1.0] * len(flow.units), 2)
-    held = holders(model, flow, bounds)
+    dataflow = trace_dataflow(model)
+    bounds = balance([1.0] * len(dataflow.units), 2)
+    held = parameter_stages(model, dataflow, bounds)
     assert held.keys() == {name for name, _ in model.named_parameters()}
     for stage in range(2):
-        own = flow.units[bounds[stage] : bounds[stage + 1]]
+        own = dataflow.units[bounds[stage] : bounds[stage + 1]]
         assert own
         assert any(name.startswith(f"{unit[0]}.") for unit in own for name in held if stage in held[name])
     if model_type != "zamba2":  # whose layers share a transformer
-        inside = [name for name in held if any(name.startswith(f"{m}.") for unit in flow.units for m in unit)]
+        inside = [name for name in held if any(name.startswith(f"{m}.") for unit in dataflow.units for m in unit)]
         shared = {name for name in inside if len(held[name]) > 1}
         assert shared <= {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}
     if model.config.get_text_config(decoder=True).tie_word_embeddings:
@@ -109,12 +109,12 @@ def test_stages_hold_every_weight_and_share_no_layers(model_type: str) -> None:
 
 
 @pytest.mark.fast
-def test_costs_are_flops() -> None:
+def test_layer_costs_equal_flops() -> None:
     config = LlamaConfig(num_hidden_layers=3)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     length = 2048
-    costs = follow(model).costs(length, follow(model, example_inputs(model, 2 * LENGTH)))
+    costs = trace_dataflow(model).costs(length, trace_dataflow(model, example_inputs(model, 2 * LENGTH)))
     layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
     plain = 2 * layer * length + 4 * length**2 * config.hidden_size
     head = 2 * config.hidden_size * config.vocab_size * length
@@ -125,17 +125,17 @@ def test_costs_are_flops() -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["mamba2", "bamba", "qwen3_next", "falcon_h1"])
-def test_costs_of_kernels_that_compute_in_chunks(model_type: str) -> None:
+def test_layer_costs_of_chunked_kernels_are_positive(model_type: str) -> None:
     model = meta(model_type)
-    assert min(follow(model).costs(4096, follow(model, example_inputs(model, 2 * LENGTH)))) > 0
+    assert min(trace_dataflow(model).costs(4096, trace_dataflow(model, example_inputs(model, 2 * LENGTH)))) > 0
 
 
 @pytest.mark.fast
-def test_numbers_sent() -> None:
-    flow = follow(meta("mixtral", output_router_logits=True))
+def test_boundary_numel_of_mixtral() -> None:
+    dataflow = trace_dataflow(meta("mixtral", output_router_logits=True))
     experts = meta("mixtral").config.num_local_experts
     for ranks in (1, 2):
-        assert numbers_sent(flow, 2, batch=5, length=32, sequence_ranks=ranks) == {
+        assert boundary_numel(dataflow, 2, batch=5, length=32, sequence_ranks=ranks) == {
             "model.layers.*": 5 * 32 * 64 // ranks,
             "model.layers.*.mlp.gate": 2 * 5 * 32 * experts,
         }
@@ -150,17 +150,17 @@ def test_numbers_sent() -> None:
         ("xlnet", {}, "xlnet cannot be followed without computing it"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(model_type: str, fields: dict[str, Any], reason: str) -> None:
+def test_unsplittable_model_is_refused(model_type: str, fields: dict[str, Any], reason: str) -> None:
     model = meta(model_type, **fields)
     with pytest.raises(PlanError, match=reason):
-        Stage(model, follow(model), [0, 2, 4], 1)
+        Stage(model, trace_dataflow(model), [0, 2, 4], 1)
 
 
 # Dividing layers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
-def test_balance_is_the_best_there_is() -> None:
+def test_balance_minimizes_slowest_stage() -> None:
     draw = random.Random(5)
     for _ in range(60):
         costs = [draw.choice([0.0, 1.0, 2.0, 7.5]) + draw.random() for _ in range(draw.randint(2, 9))]
@@ -179,19 +179,19 @@ def test_balance_is_the_best_there_is() -> None:
 
 
 @pytest.mark.fast
-def test_divide() -> None:
-    assert divide([1.0] * 8, 4) == [0, 2, 4, 6, 8]
-    assert divide([1.0] * 7 + [2.0], 4) == [0, 2, 4, 6, 8]  # a head as heavy as a layer
-    assert divide([1.0] * 6, 2, speeds=[2.0, 1.0]) == [0, 4, 6]
-    assert divide([1.0] * 6, 2, layers=[1, 5]) == [0, 1, 6]
+def test_stage_bounds() -> None:
+    assert stage_bounds([1.0] * 8, 4) == [0, 2, 4, 6, 8]
+    assert stage_bounds([1.0] * 7 + [2.0], 4) == [0, 2, 4, 6, 8]  # a head as heavy as a layer
+    assert stage_bounds([1.0] * 6, 2, speeds=[2.0, 1.0]) == [0, 4, 6]
+    assert stage_bounds([1.0] * 6, 2, layers=[1, 5]) == [0, 1, 6]
     with pytest.raises(ConfigError, match=r"parallel.pipeline: 7 stages, and the model has 6 layers. Lower it"):
-        divide([1.0] * 6, 7)
+        stage_bounds([1.0] * 6, 7)
     with pytest.raises(ConfigError, match=r"parallel.pipeline_layers: \[2, 3\] are 5 layers, and the model has 6"):
-        divide([1.0] * 6, 2, layers=[2, 3])
+        stage_bounds([1.0] * 6, 2, layers=[2, 3])
 
 
 @pytest.mark.fast
-def test_bubble() -> None:
+def test_bubble_of_schedules() -> None:
     assert ParallelSection().bubble(8) == 0
     assert ParallelSection(pipeline=4).bubble(12) == pytest.approx(3 / 15)
     assert ParallelSection(pipeline=4, pipeline_schedule="dualpipev").bubble(12) == pytest.approx(15 / (72 + 15))
@@ -214,7 +214,7 @@ def test_dry_run_shows_the_stages(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert "warning" not in ended.out
 
 
-def test_dry_run_shows_two_stages_a_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_shows_two_stages_per_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(
         tiny, parallel__pipeline=2, parallel__pipeline_schedule="dualpipev", model__config__num_hidden_layers=5,
         parallel__pipeline_layers=[1, 1, 2, 1],
@@ -226,7 +226,7 @@ def test_dry_run_shows_two_stages_a_rank(tiny: dict[str, Any], tmp_path: Path) -
     assert rows[0][4] == rows[3][4]
 
 
-def test_a_pipeline_that_waits_is_warned_of(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(tiny, parallel__pipeline=2, deepspeed__train_micro_batch_size_per_gpu=8)
     said = dry_run(config, tmp_path).out
     assert "1 micro-batches on 2 stages: each stage waits for 50% of the time" in said
@@ -251,7 +251,9 @@ def test_a_pipeline_that_waits_is_warned_of(tiny: dict[str, Any], tmp_path: Path
         ),
     ],
 )
-def test_divisions_that_are_refused(values: dict[str, Any], reason: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_stage_assignment_is_refused(
+    values: dict[str, Any], reason: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
     ended = dry_run(with_values(tiny, deepspeed__train_batch_size=None,
                                 deepspeed__gradient_accumulation_steps=4, **values), tmp_path)  # fmt: skip
     assert ended.status == 2, ended.out
@@ -259,13 +261,13 @@ def test_divisions_that_are_refused(values: dict[str, Any], reason: str, tiny: d
     assert "Traceback" not in ended.err
 
 
-def test_selective_recomputation(tiny: dict[str, Any]) -> None:
+def test_selective_recomputation_reruns_attention_only(tiny: dict[str, Any]) -> None:
     """Attention runs again in the backward pass, up to the last input that is needed; nothing else does."""
     config = check(with_values(tiny, model__activation_checkpointing="selective"), world=1, device="cpu")
     gradients = []
     for again in (False, True):
         model = build_model(config)
-        names = divide_layers(model, config).recomputed
+        names = assign_stages(model, config).recomputed
         assert names == ("model.layers.0.self_attn", "model.layers.1.self_attn")
         initialize_weights(model, seed=1)
         recompute(model, names if again else ())
@@ -279,7 +281,7 @@ def test_selective_recomputation(tiny: dict[str, Any]) -> None:
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
-def test_no_attention_to_recompute(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_selective_recomputation_without_attention_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
     values = {
         "model__activation_checkpointing": "selective",
         "model__config": {"model_type": "mamba", "vocab_size": 320},
@@ -296,14 +298,14 @@ def in_stages(families: list[Family], stages: int, sequence_parallel: bool = Fal
     return prove(families, pipeline=stages, sequence_parallel=sequence_parallel)
 
 
-def test_every_gradient_in_two_stages() -> None:
+def test_gradients_equal_in_two_stages() -> None:
     more = [Family("inkling2_text"), Family("hy_v4")]  # hidden state that is not contiguous; whole numbers that travel
     found = run_ranks(in_stages, 2, [*REPRESENTATIVE, *more], 2)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "sequence_parallel"), [(1, 4, False), (2, 2, False), (2, 2, True)])
-def test_every_gradient_in_a_hybrid(tensor: int, pipeline: int, sequence_parallel: bool) -> None:
+def test_gradients_equal_in_hybrid_layouts(tensor: int, pipeline: int, sequence_parallel: bool) -> None:
     kinds = ("llama", "gpt2", "mixtral", "bloom", "gpt_neox", "falcon", "t5" if pipeline == 4 else "bart")
     families = [family for family in REPRESENTATIVE if family.model_type in kinds]
     found = run_ranks(in_stages, tensor * pipeline, families, pipeline, sequence_parallel)[0]
@@ -316,13 +318,13 @@ def packed(families: list[Family]) -> list[Verdict]:
     return prove(families, pipeline=2, more={"position_ids": positions})
 
 
-def test_every_gradient_of_packed_documents() -> None:
+def test_gradients_equal_for_packed_documents() -> None:
     found = run_ranks(packed, 2, [Family("llama"), Family("qwen3"), Family("mixtral"), Family("gpt_neox")])[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
 def no_sum_of_shared_gradients(families: list[Family]) -> list[Verdict]:
-    proof.shared_weights = lambda models, held_by, world: iter(())
+    proof.shared_parameters = lambda models, parameter_ranks, world: iter(())
     return prove(families, pipeline=2)
 
 
@@ -393,7 +395,7 @@ def test_sabotage_is_noticed(sabotage: Any, model_type: str) -> None:
         ),
     ],
 )
-def test_layouts_agree(
+def test_pipeline_layouts_agree_in_engine(
     model_type: str, layouts: list[str], tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Losses, norms with clipping at work, every gradient, and parameters after three steps."""
@@ -419,7 +421,7 @@ def test_layouts_agree(
         },
     ],
 )
-def test_shared_weights_stay_the_same_in_bf16(values: dict[str, Any], tiny: dict[str, Any]) -> None:
+def test_shared_parameters_stay_equal_in_bf16(values: dict[str, Any], tiny: dict[str, Any]) -> None:
     config = with_values(
         tiny, model__config__tie_word_embeddings=True, parallel__pipeline=2, deepspeed__bf16={"enabled": True}, **values
     )
@@ -428,20 +430,20 @@ def test_shared_weights_stay_the_same_in_bf16(values: dict[str, Any], tiny: dict
     assert (first["model.embed_tokens.weight"] == last["model.embed_tokens.weight"]).all()
 
 
-def test_kernels_of_a_gpu_are_followed_without_it(tiny: dict[str, Any]) -> None:
+def test_gpu_attention_kernels_are_traced_on_cpu(tiny: dict[str, Any]) -> None:
     """FlexAttention cannot be followed on the meta device; what it computes can."""
     tiny = with_values(tiny, parallel__pipeline=2, model__activation_checkpointing="selective")
-    divisions = []
+    assignments = []
     for attention in ("sdpa", "flex_attention"):
         config = check(with_values(tiny, model__attention=attention), world=2, device="cpu")
         model = build_model_shape(config)
-        divisions.append(divide_layers(model, config))
+        assignments.append(assign_stages(model, config))
         assert model.config._attn_implementation == attention
-    plain, flex = divisions
+    plain, flex = assignments
     assert (flex.bounds, flex.costs, flex.recomputed) == (plain.bounds, plain.costs, plain.recomputed)
 
 
-def test_dropout_comes_again_from_the_seed(tiny: dict[str, Any]) -> None:
+def test_pipeline_dropout_is_reproducible_from_seed(tiny: dict[str, Any]) -> None:
     config = with_values(tiny, parallel__pipeline=2, model__config__attention_dropout=0.2)
     one, again = (run_ranks(dropping_losses, 2, config, 3)[1] for _ in range(2))
     assert one == again
@@ -455,8 +457,8 @@ def most_in_flight(config: dict[str, Any]) -> int:
     with joined_world(launch, place, seed=1) as world:
         loaded = check(config, world=launch.world, device="cpu")
         prepared = prepare_data(loaded, launch, world.store)
-        division = divide_layers(build_model_shape(loaded), loaded)
-        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
+        assignment = assign_stages(build_model_shape(loaded), loaded)
+        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         now = most = 0
         instructions = engine._engine._INSTRUCTION_MAP
         for kind, change in ((ForwardPass, 1), (BackwardPass, -1)):
@@ -473,19 +475,19 @@ def most_in_flight(config: dict[str, Any]) -> int:
         return most
 
 
-def test_micro_batches_in_flight(tiny: dict[str, Any]) -> None:
+def test_micro_batches_in_flight_per_stage(tiny: dict[str, Any]) -> None:
     config = with_values(tiny, model__config__num_hidden_layers=3, parallel__pipeline=3,
                          deepspeed__train_micro_batch_size_per_gpu=1)  # fmt: skip
     assert run_ranks(most_in_flight, 3, config) == [3, 2, 1]
 
 
-def test_schedule_waits_no_longer_than_it_must() -> None:
+def test_idle_share_is_close_to_theory() -> None:
     ranks = run_ranks(pipeline.measure, 2, [pipeline.Case("llama", 2, 6, sleeps=True)])
     theory = ParallelSection(pipeline=2).bubble(6)
     assert sum(rank[0].idle for rank in ranks) / 2 < theory + 0.05  # 0.02 on a machine that does nothing else
 
 
-def test_bytes_over_a_boundary_and_parameters_of_a_rank() -> None:
+def test_boundary_bytes_and_parameter_counts_equal_estimate() -> None:
     case = pipeline.Case("mixtral", 2, 3, layers=2)
     hidden, routers = 2 * 32 * 64 * 4, 2 * 2 * 32 * tiny_model("mixtral").num_local_experts * 4
     first, last = (rank[0] for rank in run_ranks(pipeline.measure, 2, [case]))
@@ -499,7 +501,7 @@ def test_bytes_over_a_boundary_and_parameters_of_a_rank() -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
-def test_a_stage_reads_its_weights_only(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_reads_its_weights_only(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     whole = AutoModelForCausalLM.from_config(tiny_model(model_type))
     whole.save_pretrained(tmp_path)
@@ -512,16 +514,16 @@ def test_a_stage_reads_its_weights_only(model_type: str, tmp_path: Path, monkeyp
             return plain(self, key)
 
         monkeypatch.setattr(read._Files, name, noting)
-    flow = follow(meta(model_type))
-    bounds = [0, 2, len(flow.units)]
+    dataflow = trace_dataflow(meta(model_type))
+    bounds = [0, 2, len(dataflow.units)]
     for number in range(2):
         asked.clear()
         model = meta(model_type)
-        stage = Stage(model, flow, bounds, number)
-        held_by = stage.leave_weights()
+        stage = Stage(model, dataflow, bounds, number)
+        parameter_ranks = stage.drop_remote_parameters()
         read.read_weights(model, str(tmp_path))
-        assert {name for name, _ in model.named_parameters()} == {n for n, s in held_by.items() if number in s}
+        assert {name for name, _ in model.named_parameters()} == {n for n, s in parameter_ranks.items() if number in s}
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, whole.get_parameter(name))
-        other = flow.units[bounds[1 - number]][0]
+        other = dataflow.units[bounds[1 - number]][0]
         assert not [key for key in asked if key.startswith(f"{other}.")]

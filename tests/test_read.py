@@ -28,7 +28,7 @@ from trainer.config.load import check
 from trainer.config.model_facts import config_at
 from trainer.errors import ConfigError
 from trainer.model import build_model, build_model_shape, give_weights
-from trainer.model.read import check_weights, read_weights
+from trainer.model.read import check_weight_headers, read_weights
 from trainer.sharding import Shard, boxes_of, parts_in_whole
 from trainer.tensor_parallel import TensorMapper, read_plan
 
@@ -86,7 +86,7 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "text_config.quantization_config", "awq"),
     ],
 )  # fmt: skip
-def test_a_quantized_folder_is_refused_by_its_config(
+def test_quantized_config_is_refused(
     values: dict[str, Any], key: str, method: str, tiny: dict[str, Any], folder: Path
 ) -> None:
     change_config(folder, **values)
@@ -98,7 +98,7 @@ def test_a_quantized_folder_is_refused_by_its_config(
         assert "save_pretrained" in str(raised.value)
 
 
-def test_random_weights_do_not_ask_how_a_folders_weights_are_stored(tiny: dict[str, Any], folder: Path) -> None:
+def test_random_initialization_ignores_quantization(tiny: dict[str, Any], folder: Path) -> None:
     change_config(folder, quantization_config=FP8)
     change_weights(folder, **{f"{DOWN}.weight_scale_inv": torch.ones(1, 1)})
     model = model_from(tiny, folder, initialize="random")
@@ -131,9 +131,7 @@ PACKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("packed", PACKED)
-def test_packed_weights_are_refused_without_a_word_in_the_config(
-    packed: str, tiny: dict[str, Any], folder: Path
-) -> None:
+def test_quantized_weights_without_config_entry_are_refused(packed: str, tiny: dict[str, Any], folder: Path) -> None:
     change_weights(folder, **PACKED[packed])
     for allowed in (False, True):
         with pytest.raises(ConfigError, match=r"model\.path: the weights in .* are quantized") as raised:
@@ -144,7 +142,7 @@ def test_packed_weights_are_refused_without_a_word_in_the_config(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_unquantized_dtypes_are_read(dtype: torch.dtype, tiny: dict[str, Any], folder: Path) -> None:
+def test_unquantized_dtypes_are_loaded(dtype: torch.dtype, tiny: dict[str, Any], folder: Path) -> None:
     LlamaForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model_from(tiny, folder)
@@ -194,20 +192,20 @@ def differences(family: Family, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("family", [Family(name) for name in ("apertus", "gpt2", "olmoe", "zaya")], ids=str)
-def test_all_tensors_are_those_of_from_pretrained(family: Family, tmp_path: Path) -> None:
+def test_all_tensors_equal_from_pretrained(family: Family, tmp_path: Path) -> None:
     assert not differences(family, tmp_path)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.task == "causal_lm"], ids=str)
-def test_all_tensors_of_all_families_are_those_of_from_pretrained(family: Family, tmp_path: Path) -> None:
+def test_all_tensors_of_all_families_equal_from_pretrained(family: Family, tmp_path: Path) -> None:
     model = meta_or_skip(family)
     if model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model.num_parameters() > 3e7:
         pytest.skip("its text model has no causal class of its own, or there is none so small")
     assert not differences(family, tmp_path)
 
 
-def test_scalars_are_read_by_each_tensor_rank(tmp_path: Path) -> None:
+def test_scalar_buffers_are_loaded_on_each_tensor_rank(tmp_path: Path) -> None:
     whole = randomized(Family("apertus"))
     whole.save_pretrained(tmp_path)
     scalars = {name: buffer for name, buffer in whole.named_buffers() if name.endswith((".beta", ".eps"))}
@@ -220,7 +218,7 @@ def test_scalars_are_read_by_each_tensor_rank(tmp_path: Path) -> None:
         assert all(torch.equal(model.get_buffer(name), buffer) for name, buffer in scalars.items())
 
 
-def test_a_parameter_without_dimensions_is_read(folder: Path) -> None:
+def test_scalar_parameter_is_loaded(folder: Path) -> None:
     models = []
     for device in ("cpu", "meta"):
         with torch.device(device):
@@ -231,7 +229,7 @@ def test_a_parameter_without_dimensions_is_read(folder: Path) -> None:
     assert float(models[1].model.norm.gain) == 3.5
 
 
-def test_shards_of_scalars_go_out_and_back() -> None:
+def test_scalar_shard_round_trips() -> None:
     shard, full = Shard.whole("gain", ()), torch.tensor(3.5)
     part = shard.take(full)
     assert torch.equal(part, full)
@@ -246,7 +244,7 @@ def test_shards_of_scalars_go_out_and_back() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_finite_are_refused_by_name_file_and_count(
+def test_non_finite_weights_are_refused_with_name_file_and_count(
     value: float, tiny: dict[str, Any], folder: Path
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
@@ -266,7 +264,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_file_and_count(
     ("model_type", "key"),
     [("mixtral", "model.layers.1.mlp.experts.down_proj"), ("apertus", "model.layers.1.mlp.act_fn.beta")],
 )
-def test_experts_and_buffers_that_are_not_finite_are_refused(model_type: str, key: str, tmp_path: Path) -> None:
+def test_non_finite_experts_and_buffers_are_refused(model_type: str, key: str, tmp_path: Path) -> None:
     model = randomized(Family(model_type))
     with torch.no_grad():
         model.state_dict()[key].view(-1)[-1] = torch.nan
@@ -278,7 +276,7 @@ def test_experts_and_buffers_that_are_not_finite_are_refused(model_type: str, ke
         read_weights(again, str(tmp_path))
 
 
-def test_only_the_rank_that_holds_it_reads_it(tiny: dict[str, Any], folder: Path) -> None:
+def test_non_finite_value_is_seen_by_owning_rank_only(tiny: dict[str, Any], folder: Path) -> None:
     """A negative control: without the exchange of what was found, the first rank would train on."""
     weight = load_file(folder / "model.safetensors")[f"{DOWN}.weight"]
     weight[0, -1] = torch.nan
@@ -298,7 +296,7 @@ def test_only_the_rank_that_holds_it_reads_it(tiny: dict[str, Any], folder: Path
 # --- unexpected keys -------------------------------------------------------------------------------------------------
 
 
-def test_unexpected_keys_are_refused_by_count_and_first_ten(tiny: dict[str, Any], folder: Path) -> None:
+def test_unexpected_keys_are_refused_with_count_and_first_ten(tiny: dict[str, Any], folder: Path) -> None:
     keys = [f"model.layers.0.mlp.extra_{n:02}.weight" for n in range(12)]
     change_weights(folder, **{key: torch.ones(2) for key in keys})
     with pytest.raises(ConfigError, match=r"^model\.path: .* unexpected keys, .* \(got 12: ") as raised:
@@ -310,16 +308,14 @@ def test_unexpected_keys_are_refused_by_count_and_first_ten(tiny: dict[str, Any]
 
 
 @pytest.mark.parametrize("key", ["model.layers.2.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
-def test_keys_that_this_configuration_has_no_place_for_are_unexpected(
-    key: str, tiny: dict[str, Any], folder: Path
-) -> None:
+def test_keys_contradicting_config_are_unexpected(key: str, tiny: dict[str, Any], folder: Path) -> None:
     """More layers than config.json says, or biases that it denies: no class of the family has them."""
     change_weights(folder, **{key: torch.ones(32)})
     with pytest.raises(ConfigError, match=r"unexpected keys, .* \(got 1: "):
         shape_of(tiny, folder)
 
 
-def test_unexpected_keys_are_left_out_where_allowed(
+def test_allowed_unexpected_keys_are_skipped(
     tiny: dict[str, Any], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = LlamaForCausalLM.from_pretrained(folder)
@@ -361,7 +357,7 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
-def test_keys_of_the_familys_other_classes_are_left_out_in_one_line(
+def test_keys_of_other_classes_are_skipped_with_one_log_line(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, *keys = SKIPPED[kind]
@@ -369,22 +365,22 @@ def test_keys_of_the_familys_other_classes_are_left_out_in_one_line(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_at(str(folder)))
     with caplog.at_level(logging.INFO, "trainer.model.read"):
-        check_weights(model, str(folder))
+        check_weight_headers(model, str(folder))
         read_weights(model, str(folder))
     (line,) = [line for line in caplog.messages if "left out" in line]
     assert all(key in line for key in keys)
     assert "unexpected" not in line
 
 
-def test_a_mask_and_a_bias_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+def test_mask_and_bias_of_same_name_are_distinguished(tmp_path: Path) -> None:
     folder, key = family_folder("gptj", tmp_path), "transformer.h.0.attn.bias"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_at(str(folder)))
     change_weights(folder, **{key: torch.ones(1, 1, 8, 8, dtype=torch.uint8)})
-    check_weights(model, str(folder))
+    check_weight_headers(model, str(folder))
     change_weights(folder, **{key: torch.ones(64)})
     with pytest.raises(ConfigError, match=r"unexpected keys, .* \(got 1: "):
-        check_weights(model, str(folder))
+        check_weight_headers(model, str(folder))
 
 
 def classes_of(model: Any) -> list[Any]:
@@ -417,7 +413,7 @@ def false_errors(family: Family, folder: Path) -> tuple[int, list[str]]:
             continue
         count += 1
         try:
-            check_weights(causal, str(folder / kind.__name__))
+            check_weight_headers(causal, str(folder / kind.__name__))
         except ConfigError as error:
             refused.append(f"{kind.__name__}: {error}")
     return count, refused
@@ -427,7 +423,7 @@ FEW = [Family(name) for name in ("llama", "gpt2", "bert", "bart", "mixtral", "de
 
 
 @pytest.mark.parametrize("family", FEW, ids=str)
-def test_no_folder_of_the_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
+def test_no_class_of_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
     count, refused = false_errors(family, tmp_path)
     assert count >= 2
     assert not refused
@@ -435,13 +431,13 @@ def test_no_folder_of_the_family_has_unexpected_keys(family: Family, tmp_path: P
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.task == "causal_lm"], ids=str)
-def test_no_folder_of_any_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
+def test_no_class_of_any_family_has_unexpected_keys(family: Family, tmp_path: Path) -> None:
     meta_or_skip(family)
     assert not false_errors(family, tmp_path)[1]
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_tied_weights_that_differ_are_refused(folder: Path, same: bool) -> None:
+def test_differing_tied_weights_are_refused(folder: Path, same: bool) -> None:
     change_config(folder, tie_word_embeddings=True)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     change_weights(folder, **{"lm_head.weight": embedding.clone() if same else embedding + 0.001})

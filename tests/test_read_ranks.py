@@ -25,7 +25,7 @@ from trainer.topology import Topology
 __all__ = ["folder"]
 
 
-def test_a_checkpoint_that_is_not_finite_is_refused(tiny: dict[str, Any], folder: Path) -> None:
+def test_non_finite_checkpoint_is_refused(tiny: dict[str, Any], folder: Path) -> None:
     (source,) = run_ranks(imported, 1, with_values(tiny, model={"path": str(folder)}))
     stored = read_manifest(source).tensors[f"{DOWN}.weight", WEIGHT]
     model_from(tiny, source)
@@ -56,7 +56,7 @@ def refusal(config: dict[str, Any]) -> str:
     return ""
 
 
-def test_what_one_rank_finds_is_raised_on_all(tiny: dict[str, Any], folder: Path) -> None:
+def test_problem_on_one_rank_is_raised_on_all(tiny: dict[str, Any], folder: Path) -> None:
     weight = load_file(folder / "model.safetensors")[f"{DOWN}.weight"]
     weight[0, -1] = torch.nan  # rowwise: the second tensor rank's half
     change_weights(folder, **{f"{DOWN}.weight": weight})

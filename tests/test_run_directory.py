@@ -35,7 +35,7 @@ from trainer.errors import ConfigError
 from trainer.events import EVENTS, append_event, read_events
 from trainer.fault_tolerance import StopRequests
 from trainer.files import replace_folder, replace_text
-from trainer.final_model import damage_in
+from trainer.final_model import find_damage
 from trainer.run_layout import misplaced
 from trainer.store import read_manifest, verify_files, write_safetensors
 from trainer.tracking.jsonl import JsonLines
@@ -167,14 +167,14 @@ def test_final_model_of_an_earlier_version_is_checked_by_its_structure(tmp_path:
     write_safetensors(tmp_path / "model.safetensors", [("a", torch.ones(4, 4))])
     (tmp_path / "config.json").write_text("{}")
     for recorded in (None, [], [{"name": 3}], 7, [{"name": "../config.json", "bytes": 2, "hash": "x"}]):
-        assert damage_in(tmp_path, recorded) == ""
+        assert find_damage(tmp_path, recorded) == ""
     truncate(tmp_path / "model.safetensors")
-    assert "model.safetensors has" in damage_in(tmp_path, None)
+    assert "model.safetensors has" in find_damage(tmp_path, None)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
-    assert "cannot be read" in damage_in(tmp_path, None)
+    assert "cannot be read" in find_damage(tmp_path, None)
     (tmp_path / "model.safetensors.index.json").write_text(DEEP)
-    assert "cannot be read" in damage_in(tmp_path, None)
-    assert "is missing" in damage_in(tmp_path / "absent", None)
+    assert "cannot be read" in find_damage(tmp_path, None)
+    assert "is missing" in find_damage(tmp_path / "absent", None)
 
 
 def test_final_model_has_the_mode_that_the_umask_gives(finished: Path) -> None:
@@ -528,6 +528,6 @@ def test_model_that_does_not_read_back_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(store, "_write", flips)
     with pytest.raises(ConfigError, match=r"model.safetensors does not hold what was written"):
         write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
-    assert damage_in(tmp_path / "final", [vars(file) for file in files]) == ""
+    assert find_damage(tmp_path / "final", [vars(file) for file in files]) == ""
     assert os.listdir(tmp_path) == ["final"]
     assert export.SHARD_BYTES

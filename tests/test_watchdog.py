@@ -32,7 +32,7 @@ from trainer.fault_tolerance.inspection import is_debugged, main_thread_location
 from trainer.fault_tolerance.reports import STALE_ROUNDS, Peers, own_report
 from trainer.fault_tolerance.watchdog import LOOK_SECONDS, REPORT_SECONDS
 from trainer.model import build_model, build_model_shape
-from trainer.pipeline import divide_layers
+from trainer.pipeline import assign_stages
 from trainer.topology import Topology
 
 SCRIPT = str(Path(__file__).parent / "data" / "misbehaving_rank.py")
@@ -189,10 +189,10 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
     with joined_world(launch, topology, None, phases, seed=1) as world:
         loaded = _loaded(config, launch.world)
         prepared = prepare_data(loaded, launch, world.store)
-        division = divide_layers(build_model_shape(loaded), loaded)
+        assignment = assign_stages(build_model_shape(loaded), loaded)
         world.tensor_neighbours(2)
         first_gloo_group()
-        start_engine(build_model(loaded, prepared.tokenizer), loaded, world, division)
+        start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         found: dict[str, list[float]] = {"before": _of_groups()}
         for name in ("resume", "first", "second"):
             phases.enter("resume" if name == "resume" else "step")

@@ -21,7 +21,7 @@ from trainer.data.inspection import DataReport, inspect_data
 from trainer.distributed import local_device
 from trainer.errors import Problem
 from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
-from trainer.pipeline import Division, divide_layers
+from trainer.pipeline import StageAssignment, assign_stages
 from trainer.run_directory import RunDirectory
 from trainer.sharding import starred
 from trainer.tensor_parallel import drops, read_plan
@@ -70,33 +70,33 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
         yield "  attention and MLP are summed apart, because dropout is active between them"
 
 
-def _pipeline_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
-    if division.flow is None:
+def _pipeline_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> Iterator[str]:
+    if assignment.dataflow is None:
         return
     parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation
     size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
     waits = parallel.bubble(micro_batches)
-    yield (f"pipeline     {division.stages} stages on {division.ranks} ranks ({parallel.pipeline_schedule}), "
+    yield (f"pipeline     {assignment.stages} stages on {assignment.ranks} ranks ({parallel.pipeline_schedule}), "
            f"{micro_batches} micro-batches: a rank waits for {waits:.1%} of the time")  # fmt: skip
     yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent of each micro-batch"
-    held = _held_by_rank(loaded, model, division)
+    held = _held_by_rank(loaded, model, assignment)
     ranks = parallel.tensor if parallel.sequence_parallel else 1
     length = loaded.config.data.sequence_length
-    for stage, first, end, share, sent in division.table(loaded.batch.micro, length, size, ranks):
+    for stage, first, end, share, sent in assignment.table(loaded.batch.micro, length, size, ranks):
         said = ", ".join(f"{_gib(count)} ({name})" for name, count in sent.items()) or "-"
-        rank = division.rank_of(stage)
+        rank = assignment.rank_of_stage(stage)
         yield f"  {stage:5}  {rank:4}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {held[rank]:22,}  {said}"
 
 
-def _held_by_rank(loaded: LoadedConfig, model: Any, division: Division) -> list[int]:
+def _held_by_rank(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> list[int]:
     """Parameters that each rank of the pipeline holds; the first tensor rank's, padding included."""
     parallel = loaded.config.parallel
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         sizes = {p.name: sum(prod(piece.local_shape()) for piece in p.pieces) for p in plan.placements}
-    held = [0] * division.ranks
-    for name, ranks in division.holding_ranks(model).items():
+    held = [0] * assignment.ranks
+    for name, ranks in assignment.parameter_ranks(model).items():
         for rank in ranks:
             held[rank] += sizes[name]
     return held
@@ -154,9 +154,9 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield f"tokens       {most}{tokens:,} a step{total}"
 
 
-def _memory_lines(loaded: LoadedConfig, model: Any, division: Division) -> Iterator[str]:
+def _memory_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> Iterator[str]:
     section = loaded.config.deepspeed
-    held = _held_by_rank(loaded, model, division)
+    held = _held_by_rank(loaded, model, assignment)
     states = state_bytes(
         max(held),
         stage=section.zero_stage,
@@ -269,7 +269,7 @@ def describe(loaded: LoadedConfig) -> str:
     device = _device_problems(loaded)
     where = ", but not on this machine" if device else ""
     model = build_model_shape(loaded)
-    cost, division = model_cost(model), divide_layers(model, loaded)
+    cost, assignment = model_cost(model), assign_stages(model, loaded)
     optimizer, extensions = loaded.deepspeed_json["optimizer"], extensions_of(loaded.deepspeed_json)
     lines = [
         f"{loaded.name}: the configuration is sound{where}; nothing was started",
@@ -286,9 +286,9 @@ def describe(loaded: LoadedConfig) -> str:
         + (f" (DeepSpeed's {', '.join(extensions)})" if extensions else ""),
         *_group_lines(loaded, model),
         *_schedule_lines(loaded),
-        *_memory_lines(loaded, model, division),
+        *_memory_lines(loaded, model, assignment),
         *_tensor_lines(loaded, model),
-        *_pipeline_lines(loaded, model, division),
+        *_pipeline_lines(loaded, model, assignment),
         *_rank_lines(loaded),
         *_disk_lines(loaded, cost),
         *_warnings(loaded, report, device),

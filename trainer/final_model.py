@@ -15,7 +15,7 @@ _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
 
 
-def damage_in(folder: Path, recorded: Any) -> str:
+def find_damage(folder: Path, recorded: Any) -> str:
     """What is wrong with a model folder; empty if nothing is. Reads every recorded file once.
 
     Args:

@@ -21,7 +21,7 @@ from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, up
 from trainer.errors import ConfigError, Problem
 from trainer.events import Event, append_event, read_events
 from trainer.files import bare_exceptions_as_os_errors, remove, replace_folder, replace_text
-from trainer.final_model import damage_in
+from trainer.final_model import find_damage
 from trainer.run_config import is_count, read_run_config
 from trainer.sanitize import redacted
 from trainer.store import TOKENIZER, Written
@@ -279,7 +279,7 @@ class RunDirectory:
         epochs = float(epochs) if isinstance(epochs, int | float) else None
         if loaded.config.checkpoint.resume != "auto":
             return cls(path, attempt, finished, epochs)
-        directory = cls(path, attempt, finished, epochs, damage_in(path / "final", about.get("final")))
+        directory = cls(path, attempt, finished, epochs, find_damage(path / "final", about.get("final")))
         if not directory.final_damage:
             _refuse_shorter(loaded, path, finished, epochs)
         elif directory._has_reached_end(loaded):

@@ -25,7 +25,7 @@ from trainer.checkpoint.load import fill, numbers_of
 from trainer.config import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import Engine
-from trainer.model import recipe_of
+from trainer.model import describe_model
 from trainer.run_directory import RunDirectory
 from trainer.store import read_manifest, verify_files
 from trainer.topology import Topology
@@ -104,13 +104,13 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
     measured = Measured()
     with joined_world(launch, place, seed=1) as world:
         run = assemble(loaded, world)
-        engine, recipe = run.started.engine, recipe_of(run.started.model)
+        engine, description = run.started.engine, describe_model(run.started.model)
         engine.train_step(run.batches.train.at(1))
 
         def checkpoints(**values: Any) -> Checkpoints:
             section = loaded.config.checkpoint.model_copy(update=values)
             changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
-            return Checkpoints(changed, RunDirectory.examine(changed), world, run.batches.fingerprint, recipe)
+            return Checkpoints(changed, RunDirectory.examine(changed), world, run.batches.fingerprint, description)
 
         at_once, later = (checkpoints(resume="never", keep_last=None, asynchronous=how) for how in (False, True))
         for number in range(rounds + 1):

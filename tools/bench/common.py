@@ -19,8 +19,8 @@ from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter
 from trainer.distributed import Launch, World
 from trainer.engine import Engine, start_engine
-from trainer.model import ModelCost, build_model, build_model_shape, model_cost, recipe_of
-from trainer.pipeline import Division, divide_layers
+from trainer.model import ModelCost, build_model, build_model_shape, describe_model, model_cost
+from trainer.pipeline import StageAssignment, assign_stages
 from trainer.run_directory import RunDirectory
 from trainer.tracking import Meter
 
@@ -83,7 +83,7 @@ class Started:
     """The model as it was before it was sharded, on the meta device."""
 
     cost: ModelCost
-    division: Division
+    assignment: StageAssignment
     model: PreTrainedModel
     engine: Engine
 
@@ -91,9 +91,9 @@ class Started:
 def start(loaded: LoadedConfig, world: World) -> Started:
     """Build the model and start its engine, as `launch/train.py` does."""
     shape = build_model_shape(loaded)
-    cost, division = model_cost(shape), divide_layers(shape, loaded)
+    cost, assignment = model_cost(shape), assign_stages(shape, loaded)
     model = build_model(loaded)
-    return Started(shape, cost, division, model, start_engine(model, loaded, world, division))
+    return Started(shape, cost, assignment, model, start_engine(model, loaded, world, assignment))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def assemble(loaded: LoadedConfig, world: World) -> Assembled:
     batches = open_batches(loaded, prepare_data(loaded, Launch.from_environment(), world.store), topology)
     started = start(loaded, world)
     directory = RunDirectory.examine(loaded)
-    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, recipe_of(started.model))
+    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, describe_model(started.model))
     length = loaded.config.data.sequence_length
     meter = Meter(started.engine, world.device, topology.world, started.cost, length, attempt=1)
     return Assembled(started, batches, checkpoints, meter)

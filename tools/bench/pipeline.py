@@ -20,7 +20,7 @@ from trainer.config.load import LoadedConfig, check
 from trainer.data.batches import MicroBatch, StepBatch
 from trainer.distributed import Launch, joined_world
 from trainer.engine.pipeline import PipelineEngine
-from trainer.pipeline import pieces_of
+from trainer.pipeline import local_parameters
 from trainer.topology import Topology
 
 FORWARD_SECONDS = 0.05
@@ -126,11 +126,11 @@ def measure(cases: list[Case]) -> list[Measured]:
 def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     loaded = _loaded(case, launch.world)
     started = start(loaded, world)
-    shape, division, engine = started.shape, started.division, started.engine
+    shape, assignment, engine = started.shape, started.assignment, started.engine
     assert isinstance(engine, PipelineEngine)
-    assert division.flow is not None
+    assert assignment.dataflow is not None
     if case.sleeps:
-        _sleep_in(engine.models, [name for unit in division.flow.units for name in unit])
+        _sleep_in(engine.models, [name for unit in assignment.dataflow.units for name in unit])
     stage = world.topology.stage
     batch = _batch(case, loaded.facts.vocabulary)
     engine.train_step(batch)
@@ -147,10 +147,10 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     finally:
         deepspeed_pipe.p2p.send = send
     assert result.idle_share is not None
-    holders = division.holding_ranks(shape)
+    holders = assignment.parameter_ranks(shape)
     whole = {name: parameter.numel() for name, parameter in shape.named_parameters()}
     share = sum(count for name, count in whole.items() if stage in holders[name]) // case.tensor
-    held = sum(parameter.numel() for pieces in pieces_of(engine.models).values() for parameter, _ in pieces)
+    held = sum(parameter.numel() for pieces in local_parameters(engine.models).values() for parameter, _ in pieces)
     return Measured(stage, result.idle_share(), dict(sent), held, share)
 
 

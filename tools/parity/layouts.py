@@ -25,7 +25,7 @@ from tools.parity.training import prove_training
 from trainer.config.load import check
 from trainer.errors import ConfigError, Problem
 from trainer.model import build_model_shape
-from trainer.pipeline import divide_layers
+from trainer.pipeline import assign_stages
 
 SECONDS = 24 * 3600.0
 """How long a layout may take: a model may be large and a machine slow."""
@@ -111,7 +111,7 @@ def _refuse_early(jobs: list[Job]) -> None:
     for job in jobs:
         try:
             loaded = check(job.raw, world=job.layout.world, device="cpu")
-            divide_layers(build_model_shape(loaded), loaded)
+            assign_stages(build_model_shape(loaded), loaded)
         except ConfigError as error:
             problems += [_of_layout(job.layout, problem) for problem in error.problems]
     if problems:

@@ -25,7 +25,7 @@ from trainer.config.model_facts import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.model.tasks import auxiliary_coefficient
-from trainer.pipeline import Stage, divide, follow, refuse_other_uses, shared_weights
+from trainer.pipeline import Stage, refuse_uses_on_other_stages, shared_parameters, stage_bounds, trace_dataflow
 from trainer.sharding import Shard, fill_elsewhere, shard_of, starred
 from trainer.tensor_parallel import Mapper, Plan, TensorMapper, WholeModel, read_plan
 from trainer.topology import Topology
@@ -248,9 +248,11 @@ class _OneStage:
 class _Stages:
     """One stage of a model, which speaks with its neighbours."""
 
-    def __init__(self, model: PreTrainedModel, stage: Stage, held_by: dict[str, tuple[int, ...]], world: World) -> None:
+    def __init__(
+        self, model: PreTrainedModel, stage: Stage, parameter_ranks: dict[str, tuple[int, ...]], world: World
+    ) -> None:
         self._stage, self._world = stage, world
-        self._shared = list(shared_weights([model], held_by, world))
+        self._shared = list(shared_parameters([model], parameter_ranks, world))
         self._ranks = world.topology.group("pipeline")
         self.is_last = stage.is_last
 
@@ -296,10 +298,12 @@ def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, 
     with torch.device("meta"):
         shape = type(cut)._from_config(copy.deepcopy(cut.config), attn_implementation="eager")
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), _inputs(family, shape)[0])
-    flow = follow(shape, inputs)
-    refuse_other_uses(shape, flow, follow(shape, inputs, training=False))
-    stage = Stage(cut, flow, divide([1.0] * len(flow.units), world.topology.pipeline), world.topology.stage)
-    return stage, stage.leave_weights()
+    dataflow = trace_dataflow(shape, inputs)
+    refuse_uses_on_other_stages(shape, dataflow, trace_dataflow(shape, inputs, training=False))
+    stage = Stage(
+        cut, dataflow, stage_bounds([1.0] * len(dataflow.units), world.topology.pipeline), world.topology.stage
+    )
+    return stage, stage.drop_remote_parameters()
 
 
 def _compare(
@@ -416,14 +420,14 @@ def prove(
                         cut, plan, group, place.tensor, rank, world.tensor_neighbours,
                         sequence_parallel=sequence_parallel,
                     )  # fmt: skip
-                stage, held_by = _staged(family, cut, world) if pipeline > 1 else (None, {})
+                stage, parameter_ranks = _staged(family, cut, world) if pipeline > 1 else (None, {})
                 mapper.cut(cut.parameters())
                 mapper.install()
                 pipe: _OneStage | _Stages = _OneStage()
                 if stage is not None:
                     stage.install()
                     fill_elsewhere(cut, torch.device("cpu"), dtype)
-                    pipe = _Stages(cut, stage, held_by, world)
+                    pipe = _Stages(cut, stage, parameter_ranks, world)
                 found.append(_compare(family, plain, cut, mapper, plan, place, pipe, more or {}))
             except _NotBuilt as error:
                 found.append(Verdict(str(family), place.world, "not built", str(error)))

@@ -39,7 +39,7 @@ from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model, build_model_shape, initialize_weights
 from trainer.model.tasks import auxiliary_coefficient
-from trainer.pipeline import divide_layers
+from trainer.pipeline import assign_stages
 from trainer.sharding import shard_of
 from trainer.tensor_parallel import choose_experts_implementation
 from trainer.topology import Topology
@@ -326,7 +326,7 @@ def _layout(job: Job, expected: Reference) -> Found:
         loaded = check(job.raw, world=launch.world, device="cpu")
         model = build_model(loaded)
         without_dropout(model)
-        engine = start_engine(model, loaded, world, divide_layers(build_model_shape(loaded), loaded))
+        engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
         kept = [Outputs(own) for own in engine.models]
         found = Found([], [], {}, {}, {})
         _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, found))

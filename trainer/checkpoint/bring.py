@@ -17,7 +17,7 @@ from trainer.config import LoadedConfig
 from trainer.engine import Numbers
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.fault_tolerance.run_lock import RunLock
-from trainer.model import build_model, read_weights, recipe_of
+from trainer.model import build_model, describe_model, read_weights
 from trainer.run_directory import about_run
 from trainer.store import BUFFER, WEIGHT, Entry, Manifest
 
@@ -64,7 +64,7 @@ def _bring(source: Path, loaded: LoadedConfig) -> Path:
         losses={},
         config=loaded.resolved(),
         about={**about_run(loaded), "imported_from": str(source)},
-        model=recipe_of(model),
+        model=describe_model(model),
         data={},
         wandb_run=None,
         numbers=vars(Numbers.at_first()),

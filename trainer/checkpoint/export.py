@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.data import load_tokenizer
 from trainer.errors import CheckpointError
-from trainer.model import build_from_recipe, load_exported, read_weights, write_model
+from trainer.model import build_from_description, load_exported, read_weights, write_model
 from trainer.store import BUFFER, DTYPES, WEIGHT, Files, Manifest, read_manifest, tokenizer_beside, verify_files
 
 
@@ -32,7 +32,7 @@ def export(
     """
     manifest = read_manifest(checkpoint)
     verify_files(checkpoint, manifest)
-    model = build_from_recipe(manifest.model)
+    model = build_from_description(manifest.model)
     found = tokenizer or tokenizer_beside(checkpoint)
     write_model(
         model,
@@ -127,7 +127,7 @@ def compare_logits(checkpoint: Path, exported: Path, dtype: torch.dtype) -> Comp
         dtype: of the weights in `exported`.
     """
     manifest = read_manifest(checkpoint)
-    model: Any = build_from_recipe(manifest.model)
+    model: Any = build_from_description(manifest.model)
     read_weights(model, str(checkpoint))
     model.eval()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size

@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.engine.holding import holding_of
 from trainer.model import WeightOptions
-from trainer.pipeline import pieces_of
+from trainer.pipeline import local_parameters
 
 _SCALE = "learning_rate_scale"
 _NAME = "name"
@@ -43,7 +43,7 @@ class ParameterGroups:
         """
         if all(option == WeightOptions() for option in self._distinct):
             return list(trained)
-        names = {id(weight): name for name, held in pieces_of(models).items() for weight, _ in held}
+        names = {id(weight): name for name, held in local_parameters(models).items() for weight, _ in held}
         groups: list[list[nn.Parameter]] = [[] for _ in self._distinct]
         for parameter in trained:
             groups[self._distinct.index(self._options[names[id(parameter)]])].append(parameter)

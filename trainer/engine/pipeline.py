@@ -32,7 +32,7 @@ from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.optimization import Optimization
 from trainer.model import TaskLoss
-from trainer.pipeline import Division, Record, Stage, pieces_of, shared_weights
+from trainer.pipeline import BoundaryTensors, Stage, StageAssignment, local_parameters, shared_parameters
 from trainer.sharding import all_parameters, counts, shard_of
 from trainer.tensor_parallel import Mapper
 
@@ -70,7 +70,7 @@ class StageModule(nn.Module):
         self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self.first_token_losses = None
 
-    def forward(self, received: Record | Tensor) -> Record | Tensor:
+    def forward(self, received: BoundaryTensors | Tensor) -> BoundaryTensors | Tensor:
         micro = self._waiting.popleft().to(self._device)
 
         def compute() -> TaskLoss:
@@ -104,12 +104,12 @@ class PipelineEngine(BaseEngine):
 
     def __init__(
         self, engine: DeepSpeedPipeline, world: World, clipping: float | None, stages: list[StageModule],
-        held_by: dict[str, tuple[int, ...]],
+        parameter_ranks: dict[str, tuple[int, ...]],
     ) -> None:  # fmt: skip
         two_ways = isinstance(engine, DualPipeVEngine)
         loss_stage = 0 if two_ways else world.topology.pipeline - 1
         super().__init__(engine, world, stages[0].mapper, clipping, loss_stage=loss_stage)
-        self._stages, self._held_by = stages, held_by
+        self._stages, self._parameter_ranks = stages, parameter_ranks
         self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
         self._own_norm: Tensor | None = None
         self._verify_as: int | None = None
@@ -136,7 +136,7 @@ class PipelineEngine(BaseEngine):
     @property
     def shared_by_stages(self) -> Mapping[str, tuple[int, ...]]:
         """See `BaseEngine.shared_by_stages`."""
-        return self._held_by
+        return self._parameter_ranks
 
     def _verifying(self, backward: Callable[..., None]) -> Callable[..., None]:
         def executes(engine: Any, buffer_id: int, phase: int = 0) -> None:
@@ -231,10 +231,10 @@ class PipelineEngine(BaseEngine):
         """See `Engine.whole_weights`. Of several ranks of the pipeline that hold a weight the first gives it."""
         place = self._world.topology
         ranks, group = place.group("pipeline"), self._world.groups["pipeline"]
-        pieces = pieces_of(self.models)
+        pieces = local_parameters(self.models)
         dtype = next(iter(self._engine.module.parameters())).dtype
         for name, shape in self._names():
-            giver = self._held_by[name][0]
+            giver = self._parameter_ranks[name][0]
             if place.stage == giver:
                 given = [w for part, shard in pieces[name] for _, w in self._joiner.add(name, part.detach(), shard)]
                 whole = given[-1].contiguous()
@@ -250,7 +250,7 @@ class PipelineEngine(BaseEngine):
         for name, parameter in all_parameters(self.models[0]):
             shard = shard_of(parameter)
             first = name if shard is None else shard.name
-            if first in self._held_by and first not in seen:
+            if first in self._parameter_ranks and first not in seen:
                 seen.add(first)
                 yield first, tuple(parameter.shape) if shard is None else shard.whole_shape
 
@@ -383,8 +383,8 @@ def _alike(micro_batches: Sequence[MicroBatch], least: int) -> tuple[MicroBatch,
 
 def start_pipeline(
     stages: list[StageModule],
-    division: Division,
-    held_by: dict[str, tuple[int, ...]],
+    assignment: StageAssignment,
+    parameter_ranks: dict[str, tuple[int, ...]],
     settings: dict[str, Any],
     optimization: Optimization,
     world: World,
@@ -395,25 +395,25 @@ def start_pipeline(
     """Hands complete stages to DeepSpeed.
 
     Args:
-        stages: of this rank. held_by: ranks of the pipeline that hold each weight.
+        stages: of this rank. parameter_ranks: ranks of the pipeline that hold each weight.
         even: whether all micro-batches have the same shape.
     """
     place = world.topology
-    own = dict(zip(division.of_rank(place.stage), stages, strict=True))
+    own = dict(zip(assignment.stages_of_rank(place.stage), stages, strict=True))
     models = [stage.model for stage in stages]
     with contextlib.redirect_stdout(io.StringIO()):
         module = (PipelineModule if len(own) == 1 else DualPipeVModule)(
-            layers=[own.get(stage, _on_another_rank) for stage in range(division.stages)],
+            layers=[own.get(stage, _on_another_rank) for stage in range(assignment.stages)],
             topology=PipeModelDataParallelTopology(place.pipeline, place.tensor, place.data),
             partition_method="uniform",
             dynamic_shape=not even,
         )
-    module.shared = list(shared_weights(models, held_by, world))
-    for name, pieces in pieces_of(models).items():
+    module.shared = list(shared_parameters(models, parameter_ranks, world))
+    for name, pieces in local_parameters(models).items():
         for parameter, _ in pieces:  # DeepSpeed's flag for "another rank counts it in the norm"
-            parameter.ds_pipe_replicated = place.stage != held_by[name][0]  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = place.stage != parameter_ranks[name][0]  # type: ignore[attr-defined]
     # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
     # and gathering it knows only records of one tensor, all of the same shape.
     parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
     engine = optimization.initialize(module, models, settings | parts)
-    return PipelineEngine(engine, world, clipping, stages, held_by)
+    return PipelineEngine(engine, world, clipping, stages, parameter_ranks)

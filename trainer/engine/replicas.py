@@ -22,7 +22,7 @@ from trainer.distributed import World
 from trainer.engine.holding import Holding
 from trainer.engine.tensor_hash import hash_bits
 from trainer.errors import ReplicasDifferError
-from trainer.pipeline import pieces_of
+from trainer.pipeline import local_parameters
 from trainer.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def _held(
     models: Sequence[nn.Module], stages: Mapping[str, tuple[int, ...]], topology: Topology
 ) -> Iterator[tuple[str, nn.Parameter, Holders]]:
     """Every parameter of this rank with a name that all its holders have for it."""
-    for name, pieces in pieces_of(models).items():
+    for name, pieces in local_parameters(models).items():
         sharing = stages.get(name, ())
         for number, (parameter, shard) in enumerate(pieces):
             if shard is not None and shard.lone and not shard.owner:

@@ -22,7 +22,7 @@ from trainer.engine.optimization import Optimization
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights, weight_options
-from trainer.pipeline import ONE_STAGE, Division, Stage, recompute, unite
+from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, recompute, share_parameters
 from trainer.sharding import fill_elsewhere
 from trainer.tensor_parallel import Mapper, tensor_mapper
 
@@ -50,23 +50,23 @@ def _zero3_partitioner(settings: dict[str, Any], dtype: torch.dtype, grid: Grid)
 
 
 def start_engine(
-    model: Any, loaded: LoadedConfig, world: World, division: Division = ONE_STAGE, *, blank: bool = False
+    model: Any, loaded: LoadedConfig, world: World, assignment: StageAssignment = ONE_STAGE, *, blank: bool = False
 ) -> PlainEngine | PipelineEngine:
     """Gives the model its weights and hands it to DeepSpeed.
 
     Args:
-        model: from `build_model`, on the meta device. division: its layers over the stages, from `divide_layers`.
+        model: from `build_model`, on the meta device. division: its layers over the stages, from `assign_stages`.
         blank: the weights are zeros, for a checkpoint to replace.
     """
     settings = for_engine(loaded.deepspeed_json)
     for extension in extensions_of(settings):
         load_extension(extension)
     prepare_nvme(settings, loaded.config.run.output_dir)
-    assert division.ranks == world.topology.pipeline
+    assert assignment.ranks == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
     optimization = Optimization(ParameterGroups(options), own_schedule(loaded.deepspeed_json))
-    start = _start_plain if division.ranks == 1 else _start_pipeline
-    return start(model, division, loaded, world, settings, optimization, blank)
+    start = _start_plain if assignment.ranks == 1 else _start_pipeline
+    return start(model, assignment, loaded, world, settings, optimization, blank)
 
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
@@ -86,7 +86,7 @@ def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
 
 
 def _start_plain(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any],
+    model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
     optimization: Optimization, blank: bool,
 ) -> PlainEngine:  # fmt: skip
     mapper, grid = _mapper(model, loaded, world), Grid(world)
@@ -100,7 +100,7 @@ def _start_plain(
 
     give_weights(model, loaded, complete, blank=blank)
     mapper.install()
-    recompute(model, division.recomputed)
+    recompute(model, assignment.recomputed)
     task = _task(model, loaded, mapper)
     engine = optimization.initialize(task, [model], settings, mpu=grid)
     _undo_first_step(engine.optimizer)
@@ -128,27 +128,27 @@ def _undo_first_step(optimizer: Any) -> None:
 
 
 def _start_pipeline(
-    model: Any, division: Division, loaded: LoadedConfig, world: World, settings: dict[str, Any],
+    model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
     optimization: Optimization, blank: bool,
 ) -> PipelineEngine:  # fmt: skip
-    assert division.flow is not None
-    held_by = division.holding_ranks(model)
-    numbers = division.of_rank(world.topology.stage)
+    assert assignment.dataflow is not None
+    parameter_ranks = assignment.parameter_ranks(model)
+    numbers = assignment.stages_of_rank(world.topology.stage)
     models = [model, *(copy.deepcopy(model) for _ in numbers[1:])]
     mappers = [_mapper(own, loaded, world) for own in models]
-    stages = [Stage(own, division.flow, division.bounds, n) for own, n in zip(models, numbers, strict=True)]
+    stages = [Stage(own, assignment.dataflow, assignment.bounds, n) for own, n in zip(models, numbers, strict=True)]
     for own, stage, mapper in zip(models, stages, mappers, strict=True):
-        stage.leave_weights()
+        stage.drop_remote_parameters()
         give_weights(own, loaded, mapper.cut, blank=blank)
     for other in models[1:]:
-        unite(model, other)
+        share_parameters(model, other)
     modules = []
     for own, stage, mapper in zip(models, stages, mappers, strict=True):
         mapper.install()
         stage.install()
-        recompute(own, division.recomputed)
+        recompute(own, assignment.recomputed)
         fill_elsewhere(own, world.device, _DTYPES[loaded.config.deepspeed.precision])
         modules.append(StageModule(_task(own, loaded, mapper), stage, mapper, world.device))
     even = loaded.config.data.packing == "concatenate"
     clipping = _clipping(loaded, settings)
-    return start_pipeline(modules, division, held_by, settings, optimization, world, clipping, even=even)
+    return start_pipeline(modules, assignment, parameter_ranks, settings, optimization, world, clipping, even=even)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.distributed import World
 from trainer.engine.holding import Holding, holding_of
-from trainer.pipeline import pieces_of
+from trainer.pipeline import local_parameters
 from trainer.sharding import Shard, boxes_of, counts, parts_in_whole
 from trainer.store import BUFFER, WEIGHT
 from trainer.tensor_parallel import Mapper
@@ -101,7 +101,7 @@ class TrainingState:
         yield from self._buffer_pieces(owned=False)
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, Shard]]:
-        for name, pieces in pieces_of(self._models).items():
+        for name, pieces in local_parameters(self._models).items():
             for parameter, record in pieces:
                 shard = record or Shard.whole(name, getattr(parameter, "ds_shape", parameter.shape))
                 if shard.owner or not shard.lone:

@@ -1,8 +1,8 @@
 """The Hugging Face model: built, given its weights, its task, its cost, and written back."""
 
-from trainer.model.build import build_from_recipe, build_model, build_model_shape, give_weights, load_model
+from trainer.model.build import build_from_description, build_model, build_model_shape, give_weights, load_model
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
-from trainer.model.export import load_exported, recipe_of, write_model
+from trainer.model.export import describe_model, load_exported, write_model
 from trainer.model.generate import generate_texts
 from trainer.model.initialize import initialize_weights
 from trainer.model.parameter_groups import WeightOptions, weight_options
@@ -14,9 +14,10 @@ __all__ = [
     "ModelCost",
     "TaskLoss",
     "WeightOptions",
-    "build_from_recipe",
+    "build_from_description",
     "build_model",
     "build_model_shape",
+    "describe_model",
     "generate_texts",
     "give_weights",
     "initialize_weights",
@@ -25,7 +26,6 @@ __all__ = [
     "model_cost",
     "peak_flops",
     "read_weights",
-    "recipe_of",
     "state_bytes",
     "weight_options",
     "write_model",

@@ -16,7 +16,7 @@ from trainer.distributed import agree
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
-from trainer.model.read import check_weights, read_weights
+from trainer.model.read import check_weight_headers, read_weights
 from trainer.store import is_checkpoint
 from trainer.tensor_parallel import choose_experts_implementation, drops, read_plan, refuse_sequence_parallel
 
@@ -40,7 +40,7 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
     arguments = {"attn_implementation": loaded.attention, "dtype": torch.float32}
     model = _on_meta(section, model_config(section), arguments)
     if section.path is not None and loaded.initialize == "pretrained":
-        check_weights(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
+        check_weight_headers(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
     weight_options(model, loaded.config.training, decay=0)
     if parallel.tensor > 1 or parallel.tensor_plan:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
@@ -73,17 +73,17 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
     return model
 
 
-def build_from_recipe(recipe: Mapping[str, Any]) -> PreTrainedModel:
-    """A model on the meta device from what `recipe_of` said about it.
+def build_from_description(description: Mapping[str, Any]) -> PreTrainedModel:
+    """A model on the meta device from what `describe_model` said about it.
 
     Raises:
         ConfigError: if transformers refuses it.
     """
     section = ModelSection(config={})
-    config = config_from(recipe["config"], "the checkpoint")
+    config = config_from(description["config"], "the checkpoint")
     model = _on_meta(section, config, {"dtype": torch.float32})
-    if recipe["generation"]:
-        model.generation_config = GenerationConfig.from_dict(dict(recipe["generation"]))
+    if description["generation"]:
+        model.generation_config = GenerationConfig.from_dict(dict(description["generation"]))
     return model
 
 

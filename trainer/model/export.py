@@ -125,7 +125,7 @@ def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def recipe_of(model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """What makes the model without its weights, as plain JSON: Hugging Face's configurations and class."""
     generation = json.loads(model.generation_config.to_json_string()) if model.can_generate() else None
     config = json.loads(_loadable_config(model).to_json_string(use_diff=False))

@@ -37,8 +37,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from trainer.config.model_facts import config_at
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
-from trainer.model.unexpected import SHOWN, Leftovers, classify, refuse_quantized, shown
-from trainer.model.unexpected import Stored as Header
+from trainer.model.unexpected_keys import SHOWN, Leftovers, classify, refuse_quantized, shown
+from trainer.model.unexpected_keys import Stored as Header
 from trainer.sharding import Shard, all_parameters, shard_of
 from trainer.store import DTYPES, MODEL_KINDS, Files, Stored, is_checkpoint, read_manifest, verify_sizes
 
@@ -311,7 +311,7 @@ def _reading(path: str) -> Iterator[None]:
         ) from None
 
 
-def check_weights(model: PreTrainedModel, path: str, *, allow_unexpected_keys: bool = False) -> None:
+def check_weight_headers(model: PreTrainedModel, path: str, *, allow_unexpected_keys: bool = False) -> None:
     """Check what the headers of the weights in a local folder say, without reading the weights.
 
     Of a name on the hub nothing is checked before its files are here, when they are read.

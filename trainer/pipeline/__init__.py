@@ -1,27 +1,27 @@
 """Pipeline parallelism: a model is followed, its layers are divided into stages, and each stage is the model itself."""
 
-from trainer.pipeline.balance import balance, divide
-from trainer.pipeline.division import ONE_STAGE, Division, divide_layers, refuse_other_uses
-from trainer.pipeline.flow import Flow
+from trainer.pipeline.balance import balance, stage_bounds
+from trainer.pipeline.dataflow import Dataflow
 from trainer.pipeline.recompute import recompute
-from trainer.pipeline.shared import pieces_of, shared_weights, unite
-from trainer.pipeline.stage import Record, Stage
-from trainer.pipeline.trace import example_inputs, follow
+from trainer.pipeline.shared_parameters import local_parameters, share_parameters, shared_parameters
+from trainer.pipeline.stage import BoundaryTensors, Stage
+from trainer.pipeline.stage_assignment import ONE_STAGE, StageAssignment, assign_stages, refuse_uses_on_other_stages
+from trainer.pipeline.trace import example_inputs, trace_dataflow
 
 __all__ = [
     "ONE_STAGE",
-    "Division",
-    "Flow",
-    "Record",
+    "BoundaryTensors",
+    "Dataflow",
     "Stage",
+    "StageAssignment",
+    "assign_stages",
     "balance",
-    "divide",
-    "divide_layers",
     "example_inputs",
-    "follow",
-    "pieces_of",
+    "local_parameters",
     "recompute",
-    "refuse_other_uses",
-    "shared_weights",
-    "unite",
+    "refuse_uses_on_other_stages",
+    "share_parameters",
+    "shared_parameters",
+    "stage_bounds",
+    "trace_dataflow",
 ]

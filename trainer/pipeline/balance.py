@@ -39,7 +39,7 @@ def balance(costs: Sequence[float], stages: int, speeds: Sequence[float] | None 
     return list(best[count][2])
 
 
-def divide(
+def stage_bounds(
     costs: Sequence[float], stages: int, layers: Sequence[int] | None = None, speeds: Sequence[float] | None = None
 ) -> list[int]:
     """Bounds of the stages, as the configuration wants them.

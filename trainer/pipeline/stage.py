@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from trainer.pipeline.flow import BATCH, LENGTH, Call, Flow, Leaf, Value
+from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, TensorSpec, TracedValue
 from trainer.sharding import put_elsewhere, starred
 
 T = TypeVar("T")
 
-Record = tuple[Tensor, ...]
+BoundaryTensors = tuple[Tensor, ...]
 """What crosses a boundary: the values of `Flow.crossing`, those of one kind (of every layer, say) stacked."""
 
 
@@ -39,30 +39,30 @@ class _EndOfStage(Exception):
 class Stage:
     """Makes a model one stage of itself.
 
-    1. `leave_weights` takes away the weights of other stages, while all are on the meta device.
+    1. `drop_remote_parameters` takes away the weights of other stages, while all are on the meta device.
     2. `install` changes what the modules of other stages compute, once the own ones are complete.
     3. `run` computes one micro-batch.
     """
 
-    def __init__(self, model: PreTrainedModel, flow: Flow, bounds: Sequence[int], number: int) -> None:
-        """Stage `number` has the units from bounds[number] up to bounds[number + 1] of `flow`.
+    def __init__(self, model: PreTrainedModel, dataflow: Dataflow, bounds: Sequence[int], number: int) -> None:
+        """Stage `number` has the units from bounds[number] up to bounds[number + 1] of `dataflow`.
 
         Raises:
             PlanError: if a value crosses one of its boundaries that cannot be sent.
         """
-        self._model, self._flow, self._bounds, self.number = model, flow, tuple(bounds), number
+        self._model, self._dataflow, self._bounds, self.number = model, dataflow, tuple(bounds), number
         self._first, self._end = bounds[number], bounds[number + 1]
         self.is_first, self.is_last = number == 0, number == len(bounds) - 2
-        self.incoming = [] if self.is_first else _in_order(flow, self._first)
-        self.outgoing = [] if self.is_last else _in_order(flow, self._end)
-        self._received: dict[Value, Tensor] = {}
-        self._made: dict[Value, Tensor] = {}
+        self.incoming = [] if self.is_first else _in_order(dataflow, self._first)
+        self.outgoing = [] if self.is_last else _in_order(dataflow, self._end)
+        self._received: dict[TracedValue, Tensor] = {}
+        self._made: dict[TracedValue, Tensor] = {}
         self._counts: Counter[str] = Counter()
         self._runs = False
 
-    def leave_weights(self) -> dict[str, tuple[int, ...]]:
-        """Puts the weights of other stages elsewhere. Returns `holders`."""
-        stages = holders(self._model, self._flow, self._bounds)
+    def drop_remote_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Puts the weights of other stages elsewhere. Returns `parameter_stages`."""
+        stages = parameter_stages(self._model, self._dataflow, self._bounds)
         foreign = {
             id(parameter) for name, parameter in self._model.named_parameters() if self.number not in stages[name]
         }
@@ -74,78 +74,82 @@ class Stage:
 
     def install(self) -> None:
         """Replaces what modules of other stages compute, and listens to those whose outputs are sent."""
-        calls = self._flow.calls
-        given: dict[tuple[str, int], dict[int, Value]] = defaultdict(dict)
+        calls = self._dataflow.calls
+        given: dict[tuple[str, int], dict[int, TracedValue]] = defaultdict(dict)
         for value in self.incoming:
-            given[value.module, value.nth][value.leaf] = value
+            given[value.module, value.occurrence][value.leaf] = value
         for call in calls:
-            if call.place.inside and self._flow.unit(call.place) < self._first:
+            if call.position.is_inside and self._dataflow.unit(call.position) < self._first:
                 self._replace_layer(call, given)
-        beside = {calls[v.call].module for v in self.incoming if not calls[v.call].place.inside}
+        beside = {calls[v.call].module for v in self.incoming if not calls[v.call].position.is_inside}
         for name in beside:
             self._replay_beside(name, given)
         if not self.is_last:
-            self._model.get_submodule(self._flow.units[self._end][0]).forward = _stop
-        made_here: dict[str, list[Value]] = defaultdict(list)
+            self._model.get_submodule(self._dataflow.units[self._end][0]).forward = _stop
+        made_here: dict[str, list[TracedValue]] = defaultdict(list)
         for value in self.outgoing:
-            if self._flow.unit(calls[value.call].place) >= self._first:
+            if self._dataflow.unit(calls[value.call].position) >= self._first:
                 made_here[value.module].append(value)
         for name, values in made_here.items():
             self._listen(name, values)
 
-    def _replace_layer(self, call: Call, given: dict[tuple[str, int], dict[int, Value]]) -> None:
+    def _replace_layer(self, call: ModuleCall, given: dict[tuple[str, int], dict[int, TracedValue]]) -> None:
         """A layer of an earlier stage: calls what it has to give from inside, and returns what is read of it."""
         layer = self._model.get_submodule(call.module)
         if hasattr(layer, "gradient_checkpointing"):
             layer.gradient_checkpointing = False  # type: ignore[assignment]
         own = [value for value in self.incoming if value.call == call.number and value.module != call.module]
-        heard = dict.fromkeys((value.module, value.nth) for value in own)
+        heard = dict.fromkeys((value.module, value.occurrence) for value in own)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            for name, nth in heard:  # Hugging Face's recorders listen to them
+            for name, occurrence in heard:  # Hugging Face's recorders listen to them
                 inner = self._model.get_submodule(name)
-                inner.forward = partial(self._give, *self._flow.structures[name, nth], given[name, nth])
+                inner.forward = partial(
+                    self._give, *self._dataflow.structures[name, occurrence], given[name, occurrence]
+                )
                 inner()
-            return self._give(call.output, call.leaves, given.get((call.module, call.nth), {}))
+            return self._give(call.output, call.leaves, given.get((call.module, call.occurrence), {}))
 
         layer.forward = forward
 
-    def _replay_beside(self, name: str, given: dict[tuple[str, int], dict[int, Value]]) -> None:
+    def _replay_beside(self, name: str, given: dict[tuple[str, int], dict[int, TracedValue]]) -> None:
         """A module beside the layers: returns what was received in the calls whose outputs were, else computes."""
         module = self._model.get_submodule(name)
         computes = module.forward
-        calls = {call.nth: call for call in self._flow.calls if call.module == name}
+        calls = {call.occurrence: call for call in self._dataflow.calls if call.module == name}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nth = self._counts[name]
+            occurrence = self._counts[name]
             self._counts[name] += 1
-            if (name, nth) not in given:
+            if (name, occurrence) not in given:
                 return computes(*args, **kwargs)
-            return self._give(calls[nth].output, calls[nth].leaves, given[name, nth])
+            return self._give(calls[occurrence].output, calls[occurrence].leaves, given[name, occurrence])
 
         module.forward = forward
 
     def _give(
-        self, structure: Any, leaves: tuple[Leaf | None, ...], given: dict[int, Value], *_: Any, **__: Any
+        self, structure: Any, leaves: tuple[TensorSpec | None, ...], given: dict[int, TracedValue], *_: Any, **__: Any
     ) -> Any:
         """An output of this structure: what was received; where nobody reads, something of that shape."""
-        alike: dict[Leaf | None, Tensor] = {self._flow.leaf(value): tensor for value, tensor in self._received.items()}
+        alike: dict[TensorSpec | None, Tensor] = {
+            self._dataflow.spec_of(value): tensor for value, tensor in self._received.items()
+        }
         return pytree.tree_unflatten(
             [self._received[given[n]] if n in given else alike.get(leaf) for n, leaf in enumerate(leaves)], structure
         )
 
-    def _listen(self, name: str, values: list[Value]) -> None:
+    def _listen(self, name: str, values: list[TracedValue]) -> None:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if not self._runs:  # computed again in the backward pass
                 return
-            nth = self._counts[f"{name}()"]
+            occurrence = self._counts[f"{name}()"]
             self._counts[f"{name}()"] += 1
-            leaves = pytree.tree_leaves(output) if any(value.nth == nth for value in values) else []
-            self._made.update({value: leaves[value.leaf] for value in values if value.nth == nth})
+            leaves = pytree.tree_leaves(output) if any(value.occurrence == occurrence for value in values) else []
+            self._made.update({value: leaves[value.leaf] for value in values if value.occurrence == occurrence})
 
         self._model.get_submodule(name).register_forward_hook(keep)
 
-    def run(self, compute: Callable[[], T], received: Record = ()) -> T | Record:
+    def run(self, compute: Callable[[], T], received: BoundaryTensors = ()) -> T | BoundaryTensors:
         """Computes one micro-batch.
 
         Args:
@@ -166,11 +170,11 @@ class Stage:
         finally:
             self._runs = False
             self._received, self._made = {}, {}
-        assert self.is_last, f"{self._flow.units[self._end][0]} was not reached"
+        assert self.is_last, f"{self._dataflow.units[self._end][0]} was not reached"
         return result
 
 
-def numbers_sent(flow: Flow, cut: int, batch: int, length: int, sequence_ranks: int = 1) -> dict[str, int]:
+def boundary_numel(dataflow: Dataflow, cut: int, batch: int, length: int, sequence_ranks: int = 1) -> dict[str, int]:
     """How many numbers a rank sends over the boundary before unit `cut`, by the modules that give them.
 
     Args:
@@ -178,26 +182,28 @@ def numbers_sent(flow: Flow, cut: int, batch: int, length: int, sequence_ranks: 
             layers (sequence parallelism).
     """
     sizes = {BATCH: batch, LENGTH: length, BATCH * LENGTH: batch * length}
-    layers = {name for unit in flow.units for name in unit}
+    layers = {name for unit in dataflow.units for name in unit}
     sent: dict[str, int] = defaultdict(int)
-    for value in flow.crossing(cut):
+    for value in dataflow.boundary_values(cut):
         shared_by = sequence_ranks if value.module in layers else 1
-        sent[starred(value.module)] += prod(sizes.get(size, size) for size in flow.leaf(value).shape) // shared_by
+        sent[starred(value.module)] += (
+            prod(sizes.get(size, size) for size in dataflow.spec_of(value).shape) // shared_by
+        )
     return dict(sent)
 
 
-def holders(model: nn.Module, flow: Flow, bounds: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def parameter_stages(model: nn.Module, dataflow: Dataflow, bounds: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Stages that hold each parameter, by its first name; more than one where several use it (tied embeddings).
 
     A weight that the forward pass does not use, such as an expert's that no token chose, lies with the layer it is in,
     and outside all layers on the first stage.
     """
-    units = {name: number for number, unit in enumerate(flow.units) for name in unit}
+    units = {name: number for number, unit in enumerate(dataflow.units) for name in unit}
     found = {}
     for name, _ in model.named_parameters():
         path = name.split(".")
-        inside = (units[prefix] for n in range(1, len(path)) if (prefix := ".".join(path[:n])) in units)
-        used = flow.uses(name) or set(inside) or {0}
+        containing_units = (units[prefix] for n in range(1, len(path)) if (prefix := ".".join(path[:n])) in units)
+        used = dataflow.units_using(name) or set(containing_units) or {0}
         found[name] = tuple(sorted({bisect_right(bounds, unit) - 1 for unit in used}))
     return found
 
@@ -206,27 +212,29 @@ def _stop(*args: Any, **kwargs: Any) -> Any:
     raise _EndOfStage
 
 
-def _in_order(flow: Flow, cut: int) -> list[Value]:
+def _in_order(dataflow: Dataflow, cut: int) -> list[TracedValue]:
     """What crosses, whole numbers last: DeepSpeed counts gradients over the others and shares buffers by number."""
-    return sorted(flow.crossing(cut), key=lambda value: (not flow.leaf(value).is_real, _kind(value)))
+    return sorted(
+        dataflow.boundary_values(cut), key=lambda value: (not dataflow.spec_of(value).is_floating, _kind(value))
+    )
 
 
-def _kind(value: Value) -> tuple[str, int]:
+def _kind(value: TracedValue) -> tuple[str, int]:
     """Values of one kind travel as one tensor: all layers' router logits."""
     return starred(value.module), value.leaf
 
 
-def _groups(values: Sequence[Value]) -> Iterator[list[Value]]:
+def _groups(values: Sequence[TracedValue]) -> Iterator[list[TracedValue]]:
     for _, group in groupby(values, _kind):
         yield list(group)
 
 
-def _pack(values: Sequence[Value], tensors: dict[Value, Tensor]) -> Iterator[Tensor]:
+def _pack(values: Sequence[TracedValue], tensors: dict[TracedValue, Tensor]) -> Iterator[Tensor]:
     for group in _groups(values):
         yield tensors[group[0]] if len(group) == 1 else torch.stack([tensors[value] for value in group])
 
 
-def _unpack(values: Sequence[Value], record: Record) -> Iterator[tuple[Value, Tensor]]:
+def _unpack(values: Sequence[TracedValue], record: BoundaryTensors) -> Iterator[tuple[TracedValue, Tensor]]:
     for group, tensor in zip(_groups(values), record, strict=True):
         yield from zip(group, [tensor] if len(group) == 1 else tensor.unbind(), strict=True)
 

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
 from trainer.model.meta import MetaMode, matrix_flops
-from trainer.pipeline.flow import BATCH, LENGTH, Call, Flow, Leaf, Place, Value
+from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
 
-NEVER_DIVIDED = {
+UNSPLITTABLE = {
     "reformer": "runs its layers in an autograd function of its own, which computes them again from the last one",
 }
 """Families that can be followed and yet not divided, and why."""
@@ -34,10 +34,10 @@ class _Unknown:
     """A source that no module gives."""
 
     what: str
-    made: Place
+    made: Position
 
 
-_Sources = frozenset[Value | _Unknown]
+_Sources = frozenset[TracedValue | _Unknown]
 
 
 class _Follower(MetaMode):  # type: ignore[no-untyped-call]
@@ -48,8 +48,8 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
         self._layers = layers
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._sources: dict[int, _Sources] = {}
-        self._made_in: dict[int, Call] = {}
-        self._given_by: dict[int, list[tuple[Value, bool]]] = {}
+        self._made_in: dict[int, ModuleCall] = {}
+        self._given_by: dict[int, list[tuple[TracedValue, bool]]] = {}
         """Modules inside a layer that gave a tensor, innermost first, and whether somebody else listens to them."""
 
         self._kept: list[Any] = []
@@ -57,30 +57,30 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
 
         self._counts: Counter[str] = Counter()
         self._begun = 0
-        self._active: list[Call] = []
+        self._active: list[ModuleCall] = []
         self._returned: dict[tuple[str, int], Any] = {}
         self._inside: list[str] = []
         """Modules at work inside the layer, outermost first."""
 
         self.inner_flops: Counter[str] = Counter()
-        self.calls: list[Call] = []
+        self.calls: list[ModuleCall] = []
         self.layer_calls: list[str] = []
-        self.reads: dict[Value, set[Place]] = {}
-        self.uses: dict[str, set[Place]] = {}
-        self.unknown: dict[str, set[tuple[Place, Place]]] = {}
+        self.reads: dict[TracedValue, set[Position]] = {}
+        self.uses: dict[str, set[Position]] = {}
+        self.unknown: dict[str, set[tuple[Position, Position]]] = {}
         self.structures: dict[tuple[str, int], Any] = {}
 
     # Modules ---------------------------------------------------------------------------------------------------------
 
     def enters(self, name: str, module: nn.Module) -> None:
         """A module is called."""
-        if self._active and self._active[-1].place.inside:
+        if self._active and self._active[-1].position.is_inside:
             self._inside.append(name)
         if self._active or not (name in self._layers or _owns_weights(module)):
             return
         is_layer = name in self._layers
         self._begun += is_layer
-        call = Call(len(self.calls), name, self._counts[name], Place(self._begun, is_layer))
+        call = ModuleCall(len(self.calls), name, self._counts[name], Position(self._begun, is_layer))
         self.calls.append(call)
         self._active.append(call)
         if is_layer:
@@ -88,19 +88,21 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
 
     def returns(self, name: str, module: nn.Module, output: Any, *, heard: bool) -> None:
         """A module returns `output`; `heard` if hooks of others, such as Hugging Face's recorders, listen to it."""
-        nth = self._counts[name]
+        occurrence = self._counts[name]
         self._counts[name] += 1
         if not self._active:
             return
         call = self._active[-1]
-        if name != call.module and call.place.inside:
+        if name != call.module and call.position.is_inside:
             assert self._inside.pop() == name
         leaves, structure = pytree.tree_flatten(output)
         tensors = [(number, leaf) for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if name != call.module:
-            self._returned[name, nth] = structure, _leaves(leaves)
+            self._returned[name, occurrence] = structure, _leaves(leaves)
             for number, tensor in tensors:
-                self._given_by.setdefault(id(tensor), []).append((Value(call.number, name, nth, number), heard))
+                self._given_by.setdefault(id(tensor), []).append(
+                    (TracedValue(call.number, name, occurrence, number), heard)
+                )
             return
         for _, tensor in tensors:
             if self._made_in.get(id(tensor)) is not call:  # it hands through what it was given
@@ -110,7 +112,7 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
         for number, tensor in tensors:
             self._kept.append(tensor)
             self._made_in.pop(id(tensor), None)
-            self._sources[id(tensor)] = frozenset({Value(call.number, name, nth, number)})
+            self._sources[id(tensor)] = frozenset({TracedValue(call.number, name, occurrence, number)})
 
     def ends(self, output: Any) -> None:
         """The model returns; whoever asked for its output reads it behind the last layer."""
@@ -157,9 +159,9 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
             return frozenset()
         given_by = self._given_by.get(id(tensor))
         if not given_by:
-            return frozenset({_Unknown(f"a value made inside {made_in.module}", made_in.place)})
+            return frozenset({_Unknown(f"a value made inside {made_in.module}", made_in.position)})
         value = next((value for value, heard in given_by if heard), given_by[-1][0])
-        self.structures[value.module, value.nth] = self._returned[value.module, value.nth]
+        self.structures[value.module, value.occurrence] = self._returned[value.module, value.occurrence]
         return frozenset({value})
 
     def _note(self, sources: _Sources) -> None:
@@ -178,12 +180,12 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
             self._made_in.pop(id(tensor), None)
             self._sources[id(tensor)] = sources
 
-    def _here(self) -> Place:
-        return self._active[-1].place if self._active else Place(self._begun, inside=False)
+    def _here(self) -> Position:
+        return self._active[-1].position if self._active else Position(self._begun, is_inside=False)
 
 
-def _leaves(leaves: list[Any]) -> tuple[Leaf | None, ...]:
-    return tuple(Leaf(tuple(x.shape), x.is_floating_point()) if isinstance(x, Tensor) else None for x in leaves)
+def _leaves(leaves: list[Any]) -> tuple[TensorSpec | None, ...]:
+    return tuple(TensorSpec(tuple(x.shape), x.is_floating_point()) if isinstance(x, Tensor) else None for x in leaves)
 
 
 def _owns_weights(module: nn.Module) -> bool:
@@ -233,7 +235,9 @@ def example_inputs(model: PreTrainedModel, length: int = LENGTH) -> dict[str, Te
     return {"input_ids": ids} | ({"decoder_input_ids": ids.clone()} if two_sided else {})
 
 
-def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, training: bool = True) -> Flow:
+def trace_dataflow(
+    model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, training: bool = True
+) -> Dataflow:
     """Follows one forward pass of a model whose tensors are on the meta device.
 
     Args:
@@ -244,8 +248,8 @@ def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, t
         PlanError: if the model cannot be followed, has no layers that run one after the other, or runs one twice.
     """
     kind = model.config.model_type
-    if kind in NEVER_DIVIDED:
-        raise PlanError(Problem("parallel.pipeline", f"{kind} {NEVER_DIVIDED[kind]}", "Set parallel.pipeline to 1"))
+    if kind in UNSPLITTABLE:
+        raise PlanError(Problem("parallel.pipeline", f"{kind} {UNSPLITTABLE[kind]}", "Set parallel.pipeline to 1"))
     layers = _layers(model)
     follower = _Follower(model, set(layers))
     handles = []
@@ -279,7 +283,7 @@ def follow(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, t
         reason = f"{kind} runs {twice[0]} several times" if twice else f"{kind} has no list of layers that run in a row"
         raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))
     numbers = [number for number, unit in enumerate(units) for _ in unit]
-    return Flow(
+    return Dataflow(
         units, follower.calls, follower.structures, dict(follower.inner_flops), numbers, follower.reads, follower.uses,
         follower.unknown,
     )  # fmt: skip

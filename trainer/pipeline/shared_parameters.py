@@ -11,13 +11,13 @@ from torch import nn
 from trainer.distributed import World
 from trainer.sharding import Shard, shard_of
 
-Pieces = dict[str, list[tuple[nn.Parameter, Shard | None]]]
+LocalParameters = dict[str, list[tuple[nn.Parameter, Shard | None]]]
 """What a rank holds of each weight, by the weight's first name."""
 
 
-def pieces_of(models: Sequence[nn.Module]) -> Pieces:
+def local_parameters(models: Sequence[nn.Module]) -> LocalParameters:
     """What this rank's stages hold of each weight; what two of them share, once."""
-    found: Pieces = {}
+    found: LocalParameters = {}
     seen: set[int] = set()
     for model in models:
         for name, parameter in model.named_parameters():
@@ -28,7 +28,7 @@ def pieces_of(models: Sequence[nn.Module]) -> Pieces:
     return found
 
 
-def unite(first: nn.Module, second: nn.Module) -> None:
+def share_parameters(first: nn.Module, second: nn.Module) -> None:
     """Makes one weight of those that two stages on the same rank both hold."""
     own = dict(first.named_parameters(remove_duplicate=False))
     for name, _ in list(second.named_parameters(remove_duplicate=False)):
@@ -37,8 +37,8 @@ def unite(first: nn.Module, second: nn.Module) -> None:
             second.get_submodule(owner)._parameters[key] = own[name]
 
 
-def shared_weights(
-    models: Sequence[nn.Module], held_by: dict[str, tuple[int, ...]], world: World
+def shared_parameters(
+    models: Sequence[nn.Module], parameter_ranks: dict[str, tuple[int, ...]], world: World
 ) -> Iterator[tuple[nn.Parameter, Any]]:
     """This rank's parameters that other ranks of the pipeline hold as well, each with the group in which its gradients
     are summed.
@@ -46,10 +46,12 @@ def shared_weights(
     Every rank of the world must walk through it: all make every group, in the same order.
 
     Args:
-        models: of this rank's stages. held_by: ranks of the pipeline that hold each weight.
+        models: of this rank's stages. parameter_ranks: ranks of the pipeline that hold each weight.
     """
-    pieces = pieces_of(models)
-    for ranks, names in groupby(sorted(held_by, key=lambda name: (held_by[name], name)), held_by.__getitem__):
+    pieces = local_parameters(models)
+    for ranks, names in groupby(
+        sorted(parameter_ranks, key=lambda name: (parameter_ranks[name], name)), parameter_ranks.__getitem__
+    ):
         if len(ranks) == 1:
             continue
         group = world.stages_group(ranks)

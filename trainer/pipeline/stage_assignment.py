@@ -11,20 +11,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
-from trainer.pipeline.balance import divide
-from trainer.pipeline.flow import LENGTH, Flow
-from trainer.pipeline.stage import holders, numbers_sent
-from trainer.pipeline.trace import example_inputs, follow
+from trainer.pipeline.balance import stage_bounds
+from trainer.pipeline.dataflow import LENGTH, Dataflow
+from trainer.pipeline.stage import boundary_numel, parameter_stages
+from trainer.pipeline.trace import example_inputs, trace_dataflow
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
 
 
 @dataclass(frozen=True)
-class Division:
+class StageAssignment:
     """The layers of a model over the stages of a pipeline."""
 
-    flow: Flow | None = None
+    dataflow: Dataflow | None = None
     """None for one stage, whose model nobody has to follow."""
 
     bounds: tuple[int, ...] = (0, 0)
@@ -43,26 +43,26 @@ class Division:
     def stages(self) -> int:
         return len(self.bounds) - 1
 
-    def of_rank(self, rank: int) -> tuple[int, ...]:
+    def stages_of_rank(self, rank: int) -> tuple[int, ...]:
         """Stages of a rank of the pipeline: under DualPipeV the way back passes the ranks in reverse."""
         return (rank,) if self.stages == self.ranks else (rank, self.stages - 1 - rank)
 
-    def rank_of(self, stage: int) -> int:
+    def rank_of_stage(self, stage: int) -> int:
         """The rank of the pipeline that has a stage."""
         return min(stage, self.stages - 1 - stage) if self.stages > self.ranks else stage
 
-    def holding_ranks(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    def parameter_ranks(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """Ranks of the pipeline that hold each parameter, by its first name, in ascending order."""
         return {
-            name: tuple(sorted({self.rank_of(stage) for stage in stages}))
-            for name, stages in self.holders(model).items()
+            name: tuple(sorted({self.rank_of_stage(stage) for stage in stages}))
+            for name, stages in self.parameter_stages(model).items()
         }
 
-    def holders(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    def parameter_stages(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """Stages that hold each parameter, by its first name."""
-        if self.flow is None:
+        if self.dataflow is None:
             return {name: (0,) for name, _ in model.named_parameters()}
-        return holders(model, self.flow, self.bounds)
+        return parameter_stages(model, self.dataflow, self.bounds)
 
     def table(
         self, micro_batch: int, length: int, size: int, sequence_ranks: int
@@ -72,19 +72,19 @@ class Division:
         Args:
             size: bytes of a number. sequence_ranks: ranks that share what lies between layers.
         """
-        assert self.flow is not None
+        assert self.dataflow is not None
         for stage, (first, end) in enumerate(pairwise(self.bounds)):
             share = sum(self.costs[first:end]) / sum(self.costs)
             last = stage == self.stages - 1
-            sent = {} if last else numbers_sent(self.flow, end, micro_batch, length, sequence_ranks)
+            sent = {} if last else boundary_numel(self.dataflow, end, micro_batch, length, sequence_ranks)
             yield stage, first, end, share, {name: numbers * size for name, numbers in sent.items()}
 
 
-ONE_STAGE = Division()
+ONE_STAGE = StageAssignment()
 """Where there is no pipeline."""
 
 
-def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
+def assign_stages(model: PreTrainedModel, loaded: LoadedConfig) -> StageAssignment:
     """Divides the layers of a model on the meta device over `parallel.pipeline` stages, and finds its attention where
     that is to be recomputed.
 
@@ -99,35 +99,38 @@ def divide_layers(model: PreTrainedModel, loaded: LoadedConfig) -> Division:
         return ONE_STAGE
     if parallel.pipeline > 1:
         _refuse_layers_left_out(model)
-    flow, evaluated = follow(model), follow(model, example_inputs(model, 2 * LENGTH), training=False)
-    recomputed = tuple(_attention(model, flow, evaluated)) if selective else ()
+    dataflow, evaluated = (
+        trace_dataflow(model),
+        trace_dataflow(model, example_inputs(model, 2 * LENGTH), training=False),
+    )
+    recomputed = tuple(_attention(model, dataflow, evaluated)) if selective else ()
     if parallel.pipeline == 1:
-        return Division(recomputed=recomputed)
-    refuse_other_uses(model, flow, evaluated)
-    costs, speeds = flow.costs(length, evaluated), parallel.pipeline_weights
+        return StageAssignment(recomputed=recomputed)
+    refuse_uses_on_other_stages(model, dataflow, evaluated)
+    costs, speeds = dataflow.costs(length, evaluated), parallel.pipeline_weights
     if parallel.pipeline_schedule == "dualpipev" and speeds is not None:
         speeds = [*speeds, *reversed(speeds)]
-    bounds = divide(costs, parallel.stages, parallel.pipeline_layers, speeds)
+    bounds = stage_bounds(costs, parallel.stages, parallel.pipeline_layers, speeds)
     for cut in bounds[1:-1]:
-        flow.crossing(cut)  # refuses what cannot be sent
-    division = Division(flow, tuple(bounds), tuple(costs), parallel.pipeline, recomputed)
-    _refuse_layers_used_twice(model, division)
-    return division
+        dataflow.boundary_values(cut)  # refuses what cannot be sent
+    assignment = StageAssignment(dataflow, tuple(bounds), tuple(costs), parallel.pipeline, recomputed)
+    _refuse_layers_used_twice(model, assignment)
+    return assignment
 
 
-def _refuse_layers_used_twice(model: PreTrainedModel, division: Division) -> None:
+def _refuse_layers_used_twice(model: PreTrainedModel, assignment: StageAssignment) -> None:
     """A weight of two stages on one rank is one weight there, and only those outside the layers may be."""
-    assert division.flow is not None
-    layers = tuple(f"{name}." for unit in division.flow.units for name in unit)
-    for name, stages in division.holders(model).items():
-        if name.startswith(layers) and len({division.rank_of(stage) for stage in stages}) < len(stages):
+    assert assignment.dataflow is not None
+    layers = tuple(f"{name}." for unit in assignment.dataflow.units for name in unit)
+    for name, stages in assignment.parameter_stages(model).items():
+        if name.startswith(layers) and len({assignment.rank_of_stage(stage) for stage in stages}) < len(stages):
             raise PlanError(
                 Problem("parallel.pipeline_schedule", f"both stages of a rank would use {name}", "Set it to '1f1b'")
             )
 
 
-def _attention(model: PreTrainedModel, flow: Flow, longer: Flow) -> list[str]:
-    found = flow.attention(longer)
+def _attention(model: PreTrainedModel, dataflow: Dataflow, longer: Dataflow) -> list[str]:
+    found = dataflow.attention_modules(longer)
     if not found:
         reason = (
             f"'selective' computes attention again, and {model.config.model_type} has no modules of it in its layers"
@@ -146,13 +149,13 @@ def _refuse_layers_left_out(model: PreTrainedModel) -> None:
                 )  # fmt: skip
 
 
-def refuse_other_uses(model: PreTrainedModel, trained: Flow, evaluated: Flow) -> None:
+def refuse_uses_on_other_stages(model: PreTrainedModel, trained: Dataflow, evaluated: Dataflow) -> None:
     """Looks whether evaluation uses each weight where training does.
 
     Raises:
         PlanError: naming a weight that it uses elsewhere: its stage would not have it.
     """
     for name, _ in model.named_parameters():
-        if trained.uses(name) and not evaluated.uses(name) <= trained.uses(name):
+        if trained.units_using(name) and not evaluated.units_using(name) <= trained.units_using(name):
             reason = f"{model.config.model_type} uses {name} elsewhere when it is evaluated than when it is trained"
             raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))
