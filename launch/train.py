@@ -121,7 +121,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
         stop = StopAgreement(run.requests, world, directory, loaded.steps, run.lock)
         with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
-        files = write_model(model, engine.whole_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
+        files = write_model(model, engine.full_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)
             directory.record("finish", loaded.steps, reason=loaded.length_unit)

@@ -91,7 +91,7 @@ def _go_on(
         batch = batches.train.at(step)
         world.seed_step(step)
         result = engine.train_step(batch)
-        losses[step] = sum(row[0] for row in engine.exchange([result.loss_sum])) / batch.tokens
+        losses[step] = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum])) / batch.tokens
         progress = Progress(step, progress.tokens + batch.tokens, progress.samples + batch.samples)
         if step in saves:
             checkpoints.save(engine, progress, {"train": losses[step]})

@@ -68,10 +68,10 @@ def _train(
     curve = []
     for batch in batches.train.steps(1, steps):
         result = engine.train_step(batch)
-        total = sum(row[0] for row in engine.exchange([result.loss_sum]))
+        total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
         norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
         curve.append((total / batch.tokens, norm))
-    weights = {name: tensor.float().numpy().copy() for name, tensor in engine.whole_weights()}
+    weights = {name: tensor.float().numpy().copy() for name, tensor in engine.full_weights()}
     return curve, weights, before
 
 
@@ -102,13 +102,13 @@ def _sabotage(engine: PlainEngine, how: str) -> None:
     elif how == "drop a micro-batch":
         engine._forward = first_micro_batch_only  # type: ignore[method-assign]
     elif how == "other samples":
-        refuse = engine._refuse_different_samples
+        refuse = engine._check_same_samples
         rank = engine._world.topology.rank
-        engine._refuse_different_samples = lambda micro: refuse(  # type: ignore[method-assign]
+        engine._check_same_samples = lambda micro: refuse(  # type: ignore[method-assign]
             replace(micro, input_ids_BT=micro.input_ids_BT + rank)
         )
     elif how == "no clipping":
-        engine._clipping = 0.0
+        engine._max_grad_norm = 0.0
     else:
         raise ValueError(how)
 

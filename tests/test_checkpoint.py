@@ -33,11 +33,12 @@ from trainer.checkpoint.keep import Kept, best_of, name_of, superfluous
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.save import in_order, refuse_wrong_cover
 from trainer.checkpoint.tensors_only import _load_tensors
+from trainer.compat.deepspeed import nvme
+from trainer.compat.deepspeed.optimizer_layouts import _map_file
 from trainer.config.deepspeed import nvme_can_be_read
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
-from trainer.engine import Numbers, TrainingState, nvme
-from trainer.engine.holding import _mapped
+from trainer.engine import ScalarState, TrainingState
 from trainer.errors import CheckpointError
 from trainer.files import hash_file
 from trainer.sharding import Shard, boxes_of, flat_boxes
@@ -232,10 +233,10 @@ def test_state_on_nvme(
 def test_a_file_on_a_full_disk_is_not_taken_for_state(tmp_path: Path) -> None:
     """To map it would fill what is missing with zeros."""
     (tmp_path / "state.swp").write_bytes(b"\0" * 12)
-    assert _mapped(tmp_path / "state.swp", 3, torch.float32).numel() == 3
+    assert _map_file(tmp_path / "state.swp", 3, torch.float32).numel() == 3
     for path, size in ((tmp_path / "state.swp", 12), (tmp_path / "absent.swp", 0)):
         with pytest.raises(CheckpointError, match=f"{path.name}: {size} bytes of 16 were written"):
-            _mapped(path, 4, torch.float32)
+            _map_file(path, 4, torch.float32)
 
 
 @pytest.mark.fast
@@ -805,11 +806,11 @@ def test_the_loss_scale_of_fp16_is_kept() -> None:
     model = torch.nn.Linear(1, 1)
     state = TrainingState(engine, None, [model], None)  # type: ignore[arg-type]
     vars(scaler).update(cur_scale=1024.0, cur_iter=7, last_overflow_iter=5, cur_hysteresis=1)
-    numbers = json.loads(json.dumps(vars(state.numbers())))
+    numbers = json.loads(json.dumps(vars(state.scalar_state())))
     expected = dict(vars(scaler))
     inner.loss_scaler = DynamicLossScaler(2**16, 2, 1.0, 2, False)  # type: ignore[attr-defined]
     assert vars(inner.loss_scaler) != expected
-    state.complete(Numbers(**numbers))
+    state.load_scalar_state(ScalarState(**numbers))
     assert vars(inner.loss_scaler) == expected
 
 

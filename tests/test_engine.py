@@ -22,8 +22,8 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
     return with_values(config, data__validation=[], data__packing="none")
 
 
-def optimizer(kind: str, **params: Any) -> dict[str, Any]:
-    return {"type": kind, "params": params}
+def optimizer(optimizer_config: str, **params: Any) -> dict[str, Any]:
+    return {"type": optimizer_config, "params": params}
 
 
 EXACT = [
@@ -45,25 +45,27 @@ AT_ZERO_0 = [optimizer("Adafactor", lr=0.002), optimizer("Rprop", lr=1e-5)]
 """Only at ZeRO 0: Adafactor is refused above it; Rprop follows signs alone and amplifies rounding."""
 
 
-def test_optimizers_compute_what_torchs_do(base: dict[str, Any]) -> None:
-    kinds = [(kind, stage) for kind in EXACT for stage in (0, 2)] + [(kind, 0) for kind in AT_ZERO_0]
+def test_optimizers_match_torch(base: dict[str, Any]) -> None:
+    cases = [(optimizer_config, stage) for optimizer_config in EXACT for stage in (0, 2)] + [
+        (optimizer_config, 0) for optimizer_config in AT_ZERO_0
+    ]
     plain, jobs = [], []
-    for kind, stage in kinds:
-        params = {k: v for k, v in kind["params"].items() if k not in ("torch_adam", "adam_w_mode")}
-        plain.append((with_values(base, deepspeed__optimizer={**kind, "params": params}), STEPS))
-        config = with_values(base, deepspeed__optimizer=kind, deepspeed__zero_optimization={"stage": stage})
+    for optimizer_config, stage in cases:
+        params = {k: v for k, v in optimizer_config["params"].items() if k not in ("torch_adam", "adam_w_mode")}
+        plain.append((with_values(base, deepspeed__optimizer={**optimizer_config, "params": params}), STEPS))
+        config = with_values(base, deepspeed__optimizer=optimizer_config, deepspeed__zero_optimization={"stage": stage})
         jobs.append((config, STEPS))
-    expected, found = run_ranks(train_bare, 1, plain)[0], run_ranks(train, 2, jobs)[0]
-    for about, (curve, weights, _), reference in zip(kinds, found, expected, strict=True):
+    expected, results = run_ranks(train_bare, 1, plain)[0], run_ranks(train, 2, jobs)[0]
+    for about, (curve, weights, _), reference in zip(cases, results, expected, strict=True):
         np.testing.assert_allclose(curve, reference[0], rtol=2e-5, err_msg=str(about))
         for name in weights:
             np.testing.assert_allclose(weights[name], reference[1][name], atol=2e-5, rtol=0, err_msg=f"{about} {name}")
 
 
 @pytest.mark.matrix
-def test_muon_agrees_with_itself_in_every_layout(base: dict[str, Any]) -> None:
-    kind = optimizer("Muon", lr=0.01, momentum=0.9, weight_decay=0.0, adam_lr=0.002)
-    config = with_values(base, deepspeed__optimizer=kind)
+def test_muon_matches_across_layouts(base: dict[str, Any]) -> None:
+    optimizer_config = optimizer("Muon", lr=0.01, momentum=0.9, weight_decay=0.0, adam_lr=0.002)
+    config = with_values(base, deepspeed__optimizer=optimizer_config)
     stages = [with_values(config, deepspeed__zero_optimization={"stage": stage, "reduce_scatter": stage < 3})
               for stage in (1, 2, 3)]  # fmt: skip
     alone = run_ranks(train, 1, [(stages[0], STEPS)])[0][0]
@@ -74,11 +76,11 @@ def test_muon_agrees_with_itself_in_every_layout(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.matrix
-def test_optimizers_on_the_cpu_with_offload(base: dict[str, Any]) -> None:
+def test_offloaded_optimizers_match_torch(base: dict[str, Any]) -> None:
     """Lion and Adagrad as DeepSpeed's CPU extensions (each compiles for half a minute, once), and Rprop."""
-    kinds = [optimizer("Lion", lr=1e-4, betas=[0.9, 0.99]), optimizer("Adagrad", lr=0.005, eps=1e-3)]
+    cases = [optimizer("Lion", lr=1e-4, betas=[0.9, 0.99]), optimizer("Adagrad", lr=0.005, eps=1e-3)]
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    jobs = [(with_values(base, deepspeed__optimizer=o, deepspeed__zero_optimization=zero), STEPS) for o in kinds]
+    jobs = [(with_values(base, deepspeed__optimizer=o, deepspeed__zero_optimization=zero), STEPS) for o in cases]
     expected = run_ranks(train_bare, 1, jobs)[0]
     for (curve, _, _), reference in zip(run_ranks(train, 2, jobs)[0], expected, strict=True):
         np.testing.assert_allclose(np.array(curve)[:, 0], np.array(reference[0])[:, 0], rtol=1e-4)
@@ -95,16 +97,17 @@ SCHEDULERS = [
 ]
 
 
-def test_schedulers_give_the_rates_of_their_class(base: dict[str, Any]) -> None:
+def test_schedulers_match_their_class(base: dict[str, Any]) -> None:
     jobs = [
-        (with_values(base, deepspeed__scheduler={"type": kind, "params": params}), 6) for kind, params in SCHEDULERS
+        (with_values(base, deepspeed__scheduler={"type": optimizer_config, "params": params}), 6)
+        for optimizer_config, params in SCHEDULERS
     ]
-    found = run_ranks(rates, 1, jobs)[0]
-    for (config, steps), got in zip(jobs, found, strict=True):
-        assert got == pytest.approx(scheduled_rates(config, steps)), config["deepspeed"]["scheduler"]
+    results = run_ranks(rates, 1, jobs)[0]
+    for (config, steps), measured in zip(jobs, results, strict=True):
+        assert measured == pytest.approx(scheduled_rates(config, steps)), config["deepspeed"]["scheduler"]
 
 
-def test_bf16_follows_fp32(base: dict[str, Any]) -> None:
+def test_bf16_tracks_fp32(base: dict[str, Any]) -> None:
     reference = run_ranks(train_bare, 1, [(base, 8)])[0][0][0]
     half = with_values(base, deepspeed__bf16={"enabled": True})
     jobs = [(with_values(half, deepspeed__zero_optimization={"stage": stage}), 8) for stage in (0, 1, 2, 3)]
@@ -113,7 +116,7 @@ def test_bf16_follows_fp32(base: dict[str, Any]) -> None:
         np.testing.assert_allclose(np.array(curve)[:, 1], np.array(reference)[:, 1], rtol=0.1)
 
 
-def test_bf16_takes_the_same_first_steps_at_every_zero_stage(base: dict[str, Any]) -> None:
+def test_bf16_first_steps_agree_across_zero_stages(base: dict[str, Any]) -> None:
     """As far as rounding allows: no stage may begin with a step of its own."""
     config = with_values(base, deepspeed__bf16={"enabled": True},
                          deepspeed__optimizer=optimizer("AdamW", lr=0.01, weight_decay=0.1))  # fmt: skip
@@ -126,7 +129,7 @@ def test_bf16_takes_the_same_first_steps_at_every_zero_stage(base: dict[str, Any
             assert np.linalg.norm(other[name] - expected) < 0.05 * change, name
 
 
-def test_bf16_follows_fp32_on_tensor_ranks(base: dict[str, Any]) -> None:
+def test_bf16_tracks_fp32_with_tensor_parallelism(base: dict[str, Any]) -> None:
     reference = run_ranks(train_bare, 1, [(base, 8)])[0][0][0]
     half = with_values(base, deepspeed__bf16={"enabled": True}, parallel__tensor=2)
     jobs = [(with_values(half, deepspeed__zero_optimization={"stage": stage}), 8) for stage in (0, 1, 3)]
@@ -136,7 +139,7 @@ def test_bf16_follows_fp32_on_tensor_ranks(base: dict[str, Any]) -> None:
         np.testing.assert_allclose(np.array(curve)[:, 1], np.array(reference)[:, 1], rtol=0.1)
 
 
-def test_a_mixture_on_tensor_ranks(base: dict[str, Any]) -> None:
+def test_mixture_matches_with_tensor_parallelism(base: dict[str, Any]) -> None:
     """Its load-balancing loss is the same number, and reaches the router once."""
     config = with_values(base, model={"config": {**MIXTRAL, "router_aux_loss_coef": 0.5, "vocab_size": 323}},
                          deepspeed__optimizer=optimizer("SGD", lr=1.0))  # fmt: skip
@@ -153,36 +156,36 @@ def test_a_mixture_on_tensor_ranks(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("fault", "words"),
     [
         ("other samples", "read different samples"),
         ("a norm left whole", "q_norm.weight.*replicated_with_grad_allreduce"),
     ],
 )
-def test_the_first_step_tells(how: str, words: str, base: dict[str, Any]) -> None:
+def test_first_step_detects_faults(fault: str, words: str, base: dict[str, Any]) -> None:
     """What neither the configuration nor the loss shows."""
     qwen = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     config = with_values(base, model={"config": qwen}, parallel__tensor=2)
-    if how == "a norm left whole":
+    if fault == "a norm left whole":
         config["parallel"]["tensor_plan"] = {"layers.*.self_attn.q_norm": "replicate:a mistake"}
     with pytest.raises(AssertionError, match=f"(?s){words}"):
-        run_ranks(train, 2, [(config, 1)], how if how == "other samples" else "")
+        run_ranks(train, 2, [(config, 1)], fault if fault == "other samples" else "")
 
 
 @pytest.mark.parametrize("model", [GPT2, {**MIXTRAL, "tie_word_embeddings": True}], ids=["gpt2", "mixtral tied"])
-def test_zero3_starts_from_the_same_weights(model: dict[str, Any], base: dict[str, Any]) -> None:
+def test_zero3_initial_weights_match(model: dict[str, Any], base: dict[str, Any]) -> None:
     """ZeRO-3 takes each block away as it is made; the others make the model whole."""
     config = with_values(base, model={"config": model})
     whole, parted = ({"stage": stage, "stage3_param_persistence_threshold": 0} for stage in (0, 3))
     jobs = [(with_values(config, deepspeed__zero_optimization=zero), 0) for zero in (whole, parted)]
-    (_, expected, _), (_, found, _) = run_ranks(train, 2, jobs)[0]
-    assert found.keys() == expected.keys()
+    (_, expected, _), (_, results, _) = run_ranks(train, 2, jobs)[0]
+    assert results.keys() == expected.keys()
     for name in expected:
-        assert np.array_equal(found[name], expected[name]), name
+        assert np.array_equal(results[name], expected[name]), name
 
 
-def test_a_mixture_learns_its_load_balance_alike_in_every_layout(base: dict[str, Any]) -> None:
+def test_mixture_auxiliary_loss_matches_across_layouts(base: dict[str, Any]) -> None:
     config = with_values(base, model={"config": {**MIXTRAL, "router_aux_loss_coef": 0.5}},
                          deepspeed__optimizer=optimizer("SGD", lr=1.0))  # fmt: skip
     values = [run_ranks(auxiliary, world, config)[0] for world in (1, 2)]
@@ -200,7 +203,7 @@ def test_a_mixture_learns_its_load_balance_alike_in_every_layout(base: dict[str,
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_quiet_step_waits_for_nothing_and_sends_nothing_of_ours(stage: int, base: dict[str, Any]) -> None:
+def test_unlogged_step_adds_no_sync_and_no_collective(stage: int, base: dict[str, Any]) -> None:
     config = with_values(base, deepspeed__zero_optimization={"stage": stage})
     for quiet, logging, plain in run_ranks(count_events, 2, config):
         assert quiet.ours == {}

@@ -30,7 +30,7 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(
     "layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.matrix)], ids=["few", "more"]
 )
-def test_muon_clips_the_gradients(layouts: list[dict[str, Any]], base: dict[str, Any]) -> None:
+def test_muon_clips_gradients_before_update(layouts: list[dict[str, Any]], base: dict[str, Any]) -> None:
     """Norms, losses and weights of Muon in one bare process; the norm of step 1 is AdamW's."""
     muon = with_values(base, deepspeed__optimizer=MUON)
     (expected,) = run_ranks(train_bare, 1, [(muon, STEPS)])[0]
@@ -47,7 +47,7 @@ def test_muon_clips_the_gradients(layouts: list[dict[str, Any]], base: dict[str,
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("stage", [0, 1])
-def test_muon_clips_the_gradients_of_all_stages(stage: int, base: dict[str, Any]) -> None:
+def test_muon_clips_gradients_across_stages(stage: int, base: dict[str, Any]) -> None:
     muon = with_values(base, deepspeed__optimizer=MUON)
     (expected,) = run_ranks(train_bare, 1, [(muon, STEPS)])[0]
     cut = with_values(muon, parallel__pipeline=2, deepspeed__zero_optimization={"stage": stage})
@@ -58,7 +58,7 @@ def test_muon_clips_the_gradients_of_all_stages(stage: int, base: dict[str, Any]
 
 
 @pytest.mark.matrix
-def test_muon_clips_the_gradients_in_bf16(base: dict[str, Any]) -> None:
+def test_muon_clips_gradients_in_bf16(base: dict[str, Any]) -> None:
     muon = with_values(base, deepspeed__optimizer=MUON)
     (expected,) = run_ranks(train_bare, 1, [(muon, STEPS)])[0]
     half = with_values(muon, deepspeed__bf16={"enabled": True})

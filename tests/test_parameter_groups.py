@@ -19,7 +19,7 @@ from trainer.checkpoint.keep import name_of
 from trainer.config.deepspeed import weight_decay
 from trainer.config.load import check
 from trainer.config.schema import TrainingSection
-from trainer.engine.groups import ParameterGroups
+from trainer.engine.parameter_groups import ParameterGroups
 from trainer.errors import ConfigError
 from trainer.model import WeightOptions, build_model_shape, weight_options
 from trainer.run_directory import refuse_another_run
@@ -167,33 +167,33 @@ def compare_norms(config: dict[str, Any], layouts: list[Layout], ranks: int) -> 
         assert_equal(outcome, expected, 2e-4, values)
 
 
-def first_stage_alone_has_a_group(base: dict[str, Any]) -> dict[str, Any]:
+def group_on_first_stage_only(base: dict[str, Any]) -> dict[str, Any]:
     scales = {"model.embed_tokens.weight": 0.5}
     return with_optimizer(base, "AdamW", **LOPSIDED, training__learning_rate_scales=scales)
 
 
-def first_tensor_rank_alone_has_a_group(base: dict[str, Any]) -> dict[str, Any]:
+def group_on_first_tensor_rank_only(base: dict[str, Any]) -> dict[str, Any]:
     training = {"learning_rate_scales": {"*.experts.down_proj_bias": 2.0}, "weight_decay_exclude": ["*bias", "*norm*"]}
     training |= {"max_steps": STEPS}
     return with_optimizer(base, "AdamW", model={"config": GPT_OSS}, training=training)
 
 
 def test_pipeline_stage_without_a_group_has_correct_norm(base: dict[str, Any]) -> None:
-    compare_norms(first_stage_alone_has_a_group(base), [layout(pipeline=2, stage=1)], 2)
+    compare_norms(group_on_first_stage_only(base), [layout(pipeline=2, stage=1)], 2)
 
 
 def test_tensor_rank_without_a_group_has_correct_norm(base: dict[str, Any]) -> None:
-    compare_norms(first_tensor_rank_alone_has_a_group(base), [layout(tensor=2, stage=1)], 2)
+    compare_norms(group_on_first_tensor_rank_only(base), [layout(tensor=2, stage=1)], 2)
 
 
 @pytest.mark.matrix
 def test_ranks_without_a_group_have_correct_norm_in_every_layout(base: dict[str, Any]) -> None:
     """Muon's middle stage has neither embeddings nor a head, so one group less, by default."""
     pipelines = [layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD), layout(pipeline=2, stage=0)]
-    compare_norms(first_stage_alone_has_a_group(base), pipelines, 4)
+    compare_norms(group_on_first_stage_only(base), pipelines, 4)
     tensor = [layout(tensor=2, stage=stage) for stage in (0, 1, 2, 3)]
     tensor += [layout(tensor=2, stage=stage, offload_optimizer=OFFLOAD) for stage in (1, 2, 3)]
-    compare_norms(first_tensor_rank_alone_has_a_group(base), tensor, 4)
+    compare_norms(group_on_first_tensor_rank_only(base), tensor, 4)
     muon = with_optimizer(base, "Muon", **LOPSIDED, training__learning_rate_scales={})
     compare_norms(with_values(muon, model__config__num_hidden_layers=6), [layout(pipeline=3, stage=1)], 3)
 
@@ -201,7 +201,7 @@ def test_ranks_without_a_group_have_correct_norm_in_every_layout(base: dict[str,
 @pytest.mark.matrix
 def test_tensor_rank_without_a_group_has_correct_norm_in_bf16_zero_0(base: dict[str, Any]) -> None:
     """Norms of an optimizer without a fused kernel: also the other rank's parts of the weights count."""
-    config = with_values(first_tensor_rank_alone_has_a_group(base),
+    config = with_values(group_on_first_tensor_rank_only(base),
                          deepspeed__optimizer={"type": "SGD", "params": OPTIMIZERS["SGD"]})  # fmt: skip
     (expected,) = run_ranks(train_bare, 1, [(config, 3)])[0]
     outcome = run_ranks(train, 2, [(with_values(config, **layout(tensor=2, stage=0, precision="bf16")), 3)])[0][0]
@@ -211,29 +211,29 @@ def test_tensor_rank_without_a_group_has_correct_norm_in_bf16_zero_0(base: dict[
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
-def resumes(config: dict[str, Any], first: Layout, others: list[Layout], folder: Path) -> None:
+def check_resume(config: dict[str, Any], first: Layout, others: list[Layout], directory: Path) -> None:
     """Steps 4 to 6 after a checkpoint of step 3: bitwise in the layout that wrote it, the same losses in others."""
     config = with_values(config, training__max_steps=STEPS)
-    begun = with_values(config, run__output_dir=str(folder / "whole"), **first)
-    resumed = with_values(config, checkpoint__resume=str(folder / "whole" / "checkpoints" / name_of(STEPS // 2)))
-    same = with_values(resumed, run__output_dir=str(folder / "same"), **first)
+    begun = with_values(config, run__output_dir=str(directory / "whole"), **first)
+    resumed = with_values(config, checkpoint__resume=str(directory / "whole" / "checkpoints" / name_of(STEPS // 2)))
+    same = with_values(resumed, run__output_dir=str(directory / "same"), **first)
     whole, rest = run_ranks(several, 2, [(begun, STEPS, (STEPS // 2, STEPS)), (same, STEPS, (STEPS,))])[0]
     assert rest == {step: whole[step] for step in range(STEPS // 2 + 1, STEPS + 1)}, first
-    now, then = (state_of(folder / run / "checkpoints" / name_of(STEPS)) for run in ("same", "whole"))
+    now, then = (state_of(directory / run / "checkpoints" / name_of(STEPS)) for run in ("same", "whole"))
     assert now.keys() == then.keys()
     assert [key for key in then if not now[key].equal(then[key])] == [], first
     for number, other in enumerate(others):
-        elsewhere = with_values(resumed, run__output_dir=str(folder / f"other-{number}"), **other)
+        elsewhere = with_values(resumed, run__output_dir=str(directory / f"other-{number}"), **other)
         (losses,) = run_ranks(several, 2, [(elsewhere, STEPS, (STEPS,))])[0]
         assert losses == pytest.approx(rest, rel=1e-4), (first, other)
-        reached = state_of(folder / f"other-{number}" / "checkpoints" / name_of(STEPS))
+        reached = state_of(directory / f"other-{number}" / "checkpoints" / name_of(STEPS))
         for key in [key for key in then if key.startswith("weight/")]:
             limit = 2e-4 * max(then[key].abs().max().item(), 0.01)
             assert torch.allclose(reached[key], then[key], rtol=0, atol=limit), (first, other, key)
 
 
 def test_run_with_groups_resumes_in_other_layouts(base: dict[str, Any], tmp_path: Path) -> None:
-    resumes(with_optimizer(base, "AdamW"), layout(stage=1), [layout(pipeline=2, stage=0)], tmp_path)
+    check_resume(with_optimizer(base, "AdamW"), layout(stage=1), [layout(pipeline=2, stage=0)], tmp_path)
 
 
 RESUMED: list[tuple[str, Layout, list[Layout]]] = [
@@ -257,16 +257,16 @@ RESUMED: list[tuple[str, Layout, list[Layout]]] = [
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("row", RESUMED, ids=lambda row: f"{row[0]}-{row[1]}")
-def test_every_optimizer_with_groups_resumes(
+def test_groups_resume_with_every_optimizer(
     row: tuple[str, Layout, list[Layout]], base: dict[str, Any], tmp_path: Path
 ) -> None:
-    resumes(with_optimizer(base, row[0]), row[1], row[2], tmp_path)
+    check_resume(with_optimizer(base, row[0]), row[1], row[2], tmp_path)
 
 
 # Which weights --------------------------------------------------------------------------------------------------------
 
 
-def without_decay(family: str, exclude: Any = "biases_and_norms", **sizes: Any) -> set[str]:
+def undecayed(family: str, exclude: Any = "biases_and_norms", **sizes: Any) -> set[str]:
     config = AutoConfig.for_model(family, **{"num_hidden_layers": 1, "vocab_size": 64} | sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -277,15 +277,15 @@ def without_decay(family: str, exclude: Any = "biases_and_norms", **sizes: Any) 
 @pytest.mark.fast
 def test_default_excludes_biases_and_norms_by_full_shape() -> None:
     """Also norms and biases that are matrices: Cohere's of each head, GPT-OSS's of each expert."""
-    assert without_decay("llama") == {
+    assert undecayed("llama") == {
         "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight", "model.norm.weight",
     }  # fmt: skip
-    assert {f"model.layers.0.self_attn.{of}_norm.weight" for of in "qk"} < without_decay("cohere", use_qk_norm=True)
-    mixture = without_decay("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
+    assert {f"model.layers.0.self_attn.{of}_norm.weight" for of in "qk"} < undecayed("cohere", use_qk_norm=True)
+    mixture = undecayed("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
     assert "model.layers.0.mlp.experts.gate_up_proj_bias" in mixture
     assert {"model.layers.0.mlp.experts.gate_up_proj", "model.embed_tokens.weight"}.isdisjoint(mixture)
-    assert without_decay("llama", ["*norm*", "lm_head.weight"]) == {*without_decay("llama"), "lm_head.weight"}
-    assert without_decay("llama", []) == set()
+    assert undecayed("llama", ["*norm*", "lm_head.weight"]) == {*undecayed("llama"), "lm_head.weight"}
+    assert undecayed("llama", []) == set()
 
 
 @pytest.mark.fast
@@ -293,9 +293,9 @@ def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None
     """As ever: no group, no hook, no cost."""
     parameters = list(torch.nn.Linear(2, 2).parameters())
     groups = ParameterGroups({"weight": WeightOptions(), "bias": WeightOptions()})
-    assert groups.of(parameters, []) == parameters
+    assert groups.build(parameters, []) == parameters
     plain = torch.optim.SGD(parameters, lr=0.1)
-    groups.scale_rates(plain)
+    groups.install_rate_scales(plain)
     assert not plain._optimizer_step_pre_hooks
     loaded = check(tiny, world=1, device="cpu")
     assert weight_decay(loaded.deepspeed_json) == 0
@@ -324,9 +324,9 @@ def test_logged_learning_rate_is_unscaled(base: dict[str, Any]) -> None:
 
 def test_dry_run_lists_parameter_groups(base: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_optimizer(base, "AdamW")))
-    said = run_command("launch/train.py", "--config", str(tmp_path / "config.json"), "--dry_run").out
-    assert "6 weights (12,288 parameters): weight decay 0.5, learning rate x 2\n" in said
-    assert "5 weights (160 parameters): weight decay 0\n" in said
+    output = run_command("launch/train.py", "--config", str(tmp_path / "config.json"), "--dry_run").out
+    assert "6 weights (12,288 parameters): weight decay 0.5, learning rate x 2\n" in output
+    assert "5 weights (160 parameters): weight decay 0\n" in output
 
 
 def test_changed_parameter_groups_are_refused_on_resume(base: dict[str, Any]) -> None:

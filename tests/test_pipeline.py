@@ -450,7 +450,7 @@ def test_pipeline_dropout_is_reproducible_from_seed(tiny: dict[str, Any]) -> Non
     assert one != run_ranks(dropping_losses, 2, with_values(config, model__config__attention_dropout=0.0), 3)[1]
 
 
-def most_in_flight(config: dict[str, Any]) -> int:
+def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
     """Micro-batches that this rank's stage has computed forward and not yet backward, at most."""
     launch = Launch.from_environment()
     place = Topology.of(launch.world, launch.rank, pipeline=config["parallel"]["pipeline"])
@@ -478,7 +478,7 @@ def most_in_flight(config: dict[str, Any]) -> int:
 def test_micro_batches_in_flight_per_stage(tiny: dict[str, Any]) -> None:
     config = with_values(tiny, model__config__num_hidden_layers=3, parallel__pipeline=3,
                          deepspeed__train_micro_batch_size_per_gpu=1)  # fmt: skip
-    assert run_ranks(most_in_flight, 3, config) == [3, 2, 1]
+    assert run_ranks(max_micro_batches_in_flight, 3, config) == [3, 2, 1]
 
 
 def test_idle_share_is_close_to_theory() -> None:

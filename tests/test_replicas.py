@@ -17,7 +17,7 @@ from tests.harness import run_command, run_ranks
 from tests.runs import _place, _start
 from trainer.config.load import check
 from trainer.distributed import Launch, joined_world
-from trainer.engine.replicas import Holders
+from trainer.engine.replica_verifier import ReplicaSet
 from trainer.engine.tensor_hash import hash_bits
 from trainer.errors import ReplicasDifferError
 from trainer.topology import Topology
@@ -53,7 +53,7 @@ def reference(tensor: Tensor) -> list[int]:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("count", "dtype"), [(1, torch.bfloat16), (7, torch.float32), (70_001, torch.float32)])
-def test_hash_follows_its_definition_wherever_a_tensor_lies(count: int, dtype: torch.dtype) -> None:
+def test_hash_matches_definition_at_any_alignment(count: int, dtype: torch.dtype) -> None:
     whole = torch.randn(count + 3, generator=torch.Generator().manual_seed(1)).to(dtype)
     for first in (0, 1, 3):  # of a flat buffer, where nothing is aligned
         part = whole[first : first + count]
@@ -62,7 +62,7 @@ def test_hash_follows_its_definition_wherever_a_tensor_lies(count: int, dtype: t
 
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hash_notices_every_flipped_bit_and_every_swap(dtype: torch.dtype) -> None:
+def test_hash_detects_every_bit_flip_and_swap(dtype: torch.dtype) -> None:
     count, bits = 37, torch.empty(0, dtype=dtype).element_size() * 8
     values = torch.randn(count, generator=torch.Generator().manual_seed(2)).to(dtype)
     as_integers = values.view({32: torch.int32, 16: torch.int16}[bits])
@@ -90,14 +90,14 @@ def test_hash_notices_every_flipped_bit_and_every_swap(dtype: torch.dtype) -> No
 
 
 @pytest.mark.fast
-def test_holders_are_the_product_of_the_axes() -> None:
+def test_replica_set_is_product_of_axes() -> None:
     own = Topology(rank=9, pipeline=2, data=2, tensor=4)  # stage 1, data rank 0, tensor rank 1
-    assert Holders((), 1, data=False).ranks(own) == (9,)
-    assert Holders((), 1, data=True).ranks(own) == (9, 13)
-    assert Holders((), 2, data=True).ranks(own) == (8, 9, 12, 13)
-    assert Holders((), 4, data=False).ranks(own) == (8, 9, 10, 11)
-    assert Holders((0, 1), 1, data=True).ranks(own) == (1, 5, 9, 13)
-    assert Holders((0,), 1, data=True).ranks(own) == ()
+    assert ReplicaSet((), 1, data=False).ranks(own) == (9,)
+    assert ReplicaSet((), 1, data=True).ranks(own) == (9, 13)
+    assert ReplicaSet((), 2, data=True).ranks(own) == (8, 9, 12, 13)
+    assert ReplicaSet((), 4, data=False).ranks(own) == (8, 9, 10, 11)
+    assert ReplicaSet((0, 1), 1, data=True).ranks(own) == (1, 5, 9, 13)
+    assert ReplicaSet((0,), 1, data=True).ranks(own) == ()
 
 
 # Flipped bits --------------------------------------------------------------------------------------------------------
@@ -121,15 +121,15 @@ def flipped(config: dict[str, Any], cases: list[Case], after_update: bool = Fals
         for values, name, rank in cases:
             batches, engine, _ = _start(with_values(config, **values), launch, world)
             first, second, third = batches.steps(1, 3)
-            engine.train_step(first, verify_as=1)
+            engine.train_step(first, verify_step=1)
             try:
                 if after_update:
                     engine.train_step(second)
                 if rank == launch.rank:
                     flip(engine, name)
                 if after_update:
-                    engine._replicas.verify(2)
-                engine.train_step(second if not after_update else third, verify_as=2)
+                    engine._replica_verifier.verify(2)
+                engine.train_step(second if not after_update else third, verify_step=2)
                 messages.append("")
             except ReplicasDifferError as error:
                 messages.append(str(error))
@@ -163,7 +163,7 @@ BF16 = {"deepspeed__bf16": {"enabled": True}}
 
 
 @pytest.mark.parametrize("after_update", [False, True])
-def test_two_data_ranks(base: dict[str, Any], after_update: bool) -> None:
+def test_flip_detected_between_two_data_ranks(base: dict[str, Any], after_update: bool) -> None:
     cases: list[tuple[Case, str]] = [
         ((zero(0), UP, 1), BOTH),
         ((zero(1), UP, 1), wrong(1, 0, 1)),
@@ -174,12 +174,12 @@ def test_two_data_ranks(base: dict[str, Any], after_update: bool) -> None:
     check_flips(base, 2, cases, after_update)
 
 
-def test_three_data_ranks_outvote_one(base: dict[str, Any]) -> None:
+def test_flip_outvoted_by_three_data_ranks(base: dict[str, Any]) -> None:
     config = with_values(base, deepspeed__train_batch_size=12)
     check_flips(config, 3, [((zero(0), UP, 2), wrong(2, 0, 1, 2)), ((zero(1), NORM, 0), wrong(0, 0, 1, 2))])
 
 
-def test_tensor_ranks(base: dict[str, Any]) -> None:
+def test_flip_detected_between_tensor_ranks(base: dict[str, Any]) -> None:
     """What is replicated, a key/value head that both hold, and under ZeRO 3 each data rank's part of these."""
     config = with_values(base, parallel__tensor=2, model__config__num_key_value_heads=1)
     sequence = {"parallel__sequence_parallel": True}
@@ -192,7 +192,7 @@ def test_tensor_ranks(base: dict[str, Any]) -> None:
     check_flips(config, 2, cases)
 
 
-def test_weights_without_a_copy_are_not_compared(base: dict[str, Any]) -> None:
+def test_unreplicated_weights_are_not_compared(base: dict[str, Any]) -> None:
     """A tensor rank's own part, and under ZeRO 3 a data rank's: nobody could know."""
     tensor = with_values(base, parallel__tensor=2)
     assert run_ranks(flipped, 2, tensor, [(zero(0), UP, 1)]) == [[""], [""]]
@@ -202,7 +202,7 @@ def test_weights_without_a_copy_are_not_compared(base: dict[str, Any]) -> None:
 TIED = {"parallel__pipeline": 2, "model__config__tie_word_embeddings": True}
 
 
-def test_tied_weights_of_two_stages(base: dict[str, Any]) -> None:
+def test_flip_detected_in_tied_weights_of_two_stages(base: dict[str, Any]) -> None:
     config = with_values(base, **TIED)
     cases: list[tuple[Case, str]] = [
         ((zero(0), EMBEDDING, 1), BOTH),
@@ -213,7 +213,7 @@ def test_tied_weights_of_two_stages(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.matrix
-def test_hybrid_layouts(base: dict[str, Any]) -> None:
+def test_flip_detected_in_hybrid_layouts(base: dict[str, Any]) -> None:
     """Four copies of a norm, two of a tensor rank's part; four of a tied embedding's part; offload; DualPipeV."""
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     hybrid = with_values(base, parallel__tensor=2)
@@ -241,12 +241,12 @@ def verified(config: dict[str, Any], stages: list[int], steps: int, verify: bool
         for stage in stages:
             batches, engine, _ = _start(with_values(config, **zero(stage)), launch, world)
             for step, batch in enumerate(batches.steps(1, steps), start=1):
-                engine.train_step(batch, verify_as=step if verify else None)
-            weights.append({name: tensor.float().numpy().copy() for name, tensor in engine.whole_weights()})
+                engine.train_step(batch, verify_step=step if verify else None)
+            weights.append({name: tensor.float().numpy().copy() for name, tensor in engine.full_weights()})
     return weights
 
 
-def test_training_goes_on_bit_for_bit(base: dict[str, Any]) -> None:
+def test_verification_leaves_training_bitwise_equal(base: dict[str, Any]) -> None:
     config = with_values(base, parallel__tensor=2, deepspeed__bf16={"enabled": True})
     with_it, without = (run_ranks(verified, 2, config, [0, 1, 3], 3, verify)[0] for verify in (True, False))
     for one, other in zip(with_it, without, strict=True):
@@ -262,8 +262,8 @@ from trainer.engine.plain import PlainEngine
 
 step = PlainEngine.train_step
 
-def train_step(self, batch, *, verify_as=None):
-    result = step(self, batch, verify_as=verify_as)
+def train_step(self, batch, *, verify_step=None):
+    result = step(self, batch, verify_step=verify_step)
     self.steps = getattr(self, "steps", 0) + 1
     if self.steps == 2 and self._world.topology.rank == 1:
         weight = self.models[0].model.norm.weight
@@ -276,7 +276,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_command_ends_with_status_5_within_the_interval(base: dict[str, Any], tmp_path: Path) -> None:
+def test_command_exits_5_within_verification_interval(base: dict[str, Any], tmp_path: Path) -> None:
     """A bit flipped behind step 2: step 3, which does not verify, passes, and step 4 is not saved."""
     config = with_values(base, training__max_steps=8, training__verify_every_steps=2, training__log_every_steps=1,
                          checkpoint={"every_steps": 2}, evaluation={"max_batches": 1})  # fmt: skip
@@ -303,7 +303,7 @@ def test_command_ends_with_status_5_within_the_interval(base: dict[str, Any], tm
         ({**zero(3), "parallel__tensor": 2}, 4, "only weights that tensor ranks share are compared"),
     ],
 )
-def test_a_layout_without_copies_is_warned_of(
+def test_layout_without_replicas_warns(
     values: dict[str, Any], world: int, expected: str | None, base: dict[str, Any]
 ) -> None:
     config = with_values(base, training__verify_every_steps=2, **values)

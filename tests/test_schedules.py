@@ -44,7 +44,7 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.fast
 @pytest.mark.parametrize("decay_type", ["linear", "cosine", "1-sqrt"])
-def test_wsd_is_its_formula(decay_type: str, base: dict[str, Any]) -> None:
+def test_wsd_matches_formula(decay_type: str, base: dict[str, Any]) -> None:
     config = with_values(base, deepspeed__scheduler__params__decay_type=decay_type)
     loaded = check(config, world=1, device="cpu")
     assert first_rates(loaded.deepspeed_json, 12) == pytest.approx(expected(12, 10, decay_type))
@@ -59,33 +59,33 @@ def test_wsd_is_its_formula(decay_type: str, base: dict[str, Any]) -> None:
     [({"warmup_num_steps": None}, [RATE] * 6), ({"decay_num_steps": 0}, expected(6, 20)),
      ({"warmup_max_lr": None}, expected(6, 10)), ({"decay_num_steps": 7}, expected(3, 10))],
 )  # fmt: skip
-def test_wsd_without_a_phase(changes: dict[str, Any], highest: list[float], base: dict[str, Any]) -> None:
+def test_wsd_allows_missing_phases(changes: dict[str, Any], highest: list[float], base: dict[str, Any]) -> None:
     config = with_values(base, **{f"deepspeed__scheduler__params__{key}": value for key, value in changes.items()})
     resolved = check(config, world=1, device="cpu").deepspeed_json
     assert first_rates(resolved, len(highest)) == pytest.approx(highest)
 
 
-def test_wsd_in_every_engine(base: dict[str, Any]) -> None:
+def test_wsd_matches_in_every_engine(base: dict[str, Any]) -> None:
     """Also where a scale changes what is applied, and not what is logged."""
     scaled = with_values(base, training__learning_rate_scales={"model.norm.weight": 0.5})
     jobs = [with_values(scaled, deepspeed__zero_optimization={"stage": stage}) for stage in (0, 3)]
-    for found in run_ranks(rates, 2, [(job, 11) for job in jobs])[0]:
-        assert found == pytest.approx(expected(11, 10))
+    for measured in run_ranks(rates, 2, [(job, 11) for job in jobs])[0]:
+        assert measured == pytest.approx(expected(11, 10))
     pipeline = with_values(base, parallel__pipeline=2)
-    for found in run_ranks(rates, 2, [(pipeline, 11)]):
-        assert found == [pytest.approx(expected(11, 10))]
+    for measured in run_ranks(rates, 2, [(pipeline, 11)]):
+        assert measured == [pytest.approx(expected(11, 10))]
 
 
-def test_wsd_resumes_in_a_longer_run(base: dict[str, Any], tmp_path: Path) -> None:
+def test_wsd_resumes_with_more_steps(base: dict[str, Any], tmp_path: Path) -> None:
     """Steps after a checkpoint have the rates of a run that was as long from the beginning."""
     run = tmp_path / "run"
     config = with_values(base, run__output_dir=str(run), training__log_every_steps=1)
     (tmp_path / "config.json").write_text(json.dumps(config))
     for steps in (10, 14):
-        ended = run_command(
+        finished = run_command(
             TRAIN, "--config", str(tmp_path / "config.json"), "--set", f"training.max_steps={steps}", world=2
         )
-        assert ended.status == 0, ended.err
+        assert finished.status == 0, finished.err
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     logged = [row["learning_rate"] for row in rows if row["split"] == "train"]
     assert logged == pytest.approx([*expected(10, 10), *expected(14, 14)[10:]])
@@ -110,7 +110,7 @@ WARMUPS = [
     [("LRRangeTest", {"lr_range_test_min_lr": [0.1]}, "lr_range_test_min_lr"),
      ("OneCycleLR", {"max_lr": [0.1], "total_steps": 10}, "max_lr")],
 )  # fmt: skip
-def test_a_list_of_one_rate_is_that_rate(kind: str, params: dict[str, Any], key: str, tiny: dict[str, Any]) -> None:
+def test_single_rate_list_becomes_scalar(kind: str, params: dict[str, Any], key: str, tiny: dict[str, Any]) -> None:
     """So a rank may have any number of parameter groups."""
     config = with_values(tiny, deepspeed__scheduler={"type": kind, "params": params})
     assert check(config, world=1, device="cpu").deepspeed_json["scheduler"]["params"][key] == 0.1
@@ -118,15 +118,15 @@ def test_a_list_of_one_rate_is_that_rate(kind: str, params: dict[str, Any], key:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("scheduler", "zero"), WARMUPS, ids=str)
-def test_steps_of_rate_0(scheduler: dict[str, Any], zero: list[int], tiny: dict[str, Any]) -> None:
+def test_zero_rate_steps_match_documentation(scheduler: dict[str, Any], zero: list[int], tiny: dict[str, Any]) -> None:
     """As README says."""
     resolved = check(with_values(tiny, deepspeed__scheduler=scheduler), world=1, device="cpu").deepspeed_json
     assert [step for step, rate in enumerate(first_rates(resolved, 6), start=1) if rate == 0] == zero
 
 
-def test_dry_run_names_the_steps_of_rate_0(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_lists_zero_rate_steps(tiny: dict[str, Any], tmp_path: Path) -> None:
     scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, deepspeed__scheduler=scheduler)))
-    said = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run").out
-    assert "schedule     WarmupLR {'warmup_num_steps': 3}\n" in said
-    assert "  the rate is 0 in steps 1 and 2: nothing is learned there\n" in said
+    output = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run").out
+    assert "schedule     WarmupLR {'warmup_num_steps': 3}\n" in output
+    assert "  the rate is 0 in steps 1 and 2: nothing is learned there\n" in output

@@ -163,7 +163,7 @@ def _agreed(engine: Engine, before: Tensor | None, after: Tensor | None, first: 
             row = [1.0, float(at), *losses, float(changes[PROBED].max()), float(not differs[CONTROL].any())]
         else:
             row = [1.0, -1.0, 0.0, 0.0, 0.0, 1.0]
-    _, position, old, new, change, repeats = next(result for result in engine.exchange([*row]) if result[0])
+    _, position, old, new, change, repeats = next(result for result in engine.all_gather_scalars([*row]) if result[0])
     return Finding(int(position), old, new, change, bool(repeats))
 
 

@@ -55,7 +55,7 @@ def train(
         stop.announce(step)
         world.phases.enter("step", step)
         world.seed_step(step)
-        result = engine.train_step(batch, verify_as=step if verifies_replicas(step, config) else None)
+        result = engine.train_step(batch, verify_step=step if verifies_replicas(step, config) else None)
         meter.add(batch.tokens, batch.samples)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")

@@ -55,7 +55,7 @@ def _case(folder: str, millions: int, steps: int, settings: dict[str, Any], worl
     for step, batch in enumerate(parts.batches.train.steps(1, 2 * steps + _WARM_UP), start=1):
         verifies = step % 2 == 0
         begin = time.process_time()
-        parts.started.engine.train_step(batch, verify_as=step if verifies else None)
+        parts.started.engine.train_step(batch, verify_step=step if verifies else None)
         if step > _WARM_UP:
             seconds[verifies].append(time.process_time() - begin)
     return {"without": statistics.median(seconds[False]), "with": statistics.median(seconds[True])}

@@ -335,7 +335,7 @@ def _layout(job: Job, expected: Reference) -> Found:
             own = tuple(micro_batches[place.data_rank :: place.data])
             tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
             result = engine.train_step(StepBatch(own, tokens, job.micro_batches * job.samples))
-            total = sum(row[0] for row in engine.exchange([result.loss_sum]))
+            total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
             found.losses.append(_relative(total / tokens, expected.losses[step - 1]))
             found.norms.append(_relative(norm, expected.norms[step - 1]))
@@ -414,7 +414,7 @@ def _compare_parameters(engine: PlainEngine | PipelineEngine, job: Job, expected
     elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
         known = set(file.keys())
-        for name, got in engine.whole_weights():
+        for name, got in engine.full_weights():
             if name in elsewhere and engine._world.topology.tensor_rank:
                 continue
             if name not in known:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.checkpoint.keep import FOLDER, name_of, point
 from trainer.checkpoint.save import Folder, in_order
 from trainer.config import LoadedConfig
-from trainer.engine import Numbers
+from trainer.engine import ScalarState
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.model import build_model, describe_model, read_weights
@@ -67,7 +67,7 @@ def _bring(source: Path, loaded: LoadedConfig) -> Path:
         model=describe_model(model),
         data={},
         wandb_run=None,
-        numbers=vars(Numbers.at_first()),
+        numbers=vars(ScalarState.initial()),
         files=(),
         tensors={},
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.engine import Numbers, Piece, TrainingState
+from trainer.engine import ScalarState, TensorChunk, TrainingState
 from trainer.errors import CheckpointError
 from trainer.store import MODEL_KINDS, WEIGHT, Files, Manifest
 
@@ -21,19 +21,19 @@ def fill(state: TrainingState, manifest: Manifest, folder: Path) -> None:
     """
     stepped = {name for name, kind in manifest.tensors if kind not in MODEL_KINDS}
     if stepped:
-        state.allocate()
-        state.forget({name for name, kind in manifest.tensors if kind == WEIGHT} - stepped)
+        state.allocate_optimizer_state()
+        state.drop_optimizer_state({name for name, kind in manifest.tensors if kind == WEIGHT} - stepped)
     files = Files(folder)
-    for piece in sorted(state.held(), key=lambda piece: (piece.name, piece.kind, piece.start)):
+    for piece in sorted(state.local_chunks(), key=lambda piece: (piece.name, piece.kind, piece.start)):
         _fill(piece, manifest, files, folder, has_state=piece.name in stepped)
 
 
-def numbers_of(manifest: Manifest) -> Numbers:
+def numbers_of(manifest: Manifest) -> ScalarState:
     """What is no tensor."""
-    return Numbers(**manifest.numbers)
+    return ScalarState(**manifest.numbers)
 
 
-def _fill(piece: Piece, manifest: Manifest, files: Files, folder: Path, *, has_state: bool) -> None:
+def _fill(piece: TensorChunk, manifest: Manifest, files: Files, folder: Path, *, has_state: bool) -> None:
     stored = manifest.tensors.get((piece.name, piece.kind))
     if stored is None:
         if piece.kind not in MODEL_KINDS and not has_state:

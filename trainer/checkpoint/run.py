@@ -37,7 +37,7 @@ from trainer.config import LoadedConfig
 from trainer.config.changes import changes
 from trainer.config.earlier_versions import upgraded, value_at
 from trainer.distributed import World, agree
-from trainer.engine import Engine, Numbers, Scalars, merged
+from trainer.engine import Engine, Scalars, ScalarState, merge_scalars
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.files import sync_directory
 from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run, refuse_fewer_steps
@@ -134,7 +134,7 @@ class Checkpoints:
             return NOTHING_YET
         folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
         self._agree(lambda: fill(engine.state, manifest, folder))
-        engine.state.complete(numbers_of(manifest))
+        engine.state.load_scalar_state(numbers_of(manifest))
         if manifest.wandb_run is not None and value_at(manifest.config, "run.name") == self._loaded.name:
             self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
         log.info("going on behind step %d, from %s (%s%s), read in %.1f s", manifest.step, folder,
@@ -333,9 +333,9 @@ class Checkpoints:
         self._join()
         start = time.perf_counter()
         asynchronous = self._section.asynchronous
-        numbers = engine.state.numbers()
+        numbers = engine.state.scalar_state()
         manifest = self._manifest(progress, losses, numbers)
-        owned = engine.state.owned()
+        owned = engine.state.owned_chunks()
         entries = entries_of(self._staging.copies(owned) if asynchronous else owned)
         if not asynchronous:
             self._write(entries, manifest, numbers.scalars, start)
@@ -353,7 +353,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
-    def _manifest(self, progress: Progress, losses: Mapping[str, float | None], numbers: Numbers) -> Manifest:
+    def _manifest(self, progress: Progress, losses: Mapping[str, float | None], numbers: ScalarState) -> Manifest:
         """As far as this rank knows it before anything is written."""
         return Manifest(
             step=progress.step,
@@ -414,7 +414,7 @@ class Checkpoints:
         folder = Folder(path, self._rank, self._group, advance=self._advance)
         gathered: list[Any] = [None] * self._ranks
         dist.all_gather_object(gathered, dict(scalars), group=self._group)
-        manifest = replace(manifest, numbers={**manifest.numbers, "scalars": merged(gathered)})
+        manifest = replace(manifest, numbers={**manifest.numbers, "scalars": merge_scalars(gathered)})
         try:
             complete = folder.write(entries, manifest)
         except CheckpointError as error:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.distributed import JOIN_PATIENCE
-from trainer.engine import Piece
+from trainer.engine import TensorChunk
 from trainer.errors import CheckpointError
 from trainer.files import hash_file, replace_folder, replace_text
 from trainer.store import (
@@ -44,14 +44,14 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str, Place], Tensor] = {}
 
-    def copies(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def copies(self, pieces: Iterable[TensorChunk]) -> Iterator[TensorChunk]:
         """The pieces, with copies in place of views of what is trained."""
         copied = [replace(piece, view=self._copy(piece)) for piece in pieces]
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.synchronize()
         yield from copied
 
-    def _copy(self, piece: Piece) -> Tensor:
+    def _copy(self, piece: TensorChunk) -> Tensor:
         key = piece.name, piece.kind, piece.start
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != piece.view.shape or buffer.dtype != piece.view.dtype:
@@ -60,7 +60,7 @@ class Staging:
         return buffer.copy_(piece.view.detach(), non_blocking=True)
 
 
-def entries_of(pieces: Iterable[Piece]) -> list[Entry]:
+def entries_of(pieces: Iterable[TensorChunk]) -> list[Entry]:
     """The pieces as entries of files."""
     return in_order(Entry(p.name, p.kind, p.shape, p.start, p.view) for p in pieces)
 

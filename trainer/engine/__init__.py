@@ -2,16 +2,16 @@
 
 from trainer.engine.interface import Engine, Evaluation, StepResult
 from trainer.engine.start import start_engine
-from trainer.engine.state import Numbers, Piece, Scalars, TrainingState, merged
+from trainer.engine.state import Scalars, ScalarState, TensorChunk, TrainingState, merge_scalars
 
 __all__ = [
     "Engine",
     "Evaluation",
-    "Numbers",
-    "Piece",
+    "ScalarState",
     "Scalars",
     "StepResult",
+    "TensorChunk",
     "TrainingState",
-    "merged",
+    "merge_scalars",
     "start_engine",
 ]

@@ -15,7 +15,7 @@ class Grid:
     hold other parts of the same weights. Every rank of the world must make one at the same time."""
 
     def __init__(self, world: World) -> None:
-        self._place = world.topology
+        self._topology = world.topology
         self._groups = {axis: self._group(world, axis) for axis in ("data", "tensor")}
 
     @staticmethod
@@ -26,22 +26,22 @@ class Grid:
         return groups[world.topology.rank]
 
     def get_data_parallel_rank(self) -> int:
-        return self._place.data_rank
+        return self._topology.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._place.data
+        return self._topology.data
 
     def get_data_parallel_group(self) -> Any:
         return self._groups["data"]
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return self._place.group("data")
+        return self._topology.group("data")
 
     def get_model_parallel_rank(self) -> int:
-        return self._place.tensor_rank
+        return self._topology.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self._place.tensor
+        return self._topology.tensor
 
     def get_model_parallel_group(self) -> Any:
         return self._groups["tensor"]

@@ -51,11 +51,11 @@ class Engine(Protocol):
     def state(self) -> TrainingState:
         """All that a checkpoint holds of it, to read and to write."""
 
-    def train_step(self, batch: StepBatch, *, verify_as: int | None = None) -> StepResult:
+    def train_step(self, batch: StepBatch, *, verify_step: int | None = None) -> StepResult:
         """One optimizer step on the global batch that `batch` is this rank's part of.
 
         Args:
-            verify_as: the step's number, if the weights that several ranks hold are to be compared in it. See
+            verify_step: the step's number, if the weights that several ranks hold are to be compared in it. See
                 `Replicas`.
 
         Raises:
@@ -72,10 +72,10 @@ class Engine(Protocol):
             (B, T) in fp32, 0 where the label is ignored; None on pipeline stages that do not compute the loss.
         """
 
-    def exchange(self, values: list[Tensor | float]) -> list[list[float]]:
+    def all_gather_scalars(self, values: list[Tensor | float]) -> list[list[float]]:
         """Every rank's `values`, by rank: the one exchange of a step that logs."""
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and persistent buffer by its Hugging Face name, whole, one at a time, in the model's order.
 
         All ranks must walk through it; a tensor is only there until the next one is asked for.

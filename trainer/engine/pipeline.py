@@ -30,13 +30,13 @@ from trainer.data.batches import IGNORED, MicroBatch, StepBatch
 from trainer.distributed import World
 from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
-from trainer.engine.optimization import Optimization
+from trainer.engine.optimizer_setup import OptimizerSetup
 from trainer.model import TaskLoss
 from trainer.pipeline import BoundaryTensors, Stage, StageAssignment, local_parameters, shared_parameters
 from trainer.sharding import all_parameters, counts, shard_of
 from trainer.tensor_parallel import Mapper
 
-EVALUATED_TOGETHER = 4
+EVALUATION_MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches for each stage that are evaluated in one schedule: enough that the pipeline is mostly full."""
 
 
@@ -47,9 +47,9 @@ class StageModule(nn.Module):
         super().__init__()
         self.task, self.mapper = task, mapper
         self._stage, self._device = stage, device
-        self._waiting: deque[MicroBatch] = deque()
-        self._weights = (0.0, 0.0)
-        self._verifies = True
+        self._micro_batches: deque[MicroBatch] = deque()
+        self._loss_weights = (0.0, 0.0)
+        self._first_backward_pending = True
         """Until the first backward pass is through."""
 
         self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -62,16 +62,18 @@ class StageModule(nn.Module):
         model: nn.Module = self.task.model  # type: ignore[assignment]
         return model
 
-    def feed(self, micro_batches: Iterable[MicroBatch], weight: float = 0.0, auxiliary_weight: float = 0.0) -> None:
+    def load_micro_batches(
+        self, micro_batches: Iterable[MicroBatch], weight: float = 0.0, auxiliary_weight: float = 0.0
+    ) -> None:
         """Gives the micro-batches of the next schedule, and what their objective and auxiliary loss are weighted by."""
-        assert not self._waiting, "a schedule has not computed all of its micro-batches"
-        self._waiting.extend(micro_batches)
-        self._weights = weight, auxiliary_weight
+        assert not self._micro_batches, "a schedule has not computed all of its micro-batches"
+        self._micro_batches.extend(micro_batches)
+        self._loss_weights = weight, auxiliary_weight
         self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self.first_token_losses = None
 
     def forward(self, received: BoundaryTensors | Tensor) -> BoundaryTensors | Tensor:
-        micro = self._waiting.popleft().to(self._device)
+        micro = self._micro_batches.popleft().to(self._device)
 
         def compute() -> TaskLoss:
             loss: TaskLoss = self.task(micro.input_ids_BT, micro.labels_BT, attention_mask_BT=micro.attention_mask_BT)
@@ -85,17 +87,17 @@ class StageModule(nn.Module):
         self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
         if self.first_token_losses is None:
             self.first_token_losses = result.token_losses_BT
-        weight, auxiliary_weight = self._weights
+        weight, auxiliary_weight = self._loss_weights
         return result.objective * weight + result.auxiliary * auxiliary_weight
 
     def verify_gradients(self) -> None:
         """After the stage's first backward pass; see `Mapper.verify_gradients`."""
-        if self._verifies:
+        if self._first_backward_pending:
             self.mapper.verify_gradients()
-            self._verifies = False
+            self._first_backward_pending = False
 
 
-def _on_another_rank(received: Any) -> Any:
+def _remote_stage(received: Any) -> Any:
     raise AssertionError("a rank was asked to compute another one's stage")
 
 
@@ -103,29 +105,31 @@ class PipelineEngine(BaseEngine):
     """Every rank holds one stage or two, or its tensor rank's part of them."""
 
     def __init__(
-        self, engine: DeepSpeedPipeline, world: World, clipping: float | None, stages: list[StageModule],
+        self, engine: DeepSpeedPipeline, world: World, max_grad_norm: float | None, stages: list[StageModule],
         parameter_ranks: dict[str, tuple[int, ...]],
     ) -> None:  # fmt: skip
-        two_ways = isinstance(engine, DualPipeVEngine)
-        loss_stage = 0 if two_ways else world.topology.pipeline - 1
-        super().__init__(engine, world, stages[0].mapper, clipping, loss_stage=loss_stage)
+        is_dualpipev = isinstance(engine, DualPipeVEngine)
+        loss_stage = 0 if is_dualpipev else world.topology.pipeline - 1
+        super().__init__(engine, world, stages[0].mapper, max_grad_norm, loss_stage=loss_stage)
         self._stages, self._parameter_ranks = stages, parameter_ranks
-        self._counted = [p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)]
-        self._own_norm: Tensor | None = None
-        self._verify_as: int | None = None
-        self._clock = _Clock(world.device, world.phases.advance)
-        self._least = 2 * world.topology.pipeline if two_ways else 1
+        self._norm_parameters = [
+            p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)
+        ]
+        self._grad_norm: Tensor | None = None
+        self._verify_step: int | None = None
+        self._clock = _ScheduleClock(world.device, world.phases.advance)
+        self._min_micro_batches = 2 * world.topology.pipeline if is_dualpipev else 1
         """Micro-batches that a schedule takes at least."""
 
-        theirs = type(engine)._INSTRUCTION_MAP
-        backward = _backward_two_ways if two_ways else _backward
-        engine._INSTRUCTION_MAP = theirs | {
+        instructions = type(engine)._INSTRUCTION_MAP
+        backward = _backward_dualpipev if is_dualpipev else _backward
+        engine._INSTRUCTION_MAP = instructions | {
             schedule.LoadMicroBatch: _load_micro_batch,
-            schedule.ForwardPass: self._clock.timed(theirs[schedule.ForwardPass]),
+            schedule.ForwardPass: self._clock.timed(instructions[schedule.ForwardPass]),
             schedule.BackwardPass: self._clock.timed(self._verifying(backward)),
-            schedule.SendGrad: _completing(theirs[schedule.SendGrad]),
-            schedule.ReduceTiedGrads: self._reduce_shared,
-            schedule.OptimizerStep: self._step,
+            schedule.SendGrad: _with_missing_gradients_zeroed(instructions[schedule.SendGrad]),
+            schedule.ReduceTiedGrads: self._reduce_shared_gradients,
+            schedule.OptimizerStep: self._optimizer_step,
         }
 
     @property
@@ -134,8 +138,8 @@ class PipelineEngine(BaseEngine):
         return [stage.model for stage in self._stages]
 
     @property
-    def shared_by_stages(self) -> Mapping[str, tuple[int, ...]]:
-        """See `BaseEngine.shared_by_stages`."""
+    def stages_of_shared_weights(self) -> Mapping[str, tuple[int, ...]]:
+        """See `BaseEngine.stages_of_shared_weights`."""
         return self._parameter_ranks
 
     def _verifying(self, backward: Callable[..., None]) -> Callable[..., None]:
@@ -145,7 +149,7 @@ class PipelineEngine(BaseEngine):
 
         return executes
 
-    def _reduce_shared(self, engine: Any) -> None:
+    def _reduce_shared_gradients(self, engine: Any) -> None:
         """The schedule is through. Sums the gradients of weights that several ranks hold, wherever DeepSpeed keeps
         them: its own way knows only those that are accumulated in the weights' type."""
         self._clock.end()
@@ -159,92 +163,92 @@ class PipelineEngine(BaseEngine):
             assert gradient is not None, "a weight that several stages hold has no gradient"
             dist.all_reduce(gradient, group=group)
 
-    def _step(self, engine: Any, lr_kwargs: Any = None) -> None:
-        if self._clipping is not None:
-            self._own_norm = self._clip(self._clipping)
-        if self._verify_as is not None:
-            self._replicas.verify_before_update(self._verify_as)
+    def _optimizer_step(self, engine: Any, lr_kwargs: Any = None) -> None:
+        if self._max_grad_norm is not None:
+            self._grad_norm = self._clip_gradients(self._max_grad_norm)
+        if self._verify_step is not None:
+            self._replica_verifier.verify_before_update(self._verify_step)
         DeepSpeedPipeline._exec_optimizer_step(engine, lr_kwargs)
-        if self._verify_as is not None:
-            self._replicas.verify(self._verify_as)
+        if self._verify_step is not None:
+            self._replica_verifier.verify(self._verify_step)
 
-    def train_step(self, batch: StepBatch, *, verify_as: int | None = None) -> StepResult:
+    def train_step(self, batch: StepBatch, *, verify_step: int | None = None) -> StepResult:
         """See `Engine.train_step`."""
-        rate = self._rate()
-        if self._verifies:
-            self._refuse_different_samples(batch.micro_batches[0])
-            self._verifies = False
+        learning_rate = self._learning_rate()
+        if self._first_backward_pending:
+            self._check_same_samples(batch.micro_batches[0])
+            self._first_backward_pending = False
         count = len(batch.micro_batches)
         for stage in self._stages:
             # DeepSpeed divides what the last stage returns by the number of micro-batches.
-            stage.feed(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
-        self._verify_as = verify_as
+            stage.load_micro_batches(batch.micro_batches, count * self._world.topology.data / batch.tokens, 1.0)
+        self._verify_step = verify_step
         self._clock.begin()
         self._engine.train_batch(iter(()))
         self._engine.timers("train_batch").reset()  # else it keeps two events a step for ever
         sums = self._stages[-1].loss_sum, self._stages[-1].auxiliary_sum
-        return self._result(sums, self._own_norm, rate, count, self._clock.idle_share)
+        return self._step_result(sums, self._grad_norm, learning_rate, count, self._clock.idle_share)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """See `Engine.evaluate`."""
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
-        waiting, count = iter(batches), EVALUATED_TOGETHER * self._world.topology.pipeline
-        with self._any_shape():
-            while together := tuple(islice(waiting, count)):
-                tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in together)
-                self._run_forward(together)
+        remaining, count = iter(batches), EVALUATION_MICRO_BATCHES_PER_STAGE * self._world.topology.pipeline
+        with self._dynamic_shapes():
+            while micro_batches := tuple(islice(remaining, count)):
+                tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+                self._run_forward(micro_batches)
                 loss_sum = loss_sum + self._stages[-1].loss_sum
-        return self._evaluation(loss_sum, tokens)
+        return self._reduce_evaluation(loss_sum, tokens)
 
     @torch.no_grad()
     def token_losses(self, micro_batch: MicroBatch) -> Tensor | None:
         """See `Engine.token_losses`."""
-        with self._any_shape():
+        with self._dynamic_shapes():
             self._run_forward((micro_batch,))
         return self._stages[-1].first_token_losses
 
     @contextlib.contextmanager
-    def _any_shape(self) -> Iterator[None]:
+    def _dynamic_shapes(self) -> Iterator[None]:
         """Evaluation: micro-batches may have other shapes than in training, and a schedule another number of them."""
         engine = self._engine
-        before, engine.dynamic_shape = (engine.dynamic_shape, engine.micro_batches), True
+        previous, engine.dynamic_shape = (engine.dynamic_shape, engine.micro_batches), True
         yield
-        engine.dynamic_shape, engine.micro_batches = before
+        engine.dynamic_shape, engine.micro_batches = previous
         engine.reset_activation_shape()
         engine.train()
 
-    def _run_forward(self, together: tuple[MicroBatch, ...]) -> None:
+    def _run_forward(self, micro_batches: tuple[MicroBatch, ...]) -> None:
         """Computes the losses of micro-batches in one schedule without a backward pass; the stages keep them."""
         engine = self._engine
         engine.reset_activation_shape()
-        if self._least > 1:
-            together = _alike(together, self._least)
+        if self._min_micro_batches > 1:
+            micro_batches = _pad_to_common_shape(micro_batches, self._min_micro_batches)
         for stage in self._stages:
-            stage.feed(together)
-        engine.micro_batches = len(together)  # DualPipeV's buffers are counted by it, also in evaluation
+            stage.load_micro_batches(micro_batches)
+        engine.micro_batches = len(micro_batches)  # DualPipeV's buffers are counted by it, also in evaluation
         engine.eval_batch(
-            iter(()), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(together)
+            iter(()), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
         )
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.whole_weights`. Of several ranks of the pipeline that hold a weight the first gives it."""
-        place = self._world.topology
-        ranks, group = place.group("pipeline"), self._world.groups["pipeline"]
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.full_weights`. Of several ranks of the pipeline that hold a weight the first gives it."""
+        topology = self._world.topology
+        ranks, group = topology.group("pipeline"), self._world.groups["pipeline"]
         pieces = local_parameters(self.models)
         dtype = next(iter(self._engine.module.parameters())).dtype
-        for name, shape in self._names():
-            giver = self._parameter_ranks[name][0]
-            if place.stage == giver:
-                given = [w for part, shard in pieces[name] for _, w in self._joiner.add(name, part.detach(), shard)]
-                whole = given[-1].contiguous()
+        for name, shape in self._full_shapes():
+            source = self._parameter_ranks[name][0]
+            if topology.stage == source:
+                shards = [w for part, shard in pieces[name] for _, w in self._joiner.add(name, part.detach(), shard)]
+                total = shards[-1].contiguous()
             else:
-                whole = torch.empty(shape, dtype=dtype, device=self._world.device)
-            dist.broadcast(whole, ranks[giver], group=group)
-            yield name, whole
+                total = torch.empty(shape, dtype=dtype, device=self._world.device)
+            dist.broadcast(total, ranks[source], group=group)
+            yield name, total
         yield from self._persistent_buffers()
 
-    def _names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _full_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every parameter's first name and whole shape, in the same order on all ranks."""
         seen = set()
         for name, parameter in all_parameters(self.models[0]):
@@ -255,7 +259,7 @@ class PipelineEngine(BaseEngine):
                 yield first, tuple(parameter.shape) if shard is None else shard.whole_shape
 
 
-class _Clock:
+class _ScheduleClock:
     """How long a rank computes of the time that a step's schedule takes."""
 
     def __init__(self, device: torch.device, advance: Callable[[], None]) -> None:
@@ -264,7 +268,7 @@ class _Clock:
         """
         self._on_gpu, self._advance = device.type == "cuda", advance
         self._marks: list[Any] = []
-        self._whole: list[Any] = []
+        self._bounds: list[Any] = []
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -278,29 +282,29 @@ class _Clock:
 
         def executes(engine: Any, **kwargs: Any) -> None:
             self._advance()
-            began = self._now()
+            start = self._now()
             execute(engine, **kwargs)
-            if len(self._whole) == 1:  # in training
-                self._marks.append((began, self._now()))
+            if len(self._bounds) == 1:  # in training
+                self._marks.append((start, self._now()))
 
         return executes
 
     def begin(self) -> None:
-        self._marks, self._whole = [], [self._now()]
+        self._marks, self._bounds = [], [self._now()]
 
     def end(self) -> None:
-        self._whole.append(self._now())
+        self._bounds.append(self._now())
 
     def idle_share(self) -> float:
         """Share of the last schedule's time, up to the reduction of gradients, in which this rank did not compute. On a
         GPU it waits for the step's end."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        whole = self._between(*self._whole)
-        return 1 - sum(self._between(began, ended) for began, ended in self._marks) / whole
+        total = self._between(*self._bounds)
+        return 1 - sum(self._between(start, end) for start, end in self._marks) / total
 
-    def _between(self, began: Any, ended: Any) -> float:
-        return float(began.elapsed_time(ended)) if self._on_gpu else float(ended - began)
+    def _between(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) if self._on_gpu else float(end - start)
 
 
 def _load_micro_batch(engine: Any, buffer_id: int) -> None:
@@ -319,8 +323,8 @@ def _backward(engine: Any, buffer_id: int) -> None:
         engine.optimizer.clear_lp_grads()
     engine._running_engine_backward = True
     try:
-        real = tuple(tensor for tensor in outputs if tensor.is_floating_point())
-        torch.autograd.backward(real, tuple(engine.grad_layer))
+        floating = tuple(tensor for tensor in outputs if tensor.is_floating_point())
+        torch.autograd.backward(floating, tuple(engine.grad_layer))
     finally:
         engine._running_engine_backward = False
     if engine.using_bf16_optimizer and not engine._config.bfloat16_config.immediate_grad_update:
@@ -329,56 +333,56 @@ def _backward(engine: Any, buffer_id: int) -> None:
     engine.pipe_buffers["outputs"][buffer_id] = None
 
 
-def _complete(received: Any) -> None:
+def _zero_missing_gradients(received: Any) -> None:
     """Gives what was received, and nothing has used, a gradient of zero: its sender waits for one."""
     for tensor in received if isinstance(received, tuple) else (received,):
         if tensor.is_floating_point() and tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor)
 
 
-def _completing(send: Callable[..., None]) -> Callable[..., None]:
+def _with_missing_gradients_zeroed(send: Callable[..., None]) -> Callable[..., None]:
     def executes(engine: Any, buffer_id: int, **kwargs: Any) -> None:
-        _complete(engine.pipe_buffers["inputs"][buffer_id])
+        _zero_missing_gradients(engine.pipe_buffers["inputs"][buffer_id])
         send(engine, buffer_id, **kwargs)
 
     return executes
 
 
-def _backward_two_ways(engine: Any, buffer_id: int, phase: int) -> None:
+def _backward_dualpipev(engine: Any, buffer_id: int, phase: int) -> None:
     """The same for DualPipeV; on the last rank the way out receives its gradients from the way back."""
-    buffers, turned = engine.pipe_buffers, engine._is_last_rank() and phase == 0
-    if turned:
-        _complete(buffers["inputs"][engine._phase1_buffer(buffer_id)])
+    buffers, is_turn = engine.pipe_buffers, engine._is_last_rank() and phase == 0
+    if is_turn:
+        _zero_missing_gradients(buffers["inputs"][engine._phase1_buffer(buffer_id)])
     if engine._is_loss_stage(phase) or isinstance(buffers["outputs"][buffer_id], Tensor):
         DualPipeVEngine._exec_backward_pass(engine, buffer_id, phase)
         return
-    key, slot = ("inputs", engine._phase1_buffer(buffer_id)) if turned else ("grads", buffer_id)
+    key, slot = ("inputs", engine._phase1_buffer(buffer_id)) if is_turn else ("grads", buffer_id)
     received, buffers[key][slot] = buffers[key][slot], None
-    engine.grad_layer = [t.grad for t in received if t.is_floating_point()] if turned else received
+    engine.grad_layer = [t.grad for t in received if t.is_floating_point()] if is_turn else received
     with engine._phase(phase):
         _backward(engine, buffer_id)
     if engine.stage_id == 0 and phase == 0:
         buffers["inputs"][buffer_id] = None
 
 
-def _alike(micro_batches: Sequence[MicroBatch], least: int) -> tuple[MicroBatch, ...]:
-    """The same micro-batches in one shape, with others that predict nothing until there are `least`."""
+def _pad_to_common_shape(micro_batches: Sequence[MicroBatch], min_count: int) -> tuple[MicroBatch, ...]:
+    """The same micro-batches in one shape, with others that predict nothing until there are `min_count`."""
     rows = max(micro.input_ids_BT.shape[0] for micro in micro_batches)
     width = max(micro.input_ids_BT.shape[1] for micro in micro_batches)
 
-    def filled(tensor: Tensor, value: int) -> Tensor:
+    def pad(tensor: Tensor, value: int) -> Tensor:
         return F.pad(tensor, (0, width - tensor.shape[1], 0, rows - tensor.shape[0]), value=value)
 
-    alike = [
+    padded = [
         MicroBatch(
-            filled(micro.input_ids_BT, 0),
-            filled(micro.labels_BT, IGNORED),
-            None if micro.attention_mask_BT is None else filled(micro.attention_mask_BT, 1),
+            pad(micro.input_ids_BT, 0),
+            pad(micro.labels_BT, IGNORED),
+            None if micro.attention_mask_BT is None else pad(micro.attention_mask_BT, 1),
         )
         for micro in micro_batches
     ]
-    empty = replace(alike[0], labels_BT=torch.full_like(alike[0].labels_BT, IGNORED))
-    return (*alike, *[empty] * (least - len(alike)))
+    empty = replace(padded[0], labels_BT=torch.full_like(padded[0].labels_BT, IGNORED))
+    return (*padded, *[empty] * (min_count - len(padded)))
 
 
 def start_pipeline(
@@ -386,11 +390,11 @@ def start_pipeline(
     assignment: StageAssignment,
     parameter_ranks: dict[str, tuple[int, ...]],
     settings: dict[str, Any],
-    optimization: Optimization,
+    optimizer_setup: OptimizerSetup,
     world: World,
-    clipping: float | None,
+    max_grad_norm: float | None,
     *,
-    even: bool,
+    fixed_shape: bool,
 ) -> PipelineEngine:
     """Hands complete stages to DeepSpeed.
 
@@ -398,22 +402,22 @@ def start_pipeline(
         stages: of this rank. parameter_ranks: ranks of the pipeline that hold each weight.
         even: whether all micro-batches have the same shape.
     """
-    place = world.topology
-    own = dict(zip(assignment.stages_of_rank(place.stage), stages, strict=True))
+    topology = world.topology
+    own = dict(zip(assignment.stages_of_rank(topology.stage), stages, strict=True))
     models = [stage.model for stage in stages]
     with contextlib.redirect_stdout(io.StringIO()):
         module = (PipelineModule if len(own) == 1 else DualPipeVModule)(
-            layers=[own.get(stage, _on_another_rank) for stage in range(assignment.stages)],
-            topology=PipeModelDataParallelTopology(place.pipeline, place.tensor, place.data),
+            layers=[own.get(stage, _remote_stage) for stage in range(assignment.stages)],
+            topology=PipeModelDataParallelTopology(topology.pipeline, topology.tensor, topology.data),
             partition_method="uniform",
-            dynamic_shape=not even,
+            dynamic_shape=not fixed_shape,
         )
     module.shared = list(shared_parameters(models, parameter_ranks, world))
     for name, pieces in local_parameters(models).items():
         for parameter, _ in pieces:  # DeepSpeed's flag for "another rank counts it in the norm"
-            parameter.ds_pipe_replicated = place.stage != parameter_ranks[name][0]  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = topology.stage != parameter_ranks[name][0]  # type: ignore[attr-defined]
     # Each tensor rank sends its own copy, or under sequence parallelism its stretch: DeepSpeed's way of sending a part
     # and gathering it knows only records of one tensor, all of the same shape.
-    parts = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
-    engine = optimization.initialize(module, models, settings | parts)
-    return PipelineEngine(engine, world, clipping, stages, parameter_ranks)
+    pipeline_settings = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+    engine = optimizer_setup.initialize(module, models, settings | pipeline_settings)
+    return PipelineEngine(engine, world, max_grad_norm, stages, parameter_ranks)

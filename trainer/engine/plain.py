@@ -14,7 +14,7 @@ from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
 from trainer.sharding import shard_of
 
-_PREFIX = "model."
+_MODEL_PREFIX = "model."
 """Of parameter names in a task module, before the Hugging Face name."""
 
 
@@ -33,33 +33,33 @@ class PlainEngine(BaseEngine):
         )
         return loss
 
-    def train_step(self, batch: StepBatch, *, verify_as: int | None = None) -> StepResult:
+    def train_step(self, batch: StepBatch, *, verify_step: int | None = None) -> StepResult:
         """See `Engine.train_step`."""
-        rate = self._rate()
+        learning_rate = self._learning_rate()
         weight = self._world.topology.data / batch.tokens
         count = len(batch.micro_batches)
         loss_sum = auxiliary_sum = torch.zeros((), device=self._world.device)
-        own_norm: Tensor | None = None
-        if self._verifies:
-            self._refuse_different_samples(batch.micro_batches[0])
+        grad_norm: Tensor | None = None
+        if self._first_backward_pending:
+            self._check_same_samples(batch.micro_batches[0])
         for number, micro in enumerate(batch.micro_batches, start=1):
             self._world.phases.advance()
             loss = self._forward(micro)
             objective = loss.objective * weight + loss.auxiliary / count
             self._engine.backward(objective, scale_wrt_gas=False)
-            if self._verifies:
+            if self._first_backward_pending:
                 self._mapper.verify_gradients()
-                self._verifies = False
+                self._first_backward_pending = False
             loss_sum = loss_sum + loss.loss_sum.detach()
             auxiliary_sum = auxiliary_sum + loss.auxiliary.detach()
-            if number == count and self._clipping is not None:
-                own_norm = self._clip(self._clipping)
-            if number == count and verify_as is not None:
-                self._replicas.verify_before_update(verify_as)
+            if number == count and self._max_grad_norm is not None:
+                grad_norm = self._clip_gradients(self._max_grad_norm)
+            if number == count and verify_step is not None:
+                self._replica_verifier.verify_before_update(verify_step)
             self._engine.step()
-        if verify_as is not None:
-            self._replicas.verify(verify_as)
-        return self._result((loss_sum, auxiliary_sum), own_norm, rate, count)
+        if verify_step is not None:
+            self._replica_verifier.verify(verify_step)
+        return self._step_result((loss_sum, auxiliary_sum), grad_norm, learning_rate, count)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
@@ -71,7 +71,7 @@ class PlainEngine(BaseEngine):
             tokens += int((micro.labels_BT != IGNORED).sum())
             loss_sum = loss_sum + self._forward(micro).loss_sum
         self._engine.train()
-        return self._evaluation(loss_sum, tokens)
+        return self._reduce_evaluation(loss_sum, tokens)
 
     @torch.no_grad()
     def token_losses(self, micro_batch: MicroBatch) -> Tensor:
@@ -81,9 +81,9 @@ class PlainEngine(BaseEngine):
         self._engine.train()
         return losses
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.whole_weights`."""
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.full_weights`."""
         for name, parameter in self._engine.module.named_parameters():
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield from self._joiner.add(name.removeprefix(_PREFIX), parameter.detach(), shard_of(parameter))
+                yield from self._joiner.add(name.removeprefix(_MODEL_PREFIX), parameter.detach(), shard_of(parameter))
         yield from self._persistent_buffers()

@@ -12,13 +12,13 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from trainer.compat.deepspeed.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import clips_itself, extensions_of, for_engine, own_schedule, weight_decay
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
-from trainer.engine.groups import ParameterGroups
-from trainer.engine.nvme import keep_unaligned_gradients, prepare_nvme
-from trainer.engine.optimization import Optimization
+from trainer.engine.optimizer_setup import OptimizerSetup
+from trainer.engine.parameter_groups import ParameterGroups
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights, weight_options
@@ -64,9 +64,9 @@ def start_engine(
     prepare_nvme(settings, loaded.config.run.output_dir)
     assert assignment.ranks == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
-    optimization = Optimization(ParameterGroups(options), own_schedule(loaded.deepspeed_json))
+    optimizer_setup = OptimizerSetup(ParameterGroups(options), own_schedule(loaded.deepspeed_json))
     start = _start_plain if assignment.ranks == 1 else _start_pipeline
-    return start(model, assignment, loaded, world, settings, optimization, blank)
+    return start(model, assignment, loaded, world, settings, optimizer_setup, blank)
 
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
@@ -81,32 +81,32 @@ def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:
     return task
 
 
-def _clipping(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
+def _max_grad_norm(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
     return None if clips_itself(settings) else float(loaded.deepspeed_json["gradient_clipping"])
 
 
 def _start_plain(
     model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
-    optimization: Optimization, blank: bool,
+    optimizer_setup: OptimizerSetup, blank: bool,
 ) -> PlainEngine:  # fmt: skip
     mapper, grid = _mapper(model, loaded, world), Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
     partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
 
-    def complete(parameters: list[nn.Parameter]) -> None:
+    def shard_and_partition(parameters: list[nn.Parameter]) -> None:
         cut = mapper.cut(parameters)
         if partition is not None:
             partition(cut)
 
-    give_weights(model, loaded, complete, blank=blank)
+    give_weights(model, loaded, shard_and_partition, blank=blank)
     mapper.install()
     recompute(model, assignment.recomputed)
     task = _task(model, loaded, mapper)
-    engine = optimization.initialize(task, [model], settings, mpu=grid)
+    engine = optimizer_setup.initialize(task, [model], settings, mpu=grid)
     _undo_first_step(engine.optimizer)
     keep_unaligned_gradients(engine.optimizer)
     engine.train()
-    return PlainEngine(engine, world, mapper, _clipping(loaded, settings))
+    return PlainEngine(engine, world, mapper, _max_grad_norm(loaded, settings))
 
 
 def _undo_first_step(optimizer: Any) -> None:
@@ -129,26 +129,31 @@ def _undo_first_step(optimizer: Any) -> None:
 
 def _start_pipeline(
     model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
-    optimization: Optimization, blank: bool,
+    optimizer_setup: OptimizerSetup, blank: bool,
 ) -> PipelineEngine:  # fmt: skip
     assert assignment.dataflow is not None
     parameter_ranks = assignment.parameter_ranks(model)
-    numbers = assignment.stages_of_rank(world.topology.stage)
-    models = [model, *(copy.deepcopy(model) for _ in numbers[1:])]
-    mappers = [_mapper(own, loaded, world) for own in models]
-    stages = [Stage(own, assignment.dataflow, assignment.bounds, n) for own, n in zip(models, numbers, strict=True)]
-    for own, stage, mapper in zip(models, stages, mappers, strict=True):
+    stage_indices = assignment.stages_of_rank(world.topology.stage)
+    models = [model, *(copy.deepcopy(model) for _ in stage_indices[1:])]
+    mappers = [_mapper(stage_model, loaded, world) for stage_model in models]
+    stages = [
+        Stage(stage_model, assignment.dataflow, assignment.bounds, n)
+        for stage_model, n in zip(models, stage_indices, strict=True)
+    ]
+    for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
         stage.drop_remote_parameters()
-        give_weights(own, loaded, mapper.cut, blank=blank)
+        give_weights(stage_model, loaded, mapper.cut, blank=blank)
     for other in models[1:]:
         share_parameters(model, other)
     modules = []
-    for own, stage, mapper in zip(models, stages, mappers, strict=True):
+    for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
         mapper.install()
         stage.install()
-        recompute(own, assignment.recomputed)
-        fill_elsewhere(own, world.device, _DTYPES[loaded.config.deepspeed.precision])
-        modules.append(StageModule(_task(own, loaded, mapper), stage, mapper, world.device))
-    even = loaded.config.data.packing == "concatenate"
-    clipping = _clipping(loaded, settings)
-    return start_pipeline(modules, assignment, parameter_ranks, settings, optimization, world, clipping, even=even)
+        recompute(stage_model, assignment.recomputed)
+        fill_elsewhere(stage_model, world.device, _DTYPES[loaded.config.deepspeed.precision])
+        modules.append(StageModule(_task(stage_model, loaded, mapper), stage, mapper, world.device))
+    fixed_shape = loaded.config.data.packing == "concatenate"
+    max_grad_norm = _max_grad_norm(loaded, settings)
+    return start_pipeline(
+        modules, assignment, parameter_ranks, settings, optimizer_setup, world, max_grad_norm, fixed_shape=fixed_shape
+    )

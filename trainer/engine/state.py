@@ -12,8 +12,8 @@ from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.lion import FusedLion
 from torch import Tensor, nn
 
+from trainer.compat.deepspeed.optimizer_layouts import OptimizerLayout, layout_of
 from trainer.distributed import World
-from trainer.engine.holding import Holding, holding_of
 from trainer.pipeline import local_parameters
 from trainer.sharding import Shard, boxes_of, counts, parts_in_whole
 from trainer.store import BUFFER, WEIGHT
@@ -25,7 +25,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorChunk:
     """A box of a whole tensor, where it lies on this rank."""
 
     name: str
@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ScalarState:
     """What is no tensor. Plain JSON."""
 
     counters: Mapping[str, int]
@@ -56,7 +56,7 @@ class Numbers:
     """What the optimizer keeps beside tensors, such as `step`, by parameter; under "" what most have."""
 
     @classmethod
-    def at_first(cls) -> Numbers:
+    def initial(cls) -> ScalarState:
         """Those of a run that has not begun."""
         return cls(dict.fromkeys(_COUNTERS, 0), {}, {})
 
@@ -69,36 +69,36 @@ class TrainingState:
         models: of this rank's stages. mapper: of the first of them.
         """
         self._engine, self._world, self._models, self._mapper = engine, world, models, mapper
-        self._holding: Holding = holding_of(engine.optimizer)
+        self._layout: OptimizerLayout = layout_of(engine.optimizer)
 
     # Tensors ---------------------------------------------------------------------------------------------------------
 
-    def owned(self) -> Iterator[Piece]:
+    def owned_chunks(self) -> Iterator[TensorChunk]:
         """What this rank writes: over all ranks, every element of every tensor once."""
-        place = self._world.topology
+        topology = self._world.topology
         for parameter, shard in self._parameters():
             if not counts(parameter) or getattr(parameter, "ds_pipe_replicated", False):
                 continue
-            for kind, part, first in self._stretches(parameter, owned=True):
+            for kind, part, parameter_offset in self._fragments(parameter, owned_only=True):
                 low, high = 0, part.numel()
                 replicated = (
-                    self._holding.is_replicated if parameter.requires_grad else not hasattr(parameter, "ds_tensor")
+                    self._layout.is_replicated if parameter.requires_grad else not hasattr(parameter, "ds_tensor")
                 )
                 if replicated:
-                    low, high = (high * (place.data_rank + side) // place.data for side in (0, 1))
-                yield from _pieces(shard, kind, part[low:high], first + low)
-            if place.data_rank == 0:
-                yield from self._shapeless(parameter, shard.name)
-        if place.data_rank == place.stage == 0:
-            yield from self._buffer_pieces(owned=True)
+                    low, high = (high * (topology.data_rank + side) // topology.data for side in (0, 1))
+                yield from _chunks(shard, kind, part[low:high], parameter_offset + low)
+            if topology.data_rank == 0:
+                yield from self._other_shape_chunks(parameter, shard.name)
+        if topology.data_rank == topology.stage == 0:
+            yield from self._buffer_chunks(owned_only=True)
 
-    def held(self) -> Iterator[Piece]:
-        """All that this rank holds, whoever writes it. After `allocate`."""
+    def local_chunks(self) -> Iterator[TensorChunk]:
+        """All that this rank holds, whoever writes it. After `allocate_optimizer_state`."""
         for parameter, shard in self._parameters():
-            for kind, part, first in self._stretches(parameter, owned=False):
-                yield from _pieces(shard, kind, part, first)
-            yield from self._shapeless(parameter, shard.name)
-        yield from self._buffer_pieces(owned=False)
+            for kind, part, parameter_offset in self._fragments(parameter, owned_only=False):
+                yield from _chunks(shard, kind, part, parameter_offset)
+            yield from self._other_shape_chunks(parameter, shard.name)
+        yield from self._buffer_chunks(owned_only=False)
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, Shard]]:
         for name, pieces in local_parameters(self._models).items():
@@ -107,65 +107,65 @@ class TrainingState:
                 if shard.owner or not shard.lone:
                     yield parameter, shard
 
-    def _stretches(self, parameter: nn.Parameter, *, owned: bool) -> Iterator[tuple[str, Tensor, int]]:
+    def _fragments(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
         """(kind, elements, where they begin in the flattened parameter)."""
         if not parameter.requires_grad:
-            yield WEIGHT, *self._frozen(parameter)
+            yield WEIGHT, *self._frozen_weight(parameter)
             return
-        held = self._holding.held(parameter)
-        if held is not None:
-            yield WEIGHT, self._holding.weights(held), held.first
-            yield from self._holding.state(parameter, owned=owned)
+        fragment = self._layout.fragment(parameter)
+        if fragment is not None:
+            yield WEIGHT, self._layout.master_weights(fragment), fragment.parameter_offset
+            yield from self._layout.state(parameter, owned_only=owned_only)
 
     @staticmethod
-    def _frozen(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def _frozen_weight(parameter: nn.Parameter) -> tuple[Tensor, int]:
         if not hasattr(parameter, "ds_tensor"):
             return parameter.detach().view(-1), 0
         part = parameter.ds_tensor.detach().view(-1)
-        first = torch.distributed.get_rank(parameter.ds_process_group) * part.numel()  # type: ignore[attr-defined]
-        return part[: max(0, int(parameter.ds_numel) - first)], first  # type: ignore[attr-defined]
+        parameter_offset = torch.distributed.get_rank(parameter.ds_process_group) * part.numel()  # type: ignore[attr-defined]
+        return part[: max(0, int(parameter.ds_numel) - parameter_offset)], parameter_offset  # type: ignore[attr-defined]
 
-    def _shapeless(self, parameter: nn.Parameter, name: str) -> Iterator[Piece]:
+    def _other_shape_chunks(self, parameter: nn.Parameter, name: str) -> Iterator[TensorChunk]:
         """State of another shape than the parameter's, such as Adafactor's rows and columns: whole on every rank."""
-        held = self._holding.held(parameter) if parameter.requires_grad else None
-        if held is None or not self._holding.is_replicated:
+        fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
+        if fragment is None or not self._layout.is_replicated:
             return
-        for kind, tensor in self._holding.inner.state.get(held.stepped, {}).items():
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape != held.stepped.shape:
-                yield Piece(name, kind, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+        for kind, tensor in self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {}).items():
+            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape != fragment.optimizer_tensor.shape:
+                yield TensorChunk(name, kind, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
-    def _buffer_pieces(self, *, owned: bool) -> Iterator[Piece]:
-        """Of the first of this rank's models alone if `owned`: every stage has all buffers."""
-        for model in self._models[: 1 if owned else None]:
+    def _buffer_chunks(self, *, owned_only: bool) -> Iterator[TensorChunk]:
+        """Of the first of this rank's models alone if `owned_only`: every stage has all buffers."""
+        for model in self._models[: 1 if owned_only else None]:
             persistent = model.state_dict(keep_vars=True)
             for name, buffer in model.named_buffers():
                 if name not in persistent:
                     continue
                 for shard, part in self._mapper.parts_of_buffer(name, buffer):
-                    if shard.owner or not owned:
+                    if shard.owner or not owned_only:
                         for start, view in parts_in_whole(part, shard):
-                            yield Piece(name, BUFFER, shard.whole_shape, start, view)
+                            yield TensorChunk(name, BUFFER, shard.whole_shape, start, view)
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 
-    def numbers(self) -> Numbers:
+    def scalar_state(self) -> ScalarState:
         """This rank's; `scalars` are those of the parameters that it holds."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         kept = vars(scaler) if getattr(scaler, "dynamic", False) else {}
-        scalars = {shard.name: found for p, shard in self._parameters() if (found := self._scalars(p))}
-        if isinstance(self._holding.adam, FusedAdam | FusedLion):
+        scalars = {shard.name: values for p, shard in self._parameters() if (values := self._optimizer_scalars(p))}
+        if isinstance(self._layout.adam, FusedAdam | FusedLion):
             # They count the steps of all parameters of a group at the last one alone.
             most = max((values["step"] for values in scalars.values()), default=0.0)
             scalars = {name: values | {"step": most} for name, values in scalars.items()}
-        return Numbers(
+        return ScalarState(
             {key: int(getattr(self._engine, key)) for key in _COUNTERS},
             {key: value for key, value in kept.items() if isinstance(value, int | float)},
             scalars,
         )
 
-    def _scalars(self, parameter: nn.Parameter) -> Scalars:
-        held = self._holding.held(parameter) if parameter.requires_grad else None
-        state = {} if held is None else self._holding.inner.state.get(held.stepped, {})
+    def _optimizer_scalars(self, parameter: nn.Parameter) -> Scalars:
+        fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
+        state = {} if fragment is None else self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {})
         return {
             key: float(value)
             for key, value in state.items()
@@ -174,37 +174,37 @@ class TrainingState:
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
-    def allocate(self) -> None:
+    def allocate_optimizer_state(self) -> None:
         """Makes the optimizer's state, where it is not there yet; the values of all tensors are then to be replaced."""
-        self._holding.allocate()
+        self._layout.allocate_optimizer_state()
 
-    def forget(self, names: Collection[str]) -> None:
+    def drop_optimizer_state(self, names: Collection[str]) -> None:
         """Drops the optimizer's state of parameters that have not been stepped yet, where each has its own."""
         for parameter, shard in self._parameters():
-            held = self._holding.held(parameter) if parameter.requires_grad else None
-            if shard.name in names and held is not None and held.stepped is parameter:
-                self._holding.inner.state.pop(held.stepped, None)
+            fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
+            if shard.name in names and fragment is not None and fragment.optimizer_tensor is parameter:
+                self._layout.torch_optimizer.state.pop(fragment.optimizer_tensor, None)
 
-    def complete(self, numbers: Numbers) -> None:
+    def load_scalar_state(self, scalar_state: ScalarState) -> None:
         """After all tensors have been filled: takes the numbers, and lets the model compute with the weights."""
-        inner = self._holding.inner
+        torch_optimizer = self._layout.torch_optimizer
         for parameter, shard in self._parameters():
-            held = self._holding.held(parameter) if parameter.requires_grad else None
-            if held is None or held.stepped not in inner.state:
+            fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
+            if fragment is None or fragment.optimizer_tensor not in torch_optimizer.state:
                 continue
-            whole = held.stepped.numel() == held.length
-            values = numbers.scalars.get(shard.name if whole else "", numbers.scalars.get("", {}))
-            _set_scalars(inner.state[held.stepped], values)
-        self._holding.recall_steps(int(numbers.scalars.get("", {}).get("step", 0)))
+            whole = fragment.optimizer_tensor.numel() == fragment.length
+            values = scalar_state.scalars.get(shard.name if whole else "", scalar_state.scalars.get("", {}))
+            _set_scalars(torch_optimizer.state[fragment.optimizer_tensor], values)
+        self._layout.restore_bias_correction(int(scalar_state.scalars.get("", {}).get("step", 0)))
         for key in _COUNTERS:
-            setattr(self._engine, key, int(numbers.counters[key]))
+            setattr(self._engine, key, int(scalar_state.counters[key]))
         # By which DeepSpeed knows the last micro-batch of a step; a step may have had another number of them before.
         self._engine.micro_steps = self._engine.global_steps * self._engine.gradient_accumulation_steps()
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if getattr(scaler, "dynamic", False):
-            vars(scaler).update({key: value for key, value in numbers.scaler.items() if key in vars(scaler)})
-        self._replay_schedule(numbers.counters["global_steps"] - numbers.counters["skipped_steps"])
-        self._holding.publish()
+            vars(scaler).update({key: value for key, value in scalar_state.scaler.items() if key in vars(scaler)})
+        self._replay_schedule(scalar_state.counters["global_steps"] - scalar_state.counters["skipped_steps"])
+        self._layout.sync_model_weights()
 
     def _replay_schedule(self, steps: int) -> None:
         """Learning rates are a function of the steps taken: the schedule walks through them once more, by its own
@@ -217,9 +217,9 @@ class TrainingState:
                 self._engine.lr_scheduler.step()
 
 
-def _pieces(shard: Shard, kind: str, part: Tensor, first: int) -> Iterator[Piece]:
-    for start, view in boxes_of(part, first, shard):
-        yield Piece(shard.name, kind, shard.whole_shape, start, view)
+def _chunks(shard: Shard, kind: str, part: Tensor, parameter_offset: int) -> Iterator[TensorChunk]:
+    for start, view in boxes_of(part, parameter_offset, shard):
+        yield TensorChunk(shard.name, kind, shard.whole_shape, start, view)
 
 
 def _set_scalars(state: dict[str, Any], values: Mapping[str, float]) -> None:
@@ -231,7 +231,7 @@ def _set_scalars(state: dict[str, Any], values: Mapping[str, float]) -> None:
             state[key] = type(old)(value)
 
 
-def merged(all_scalars: list[Mapping[str, Scalars]]) -> dict[str, Scalars]:
+def merge_scalars(all_scalars: list[Mapping[str, Scalars]]) -> dict[str, Scalars]:
     """What all ranks' optimizers keep beside tensors: under "" that of the parameter with the most steps, and by name
     what differs from it."""
     by_name: dict[str, Scalars] = {}

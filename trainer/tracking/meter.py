@@ -85,7 +85,7 @@ class Meter:
             self._wait / self._steps,
             0.0 if result.idle_share is None else result.idle_share(),
         ]
-        ranks = self.engine.exchange(own)
+        ranks = self.engine.all_gather_scalars(own)
         seconds = (time.perf_counter() - self._since - self._paused) / self._steps
         per_second = self._tokens_since / self._steps / seconds
         auxiliary = sum(r[1] for r in ranks) / sum(r[2] for r in ranks)

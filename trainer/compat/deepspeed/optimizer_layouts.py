@@ -25,26 +25,26 @@ from torch import Tensor, nn
 from trainer.errors import CheckpointError
 
 _MOMENTUM = "momentum_buffer"
-_NOTHING = 1e-9
+_NEGLIGIBLE = 1e-9
 """Less than what is left of 1 in fp32 when it is taken away from it."""
 
 
-class Held(NamedTuple):
+class FlatFragment(NamedTuple):
     """What this rank holds of a parameter: a stretch of its flattened elements, in a tensor that is stepped."""
 
-    stepped: Tensor
+    optimizer_tensor: Tensor
     """What torch's optimizer knows as a parameter: its state is found under it."""
 
-    at: int
-    """Where the stretch begins in `stepped`, flattened."""
+    offset: int
+    """Where the stretch begins in `optimizer_tensor`, flattened."""
 
-    first: int
+    parameter_offset: int
     """Where it begins in the parameter, flattened."""
 
     length: int
 
 
-class Holding:
+class OptimizerLayout:
     """ZeRO 0 in fp32: the parameters themselves are stepped, and every data rank holds all of each."""
 
     is_replicated = True
@@ -57,65 +57,65 @@ class Holding:
         self._optimizer = optimizer
 
     @property
-    def inner(self) -> Any:
+    def torch_optimizer(self) -> Any:
         """torch's optimizer."""
         return self._optimizer
 
     @property
     def adam(self) -> Any:
         """The same; of Muon, the Adam that it steps everything but matrices with."""
-        return getattr(self.inner, "aux_optimizer", None) or self.inner
+        return getattr(self.torch_optimizer, "aux_optimizer", None) or self.torch_optimizer
 
-    def held(self, parameter: nn.Parameter) -> Held | None:
+    def fragment(self, parameter: nn.Parameter) -> FlatFragment | None:
         """None where this rank holds nothing of it."""
-        return Held(parameter, 0, 0, parameter.numel())
+        return FlatFragment(parameter, 0, 0, parameter.numel())
 
-    def state(self, parameter: nn.Parameter, *, owned: bool) -> Iterator[tuple[str, Tensor, int]]:
+    def state(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
         """(kind, elements, where they begin in the flattened parameter) of the state that the optimizer keeps of each
-        element; what several ranks have only on one of them if `owned`."""
-        held = self.held(parameter)
-        assert held is not None
-        for kind, tensor in self.inner.state.get(held.stepped, {}).items():
-            elements = self._elements(held.stepped, tensor) if isinstance(tensor, Tensor) else None
+        element; what several ranks have only on one of them if `owned_only`."""
+        fragment = self.fragment(parameter)
+        assert fragment is not None
+        for kind, tensor in self.torch_optimizer.state.get(fragment.optimizer_tensor, {}).items():
+            elements = self._elements(fragment.optimizer_tensor, tensor) if isinstance(tensor, Tensor) else None
             if elements is not None:
-                yield kind, stretch(elements, held), held.first
+                yield kind, fragment_view(elements, fragment), fragment.parameter_offset
 
-    def weights(self, held: Held) -> Tensor:
+    def master_weights(self, fragment: FlatFragment) -> Tensor:
         """The fp32 elements of the parameter, flattened."""
-        elements = self._elements(held.stepped, held.stepped)
+        elements = self._elements(fragment.optimizer_tensor, fragment.optimizer_tensor)
         assert elements is not None
-        return stretch(elements.detach(), held)
+        return fragment_view(elements.detach(), fragment)
 
-    def _elements(self, stepped: Tensor, tensor: Tensor) -> Tensor | None:
-        """Where the elements of `tensor` are: of `stepped`, or of its state. None for state of another shape."""
-        return tensor if tensor.shape == stepped.shape else None
+    def _elements(self, optimizer_tensor: Tensor, tensor: Tensor) -> Tensor | None:
+        """The elements of `tensor`: `optimizer_tensor`, or its state. None for state of another shape."""
+        return tensor if tensor.shape == optimizer_tensor.shape else None
 
-    def stepped(self) -> Iterator[Tensor]:
+    def optimizer_tensors(self) -> Iterator[Tensor]:
         """All tensors that torch's optimizer steps."""
-        yield from chain.from_iterable(group["params"] for group in self.inner.param_groups)
+        yield from chain.from_iterable(group["params"] for group in self.torch_optimizer.param_groups)
 
-    def allocate(self) -> None:
+    def allocate_optimizer_state(self) -> None:
         """Lets torch's optimizer make its state, where it has none; all its values are then to be replaced."""
-        for group in self.inner.param_groups:
+        for group in self.torch_optimizer.param_groups:
             for tensor in group["params"]:
-                if not self.inner.state.get(tensor):
-                    self._step_alone(group, tensor)
+                if not self.torch_optimizer.state.get(tensor):
+                    self._step_single(group, tensor)
 
-    def _step_alone(self, group: dict[str, Any], tensor: Tensor) -> None:
+    def _step_single(self, group: dict[str, Any], tensor: Tensor) -> None:
         """A step of a single tensor, whose gradient is zero."""
         kept, tensor.grad = tensor.grad, torch.zeros_like(tensor)
-        groups, self.inner.param_groups = self.inner.param_groups, [{**group, "params": [tensor]}]
-        self.inner.step()
-        self.inner.param_groups, tensor.grad = groups, kept
+        groups, self.torch_optimizer.param_groups = self.torch_optimizer.param_groups, [{**group, "params": [tensor]}]
+        self.torch_optimizer.step()
+        self.torch_optimizer.param_groups, tensor.grad = groups, kept
 
-    def _allocate_flat(self, group: dict[str, Any], flat: Tensor) -> None:
+    def _allocate_flat_state(self, group: dict[str, Any], flat: Tensor) -> None:
         """Makes the state of a flat tensor as the optimizer makes that of a single number: in no more memory."""
-        if self.inner.state.get(flat):
+        if self.torch_optimizer.state.get(flat):
             return
         number = nn.Parameter(flat.detach().new_zeros(1))
-        self._step_alone(group, number)
-        made = self.inner.state.pop(number, {})
-        self.inner.state[flat] = {
+        self._step_single(group, number)
+        made = self.torch_optimizer.state.pop(number, {})
+        self.torch_optimizer.state[flat] = {
             key: torch.full_like(flat, value.item(), dtype=value.dtype, requires_grad=False)
             if isinstance(value, Tensor) and value.ndim
             else copy.deepcopy(value)
@@ -123,7 +123,7 @@ class Holding:
         }
 
     @torch.no_grad()
-    def recall_steps(self, steps: int) -> None:
+    def restore_bias_correction(self, steps: int) -> None:
         """Lets DeepSpeed's Adam for CPUs count the steps that were taken before.
 
         It keeps the powers of its betas as products that grow by a factor a step, in fp32, outside of what Python sees.
@@ -132,11 +132,11 @@ class Holding:
         """
         adam = self.adam
         on_cpu = isinstance(adam, DeepSpeedCPUAdam) or (
-            isinstance(adam, FusedAdam) and all(tensor.device.type == "cpu" for tensor in self.stepped())
+            isinstance(adam, FusedAdam) and all(tensor.device.type == "cpu" for tensor in self.optimizer_tensors())
         )
         # Groups differ in their decay alone, and one counter serves them all.
         group = adam.param_groups[0]
-        if not on_cpu or max(group["betas"]) ** steps < _NOTHING:
+        if not on_cpu or max(group["betas"]) ** steps < _NEGLIGIBLE:
             return
         number = nn.Parameter(torch.zeros(1))
         number.grad = torch.zeros(1)
@@ -146,90 +146,94 @@ class Holding:
         adam.param_groups = groups
         adam.state.pop(number, None)
 
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         """Gives the weights that the model computes with the values of the fp32 ones. On all ranks."""
 
 
-class _Halves(Holding):
+class _HalfPrecisionLayout(OptimizerLayout):
     """ZeRO 0 in half precision: fp32 copies beside the weights, one flat tensor a group (fused) or one each."""
 
     has_master_weights = True
 
     @property
-    def inner(self) -> Any:
+    def torch_optimizer(self) -> Any:
         return self._optimizer.optimizer
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
-        self._held: dict[int, Held] = {}
+        self._fragments: dict[int, FlatFragment] = {}
         for number, group in enumerate(optimizer.fp16_groups):
-            at = 0
+            offset = 0
             for place, parameter in enumerate(group):
                 if isinstance(optimizer, FP16_Optimizer):
-                    flat, start = optimizer.fp32_groups_flat[number], at
+                    flat, start = optimizer.fp32_groups_flat[number], offset
                 else:
                     flat, start = optimizer.fp32_groups[number][place], 0
-                self._held[id(parameter)] = Held(flat, start, 0, parameter.numel())
-                at += parameter.numel()
+                self._fragments[id(parameter)] = FlatFragment(flat, start, 0, parameter.numel())
+                offset += parameter.numel()
 
-    def held(self, parameter: nn.Parameter) -> Held | None:
-        return self._held.get(id(parameter))
+    def fragment(self, parameter: nn.Parameter) -> FlatFragment | None:
+        return self._fragments.get(id(parameter))
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         for parameter in chain.from_iterable(self._optimizer.fp16_groups):
-            held = self._held[id(parameter)]
-            master = held.stepped.view(-1)[held.at : held.at + held.length]
+            fragment = self._fragments[id(parameter)]
+            master = fragment.optimizer_tensor.view(-1)[fragment.offset : fragment.offset + fragment.length]
             parameter.copy_(master.view(parameter.shape))
 
 
-class _Partitions(Holding):
+class _Zero12Layout(OptimizerLayout):
     """ZeRO 1 and 2, also with offload, and BF16_Optimizer: one flat tensor a group, of which each rank has a part."""
 
     is_replicated, has_master_weights = False, True
 
     @property
-    def inner(self) -> Any:
+    def torch_optimizer(self) -> Any:
         return self._optimizer.optimizer
 
-    def _flats(self) -> list[Tensor]:
+    def _flat_partitions(self) -> list[Tensor]:
         if isinstance(self._optimizer, BF16_Optimizer):
             return list(self._optimizer.fp32_groups_flat_partition)
         return list(self._optimizer.single_partition_of_fp32_groups)
 
-    def held(self, parameter: nn.Parameter) -> Held | None:
+    def fragment(self, parameter: nn.Parameter) -> FlatFragment | None:
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return None
-        flat = self._flats()[mapping.param_group_index]
+        flat = self._flat_partitions()[mapping.param_group_index]
         here = mapping.hp_fragment_address
-        return Held(flat, int(here.start), int(mapping.lp_fragment_address.start), int(here.numel))
+        return FlatFragment(flat, int(here.start), int(mapping.lp_fragment_address.start), int(here.numel))
 
-    def state(self, parameter: nn.Parameter, *, owned: bool) -> Iterator[tuple[str, Tensor, int]]:
-        momentum, held = self._muon_momentum(parameter), self.held(parameter)
-        for kind, tensor, first in super().state(parameter, owned=owned):
+    def state(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
+        momentum, fragment = self._muon_momentum(parameter), self.fragment(parameter)
+        for kind, tensor, parameter_offset in super().state(parameter, owned_only=owned_only):
             if momentum is None or kind != _MOMENTUM:
-                yield kind, tensor, first
+                yield kind, tensor, parameter_offset
         if momentum is not None:
-            assert held is not None
-            begin, end = (held.first, held.first + held.length) if owned else (0, parameter.numel())
+            assert fragment is not None
+            begin, end = (
+                (fragment.parameter_offset, fragment.parameter_offset + fragment.length)
+                if owned_only
+                else (0, parameter.numel())
+            )
             yield _MOMENTUM, momentum[begin:end], begin
 
     def _muon_momentum(self, parameter: nn.Parameter) -> Tensor | None:
         """Muon's momentum without offload: of all of each parameter of which this rank steps a part, one behind the
         other in one tensor."""
-        held = self.held(parameter)
-        if held is None or not self._has_muon_momentum(parameter):
+        fragment = self.fragment(parameter)
+        if fragment is None or not self._has_muon_momentum(parameter):
             return None
-        buffer: Tensor | None = self.inner.state.get(held.stepped, {}).get(_MOMENTUM)
+        buffer: Tensor | None = self.torch_optimizer.state.get(fragment.optimizer_tensor, {}).get(_MOMENTUM)
         if buffer is None:
             return None
-        at = 0
+        offset = 0
         for other in self._optimizer.params_in_partition[parameter._hp_mapping.param_group_index]:  # type: ignore[attr-defined]
             if other is parameter:
                 break
-            at += other.numel()
-        return buffer[at : at + parameter.numel()]
+            offset += other.numel()
+        return buffer[offset : offset + parameter.numel()]
 
     def _has_muon_momentum(self, parameter: nn.Parameter) -> bool:
         return (
@@ -238,12 +242,14 @@ class _Partitions(Holding):
             and not self._optimizer.cpu_offload
         )
 
-    def stepped(self) -> Iterator[Tensor]:
-        yield from self._flats()
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        yield from self._flat_partitions()
 
-    def allocate(self) -> None:
-        for number, (group, flat) in enumerate(zip(self.inner.param_groups, self._flats(), strict=True)):
-            self._allocate_flat(group, flat)
+    def allocate_optimizer_state(self) -> None:
+        for number, (group, flat) in enumerate(
+            zip(self.torch_optimizer.param_groups, self._flat_partitions(), strict=True)
+        ):
+            self._allocate_flat_state(group, flat)
             if group.get("use_muon"):
                 self._allocate_muon_momentum(number, flat)
         self._optimizer._hp_optimizer_states_linked = False
@@ -254,79 +260,81 @@ class _Partitions(Holding):
         elements = flat.numel()
         if parameters and self._has_muon_momentum(parameters[0]):
             elements = sum(parameter.numel() for parameter in parameters)
-        self.inner.state[flat].setdefault(_MOMENTUM, flat.detach().new_zeros(elements))
+        self.torch_optimizer.state[flat].setdefault(_MOMENTUM, flat.detach().new_zeros(elements))
 
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         self._optimizer.update_lp_params()
 
 
-class _SubGroups(Holding):
+class _Zero3Layout(OptimizerLayout):
     """ZeRO 3: flat tensors of parts of parameters."""
 
     is_replicated, has_master_weights = False, True
 
     @property
-    def inner(self) -> Any:
+    def torch_optimizer(self) -> Any:
         return self._optimizer.optimizer
 
-    def held(self, parameter: nn.Parameter) -> Held | None:
+    def fragment(self, parameter: nn.Parameter) -> FlatFragment | None:
         optimizer = self._optimizer
-        group, at, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        first = optimizer._get_param_partition_rank(parameter) * length
-        count = min(length, int(parameter.ds_numel) - first)  # type: ignore[attr-defined]
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        parameter_offset = optimizer._get_param_partition_rank(parameter) * length
+        count = min(length, int(parameter.ds_numel) - parameter_offset)  # type: ignore[attr-defined]
         if count <= 0:
             return None
-        return Held(optimizer.fp32_partitioned_groups_flat[group], int(at), int(first), int(count))
+        return FlatFragment(
+            optimizer.fp32_partitioned_groups_flat[group], int(offset), int(parameter_offset), int(count)
+        )
 
-    def stepped(self) -> Iterator[Tensor]:
+    def optimizer_tensors(self) -> Iterator[Tensor]:
         yield from self._optimizer.fp32_partitioned_groups_flat
 
-    def _elements(self, stepped: Tensor, tensor: Tensor) -> Tensor | None:
+    def _elements(self, optimizer_tensor: Tensor, tensor: Tensor) -> Tensor | None:
         """Also in files on NVMe: those are mapped into memory, so that no more of them is there than is in use."""
-        swapped = self._swapped(stepped)
-        if swapped is None:
-            return super()._elements(stepped, tensor)
-        for place in swapped.tensors:
+        swap_record = self._swap_record(optimizer_tensor)
+        if swap_record is None:
+            return super()._elements(optimizer_tensor, tensor)
+        for place in swap_record.tensors:
             if place.compute_tensor is tensor:
-                return _mapped(Path(place.swap_path), swapped.numel(), swapped.dtype())
-        return tensor if tensor.numel() == swapped.numel() else None
+                return _map_file(Path(place.swap_path), swap_record.numel(), swap_record.dtype())
+        return tensor if tensor.numel() == swap_record.numel() else None
 
-    def _swapped(self, flat: Tensor) -> Any:
+    def _swap_record(self, flat: Tensor) -> Any:
         """DeepSpeed's record of where on NVMe a flat tensor and its state are; None if they are in memory."""
         swapper = self._optimizer.optimizer_swapper
         return None if swapper is None else swapper.swap_params_info.get(flat.ds_id)  # type: ignore[attr-defined]
 
-    def allocate(self) -> None:
+    def allocate_optimizer_state(self) -> None:
         groups = self._optimizer.sub_group_to_group_id
-        for number, flat in enumerate(self.stepped()):
-            if self.inner.state.get(flat):
+        for number, flat in enumerate(self.optimizer_tensors()):
+            if self.torch_optimizer.state.get(flat):
                 continue
-            with self._in_memory(number, flat, changed=True):
-                self._allocate_flat(self.inner.param_groups[groups[number]], flat)
+            with self._swapped_in(number, flat, changed=True):
+                self._allocate_flat_state(self.torch_optimizer.param_groups[groups[number]], flat)
 
     @contextmanager
-    def _in_memory(self, number: int, flat: Tensor, *, changed: bool) -> Iterator[None]:
+    def _swapped_in(self, number: int, flat: Tensor, *, changed: bool) -> Iterator[None]:
         """Meanwhile a sub-group that is on NVMe is in memory."""
-        swapped = self._swapped(flat)
-        if swapped is not None:
+        swap_record = self._swap_record(flat)
+        if swap_record is not None:
             self._optimizer._optimizer_states_and_gradient_swap_in(number)
         yield
-        if swapped is not None and changed:
+        if swap_record is not None and changed:
             self._optimizer._optimizer_states_and_gradient_swap_out(number)
-        elif swapped is not None:
+        elif swap_record is not None:
             self._optimizer._release_swap_buffers(number)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         optimizer = self._optimizer
         optimizer.checkpoint_event_prologue()
-        for number, flat in enumerate(self.stepped()):
-            with self._in_memory(number, flat, changed=False):
+        for number, flat in enumerate(self.optimizer_tensors()):
+            with self._swapped_in(number, flat, changed=False):
                 optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()
 
 
-def _mapped(path: Path, numbers: int, dtype: torch.dtype) -> Tensor:
+def _map_file(path: Path, numbers: int, dtype: torch.dtype) -> Tensor:
     """A file's elements; what is written into them is written into the file.
 
     Raises:
@@ -340,18 +348,18 @@ def _mapped(path: Path, numbers: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype)
 
 
-def stretch(tensor: Tensor, held: Held) -> Tensor:
+def fragment_view(tensor: Tensor, fragment: FlatFragment) -> Tensor:
     """The elements in a tensor as large as `held.stepped` that belong to the parameter."""
-    return tensor.view(-1)[held.at : held.at + held.length]
+    return tensor.view(-1)[fragment.offset : fragment.offset + fragment.length]
 
 
-def holding_of(optimizer: Any) -> Holding:
+def layout_of(optimizer: Any) -> OptimizerLayout:
     """How one of DeepSpeed's optimizers holds its state."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return _SubGroups(optimizer)
+        return _Zero3Layout(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
-        return _Partitions(optimizer)
+        return _Zero12Layout(optimizer)
     if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
-        return _Halves(optimizer)
+        return _HalfPrecisionLayout(optimizer)
     assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
-    return Holding(optimizer)
+    return OptimizerLayout(optimizer)

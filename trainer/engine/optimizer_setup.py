@@ -9,13 +9,13 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from trainer.engine.groups import ParameterGroups
-from trainer.engine.muon import clip_before_muon
-from trainer.engine.norm import reduce_norm_once
+from trainer.compat.deepspeed.grad_norm import reduce_norm_once
+from trainer.compat.deepspeed.muon import clip_before_muon
+from trainer.engine.parameter_groups import ParameterGroups
 
 
 @dataclass(frozen=True)
-class Optimization:
+class OptimizerSetup:
     """What `deepspeed.initialize` is told beside its configuration, and what its optimizers lack."""
 
     groups: ParameterGroups
@@ -34,12 +34,12 @@ class Optimization:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         engine, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=self.groups.of(trained, models),
+            model_parameters=self.groups.build(trained, models),
             config=settings,
             lr_scheduler=self.schedule,
             **options,
         )
-        self.groups.scale_rates(engine.optimizer)
+        self.groups.install_rate_scales(engine.optimizer)
         reduce_norm_once(engine.optimizer)
         clip_before_muon(engine.optimizer)
         return engine

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.engine.holding import holding_of
+from trainer.compat.deepspeed.optimizer_layouts import layout_of
 from trainer.model import WeightOptions
 from trainer.pipeline import local_parameters
 
@@ -29,9 +29,9 @@ class ParameterGroups:
         options: of every trained weight of the full model; equal on all ranks.
         """
         self._options = options
-        self._distinct = sorted(set(options.values()), key=lambda o: (not o.decays, o.scale))
+        self._distinct_options = sorted(set(options.values()), key=lambda o: (not o.decays, o.scale))
 
-    def of(self, trained: Sequence[nn.Parameter], models: Sequence[nn.Module]) -> list[Any]:
+    def build(self, trained: Sequence[nn.Parameter], models: Sequence[nn.Module]) -> list[Any]:
         """The parameters as `deepspeed.initialize` gets them: a plain list where all weights are treated alike.
 
         Groups of which this rank has no weight are left out. All ranks of a data group hold the same weights, so
@@ -41,35 +41,35 @@ class ParameterGroups:
         Args:
             models: of this rank's stages, which hold `trained`.
         """
-        if all(option == WeightOptions() for option in self._distinct):
+        if all(option == WeightOptions() for option in self._distinct_options):
             return list(trained)
         names = {id(weight): name for name, held in local_parameters(models).items() for weight, _ in held}
-        groups: list[list[nn.Parameter]] = [[] for _ in self._distinct]
+        groups: list[list[nn.Parameter]] = [[] for _ in self._distinct_options]
         for parameter in trained:
-            groups[self._distinct.index(self._options[names[id(parameter)]])].append(parameter)
+            groups[self._distinct_options.index(self._options[names[id(parameter)]])].append(parameter)
         return [
             {"params": group, _NAME: str(number), **({} if option.decays else {"weight_decay": 0.0})}
-            for number, (option, group) in enumerate(zip(self._distinct, groups, strict=True))
+            for number, (option, group) in enumerate(zip(self._distinct_options, groups, strict=True))
             if group
         ]
 
-    def scale_rates(self, optimizer: Any) -> None:
+    def install_rate_scales(self, optimizer: Any) -> None:
         """Makes each step of DeepSpeed's optimizer use the scaled rates."""
-        if all(option.scale == 1 for option in self._distinct):
+        if all(option.scale == 1 for option in self._distinct_options):
             return
-        inner = holding_of(optimizer).inner
-        for group in inner.param_groups:
-            group[_SCALE] = self._distinct[int(group[_NAME].split("-")[0])].scale
-        inner.register_step_pre_hook(_scale)
-        inner.register_step_post_hook(_unscale)
+        torch_optimizer = layout_of(optimizer).torch_optimizer
+        for group in torch_optimizer.param_groups:
+            group[_SCALE] = self._distinct_options[int(group[_NAME].split("-")[0])].scale
+        torch_optimizer.register_step_pre_hook(_scale)
+        torch_optimizer.register_step_post_hook(_unscale)
 
 
-def _scale(inner: torch.optim.Optimizer, *_: Any) -> None:
-    for group in inner.param_groups:
+def _scale(torch_optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in torch_optimizer.param_groups:
         group["unscaled_lr"] = group["lr"]
         group["lr"] = group["lr"] * group[_SCALE]
 
 
-def _unscale(inner: torch.optim.Optimizer, *_: Any) -> None:
-    for group in inner.param_groups:
+def _unscale(torch_optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in torch_optimizer.param_groups:
         group["lr"] = group.pop("unscaled_lr")

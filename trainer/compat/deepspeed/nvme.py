@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.swap_tensor import optimizer_utils
 
-_LARGEST_BLOCK = 4096
+_MAX_BLOCK_BYTES = 4096
 
 
 def prepare_nvme(settings: dict[str, Any], output_dir: str) -> None:
@@ -25,12 +25,12 @@ def prepare_nvme(settings: dict[str, Any], output_dir: str) -> None:
     if offload.get("device") != "nvme":
         return
     run = Path(output_dir).expanduser().absolute()
-    own = Path(offload["nvme_path"]) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:12]}"
+    run_dir = Path(offload["nvme_path"]) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:12]}"
     settings["zero_optimization"] = {
-        **settings["zero_optimization"], "offload_optimizer": {**offload, "nvme_path": str(own)},
+        **settings["zero_optimization"], "offload_optimizer": {**offload, "nvme_path": str(run_dir)},
     }  # fmt: skip
-    own.mkdir(exist_ok=True)
-    optimizer_utils.AIO_ALIGNED_BYTES = max(optimizer_utils.AIO_ALIGNED_BYTES, _block_of(own))
+    run_dir.mkdir(exist_ok=True)
+    optimizer_utils.AIO_ALIGNED_BYTES = max(optimizer_utils.AIO_ALIGNED_BYTES, _block_bytes(run_dir))
 
 
 def keep_unaligned_gradients(optimizer: Any) -> None:
@@ -42,26 +42,26 @@ def keep_unaligned_gradients(optimizer: Any) -> None:
     swapper = getattr(optimizer, "optimizer_swapper", None)
     if swapper is None:
         return
-    adjust, block = swapper._adjust_for_misaligned_lengths, _block_of(Path(swapper.swap_folder))
+    adjust, block = swapper._adjust_for_misaligned_lengths, _block_bytes(Path(swapper.swap_folder))
 
     def keep_unaligned(tensors: list[torch.Tensor], offsets: list[int]) -> Any:
         pairs = zip(tensors, offsets, strict=True)
-        return adjust([_kept(t) if at * t.element_size() % block else t for t, at in pairs], offsets)
+        return adjust([_copy_to_cpu(t) if offset * t.element_size() % block else t for t, offset in pairs], offsets)
 
     swapper._adjust_for_misaligned_lengths = keep_unaligned
 
 
-def _kept(gradient: torch.Tensor) -> torch.Tensor:
-    kept = gradient.to("cpu")
-    kept.swappable = False  # type: ignore[attr-defined]
-    return kept
+def _copy_to_cpu(gradient: torch.Tensor) -> torch.Tensor:
+    cpu_gradient = gradient.to("cpu")
+    cpu_gradient.swappable = False  # type: ignore[attr-defined]
+    return cpu_gradient
 
 
-def _block_of(folder: Path) -> int:
+def _block_bytes(directory: Path) -> int:
     """Bytes of the logical block of the disk under a folder; the most that is usual where the kernel does not say."""
-    device = folder.stat().st_dev
-    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    for queue in (place / "queue", place.parent / "queue"):
+    device = directory.stat().st_dev
+    block_device = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    for queue in (block_device / "queue", block_device.parent / "queue"):
         with contextlib.suppress(OSError, ValueError):
             return int((queue / "logical_block_size").read_text())
-    return _LARGEST_BLOCK
+    return _MAX_BLOCK_BYTES

@@ -72,7 +72,7 @@ def _scaled_gradients(scale: Tensor | None) -> Iterator[None]:
         original_muon.muon_update = update
 
 
-def _leave_unclipped(optimizer: Any, is_update: Callable[[Any], bool]) -> None:
+def _skip_clipping(optimizer: Any, is_update: Callable[[Any], bool]) -> None:
     """Takes only the loss scale from what `is_update` recognises, by the first argument, as Muon's updates."""
     unscale_and_clip = optimizer.unscale_and_clip_grads
 
@@ -100,29 +100,29 @@ def _clip_before_muon_at_stage_3(optimizer: Any) -> None:
 
     optimizer._apply_muon_to_accumulated_grads = lambda: None
     optimizer._get_norm_groups = norms_before_muon
-    _leave_unclipped(optimizer, optimizer.sub_groups_using_muon.__getitem__)
+    _skip_clipping(optimizer, optimizer.sub_groups_using_muon.__getitem__)
 
 
 def _clip_before_muon_at_stages_1_and_2(optimizer: Any) -> None:
     offloads = bool(optimizer.cpu_offload)
     global_norm, flat_partition = optimizer.scaled_global_norm, optimizer.get_flat_partition
     apply_muon = optimizer._apply_muon_updates_cpu_offload
-    waiting: dict[int, tuple[list[Tensor], Callable[[], list[Tensor]]]] = {}
+    pending: dict[int, tuple[list[Tensor], Callable[[], list[Tensor]]]] = {}
     """Of each group of matrices: the gradients, and what makes the updates of this rank's partition of them."""
 
     def flat_gradients(parameters: list[Tensor], *arguments: Any, param_group_idx: int, **options: Any) -> list[Tensor]:
         """As DeepSpeed's, for the gradients themselves."""
 
-        def make() -> list[Tensor]:
-            made: list[Tensor] = flat_partition(parameters, *arguments, param_group_idx=param_group_idx, **options)
-            return made
+        def flatten() -> list[Tensor]:
+            flat: list[Tensor] = flat_partition(parameters, *arguments, param_group_idx=param_group_idx, **options)
+            return flat
 
         if not parameters or not optimizer._is_muon_group(parameters):
-            return make()
-        waiting[param_group_idx] = list(optimizer.all_grad_tensors[param_group_idx]), make
+            return flatten()
+        pending[param_group_idx] = list(optimizer.all_grad_tensors[param_group_idx]), flatten
         for parameter in parameters:
             parameter.use_muon = False  # type: ignore[attr-defined]
-        gradients = make()
+        gradients = flatten()
         for parameter in parameters:
             parameter.use_muon = True  # type: ignore[attr-defined]
         return gradients
@@ -136,11 +136,11 @@ def _clip_before_muon_at_stages_1_and_2(optimizer: Any) -> None:
             with _scaled_gradients(_scale(optimizer, norm, is_unscaled=offloads)):
                 if offloads:
                     apply_muon()
-                for group, (gradients, make) in waiting.items():
+                for group, (gradients, flatten) in pending.items():
                     optimizer.all_grad_tensors[group] = gradients
-                    optimizer.averaged_gradients[group] = make()
+                    optimizer.averaged_gradients[group] = flatten()
                     optimizer.all_grad_tensors[group] = None
-        waiting.clear()
+        pending.clear()
         return norm
 
     def is_update(gradients: list[Tensor]) -> bool:
@@ -150,4 +150,4 @@ def _clip_before_muon_at_stages_1_and_2(optimizer: Any) -> None:
     optimizer.get_flat_partition = flat_gradients
     optimizer._apply_muon_updates_cpu_offload = lambda: None
     optimizer.scaled_global_norm = norm_before_muon
-    _leave_unclipped(optimizer, is_update)
+    _skip_clipping(optimizer, is_update)

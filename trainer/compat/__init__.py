@@ -1,0 +1,1 @@
+"""Internals of our dependencies, one package per dependency."""
