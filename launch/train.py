@@ -112,7 +112,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
         progress, directory = checkpoints.restore(engine), checkpoints.directory
         if world.is_first:
             directory.write_config(loaded, frame=prepared.frame_json)
-            directory.keep_tokenizer(prepared.tokenizer)
+            directory.save_tokenizer(prepared.tokenizer)
             directory.record("resume" if progress.step else "start", progress.step, processes=launch.world)
         batches.train.go_on_after(progress.step, progress.samples)
         meter = Meter(

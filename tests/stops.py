@@ -18,9 +18,9 @@ from torch.distributed import PrefixStore
 
 from tests.configs import with_values
 from tests.runs import _loaded, _place
-from tests.test_tracking import rows_of
+from tests.test_tracking import read_rows
 from tools.bench.common import assemble
-from trainer.checkpoint import save as saving
+from trainer.checkpoint import writer
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import Preempted
 from trainer.events import read_events
@@ -77,7 +77,7 @@ def stop_and_resume(config: dict[str, Any], signals: list[Signal], seed: int) ->
 
 
 def _losses(run: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in rows_of(run) if row["split"] == "train"}
+    return {row["step"]: row["loss"] for row in read_rows(run) if row["split"] == "train"}
 
 
 def _attempt(
@@ -139,7 +139,7 @@ def _sending(sent: Signal | None, engine: Any, draw: random.Random) -> Iterator[
         yield
         return
     kill: Callable[[], None] = lambda: os.kill(os.getpid(), sent.number)  # noqa: E731
-    train_step, evaluate, write_file = engine.train_step, engine.evaluate, saving.write_file
+    train_step, evaluate, write_items_file = engine.train_step, engine.evaluate, writer.write_items_file
     begun, steps = threading.Event(), itertools.count(1)
 
     def first_step(batch: Any, **values: Any) -> Any:
@@ -165,6 +165,6 @@ def _sending(sent: Signal | None, engine: Any, draw: random.Random) -> Iterator[
     if sent.during == "evaluation":
         engine.evaluate = during(evaluate)
     elif sent.during == "save":
-        saving.write_file = during(write_file)
+        writer.write_items_file = during(write_items_file)
     yield
-    saving.write_file = write_file
+    writer.write_items_file = write_items_file

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.harness import run_command
-from tests.test_tracking import rows_of
+from tests.test_tracking import read_rows
 from tools.bench.common import inline
 from tools.parity.shrink import tiny as tiny_family
 from trainer.data.indexed import IndexedWriter
@@ -62,7 +62,7 @@ def train(config: dict[str, Any], *arguments: str, world: int = 1) -> list[tuple
     path.write_text(json.dumps(config))
     ended = run_command("launch/train.py", "--config", str(path), *arguments, world=world)
     assert ended.status == 0, ended.out + ended.err
-    return [(row["split"], row["loss"]) for row in rows_of(output)]
+    return [(row["split"], row["loss"]) for row in read_rows(output)]
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from tests.configs import with_values
 from tests.harness import Finished, run_command
+from trainer.checkpoint_format import read_manifest
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_run, upgraded, value_at
 from trainer.config.load import LoadedConfig, load_config
 from trainer.errors import ConfigError
-from trainer.run_directory import RunDirectory, refuse_another_run
-from trainer.store import read_manifest
+from trainer.run_directory import RunDirectory, refuse_identity_change
 
 ROOT = Path(__file__).parent.parent
 BEGUN = ROOT / "tests" / "data" / "begun_run"
@@ -41,7 +41,7 @@ def train(run: Path, *arguments: str, **values: Any) -> Finished:
     )
 
 
-def begun(folder: Path) -> Path:
+def copy_begun_run(folder: Path) -> Path:
     """A copy of the stored run directory."""
     shutil.copytree(BEGUN / "run", folder)
     return folder
@@ -53,7 +53,7 @@ def losses(metrics: Path) -> dict[tuple[str, int], float]:
     return {(row["split"], row["step"]): row["loss"] for row in rows}
 
 
-def outcome(run: Path) -> tuple[dict[tuple[str, int], float], Weights]:
+def read_outcome(run: Path) -> tuple[dict[tuple[str, int], float], Weights]:
     return losses(run / "metrics.jsonl"), load_file(run / "final" / "model.safetensors")
 
 
@@ -74,19 +74,19 @@ def assert_equal(one: tuple[Any, Weights], other: tuple[Any, Weights], tolerance
 def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     """On the kind of CPU that wrote the fixture: the losses and weights of the unbroken run of then. On another, whose
     sums round otherwise, it is the run that has the old values given explicitly."""
-    resumed = train(begun(tmp_path / "run"))
+    resumed = train(copy_begun_run(tmp_path / "run"))
     assert resumed.status == 0, resumed.err
     ended = train(tmp_path / "fresh", **BEFORE)
     assert ended.status == 0, ended.err
-    fresh = outcome(tmp_path / "fresh")
+    fresh = read_outcome(tmp_path / "fresh")
     assert_equal(fresh, STORED, 1e-5)
     if fresh[0] == STORED[0]:
-        assert_equal(outcome(tmp_path / "run"), STORED)
+        assert_equal(read_outcome(tmp_path / "run"), STORED)
     else:
-        explicit = train(begun(tmp_path / "explicit"), **BEFORE)
+        explicit = train(copy_begun_run(tmp_path / "explicit"), **BEFORE)
         assert explicit.status == 0, explicit.err
-        assert_equal(outcome(tmp_path / "run"), outcome(tmp_path / "explicit"))
-        assert_equal(outcome(tmp_path / "run"), STORED, 1e-5)
+        assert_equal(read_outcome(tmp_path / "run"), read_outcome(tmp_path / "explicit"))
+        assert_equal(read_outcome(tmp_path / "run"), STORED, 1e-5)
     said = [line for line in resumed.out.splitlines() if "resuming with the values" in line]
     assert len(said) == 1, resumed.out
     assert said[0].removeprefix("[tessera] ") in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
@@ -100,11 +100,11 @@ def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("upload", [False, True])
-def test_begun_run_resumes_a_second_time(upload: bool, tmp_path: Path) -> None:
+def test_begun_run_resumes_twice(upload: bool, tmp_path: Path) -> None:
     """Also where only its copies at `checkpoint.upload` are left, with the arguments that the refusal names."""
     run, copies, settings = tmp_path / "run", tmp_path / "copies", ()
     if upload:
-        begun(tmp_path / "begun")
+        copy_begun_run(tmp_path / "begun")
         shutil.copytree(tmp_path / "begun" / "checkpoints", copies)
         place = {"checkpoint.upload": f"file://{copies}"}
         refused = train(run, **place)
@@ -114,7 +114,7 @@ def test_begun_run_resumes_a_second_time(upload: bool, tmp_path: Path) -> None:
         given = [part for setting in settings for part in ("--set", setting)]
     else:
         place, given = {}, []
-        begun(run)
+        copy_begun_run(run)
     for steps in (STORED_STEPS + 1, STORED_STEPS + 2):
         resumed = train(run, *given, **place, **{"training.max_steps": steps})
         assert resumed.status == 0, resumed.err
@@ -135,9 +135,9 @@ def test_new_run_has_the_new_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
+def test_resumed_run_keeps_earlier_defaults(tmp_path: Path) -> None:
     """From the run directory, or from what checkpoint.resume names; not where a run begins anew."""
-    run, paths = begun(tmp_path / "run"), [f"data.cache_dir={tmp_path}"]
+    run, paths = copy_begun_run(tmp_path / "run"), [f"data.cache_dir={tmp_path}"]
     elsewhere = f"run.output_dir={tmp_path / 'other'}"
     resumes = [f"checkpoint.resume={run}", f"checkpoint.resume={run}/checkpoints/step-00000003"]
     for settings in ([f"run.output_dir={run}"], *([elsewhere, resume] for resume in resumes)):
@@ -151,8 +151,8 @@ def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_dry_run_says_what_is_kept(tmp_path: Path) -> None:
-    run = begun(tmp_path / "run")
+def test_dry_run_reports_kept_defaults(tmp_path: Path) -> None:
+    run = copy_begun_run(tmp_path / "run")
     for option in ("--dry_run", "--print_config"):
         ended = train(run, option)
         assert ended.status == 0, ended.err
@@ -188,7 +188,7 @@ def test_stored_run_is_read(place: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_keys_of_model_families_may_have_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_added_key_may_depend_on_model_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A key that the schema does not list, in those configurations only that a function says."""
 
     def is_decoder(stored: Any) -> Any:
@@ -202,7 +202,7 @@ def test_keys_of_model_families_may_have_a_row(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.fast
-def test_run_directory_configuration_can_be_given_again() -> None:
+def test_configuration_in_run_directory_is_valid_input() -> None:
     loaded = load_config(BEGUN / "run" / "config.json", world=1, device="cpu")
     assert loaded.config.data.special_tokens == "end"
 
@@ -222,7 +222,7 @@ def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]
     [("training.learning_rate_scales", {"model.norm.weight": 0.0}), ("training.weight_decay_exclude", []),
      ("data.special_tokens", "none")],
 )  # fmt: skip
-def test_values_that_a_user_chose_are_not_kept(key: str, value: Any, tmp_path: Path) -> None:
+def test_explicit_values_are_not_kept(key: str, value: Any, tmp_path: Path) -> None:
     """Deleting the key again is another value, as with every key that identifies a run."""
     run, settings = with_new_configuration(tmp_path / "run", **{key: value})
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
@@ -230,15 +230,15 @@ def test_values_that_a_user_chose_are_not_kept(key: str, value: Any, tmp_path: P
     assert not loaded.kept.keys
     old = json.loads((run / "config.json").read_text())
     with pytest.raises(ConfigError) as refused:
-        refuse_another_run(old, loaded, "the run directory")
+        refuse_identity_change(old, loaded, "the run directory")
     assert all(problem.path.startswith(key) for problem in refused.value.problems)
     assert f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" in str(refused.value)
 
 
 @pytest.mark.fast
-def test_kept_meanings_stay_kept(tmp_path: Path) -> None:
+def test_kept_defaults_survive_further_attempts(tmp_path: Path) -> None:
     """Through attempts that name the values, and not where an attempt has changed one."""
-    run = begun(tmp_path / "run")
+    run = copy_begun_run(tmp_path / "run")
     settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}"]
 
     def attempt(*arguments: str) -> LoadedConfig:
@@ -256,10 +256,15 @@ def test_kept_meanings_stay_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_kept_values_apply_to_the_new_packing(tmp_path: Path) -> None:
+def test_kept_defaults_respect_changed_packing(tmp_path: Path) -> None:
     """`data.drop_last` has no meaning without concatenation: the values of the run do not make the change invalid."""
     allowed = 'checkpoint.allow_changed=["data.packing"]'
-    settings = [f"run.output_dir={begun(tmp_path / 'run')}", f"data.cache_dir={tmp_path}", "data.packing=none", allowed]
+    settings = [
+        f"run.output_dir={copy_begun_run(tmp_path / 'run')}",
+        f"data.cache_dir={tmp_path}",
+        "data.packing=none",
+        allowed,
+    ]
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
     assert loaded.config.data.drop_last is False
     assert "data.drop_last" not in loaded.kept.message
@@ -268,21 +273,21 @@ def test_kept_values_apply_to_the_new_packing(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_other_explicit_values_are_refused(tmp_path: Path) -> None:
-    run = begun(tmp_path / "run")
+    run = copy_begun_run(tmp_path / "run")
     settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}", "data.special_tokens=none"]
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
     old = json.loads((run / "config.json").read_text())
     with pytest.raises(ConfigError) as refused:
-        refuse_another_run(old, loaded, "the run directory")
+        refuse_identity_change(old, loaded, "the run directory")
     assert [problem.path for problem in refused.value.problems] == ["data.special_tokens"]
     allowed = [*settings, 'checkpoint.allow_changed=["data.special_tokens"]']
-    refuse_another_run(old, load_config(CONFIG, allowed, world=1, device="cpu"), "the run directory")
+    refuse_identity_change(old, load_config(CONFIG, allowed, world=1, device="cpu"), "the run directory")
 
 
 @pytest.mark.fast
 def test_begun_run_keeps_its_checkpoint_defaults(tmp_path: Path) -> None:
     """The new default of keep_last would delete what the earlier version kept. A key that is set counts."""
-    run, keys = begun(tmp_path / "run"), ("every_steps", "keep_last")
+    run, keys = copy_begun_run(tmp_path / "run"), ("every_steps", "keep_last")
     stored = json.loads((run / "config.json").read_text())
     stored["checkpoint"].update(dict.fromkeys(keys))
     (run / "config.json").write_text(json.dumps(stored))

@@ -22,6 +22,7 @@ from tests.runs import _loaded, _place
 from tests.test_model import GPT2, MIXTRAL
 from trainer import causality
 from trainer.causality import CONTROL, PROBED, Finding, verify_causality
+from trainer.checkpoint_format import read_manifest
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.config.load import check, load_config
 from trainer.config.model_facts import make_causal, model_config
@@ -34,7 +35,6 @@ from trainer.errors import ConfigError
 from trainer.fault_tolerance import StopRequests
 from trainer.model import build_model, build_model_shape
 from trainer.pipeline import assign_stages
-from trainer.store import read_manifest
 from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")

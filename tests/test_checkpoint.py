@@ -24,15 +24,35 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
-from tests.checkpoints import disconnected, go_on, halted, numbers_in, several, state_of
+from tests.checkpoint_jobs import (
+    read_state,
+    run_jobs,
+    scalar_state_in,
+    train_and_save,
+    train_disconnected,
+    train_until_halted,
+)
 from tests.configs import tiny_config, with_values
 from tests.harness import free_port, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
-from tests.test_tracking import ROOT, TRAIN, rows_of
-from trainer.checkpoint.keep import Kept, best_of, name_of, superfluous
+from tests.test_tracking import ROOT, TRAIN, read_rows
+from trainer.checkpoint.deepspeed_to_safetensors import _load_tensors
 from trainer.checkpoint.remote import Remote
-from trainer.checkpoint.save import in_order, refuse_wrong_cover
-from trainer.checkpoint.tensors_only import _load_tensors
+from trainer.checkpoint.retention import SavedCheckpoint, best_checkpoints, checkpoint_name, expired
+from trainer.checkpoint.writer import refuse_incomplete_coverage, sort_by_element_size
+from trainer.checkpoint_format import (
+    MANIFEST,
+    Chunk,
+    ChunkReader,
+    Manifest,
+    StoredTensor,
+    WriteItem,
+    checksum,
+    read_manifest,
+    split_into_files,
+    verify_files,
+    write_items_file,
+)
 from trainer.compat.deepspeed import nvme
 from trainer.compat.deepspeed.optimizer_layouts import _map_file
 from trainer.config.deepspeed import nvme_can_be_read
@@ -42,19 +62,6 @@ from trainer.engine import ScalarState, TrainingState
 from trainer.errors import CheckpointError
 from trainer.files import hash_file
 from trainer.sharding import Shard, boxes_of, flat_boxes
-from trainer.store import (
-    MANIFEST,
-    Box,
-    Entry,
-    Files,
-    Manifest,
-    Stored,
-    checksum,
-    in_files,
-    read_manifest,
-    verify_files,
-    write_file,
-)
 from trainer.topology import Topology
 
 
@@ -82,8 +89,8 @@ class Layout(NamedTuple):
 BF16 = (("deepspeed__bf16", {"enabled": True}),)
 BF16_FP32 = (*BF16, ("deepspeed__data_types", {"grad_accum_dtype": "fp32"}))
 OFFLOAD = (("deepspeed__zero_optimization__offload_optimizer", {"device": "cpu"}),)
-SEQUENCE = (("parallel__sequence_parallel", True),)
-TWO_WAYS = (("parallel__pipeline_schedule", "dualpipev"),)
+SEQUENCE_PARALLEL = (("parallel__sequence_parallel", True),)
+DUALPIPEV = (("parallel__pipeline_schedule", "dualpipev"),)
 SMALL_GROUPS = (
     ("deepspeed__zero_optimization__sub_group_size", 5000),
     ("deepspeed__zero_optimization__stage3_param_persistence_threshold", 100),
@@ -141,7 +148,7 @@ def unbroken(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         if key not in done:
             folder = tmp_path_factory.mktemp("unbroken")
             config = config_of(base, model, layout, folder, **values)
-            done[key] = Unbroken(folder, run_ranks(go_on, layout.world, config, 6, (3, 6))[0])
+            done[key] = Unbroken(folder, run_ranks(train_and_save, layout.world, config, 6, (3, 6))[0])
         return done[key]
 
     return run
@@ -169,8 +176,8 @@ MORE_BITWISE = [
     ("llama", Layout(2, zero=3, more=OFFLOAD), DROPOUT),
     ("llama", Layout(2, zero=2, more=(*OFFLOAD, *BF16)), DROPOUT),
     ("llama", Layout(4, tensor=2, zero=1), DROPOUT),
-    ("llama", Layout(2, tensor=2, more=SEQUENCE), DROPOUT),
-    ("tied", Layout(2, pipeline=2, more=TWO_WAYS), DROPOUT),
+    ("llama", Layout(2, tensor=2, more=SEQUENCE_PARALLEL), DROPOUT),
+    ("tied", Layout(2, pipeline=2, more=DUALPIPEV), DROPOUT),
     ("tied", Layout(2, pipeline=2), DROPOUT),
     ("gpt2", Layout(2, tensor=2, zero=1), {}),
     ("mixtral", Layout(4, tensor=2, zero=2), {}),
@@ -182,18 +189,18 @@ MORE_BITWISE = [
     [*BITWISE, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MORE_BITWISE)],
     ids=lambda value: str(value) if isinstance(value, str | Layout) else "dropout" if value else "",
 )
-def test_three_steps_and_three_are_six(
+def test_resumed_run_equals_unbroken_run(
     model: str, layout: Layout, values: dict[str, Any], base: dict[str, Any], unbroken: Any, tmp_path: Path
 ) -> None:
     """In fresh processes, bit for bit: losses, weights, optimizer, counters; over the border of an epoch."""
     whole = unbroken(model, layout, **values)
     config = config_of(base, model, layout, tmp_path, checkpoint__resume=str(whole.at(3)), **values)
-    losses = run_ranks(go_on, layout.world, config, 6, (6,))[0]
+    losses = run_ranks(train_and_save, layout.world, config, 6, (6,))[0]
     assert losses == {step: loss for step, loss in whole.losses.items() if step > 3}
-    now, then = state_of(tmp_path / "checkpoints" / "step-00000006"), state_of(whole.at(6))
+    now, then = read_state(tmp_path / "checkpoints" / "step-00000006"), read_state(whole.at(6))
     assert now.keys() == then.keys()
     assert [name for name in then if not now[name].equal(then[name])] == []
-    assert numbers_in(tmp_path / "checkpoints" / "step-00000006") == numbers_in(whole.at(6))
+    assert scalar_state_in(tmp_path / "checkpoints" / "step-00000006") == scalar_state_in(whole.at(6))
 
 
 NVME = [
@@ -204,7 +211,7 @@ NVME = [
 
 @pytest.mark.matrix  # to compile DeepSpeed's async_io takes minutes
 @pytest.mark.parametrize(("offload", "values"), NVME, ids=("", "pipelined"))
-def test_state_on_nvme(
+def test_nvme_state_equals_state_in_memory(
     offload: dict[str, Any], values: dict[str, Any], base: dict[str, Any], unbroken: Any, tmp_path: Path
 ) -> None:
     """All as with offload to memory, bit for bit; also from one to the other, and back."""
@@ -220,17 +227,19 @@ def test_state_on_nvme(
     assert whole.losses == memory.losses
     again = with_resume(config_of(base, "large", layout, tmp_path / "again", **values), memory.at(3))
     back = with_resume(config_of(base, "large", Layout(2), tmp_path / "back", **values), whole.at(3))
-    assert run_ranks(go_on, 2, again, 6, (3, 6))[0] == {step: loss for step, loss in whole.losses.items() if step > 3}
-    run_ranks(go_on, 2, back, 3, (3,))
-    then = state_of(memory.at(3))
+    assert run_ranks(train_and_save, 2, again, 6, (3, 6))[0] == {
+        step: loss for step, loss in whole.losses.items() if step > 3
+    }
+    run_ranks(train_and_save, 2, back, 3, (3,))
+    then = read_state(memory.at(3))
     for folder in (whole.at(3), *(tmp_path / name / "checkpoints" / "step-00000003" for name in ("again", "back"))):
-        assert [name for name, tensor in state_of(folder).items() if not tensor.equal(then[name])] == []
-    last, then = state_of(tmp_path / "again" / "checkpoints" / "step-00000006"), state_of(memory.at(6))
+        assert [name for name, tensor in read_state(folder).items() if not tensor.equal(then[name])] == []
+    last, then = read_state(tmp_path / "again" / "checkpoints" / "step-00000006"), read_state(memory.at(6))
     assert [name for name in then if not last[name].equal(then[name])] == []
 
 
 @pytest.mark.fast
-def test_a_file_on_a_full_disk_is_not_taken_for_state(tmp_path: Path) -> None:
+def test_truncated_swap_file_is_refused(tmp_path: Path) -> None:
     """To map it would fill what is missing with zeros."""
     (tmp_path / "state.swp").write_bytes(b"\0" * 12)
     assert _map_file(tmp_path / "state.swp", 3, torch.float32).numel() == 3
@@ -240,7 +249,7 @@ def test_a_file_on_a_full_disk_is_not_taken_for_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_gradients_between_blocks_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unaligned_gradients_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvme, "_block_of", lambda folder: 512)
     swapper = SimpleNamespace(swap_folder=tmp_path, _adjust_for_misaligned_lengths=lambda tensors, offsets: tensors)
     nvme.keep_unaligned_gradients(SimpleNamespace(optimizer_swapper=swapper))
@@ -249,7 +258,7 @@ def test_gradients_between_blocks_stay_in_memory(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.fast
-def test_each_run_has_its_own_folder_on_nvme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvme_folder_is_separate_for_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvme.optimizer_utils, "AIO_ALIGNED_BYTES", 1024)
     monkeypatch.setattr(nvme, "_block_of", lambda folder: 4096)
     paths = set()
@@ -288,14 +297,14 @@ MORE_PAIRS = [
     ("llama", Layout(2, zero=3), Layout(4, tensor=2, zero=3)),
     ("llama", Layout(4, tensor=2, zero=1), Layout(2, zero=1)),
     ("llama", Layout(4, tensor=2, zero=1), Layout(2, tensor=2, zero=3)),
-    ("llama", Layout(2, tensor=2), Layout(4, tensor=4, more=SEQUENCE)),
-    ("llama", Layout(2, tensor=2, more=SEQUENCE), Layout(2, pipeline=2)),
+    ("llama", Layout(2, tensor=2), Layout(4, tensor=4, more=SEQUENCE_PARALLEL)),
+    ("llama", Layout(2, tensor=2, more=SEQUENCE_PARALLEL), Layout(2, pipeline=2)),
     ("llama", Layout(4, tensor=4), Layout(2, zero=1)),
     ("llama", Layout(2, pipeline=2), Layout(1)),
-    ("llama", Layout(2, pipeline=2), Layout(2, pipeline=2, more=TWO_WAYS)),
+    ("llama", Layout(2, pipeline=2), Layout(2, pipeline=2, more=DUALPIPEV)),
     ("llama", Layout(4, pipeline=2, zero=1), Layout(4, tensor=2, zero=2)),
     ("llama", Layout(8, tensor=2, pipeline=2, zero=1), Layout(4, tensor=2, pipeline=2)),
-    ("tied", Layout(2, pipeline=2, more=TWO_WAYS), Layout(2, tensor=2)),
+    ("tied", Layout(2, pipeline=2, more=DUALPIPEV), Layout(2, tensor=2)),
     ("tied", Layout(1), Layout(8, tensor=2, pipeline=2, zero=1)),
     ("tied", Layout(2, zero=3), Layout(2, pipeline=2, zero=1)),
     ("gpt2", Layout(2, pipeline=2), Layout(4, tensor=2, zero=1)),
@@ -310,14 +319,14 @@ MORE_PAIRS = [
     [*PAIRS, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MORE_PAIRS)],
     ids=str,
 )
-def test_any_layout_goes_on_from_any(
+def test_checkpoint_resumes_in_another_layout(
     model: str, source: Layout, target: Layout, base: dict[str, Any], unbroken: Any, tmp_path: Path
 ) -> None:
     """Saved, loaded elsewhere and saved again, the state is the same bit for bit; and training goes on as before."""
     whole = unbroken(model, source)
     config = config_of(base, model, target, tmp_path, checkpoint__resume=str(whole.at(3)))
-    losses = run_ranks(go_on, target.world, config, 6, (3,))[0]
-    now, then = state_of(tmp_path / "checkpoints" / "step-00000003"), state_of(whole.at(3))
+    losses = run_ranks(train_and_save, target.world, config, 6, (3,))[0]
+    now, then = read_state(tmp_path / "checkpoints" / "step-00000003"), read_state(whole.at(3))
     assert now.keys() == then.keys()
     assert [name for name in then if not now[name].equal(then[name])] == []
     # Rounding differs between layouts; in bf16 by more, where gradients are summed in another type.
@@ -329,21 +338,23 @@ def test_any_layout_goes_on_from_any(
 
 
 @pytest.fixture(scope="module")
-def in_danger(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+def two_rank_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
     """A configuration whose checkpoints are written by two ranks, and its unbroken run's losses."""
     config = with_values(
         base, checkpoint__keep_last=2, deepspeed__zero_optimization={"stage": 1},
         run__output_dir=str(tmp_path_factory.mktemp("unbroken") / "run"),
     )  # fmt: skip
-    return config, run_ranks(go_on, 2, config, 4, SAVES)[0]
+    return config, run_ranks(train_and_save, 2, config, 4, SAVES)[0]
 
 
-def survives(config: dict[str, Any], losses: dict[int, float], event: int, victims: list[int], run: Path) -> int:
+def assert_survives_kill(
+    config: dict[str, Any], losses: dict[int, float], event: int, victims: list[int], run: Path
+) -> int:
     """Kills ranks at an event of writing checkpoints, starts again, and compares. Returns the step it went on from."""
     config = with_values(config, run__output_dir=str(run))
     with pytest.raises(AssertionError, match=r"died without a word|Connection closed"):
-        run_ranks(go_on, 2, config, 4, SAVES, event, victims)
-    again = run_ranks(go_on, 2, config, 4, SAVES)[0]
+        run_ranks(train_and_save, 2, config, 4, SAVES, event, victims)
+    again = run_ranks(train_and_save, 2, config, 4, SAVES)[0]
     assert again == {step: loss for step, loss in losses.items() if step in again}
     assert list(again) == list(range(5 - len(again), 5))
     for folder in sorted((run / "checkpoints").iterdir()):
@@ -356,19 +367,19 @@ def survives(config: dict[str, Any], losses: dict[int, float], event: int, victi
 SAVES = (1, 2, 3, 4)
 
 EVENTS = 120
-"""Of writing so many checkpoints with two ranks, on the first rank, at least; see `dying`."""
+"""Of writing so many checkpoints with two ranks, on the first rank, at least; see `kill_at_event`."""
 
 
 @pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.soak) for n in range(6, 45))])
-def test_killed_in_a_save(number: int, in_danger: tuple[Any, Any], tmp_path: Path) -> None:
+def test_kill_during_save_is_survived(number: int, two_rank_run: tuple[Any, Any], tmp_path: Path) -> None:
     """At random instants, between any two system calls of a save; one rank or both."""
-    config, losses = in_danger
+    config, losses = two_rank_run
     draw = random.Random(number)
-    survives(config, losses, draw.randint(1, EVENTS), draw.choice([[0], [0, 1], [0, 1]]), tmp_path / "run")
+    assert_survives_kill(config, losses, draw.randint(1, EVENTS), draw.choice([[0], [0, 1], [0, 1]]), tmp_path / "run")
 
 
 def outcomes(jobs: list[tuple[Any, ...]], world: int = 1) -> list[Any]:
-    return list(run_ranks(several, world, jobs)[0])
+    return list(run_ranks(run_jobs, world, jobs)[0])
 
 
 def flip(path: Path) -> None:
@@ -403,7 +414,7 @@ DAMAGES = [
 ]
 
 
-def test_damage_is_noticed(base: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_checkpoint_falls_back_to_previous(base: dict[str, Any], tmp_path: Path) -> None:
     """The newest checkpoint is damaged: the one before is taken, and named explicitly it is refused; of a pointer
     nothing depends."""
     jobs = [(with_values(base, run__output_dir=str(tmp_path / "sound")), 2, (1, 2))]
@@ -430,7 +441,7 @@ def test_damage_is_noticed(base: dict[str, Any], tmp_path: Path) -> None:
             assert file in refused[1], about
 
 
-def test_what_cannot_be_gone_on_with(base: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_resume_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
     """Each with its exit status, and a word that says why; never from the beginning in silence."""
     run = tmp_path / "run"
     first = with_values(base, run__output_dir=str(run))
@@ -470,7 +481,7 @@ def test_what_cannot_be_gone_on_with(base: dict[str, Any], tmp_path: Path) -> No
             assert list(outcome) == [3], outcome
 
 
-def test_a_full_disk_stops_nothing(base: dict[str, Any], tmp_path: Path) -> None:
+def test_full_disk_does_not_stop_training(base: dict[str, Any], tmp_path: Path) -> None:
     """The second checkpoint does not fit: training goes on, the first one stays as it is."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -479,7 +490,7 @@ def test_a_full_disk_stops_nothing(base: dict[str, Any], tmp_path: Path) -> None
         pytest.skip("needs the right to mount a small file system")
     try:
         config = with_values(base, run__output_dir=str(disk / "run"), deepspeed__zero_optimization={"stage": 1})
-        losses = run_ranks(go_on, 2, config, 6, (1, 6))[0]
+        losses = run_ranks(train_and_save, 2, config, 6, (1, 6))[0]
         assert list(losses) == [1, 2, 3, 4, 5, 6]
         (kept,) = (disk / "run" / "checkpoints").glob("step-*")
         verify_files(kept, read_manifest(kept))
@@ -521,7 +532,7 @@ MORE_OPTIMIZERS = [
 ]  # fmt: skip
 
 
-def assert_optimizers_go_on(base: dict[str, Any], folder: Path, rows: list[tuple[dict[str, Any], int]]) -> None:
+def assert_optimizers_resume(base: dict[str, Any], folder: Path, rows: list[tuple[dict[str, Any], int]]) -> None:
     jobs: list[tuple[Any, ...]] = []
     for number, (kind, stage) in enumerate(rows):
         zero: dict[str, Any] = {"stage": stage}
@@ -541,21 +552,23 @@ def assert_optimizers_go_on(base: dict[str, Any], folder: Path, rows: list[tuple
         assert rest == {3: whole[3], 4: whole[4]}, about
         for step in (2, 4):
             name = f"checkpoints/step-{step:08}"
-            now, then = state_of(folder / f"{number}-on" / name), state_of(folder / f"{number}" / name)
+            now, then = read_state(folder / f"{number}-on" / name), read_state(folder / f"{number}" / name)
             assert now.keys() == then.keys()
             assert len(then) > len([key for key in then if key.startswith("weight/")]), about
             assert [key for key in then if not now[key].equal(then[key])] == [], about
-            assert numbers_in(folder / f"{number}-on" / name) == numbers_in(folder / f"{number}" / name), about
+            assert scalar_state_in(folder / f"{number}-on" / name) == scalar_state_in(folder / f"{number}" / name), (
+                about
+            )
 
 
-def test_optimizers_go_on(base: dict[str, Any], tmp_path: Path) -> None:
-    assert_optimizers_go_on(base, tmp_path, OPTIMIZERS)
+def test_optimizer_state_resumes(base: dict[str, Any], tmp_path: Path) -> None:
+    assert_optimizers_resume(base, tmp_path, OPTIMIZERS)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("row", MORE_OPTIMIZERS, ids=lambda row: f"{row[0]['type']}-zero{row[1]}")
-def test_more_optimizers_go_on(row: tuple[dict[str, Any], int], base: dict[str, Any], tmp_path: Path) -> None:
-    assert_optimizers_go_on(base, tmp_path, [row])
+def test_more_optimizer_state_resumes(row: tuple[dict[str, Any], int], base: dict[str, Any], tmp_path: Path) -> None:
+    assert_optimizers_resume(base, tmp_path, [row])
 
 
 # By the command line --------------------------------------------------------------------------------------------------
@@ -574,7 +587,7 @@ MORE_CURVES = [
 ]
 
 
-def started(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Any:
+def run_cli(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return run_command(TRAIN, "--config", str(folder / "config.json"), *arguments, world=world)
@@ -585,20 +598,20 @@ def started(config: dict[str, Any], folder: Path, *arguments: str, world: int = 
     [*CURVES, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MORE_CURVES)],
     ids=str,
 )
-def test_the_command_goes_on_under_another_layout(
+def test_command_resumes_in_another_layout(
     model: str, source: Layout, target: Layout, base: dict[str, Any], tmp_path: Path
 ) -> None:
     """A run of six steps, and one that goes on from its third under another layout, with the same numbers."""
     values = {"training__log_every_steps": 1, "checkpoint__every_steps": 3, "checkpoint__asynchronous": True}
-    whole = started(config_of(base, model, source, tmp_path / "whole" / "run", **values), tmp_path / "whole",
+    whole = run_cli(config_of(base, model, source, tmp_path / "whole" / "run", **values), tmp_path / "whole",
                     world=source.world)  # fmt: skip
     assert whole.status == 0, whole.err
     third = str(tmp_path / "whole" / "run" / "checkpoints" / "step-00000003")
-    rest = started(config_of(base, model, target, tmp_path / "rest" / "run", **values), tmp_path / "rest",
+    rest = run_cli(config_of(base, model, target, tmp_path / "rest" / "run", **values), tmp_path / "rest",
                    "--resume", third, world=target.world)  # fmt: skip
     assert rest.status == 0, rest.err
     assert "going on behind step 3" in rest.out
-    then, now = ({row["step"]: row for row in rows_of(tmp_path / n / "run")} for n in ("whole", "rest"))
+    then, now = ({row["step"]: row for row in read_rows(tmp_path / n / "run")} for n in ("whole", "rest"))
     assert list(now) == [4, 5, 6]
     for key in ("loss", "grad_norm", "learning_rate", "epoch", "tokens", "samples", "auxiliary_loss"):
         expected = [then[step][key] for step in (4, 5, 6) if key in then[step]]
@@ -608,14 +621,14 @@ def test_the_command_goes_on_under_another_layout(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", range(5))
-def test_the_command_is_killed_and_goes_on(number: int, base: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_command_resumes(number: int, base: dict[str, Any], tmp_path: Path) -> None:
     """`deepspeed launch/train.py`, both ranks killed at a random instant while it saves at every step, and again."""
     config = with_values(
         base, checkpoint={"every_steps": 1, "keep_last": 2, "asynchronous": number % 2 == 1},
         training={"max_steps": 60, "log_every_steps": 1}, deepspeed__zero_optimization={"stage": 1},
     )  # fmt: skip
     whole = with_values(config, run__output_dir=str(tmp_path / "whole"))
-    assert started(whole, tmp_path / "w", world=2).status == 0
+    assert run_cli(whole, tmp_path / "w", world=2).status == 0
     run = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(with_values(config, run__output_dir=str(run))))
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
@@ -636,7 +649,7 @@ def test_the_command_is_killed_and_goes_on(number: int, base: dict[str, Any], tm
         if process.wait() == 0:
             break
     assert kills, "the run was over before anything was killed"
-    then, now = (curve(rows_of(folder)) for folder in (tmp_path / "whole", run))
+    then, now = (curve(read_rows(folder)) for folder in (tmp_path / "whole", run))
     assert now == then
     assert json.loads((run / "config.json").read_text())["tessera"]["finished_step"] == 60
 
@@ -656,7 +669,7 @@ def kill_tree(pid: int) -> None:
 # What else there is ---------------------------------------------------------------------------------------------------
 
 
-def test_boxes_cover_what_is_cut() -> None:
+def test_chunks_cover_sharded_tensor() -> None:
     """Any stretch of any part of a weight, fused or not, padded or not, is where its boxes say."""
     draw = random.Random(0)
     for _ in range(300):
@@ -670,9 +683,9 @@ def test_boxes_cover_what_is_cut() -> None:
             flat = shard.take(whole).reshape(-1)
             middle = draw.randint(0, flat.numel())
             for first, end in ((0, middle), (middle, flat.numel())):
-                boxes = list(boxes_of(flat[first:end], first, shard))
+                chunks = list(boxes_of(flat[first:end], first, shard))
                 assert len(list(flat_boxes(shard.local_shape(), first, end))) <= max(1, 2 * len(shape) - 1)
-                for start, view in boxes:
+                for start, view in chunks:
                     place = tuple(slice(a, a + n) for a, n in zip(start, view.shape, strict=True))
                     assert view.equal(whole[place])
                     found[place] += view
@@ -680,11 +693,11 @@ def test_boxes_cover_what_is_cut() -> None:
 
 
 @pytest.mark.fast
-def test_parts_that_overlap_or_lack_something_are_refused() -> None:
-    def stored(*boxes: tuple[tuple[int, int], tuple[int, int]]) -> Stored:
-        return Stored((4, 6), "F32", tuple(Box("f", 0, start, size) for start, size in boxes))
+def test_overlapping_or_missing_chunks_are_refused() -> None:
+    def stored(*chunks: tuple[tuple[int, int], tuple[int, int]]) -> StoredTensor:
+        return StoredTensor((4, 6), "F32", tuple(Chunk("f", 0, start, size) for start, size in chunks))
 
-    refuse_wrong_cover("x", stored(((0, 0), (4, 2)), ((0, 2), (1, 4)), ((1, 2), (3, 4))))
+    refuse_incomplete_coverage("x", stored(((0, 0), (4, 2)), ((0, 2), (1, 4)), ((1, 2), (3, 4))))
     for wrong in (
         stored(((0, 0), (4, 2)), ((0, 2), (1, 4))),
         stored(((0, 0), (4, 5)), ((0, 4), (4, 1))),
@@ -692,49 +705,51 @@ def test_parts_that_overlap_or_lack_something_are_refused() -> None:
         stored(((0, 0), (3, 6)), ((2, 0), (1, 6))),
     ):
         with pytest.raises(CheckpointError, match="x: "):
-            refuse_wrong_cover("x", wrong)
+            refuse_incomplete_coverage("x", wrong)
 
 
 @pytest.mark.fast
-def test_files_are_safetensors_of_a_bounded_size(tmp_path: Path) -> None:
+def test_files_are_safetensors_of_bounded_size(tmp_path: Path) -> None:
     kinds = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64)
-    entries = [Entry(f"t{n}", "weight", (3, 5), (0, 0), torch.arange(15).view(3, 5).to(k)) for n, k in enumerate(kinds)]
-    entries.append(Entry("scalar", "buffer", (), (), torch.tensor(3.5)))
-    entries.append(Entry("nothing", "buffer", (0, 2), (0, 0), torch.empty(0, 2)))
-    together = list(in_files(in_order(entries), largest=130))
+    entries = [
+        WriteItem(f"t{n}", "weight", (3, 5), (0, 0), torch.arange(15).view(3, 5).to(k)) for n, k in enumerate(kinds)
+    ]
+    entries.append(WriteItem("scalar", "buffer", (), (), torch.tensor(3.5)))
+    entries.append(WriteItem("nothing", "buffer", (0, 2), (0, 0), torch.empty(0, 2)))
+    together = list(split_into_files(sort_by_element_size(entries), largest=130))
     assert [sum(entry.bytes for entry in part) <= 130 or len(part) == 1 for part in together] == [True] * len(together)
     assert len(together) > 2
     for number, part in enumerate(together):
-        written, index = write_file(tmp_path / f"{number}.safetensors", part)
+        written, index = write_items_file(tmp_path / f"{number}.safetensors", part)
         assert written.hash == hash_file(tmp_path / f"{number}.safetensors")
-        theirs, ours = load_file(tmp_path / f"{number}.safetensors"), Files(tmp_path)
-        for entry, (name, _, shape, dtype, box) in zip(part, index, strict=True):
+        theirs, ours = load_file(tmp_path / f"{number}.safetensors"), ChunkReader(tmp_path)
+        for entry, (name, _, shape, dtype, chunk) in zip(part, index, strict=True):
             assert theirs[entry.key].equal(entry.tensor)
-            assert ours.box(box, dtype).equal(entry.tensor), name
+            assert ours.chunk(chunk, dtype).equal(entry.tensor), name
             assert shape == entry.shape
 
 
 @pytest.mark.fast
-def test_what_retention_lets_go(tmp_path: Path) -> None:
+def test_retention_policy_expires_checkpoints(tmp_path: Path) -> None:
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: math.nan, 60: 1.5}
     about = {"world": {"pipeline": 1, "data": 1, "tensor": 1}}
     kept = [
-        Kept(
-            tmp_path / name_of(step),
+        SavedCheckpoint(
+            tmp_path / checkpoint_name(step),
             Manifest(step, 1, "", 0, 0, {"validation": loss}, {}, about, {}, {}, None, {}, (), {}),
         )
         for step, loss in reversed(losses.items())
     ]
 
-    def gone(**values: Any) -> list[int]:
-        return [one.manifest.step for one in superfluous(kept, CheckpointSection(**values))]
+    def expired_steps(**values: Any) -> list[int]:
+        return [one.manifest.step for one in expired(kept, CheckpointSection(**values))]
 
-    assert gone(keep_last=None) == []
-    assert gone() == gone(keep_last=2), "the default"
-    assert gone(keep_last=1, keep_best=0) == [50, 40, 30, 20, 10]
-    assert gone(keep_last=2) == [40, 30, 10]
-    assert gone(keep_last=1, keep_best=2, keep_every_steps=30) == [50, 40, 10]
-    assert [one.manifest.step for one in best_of(kept, 2)] == [20, 60]
+    assert expired_steps(keep_last=None) == []
+    assert expired_steps() == expired_steps(keep_last=2), "the default"
+    assert expired_steps(keep_last=1, keep_best=0) == [50, 40, 30, 20, 10]
+    assert expired_steps(keep_last=2) == [40, 30, 10]
+    assert expired_steps(keep_last=1, keep_best=2, keep_every_steps=30) == [50, 40, 10]
+    assert [one.manifest.step for one in best_checkpoints(kept, 2)] == [20, 60]
 
 
 @pytest.mark.fast
@@ -742,7 +757,7 @@ def test_what_retention_lets_go(tmp_path: Path) -> None:
     ("sources", "limit", "earlier", "best"),
     [(2, 3, None, 20), (2, None, None, 10), (1, 3, None, 10), (2, 3, [8, 4], 10), (2, 3, [12, 0], 20)],
 )
-def test_best_compares_losses_over_the_same_samples(
+def test_best_checkpoint_compares_same_validation_samples(
     sources: int, limit: int | None, earlier: list[int] | None, best: int, tmp_path: Path
 ) -> None:
     """Checkpoints of an earlier version record no samples, and differ with several sources and a limit."""
@@ -752,27 +767,27 @@ def test_best_compares_losses_over_the_same_samples(
         about = {} if samples is None else {"evaluated_samples": samples}
         losses = {"validation": loss}
         manifest = Manifest(step, 1, "", 0, 0, losses, config, about, {}, {}, None, {}, (), {})
-        kept.append(Kept(tmp_path / name_of(step), manifest))
-    assert best_of(kept)[0].manifest.step == best
-    assert best_of(kept[2:]) == kept[2:], "the newest itself is always compared"
+        kept.append(SavedCheckpoint(tmp_path / checkpoint_name(step), manifest))
+    assert best_checkpoints(kept)[0].manifest.step == best
+    assert best_checkpoints(kept[2:]) == kept[2:], "the newest itself is always compared"
 
 
-def test_resumed_run_warns_of_other_validation_samples(base: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_warns_about_other_validation_samples(base: dict[str, Any], tmp_path: Path) -> None:
     """Once, where the samples are others: `best` then leaves out the earlier loss, however low it is."""
     config = with_values(base, run__output_dir=str(tmp_path / "run"), data__validation=held_out(base) * 2,
                          training__max_steps=1, evaluation={"max_batches": 2, "every_steps": 1})  # fmt: skip
-    assert started(config, tmp_path, world=1).status == 0
+    assert run_cli(config, tmp_path, world=1).status == 0
     folder = tmp_path / "run" / "checkpoints"
-    first = read_manifest(folder / name_of(1))
+    first = read_manifest(folder / checkpoint_name(1))
     assert len(first.about["evaluated_samples"]) == 2
     about = {key: value for key, value in first.about.items() if key != "evaluated_samples"}
     earlier = replace(first, about=about, losses={"validation": 0.1})
-    (folder / name_of(1) / "manifest.json").write_text(earlier.to_json())
+    (folder / checkpoint_name(1) / "manifest.json").write_text(earlier.to_json())
     for steps, warnings in ((2, 1), (3, 0)):
-        ended = started(with_values(config, training__max_steps=steps), tmp_path, world=1)
+        ended = run_cli(with_values(config, training__max_steps=steps), tmp_path, world=1)
         assert ended.status == 0, ended.err
         assert ended.out.count("validation losses are over other samples") == warnings
-    assert (folder / "best").read_text().strip() != name_of(1)
+    assert (folder / "best").read_text().strip() != checkpoint_name(1)
 
 
 @pytest.mark.fast
@@ -780,7 +795,7 @@ def test_resumed_run_warns_of_other_validation_samples(base: dict[str, Any], tmp
     ("key", "value"),
     [("step", "00000100/../../victim"), ("tokens", -1), ("files", [{"name": "../x", "bytes": 1, "hash": ""}])],
 )
-def test_a_manifest_that_was_made_to_harm_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+def test_malicious_manifest_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     about = {"world": {"pipeline": 1, "data": 1, "tensor": 1}}
     told = json.loads(Manifest(1, 1, "", 0, 0, {}, {}, about, {}, {}, None, {}, (), {}).to_json())
     del told["checksum"]
@@ -793,7 +808,7 @@ def test_a_manifest_that_was_made_to_harm_is_refused(key: str, value: Any, tmp_p
 
 
 @pytest.mark.fast
-def test_the_loss_scale_of_fp16_is_kept() -> None:
+def test_fp16_loss_scale_round_trips() -> None:
     """fp16 cannot be trained on CPUs; its state is what DeepSpeed's scaler says."""
     scaler = DynamicLossScaler(2**16, 2, 1.0, 2, False)
     engine = SimpleNamespace(
@@ -817,21 +832,21 @@ def test_the_loss_scale_of_fp16_is_kept() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has no fp16 on CPUs")
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_fp16_goes_on_with_its_loss_scale(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+def test_fp16_run_resumes_with_its_loss_scale(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
     """On one GPU, from a scale that overflows at first, so that steps are skipped before the checkpoint."""
     config = with_values(
         base, run__output_dir=str(tmp_path / "whole"), deepspeed__zero_optimization={"stage": stage},
         deepspeed__fp16={"enabled": True, "initial_scale_power": 26, "loss_scale_window": 3, "hysteresis": 1},
     )  # fmt: skip
-    whole = run_ranks(go_on, 1, config, 12, (6, 12))[0]
+    whole = run_ranks(train_and_save, 1, config, 12, (6, 12))[0]
     sixth = tmp_path / "whole" / "checkpoints" / "step-00000006"
-    assert numbers_in(sixth)["counters"]["skipped_steps"] > 0
+    assert scalar_state_in(sixth)["counters"]["skipped_steps"] > 0
     rest = with_resume(with_values(config, run__output_dir=str(tmp_path / "rest")), sixth)
-    losses = run_ranks(go_on, 1, rest, 12, (6, 12))[0]
+    losses = run_ranks(train_and_save, 1, rest, 12, (6, 12))[0]
     assert losses == pytest.approx({step: loss for step, loss in whole.items() if step > 6}, rel=1e-3)
     for step in (6, 12):
         name = f"checkpoints/step-{step:08}"
-        assert numbers_in(tmp_path / "rest" / name) == numbers_in(tmp_path / "whole" / name)
+        assert scalar_state_in(tmp_path / "rest" / name) == scalar_state_in(tmp_path / "whole" / name)
 
 
 @pytest.fixture(scope="module")
@@ -844,7 +859,7 @@ def run_of_six(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         checkpoint={"every_steps": 2, "keep_last": 2, "upload": f"file://{folder}/copies"},
         tracking={"wandb": {"mode": "offline"}}, deepspeed__zero_optimization={"stage": 1},
     )  # fmt: skip
-    ended = started(config, folder, world=2)
+    ended = run_cli(config, folder, world=2)
     assert ended.status == 0, ended.err
     assert "deleting" in ended.out
     return folder
@@ -854,33 +869,33 @@ def held_out(base: dict[str, Any]) -> list[dict[str, str]]:
     return [{"path": str(Path(base["data"]["train"][0]["path"]).with_name("validation.jsonl"))}]
 
 
-def tool(*arguments: object) -> Any:
+def run_tool(*arguments: object) -> Any:
     return run_command(str(ROOT / "tools" / "checkpoint.py"), *map(str, arguments))
 
 
-def test_the_tool_looks_into_checkpoints(run_of_six: Path, tmp_path: Path) -> None:
+def test_tool_lists_shows_verifies_and_compares_checkpoints(run_of_six: Path, tmp_path: Path) -> None:
     run = run_of_six / "run"
-    listed = tool("list", run)
+    listed = run_tool("list", run)
     assert listed.status == 0, listed.err
     assert [line.split()[1] for line in listed.out.splitlines() if "step-" in line] == [
         "step-00000006",
         "step-00000004",
     ]
     assert "latest" in listed.out
-    shown = tool("show", run, "--tensors")
+    shown = run_tool("show", run, "--tensors")
     tokens = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])["tokens"]
     assert 72 * 32 - 31 <= tokens <= 72 * 32, "at most one of the samples is the padded one"
     assert f"6 (attempt 1), 72 samples, {tokens:,} tokens" in shown.out
     assert "exp_avg_sq   model.embed_tokens.weight [320, 32] F32" in shown.out
-    assert tool("verify", run).out.count(": sound (2 files") == 2
-    differing = tool("diff", run / "checkpoints" / "step-00000004", run)
+    assert run_tool("verify", run).out.count(": sound (2 files") == 2
+    differing = run_tool("diff", run / "checkpoints" / "step-00000004", run)
     assert differing.status == 1
     assert "0 tensors are equal bit for bit" in differing.out
-    assert tool("diff", run, run_of_six / "copies" / "step-00000006").status == 0
+    assert run_tool("diff", run, run_of_six / "copies" / "step-00000006").status == 0
     copied = tmp_path / "damaged"
     shutil.copytree(run / "checkpoints", copied / "checkpoints")
     flip(copied / "checkpoints" / "step-00000006" / "rank-00000.safetensors")
-    damaged = tool("verify", copied)
+    damaged = run_tool("verify", copied)
     assert damaged.status == 4
     assert "step-00000006/rank-00000.safetensors: damaged" in damaged.out
     manifest = copied / "checkpoints" / "step-00000006" / "manifest.json"
@@ -888,19 +903,19 @@ def test_the_tool_looks_into_checkpoints(run_of_six: Path, tmp_path: Path) -> No
     del body["checksum"]
     body["created"] = "today\x1b[2J"
     manifest.write_text(json.dumps({**body, "checksum": checksum(body)}))
-    assert r"today\x1b[2J, commit" in tool("show", copied).out, "no control character of a file reaches the console"
-    nothing = tool("show", tmp_path)
+    assert r"today\x1b[2J, commit" in run_tool("show", copied).out, "no control character of a file reaches the console"
+    nothing = run_tool("show", tmp_path)
     assert nothing.status == 4
     assert "no checkpoint: it has no manifest.json" in nothing.err
 
 
 @pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
-def test_what_is_exported_is_the_model(model: str, base: dict[str, Any], tmp_path: Path) -> None:
+def test_export_equals_final_model(model: str, base: dict[str, Any], tmp_path: Path) -> None:
     """In several files, in both types; and the export of the last checkpoint is what the run itself has written."""
-    ended = started(with_values(base, run__output_dir=str(tmp_path / "run"), **MODELS[model], training__max_steps=2),
+    ended = run_cli(with_values(base, run__output_dir=str(tmp_path / "run"), **MODELS[model], training__max_steps=2),
                     tmp_path)  # fmt: skip
     assert ended.status == 0, ended.err
-    out = tool("export", tmp_path / "run", tmp_path / "hf", "--check", "--shard_gigabytes", "0.00005")
+    out = run_tool("export", tmp_path / "run", tmp_path / "hf", "--check", "--shard_gigabytes", "0.00005")
     assert out.status == 0, out.out + out.err
     assert "check passed: logits differ by 0 from" in out.out
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
@@ -913,29 +928,29 @@ def test_what_is_exported_is_the_model(model: str, base: dict[str, Any], tmp_pat
     assert all(tensors[name].equal(final[name]) for name in final)
     for file in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "hf" / file).read_text() == (tmp_path / "run" / "final" / file).read_text()
-    half = tool("export", tmp_path / "run", tmp_path / "half", "--dtype", "bf16", "--check")
+    half = run_tool("export", tmp_path / "run", tmp_path / "half", "--dtype", "bf16", "--check")
     assert half.status == 0, half.out + half.err
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
-    again = tool("export", tmp_path / "run", tmp_path / "hf")
+    again = run_tool("export", tmp_path / "run", tmp_path / "hf")
     assert again.status == 2
     assert "is not empty" in again.err
 
 
-def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_path: Path) -> None:
+def test_remote_copy_is_fetched_and_verified(run_of_six: Path, base: dict[str, Any], tmp_path: Path) -> None:
     """Where the run directory has none, the copy is fetched; retention holds there too; so does damage."""
     copies = run_of_six / "copies"
     assert sorted(f.name for f in copies.glob("step-*")) == ["step-00000004", "step-00000006"]
     shutil.copytree(copies, tmp_path / "copies")
-    several = with_values(
+    run_jobs = with_values(
         base, run__output_dir=str(tmp_path / "several"), training__max_steps=8,
         data__validation=held_out(base), checkpoint__resume=f"file://{tmp_path}/copies",
     )  # fmt: skip
-    assert list(outcomes([(several, 8)], world=3)[0]) == [7, 8]
+    assert list(outcomes([(run_jobs, 8)], world=3)[0]) == [7, 8]
     verify_files(fetched := tmp_path / "several" / "checkpoints" / "step-00000006", read_manifest(fetched))
     config = with_values(base, run__output_dir=str(tmp_path / "run"), training__max_steps=8,
                          checkpoint__upload=f"file://{tmp_path}/copies", data__validation=held_out(base),
                          deepspeed__optimizer__params__lr=0.125)  # fmt: skip
-    ended = started(config, tmp_path)
+    ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
     assert "going on behind step 6" in ended.out
     before = base["deepspeed"]["optimizer"]["params"]["lr"]
@@ -951,15 +966,15 @@ def test_copies_elsewhere_and_back(run_of_six: Path, base: dict[str, Any], tmp_p
     verify_files(mended := tmp_path / "run" / "checkpoints" / "step-00000008", read_manifest(mended))
     flip(tmp_path / "copies" / "step-00000008" / "rank-00000.safetensors")
     shutil.rmtree(tmp_path / "run")
-    status, words = outcomes([(with_values(several, run__output_dir=str(tmp_path / "run")), 8)], world=2)[0]
+    status, words = outcomes([(with_values(run_jobs, run__output_dir=str(tmp_path / "run")), 8)], world=2)[0]
     assert status == 4
     assert "damaged" in words
-    damaged = started(config, tmp_path)
+    damaged = run_cli(config, tmp_path)
     assert damaged.status == 4
     assert "damaged" in damaged.err
 
 
-def test_a_model_begins_from_a_checkpoint(run_of_six: Path, base: dict[str, Any], tmp_path: Path) -> None:
+def test_model_path_reads_weights_of_checkpoint(run_of_six: Path, base: dict[str, Any], tmp_path: Path) -> None:
     """`model.path` takes its weights, without the optimizer's state."""
     run = run_of_six / "run"
     config = with_values(
@@ -967,14 +982,14 @@ def test_a_model_begins_from_a_checkpoint(run_of_six: Path, base: dict[str, Any]
         training__log_every_steps=1, run__output_dir=str(tmp_path / "run"), data__validation=held_out(base),
         evaluation__max_batches=1,
     )  # fmt: skip
-    ended = started(config, tmp_path)
+    ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
-    then = [row["loss"] for row in rows_of(run) if row["split"] == "validation"][-1]
-    now = next(row["loss"] for row in rows_of(tmp_path / "run") if row["split"] == "validation")
+    then = [row["loss"] for row in read_rows(run) if row["split"] == "validation"][-1]
+    now = next(row["loss"] for row in read_rows(tmp_path / "run") if row["split"] == "validation")
     assert now == pytest.approx(then, rel=1e-6)
 
 
-def save_as_deepspeed_does(folder: str, weights: dict[str, Any], stage: int) -> None:
+def save_deepspeed_checkpoint(folder: str, weights: dict[str, Any], stage: int) -> None:
     """A plain data-parallel run of somebody else's, saved with DeepSpeed's own `save_checkpoint`."""
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -1007,7 +1022,7 @@ class _PickledByGetattr:
 
 
 @pytest.mark.fast
-def test_enum_members_that_were_pickled_by_getattr_are_read(tmp_path: Path) -> None:
+def test_enum_pickled_by_getattr_is_read(tmp_path: Path) -> None:
     file = tmp_path / "saved.pt"
     torch.save({"zero_stage": _PickledByGetattr(ZeroStageEnum, "gradients"), "weight": torch.ones(2)}, file)
     loaded = _load_tensors(file)
@@ -1019,23 +1034,23 @@ def test_enum_members_that_were_pickled_by_getattr_are_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.matrix) for stage in (0, 3))])
-def test_what_deepspeed_has_saved_is_imported(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+def test_deepspeed_checkpoint_is_imported(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
     source = tmp_path / "theirs"
     source.mkdir()
     about = {key: value for key, value in base["model"]["config"].items() if key != "model_type"}
-    run_ranks(save_as_deepspeed_does, 2, str(source), about, stage)
+    run_ranks(save_deepspeed_checkpoint, 2, str(source), about, stage)
     config = with_values(base, run__output_dir=str(tmp_path / "run"), training__max_steps=1)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    made = tool("import", source, "--config", tmp_path / "config.json")
+    made = run_tool("import", source, "--config", tmp_path / "config.json")
     assert made.status == 0, made.err
-    state = state_of(tmp_path / "run" / "checkpoints" / "step-00000000")
+    state = read_state(tmp_path / "run" / "checkpoints" / "step-00000000")
     expected = torch.load(source / "expected", weights_only=True)
     assert {f"weight/{name}" for name in expected} == state.keys()
     assert all(state[f"weight/{name}"].equal(expected[name]) for name in expected)
-    ended = started(config, tmp_path)
+    ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
     assert "going on behind step 0" in ended.out
-    again = tool("import", source, "--config", tmp_path / "config.json")
+    again = run_tool("import", source, "--config", tmp_path / "config.json")
     assert again.status == 2
     assert "holds checkpoints" in again.err
 
@@ -1050,7 +1065,7 @@ class Canary:
         return Path.write_text, (Path(self.path), "sings")
 
 
-def test_nothing_that_is_loaded_runs(run_of_six: Path, base: dict[str, Any], tmp_path: Path) -> None:
+def test_code_in_checkpoints_never_runs(run_of_six: Path, base: dict[str, Any], tmp_path: Path) -> None:
     """Pickles in a checkpoint, in DeepSpeed's files and beside a model; code that a configuration names."""
     canary = tmp_path / "canary"
     pickled = io.BytesIO()
@@ -1060,7 +1075,7 @@ def test_nothing_that_is_loaded_runs(run_of_six: Path, base: dict[str, Any], tmp
     (theirs / "mp_rank_00_model_states.pt").write_bytes(pickled.getvalue())
     config = with_values(base, run__output_dir=str(tmp_path / "run"))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused = tool("import", theirs, "--config", tmp_path / "config.json")
+    refused = run_tool("import", theirs, "--config", tmp_path / "config.json")
     assert refused.status == 4
     assert "would run" in refused.err
 
@@ -1074,22 +1089,22 @@ def test_nothing_that_is_loaded_runs(run_of_six: Path, base: dict[str, Any], tmp
     told["model"]["config"]["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
     del told["checksum"]
     (step / MANIFEST).write_text(json.dumps({"checksum": checksum(told), **told}))
-    assert tool("verify", tmp_path / "evil").status == 0, "an attacker can make hashes"
-    loaded = started(with_values(config, checkpoint__resume=str(step), data__validation=held_out(base)), tmp_path)
+    assert run_tool("verify", tmp_path / "evil").status == 0, "an attacker can make hashes"
+    loaded = run_cli(with_values(config, checkpoint__resume=str(step), data__validation=held_out(base)), tmp_path)
     assert loaded.status == 4, loaded.out + loaded.err
-    exported = tool("export", step, tmp_path / "out")
+    exported = run_tool("export", step, tmp_path / "out")
     assert exported.status == 4, exported.out + exported.err
     assert "auto_map" not in "".join(f.read_text() for f in (tmp_path / "out").glob("*.json"))
     assert not canary.exists()
 
 
-def test_a_failed_asynchronous_save_is_told(base: dict[str, Any], tmp_path: Path) -> None:
+def test_failed_asynchronous_save_is_logged(base: dict[str, Any], tmp_path: Path) -> None:
     """Its thread's failure comes to light at the next save, and the run goes on to its end."""
     run = tmp_path / "run"
     config = with_values(base, run__output_dir=str(run), checkpoint={"every_steps": 2, "asynchronous": True})
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / ".step-00000004.partial").symlink_to("nowhere")  # where a folder is to be
-    ended = started(config, tmp_path)
+    ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
     assert "step-00000004 was not written" in ended.out
     assert sorted(f.name for f in (run / "checkpoints").glob("*step-*") if f.is_dir()) == [
@@ -1098,32 +1113,32 @@ def test_a_failed_asynchronous_save_is_told(base: dict[str, Any], tmp_path: Path
     ]
 
 
-def test_what_ends_the_writing_thread_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
+def test_failure_of_writer_thread_ends_run(base: dict[str, Any], tmp_path: Path) -> None:
     """At the next save: it must not go on for days without checkpoints."""
     config = with_values(base, run__output_dir=str(tmp_path / "run"), checkpoint={"asynchronous": True})
     with pytest.raises(AssertionError, match="RuntimeError: connection reset by peer"):
-        run_ranks(disconnected, 1, config)
+        run_ranks(train_disconnected, 1, config)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_run_that_halts_finishes_its_save(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+def test_halted_run_finishes_pending_save(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
     """Its exit would end the thread that writes: a loss that is not a number, and an update that was skipped."""
     config = with_values(
         base, run__output_dir=str(tmp_path / "run"), checkpoint={"every_steps": 1, "asynchronous": True},
         deepspeed__optimizer={"type": "SGD", "params": {"lr": 1e38}}, deepspeed__scheduler=None,
         deepspeed__zero_optimization={"stage": stage},
     )  # fmt: skip
-    assert run_ranks(halted, 1, config)[0] == ["latest", "step-00000001"]
+    assert run_ranks(train_until_halted, 1, config)[0] == ["latest", "step-00000001"]
     verify_files(saved := tmp_path / "run" / "checkpoints" / "step-00000001", read_manifest(saved))
 
 
 @pytest.mark.fast
-def test_a_copy_is_complete_with_its_manifest(tmp_path: Path) -> None:
+def test_remote_copy_is_complete_once_manifest_exists(tmp_path: Path) -> None:
     """In an object store: nothing is found before the manifest is there; a deleted copy loses it first."""
     remote = Remote(f"memory://{tmp_path.name}/run")
     assert remote.newest() is None
     for step, attempt in ((10, 1), (20, 1), (15, 2)):
-        folder = tmp_path / name_of(step)
+        folder = tmp_path / checkpoint_name(step)
         folder.mkdir()
         (folder / "rank-00000.safetensors").write_bytes(b"x" * step)
         (folder / MANIFEST).write_text(json.dumps({"attempt": attempt, "step": step}))
@@ -1132,30 +1147,30 @@ def test_a_copy_is_complete_with_its_manifest(tmp_path: Path) -> None:
         assert remote.newest() == before
         remote.upload(folder, [MANIFEST])
         assert remote.newest() == folder.name, "of a later attempt, or a later step"
-    remote.fetch(name_of(20), "rank-00000.safetensors", tmp_path / "fetched")
+    remote.fetch(checkpoint_name(20), "rank-00000.safetensors", tmp_path / "fetched")
     assert (tmp_path / "fetched").read_bytes() == b"x" * 20
-    remote.delete(name_of(15))
-    remote.delete(name_of(15))
-    assert remote.newest() == name_of(20)
-    assert Remote(f"memory://{tmp_path.name}/run/{name_of(10)}").newest() == ""
+    remote.delete_checkpoint(checkpoint_name(15))
+    remote.delete_checkpoint(checkpoint_name(15))
+    assert remote.newest() == checkpoint_name(20)
+    assert Remote(f"memory://{tmp_path.name}/run/{checkpoint_name(10)}").newest() == ""
     with pytest.raises(CheckpointError, match="cannot be copied"):
-        remote.fetch(name_of(20), "absent", tmp_path / "absent")
+        remote.fetch(checkpoint_name(20), "absent", tmp_path / "absent")
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.matrix)])
-def test_weights_that_are_not_trained_are_kept(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
+def test_frozen_weights_are_saved_once(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
     """Saved once, by whoever holds them, without a state of the optimizer's; loaded under another stage."""
     name = "model.embed_tokens.weight"
     config = with_values(base, deepspeed__zero_optimization={"stage": stage}, run__output_dir=str(tmp_path / "first"))
-    losses = run_ranks(go_on, 2, config, 2, (1, 2), None, (), name)[0]
+    losses = run_ranks(train_and_save, 2, config, 2, (1, 2), None, (), name)[0]
     folder = tmp_path / "first" / "checkpoints" / "step-00000001"
-    saved = state_of(folder)
+    saved = read_state(folder)
     assert f"weight/{name}" in saved
     assert f"exp_avg/{name}" not in saved
-    assert saved[f"weight/{name}"].equal(state_of(folder.with_name("step-00000002"))[f"weight/{name}"])
+    assert saved[f"weight/{name}"].equal(read_state(folder.with_name("step-00000002"))[f"weight/{name}"])
     other = with_values(config, run__output_dir=str(tmp_path / "other"), checkpoint__resume=str(folder),
                         deepspeed__zero_optimization={"stage": 4 - stage})  # fmt: skip
-    assert run_ranks(go_on, 2, other, 2, (1,), None, (), name)[0][2] == pytest.approx(losses[2], rel=1e-5)
-    again = state_of(tmp_path / "other" / "checkpoints" / "step-00000001")
+    assert run_ranks(train_and_save, 2, other, 2, (1,), None, (), name)[0][2] == pytest.approx(losses[2], rel=1e-5)
+    again = read_state(tmp_path / "other" / "checkpoints" / "step-00000001")
     assert again.keys() == saved.keys()
     assert all(again[key].equal(saved[key]) for key in saved)

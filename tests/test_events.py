@@ -20,7 +20,7 @@ def test_events_are_read_as_they_were_appended(tmp_path: Path) -> None:
     assert (second["event"], second["step"], second["checkpoint"]) == ("save", 4, "step-00000004")
 
 
-def test_a_torn_last_line_does_not_take_the_next_event_with_it(tmp_path: Path) -> None:
+def test_event_after_torn_line_is_read(tmp_path: Path) -> None:
     append_event(tmp_path, "start", attempt=1, step=0)
     path = tmp_path / EVENTS
     path.write_bytes(path.read_bytes() + b'{"time": "2026-')
@@ -31,13 +31,13 @@ def test_a_torn_last_line_does_not_take_the_next_event_with_it(tmp_path: Path) -
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"[" * 1_000_000, b"null\n3\n[]", b'{"event": ["save"]}', b'{"event": 3}']
 )
-def test_damaged_lines_are_left_out(tmp_path: Path, content: bytes) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path, content: bytes) -> None:
     (tmp_path / EVENTS).write_bytes(content + b"\n")
     append_event(tmp_path, "save", attempt=1, step=1)
     assert [event["event"] for event in read_events(tmp_path)] == ["save"]
 
 
-def test_a_missing_or_unreadable_file_is_no_event(tmp_path: Path) -> None:
+def test_missing_or_unreadable_file_has_no_events(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
     (tmp_path / EVENTS).mkdir()
     assert read_events(tmp_path) == []

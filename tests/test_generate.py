@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tests.configs import tiny_config, with_values
 from tests.harness import Finished, run_command
-from tests.test_tracking import rows_of
+from tests.test_tracking import read_rows
 from trainer.model import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_generate_from_named_checkpoints(run: Path, tmp_path: Path) -> None:
     assert text_of("--run", run) == text_of("--run", run, "--checkpoint", "final") == texts[4]
     assert text_of("--run", run, "--checkpoint", "latest") == texts[4]
     assert text_of("--path", run / "final") == text_of("--path", run / "checkpoints" / "step-00000004") == texts[4]
-    losses = {row["step"]: row["loss"] for row in rows_of(run) if row["split"] == "validation" and row["step"]}
+    losses = {row["step"]: row["loss"] for row in read_rows(run) if row["split"] == "validation" and row["step"]}
     best = min(losses, key=lambda step: losses[step])
     assert best != 4
     assert text_of("--run", run, "--checkpoint", "best") == texts[best] != texts[4]

@@ -22,8 +22,7 @@ from tests.harness import messages_of, run_ranks, started_command
 from tests.runs import _loaded, _place
 from tests.test_tracking import TRAIN
 from tools.bench.common import assemble
-from trainer.checkpoint import run as checkpoint_run
-from trainer.checkpoint import save as saving
+from trainer.checkpoint import saver, writer
 from trainer.distributed import Launch, Mark, Phases, joined_world
 from trainer.errors import DataError, Preempted, TrainingHalted
 from trainer.events import read_events
@@ -85,7 +84,7 @@ def test_a_stop_while_the_final_model_is_written_lets_the_run_finish(tiny: dict[
 def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
     """How often this rank noted progress in each phase of two steps with one evaluation and one save."""
     found: Counter[str] = Counter()
-    advance, write_file = Phases.advance, saving.write_file
+    advance, write_items_file = Phases.advance, writer.write_items_file
 
     def counted(self: Phases) -> None:
         found[self.mark.phase] += 1
@@ -93,10 +92,10 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(slow)
-        return write_file(*arguments)
+        return write_items_file(*arguments)
 
-    Phases.advance, saving.write_file = counted, slowly  # type: ignore[method-assign]
-    checkpoint_run._PROGRESS_SECONDS = 0.05
+    Phases.advance, writer.write_items_file = counted, slowly  # type: ignore[method-assign]
+    saver._PROGRESS_SECONDS = 0.05
     launch = Launch.from_environment()
     with joined_world(launch, _place(config, launch), seed=1) as world:
         parts = assemble(loaded := _loaded(config, launch.world), world)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.configs import with_values
 from tests.harness import free_port
-from tests.test_tracking import rows_of
+from tests.test_tracking import read_rows
 from trainer.data.indexed import IndexedWriter
 from trainer.data.order import SampleOrder
 
@@ -41,7 +41,7 @@ def test_the_quickstart_shortened(tmp_path: Path) -> None:
     ended = deepspeed("--config", "ds_configs/quickstart.json", "--set", "training.max_steps=12",
                       "--set", "evaluation.max_batches=2", "--set", f"run.output_dir={run}")  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    rows = rows_of(run)
+    rows = read_rows(run)
     held_out = [row["loss"] for row in rows if row["split"] == "validation"]
     assert held_out[0] == pytest.approx(8.35, abs=0.1), "a random model is as good as guessing among 4096"
     assert held_out[-1] < held_out[0] - 1
@@ -88,7 +88,7 @@ def test_torchrun(tiny: dict[str, Any], tmp_path: Path) -> None:
     ended = subprocess.run([*command, "--config", str(tmp_path / "config.json")], cwd=ROOT, env=environment(),
                            capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert rows_of(tmp_path / "run")[-1]["step"] == 4
+    assert read_rows(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_a_killed_rank_ends_the_run_and_leaves_nothing_behind(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.checkpoints import several, state_of
+from tests.checkpoint_jobs import read_state, run_jobs
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
 from tests.runs import Outcome, rates, scheduled_rates, train, train_bare
-from trainer.checkpoint.keep import name_of
+from trainer.checkpoint.retention import checkpoint_name
 from trainer.config.deepspeed import weight_decay
 from trainer.config.load import check
 from trainer.config.schema import TrainingSection
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.errors import ConfigError
 from trainer.model import WeightOptions, build_model_shape, weight_options
-from trainer.run_directory import refuse_another_run
+from trainer.run_directory import refuse_identity_change
 
 STEPS = 6
 SCALES = {"model.embed_tokens.weight": 0.5, "*.mlp.*": 2.0}
@@ -215,18 +215,20 @@ def check_resume(config: dict[str, Any], first: Layout, others: list[Layout], di
     """Steps 4 to 6 after a checkpoint of step 3: bitwise in the layout that wrote it, the same losses in others."""
     config = with_values(config, training__max_steps=STEPS)
     begun = with_values(config, run__output_dir=str(directory / "whole"), **first)
-    resumed = with_values(config, checkpoint__resume=str(directory / "whole" / "checkpoints" / name_of(STEPS // 2)))
+    resumed = with_values(
+        config, checkpoint__resume=str(directory / "whole" / "checkpoints" / checkpoint_name(STEPS // 2))
+    )
     same = with_values(resumed, run__output_dir=str(directory / "same"), **first)
-    whole, rest = run_ranks(several, 2, [(begun, STEPS, (STEPS // 2, STEPS)), (same, STEPS, (STEPS,))])[0]
+    whole, rest = run_ranks(run_jobs, 2, [(begun, STEPS, (STEPS // 2, STEPS)), (same, STEPS, (STEPS,))])[0]
     assert rest == {step: whole[step] for step in range(STEPS // 2 + 1, STEPS + 1)}, first
-    now, then = (state_of(directory / run / "checkpoints" / name_of(STEPS)) for run in ("same", "whole"))
+    now, then = (read_state(directory / run / "checkpoints" / checkpoint_name(STEPS)) for run in ("same", "whole"))
     assert now.keys() == then.keys()
     assert [key for key in then if not now[key].equal(then[key])] == [], first
     for number, other in enumerate(others):
         elsewhere = with_values(resumed, run__output_dir=str(directory / f"other-{number}"), **other)
-        (losses,) = run_ranks(several, 2, [(elsewhere, STEPS, (STEPS,))])[0]
+        (losses,) = run_ranks(run_jobs, 2, [(elsewhere, STEPS, (STEPS,))])[0]
         assert losses == pytest.approx(rest, rel=1e-4), (first, other)
-        reached = state_of(directory / f"other-{number}" / "checkpoints" / name_of(STEPS))
+        reached = read_state(directory / f"other-{number}" / "checkpoints" / checkpoint_name(STEPS))
         for key in [key for key in then if key.startswith("weight/")]:
             limit = 2e-4 * max(then[key].abs().max().item(), 0.01)
             assert torch.allclose(reached[key], then[key], rtol=0, atol=limit), (first, other, key)
@@ -333,7 +335,7 @@ def test_changed_parameter_groups_are_refused_on_resume(base: dict[str, Any]) ->
     loaded = check(base, world=1, device="cpu")
     other = with_values(base, training__weight_decay_exclude=["*.bias"], training__learning_rate_scales={"*": 2.0})
     with pytest.raises(ConfigError) as refused:
-        refuse_another_run(loaded.resolved(), check(other, world=1, device="cpu"), "the run directory")
+        refuse_identity_change(loaded.resolved(), check(other, world=1, device="cpu"), "the run directory")
     named = {problem.path for problem in refused.value.problems}
     scales = {f"training.learning_rate_scales.{pattern}" for pattern in (*SCALES, "*")}
     assert named == {"training.weight_decay_exclude", *scales}

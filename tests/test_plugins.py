@@ -10,7 +10,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import Finished, run_command
-from tests.test_tracking import rows_of
+from tests.test_tracking import read_rows
 from trainer.config.load import check
 from trainer.config.plugins import import_plugins
 from trainer.errors import ConfigError
@@ -50,7 +50,7 @@ def test_a_registered_model_trains_like_one_process_in_every_layout(
 ) -> None:
     alone = train(wizard(corpus, shared_cache, tmp_path / "run"), tmp_path)
     assert alone.status == 0, alone.err
-    expected, found = ({(row["split"], row["step"]): row["loss"] for row in rows_of(run)}
+    expected, found = ({(row["split"], row["step"]): row["loss"] for row in read_rows(run)}
                        for run in (tmp_path / "run", resumed))  # fmt: skip
     assert found.keys() >= expected.keys() >= {("train", 4), ("validation", 4)}
     assert [found[key] for key in expected] == pytest.approx(list(expected.values()), rel=1e-5)

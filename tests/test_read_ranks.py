@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tests.configs import with_values
 from tests.harness import run_ranks
 from tests.test_read import DOWN, change_weights, folder, model_from
-from trainer.checkpoint.bring import bring
+from trainer.checkpoint.import_checkpoint import import_checkpoint
+from trainer.checkpoint_format import WEIGHT, read_manifest
 from trainer.config.load import check
 from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.errors import ConfigError
 from trainer.model import build_model
-from trainer.store import WEIGHT, read_manifest
 from trainer.topology import Topology
 
 __all__ = ["folder"]
@@ -29,10 +29,10 @@ def test_non_finite_checkpoint_is_refused(tiny: dict[str, Any], folder: Path) ->
     (source,) = run_ranks(imported, 1, with_values(tiny, model={"path": str(folder)}))
     stored = read_manifest(source).tensors[f"{DOWN}.weight", WEIGHT]
     model_from(tiny, source)
-    with (source / stored.boxes[0].file).open("r+b") as file:
-        file.seek(stored.boxes[0].offset)
+    with (source / stored.chunks[0].file).open("r+b") as file:
+        file.seek(stored.chunks[0].offset)
         file.write(struct.pack("<f", float("nan")))
-    with pytest.raises(ConfigError, match=rf"{DOWN}\.weight in {stored.boxes[0].file}: 1 of 2048 values"):
+    with pytest.raises(ConfigError, match=rf"{DOWN}\.weight in {stored.chunks[0].file}: 1 of 2048 values"):
         model_from(tiny, source)
 
 
@@ -40,7 +40,7 @@ def imported(config: dict[str, Any]) -> Path:
     """A checkpoint with the weights of the folder at `model.path`."""
     launch, loaded = Launch.from_environment(), check(config, world=1, device="cpu")
     with joined_world(launch, Topology.of(1, 0, tensor=1, pipeline=1), seed=1):
-        return bring(Path(config["model"]["path"]), loaded)
+        return import_checkpoint(Path(config["model"]["path"]), loaded)
 
 
 def refusal(config: dict[str, Any]) -> str:

@@ -24,9 +24,10 @@ from torch import nn
 from launch.train import train
 from tests.configs import with_values
 from tests.harness import Finished, free_port, messages_of, run_command, run_ranks
-from tests.test_tracking import TRAIN, rows_of
-from trainer import store
+from tests.test_tracking import TRAIN, read_rows
+from trainer import checkpoint_format
 from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_format import read_manifest, verify_files, write_safetensors
 from trainer.config.earlier_versions import stored_run
 from trainer.config.load import check
 from trainer.distributed import Launch, configure_logging
@@ -36,8 +37,7 @@ from trainer.events import EVENTS, append_event, read_events
 from trainer.fault_tolerance import StopRequests
 from trainer.files import replace_folder, replace_text
 from trainer.final_model import find_damage
-from trainer.run_layout import misplaced
-from trainer.store import read_manifest, verify_files, write_safetensors
+from trainer.run_layout import layout_problems
 from trainer.tracking.jsonl import JsonLines
 
 DEEP = "[" * 100_000
@@ -49,7 +49,7 @@ def start(tiny: dict[str, Any], folder: Path, *arguments: str, world: int = 1, *
     return run_command(TRAIN, "--config", str(path), *arguments, world=world)
 
 
-def interrupted(run: Path) -> None:
+def mark_interrupted(run: Path) -> None:
     """Make a finished run one that was killed after its last save."""
     stored = json.loads((run / "config.json").read_text())
     stored["tessera"].update(finished_step=None, final=[])
@@ -79,8 +79,8 @@ def run(finished: Path, tiny: dict[str, Any]) -> Path:
 # Lost checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_lost_checkpoints_are_not_trained_again(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
-    interrupted(run)
+def test_lost_checkpoints_are_refused(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+    mark_interrupted(run)
     shutil.rmtree(run / "checkpoints")
     lost = start(tiny, tmp_path)
     assert lost.status == 4, lost.out
@@ -91,20 +91,20 @@ def test_lost_checkpoints_are_not_trained_again(run: Path, tiny: dict[str, Any],
     assert start(tiny, tmp_path).status == 0, "and goes on from its own"
 
 
-def killed_at_first_save(config: dict[str, Any]) -> None:
+def train_until_killed_at_first_save(config: dict[str, Any]) -> None:
     Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     launch = Launch.from_environment()
     train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
 
 
-def test_run_killed_before_its_first_save_starts_again(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_run_killed_before_first_save_restarts(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(tiny, checkpoint__every_steps=2)
     with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(killed_at_first_save, 1, config)
+        run_ranks(train_until_killed_at_first_save, 1, config)
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
     assert "starting again at step 1" in ended.out
-    rows = [(row["attempt"], row["step"]) for row in rows_of(tmp_path / "run") if row["split"] == "train"]
+    rows = [(row["attempt"], row["step"]) for row in read_rows(tmp_path / "run") if row["split"] == "train"]
     assert rows == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)]
     assert "starting again" not in start(tiny, tmp_path, run__output_dir=str(tmp_path / "new")).out
 
@@ -126,7 +126,7 @@ def flip(path: Path) -> None:
     ("damage", "file"),
     [(truncate, "model.safetensors"), (flip, "model.safetensors"), (Path.unlink, "config.json")],
 )
-def test_damaged_final_model_is_written_again(
+def test_damaged_final_model_is_rewritten(
     damage: Callable[[Path], None], file: str, run: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in (run / "final").iterdir()}
@@ -140,10 +140,10 @@ def test_damaged_final_model_is_written_again(
     again = start(tiny, tmp_path)
     assert "finished at step 4" in again.out
     assert "resum" not in again.out
-    assert len(rows_of(run)) == 5, "no step was trained again"
+    assert len(read_rows(run)) == 5, "no step was trained again"
 
 
-def test_damaged_final_model_is_written_in_another_layout(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_final_model_is_rewritten_in_another_layout(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     before = {name: weight.clone() for name, weight in load_file(run / "final" / "model.safetensors").items()}
     truncate(run / "final" / "model.safetensors")
     ended = start(tiny, tmp_path, world=2, parallel__tensor=2)
@@ -152,7 +152,7 @@ def test_damaged_final_model_is_written_in_another_layout(run: Path, tiny: dict[
     assert [name for name, weight in before.items() if not after[name].equal(weight)] == []
 
 
-def test_damaged_final_model_without_a_checkpoint_is_exit_4(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_final_model_without_checkpoint_exits_4(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     truncate(run / "final" / "model.safetensors")
     shutil.rmtree(run / "checkpoints")
     (run / EVENTS).unlink()
@@ -163,7 +163,7 @@ def test_damaged_final_model_without_a_checkpoint_is_exit_4(run: Path, tiny: dic
 
 
 @pytest.mark.fast
-def test_final_model_of_an_earlier_version_is_checked_by_its_structure(tmp_path: Path) -> None:
+def test_final_model_of_earlier_version_is_checked_by_structure(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", [("a", torch.ones(4, 4))])
     (tmp_path / "config.json").write_text("{}")
     for recorded in (None, [], [{"name": 3}], 7, [{"name": "../config.json", "bytes": 2, "hash": "x"}]):
@@ -177,7 +177,7 @@ def test_final_model_of_an_earlier_version_is_checked_by_its_structure(tmp_path:
     assert "is missing" in find_damage(tmp_path / "absent", None)
 
 
-def test_final_model_has_the_mode_that_the_umask_gives(finished: Path) -> None:
+def test_final_model_mode_follows_umask(finished: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (finished / "final").iterdir()}
@@ -185,7 +185,7 @@ def test_final_model_has_the_mode_that_the_umask_gives(finished: Path) -> None:
 
 
 @pytest.mark.fast
-def test_replaced_folder_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replace_folder_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the process ends between the two renames: then the new one is still there to be taken."""
     for name in ("final", ".final.partial"):
         (tmp_path / name).mkdir()
@@ -226,10 +226,10 @@ def test_earlier_attempts_keep_their_checkpoints(run: Path, tiny: dict[str, Any]
     assert back.status == 0, back.err
     assert f"from {folder}/attempt-1/step-00000004" in back.out
     assert read_manifest(folder / "attempt-2" / "step-00000004").attempt == 2
-    assert [row["step"] for row in rows_of(run) if row["attempt"] == 3 and row["split"] == "train"] == [6]
+    assert [row["step"] for row in read_rows(run) if row["attempt"] == 3 and row["split"] == "train"] == [6]
 
 
-def test_rollback_keeps_what_is_newer(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_rollback_archives_newer_checkpoints(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     second = run / "checkpoints" / "step-00000002"
     ended = start(tiny, tmp_path, "--resume", str(second), training__max_steps=3, checkpoint__keep_last=1)
     assert ended.status == 0, ended.err
@@ -237,16 +237,16 @@ def test_rollback_keeps_what_is_newer(run: Path, tiny: dict[str, Any], tmp_path:
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000003"]
 
 
-def test_attempt_set_aside_and_never_saved_is_not_forgotten(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_archived_attempt_is_named_when_checkpoints_are_lost(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Begun anew, and killed before its first save: the same command begins anew, and without `--resume never` too."""
     config = with_values(tiny, checkpoint__every_steps=2, checkpoint__resume="never")
     with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(killed_at_first_save, 1, config)
+        run_ranks(train_until_killed_at_first_save, 1, config)
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
     assert "starting again at step 1" in ended.out
     (run / EVENTS).write_text((run / EVENTS).read_text().replace('"start"', '"finish"'))
-    interrupted(run)
+    mark_interrupted(run)
     for path in (run / "checkpoints").glob("step-*"):
         shutil.rmtree(path)
     (run / "checkpoints" / "latest").unlink()
@@ -260,7 +260,7 @@ def test_attempt_set_aside_and_never_saved_is_not_forgotten(run: Path, tiny: dic
 
 
 @pytest.mark.fast
-def test_rows_that_do_not_fit_are_written_later(tmp_path: Path) -> None:
+def test_jsonl_rows_are_retried_after_full_disk(tmp_path: Path) -> None:
     lines = JsonLines(path := tmp_path / "metrics.jsonl")
     lines.log({"step": 1})
     disk = lines._file
@@ -294,7 +294,7 @@ def test_rows_that_do_not_fit_are_written_later(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_event_that_does_not_fit_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_on_full_disk_leaves_no_partial_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append_event(tmp_path, "start", attempt=1, step=0)
     before = (tmp_path / EVENTS).read_bytes()
 
@@ -310,7 +310,7 @@ def test_event_that_does_not_fit_leaves_no_part(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.fast
-def test_log_that_does_not_fit_is_warned_about_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_on_full_disk_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = _RankFile(tmp_path / "rank-0.log")
     assert file.stream is not None
     with open("/dev/full", "w") as file.stream:
@@ -329,14 +329,14 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
     """Trains while the disk is full for one thing; returns the status and message of the error."""
     full = OSError(errno.ENOSPC, "No space left on device")
     if name == "final":
-        write = store._write
+        write = checkpoint_format._write
 
         def refuse(file: Any, data: Any, hashed: Any) -> None:
             if ".final.partial" in str(file.name):
                 raise full
             write(file, data, hashed)
 
-        store._write = refuse  # type: ignore[assignment]
+        checkpoint_format._write = refuse  # type: ignore[assignment]
     else:
         replace = os.replace
 
@@ -355,7 +355,7 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", ["final", "config.json"])
-def test_full_disk_ends_the_run_with_status_2(name: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_full_disk_exits_2(name: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     status, words = run_ranks(full_at, 1, with_values(tiny, checkpoint__every_steps=2), name)[0]
     assert status == 2
     assert "No space left on device" in words
@@ -367,7 +367,7 @@ def test_full_disk_ends_the_run_with_status_2(name: str, tiny: dict[str, Any], t
     assert ("behind step 4" in ended.out) == (name == "final")
 
 
-def test_full_disk_at_the_end_of_a_real_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_full_disk_at_end_of_run_exits_2_and_resumes(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A checkpoint fits and the final model does not: status 2; with more space the same command finishes."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -393,7 +393,7 @@ def test_full_disk_at_the_end_of_a_real_run(tiny: dict[str, Any], tmp_path: Path
 # What stands in the wrong place ---------------------------------------------------------------------------------------
 
 
-def test_all_misplaced_parts_are_told_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_all_misplaced_paths_are_reported_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
     run, victim = tmp_path / "run", tmp_path / "victim"
     run.mkdir()
     victim.mkdir()
@@ -416,7 +416,7 @@ def test_all_misplaced_parts_are_told_at_once(tiny: dict[str, Any], tmp_path: Pa
     assert os.listdir(victim) == ["rows"]
 
 
-def test_run_directory_itself_may_be_a_link(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_run_directory_may_be_symbolic_link(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
     assert start(tiny, tmp_path).status == 0
@@ -424,16 +424,16 @@ def test_run_directory_itself_may_be_a_link(tiny: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.fast
-def test_links_inside_folders_are_told(tmp_path: Path) -> None:
+def test_symbolic_links_inside_folders_are_reported(tmp_path: Path) -> None:
     for folder, name in (("checkpoints", "latest"), ("logs", "rank-3.log"), ("wandb", "run-id")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).symlink_to("/etc/hostname")
-    assert len(list(misplaced(tmp_path))) == 3
-    assert not list(misplaced(tmp_path / "absent"))
+    assert len(list(layout_problems(tmp_path))) == 3
+    assert not list(layout_problems(tmp_path / "absent"))
 
 
 @pytest.mark.fast
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_nothing_is_written_through_symbolic_link(tmp_path: Path) -> None:
     """Where a link appears only after the start has looked."""
     victim = tmp_path / "victim"
     victim.write_text("a\nb")
@@ -460,9 +460,7 @@ def test_damaged_config_json_does_not_hide_checkpoints(
 
 
 @pytest.mark.parametrize("field", ["attempt", "finished_step", "final", None])
-def test_metadata_of_other_types_is_no_traceback(
-    field: str | None, run: Path, tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_metadata_of_wrong_type_is_ignored(field: str | None, run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     stored = json.loads((run / "config.json").read_text())
     stored["tessera"] = ["x"] if field is None else {**stored["tessera"], field: {"x": [True]}}
     (run / "config.json").write_text(json.dumps(stored))
@@ -475,7 +473,7 @@ def test_metadata_of_other_types_is_no_traceback(
 def test_damaged_manifest_does_not_hide_older_checkpoints(
     content: str, run: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    interrupted(run)
+    mark_interrupted(run)
     (run / "checkpoints" / "step-00000004" / "manifest.json").write_text(content)
     (run / "config.json").write_text(content)
     assert (found := stored_run(run)) is not None
@@ -486,7 +484,7 @@ def test_damaged_manifest_does_not_hide_older_checkpoints(
     assert "Traceback" not in ended.err
 
 
-def test_unreachable_upload_is_told_at_the_start(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_unreachable_upload_is_refused_at_start(tiny: dict[str, Any], tmp_path: Path) -> None:
     place = f"ftp://127.0.0.1:{free_port()}/run"
     ended = start(tiny, tmp_path, checkpoint__upload=place)
     assert ended.status == 2, ended.out
@@ -496,11 +494,11 @@ def test_unreachable_upload_is_told_at_the_start(tiny: dict[str, Any], tmp_path:
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_silent_upload_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_upload_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A place that takes connections and never answers."""
     from trainer.checkpoint import remote
 
-    monkeypatch.setattr(remote, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
         with pytest.raises(ConfigError, match="no answer within"):
@@ -508,7 +506,7 @@ def test_silent_upload_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fast
-def test_model_that_does_not_read_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_reads_back_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from trainer.model import export, write_model
@@ -519,13 +517,13 @@ def test_model_that_does_not_read_back_is_refused(tmp_path: Path, monkeypatch: p
     files = write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     before = {path.name for path in (tmp_path / "final").iterdir()}
     assert {file.name for file in files} == before
-    write = store._write
+    write = checkpoint_format._write
 
     def flips(file: Any, data: Any, hashed: Any) -> None:
         hashed.update(data)
         write(file, bytes(len(data)), hashed.copy())
 
-    monkeypatch.setattr(store, "_write", flips)
+    monkeypatch.setattr(checkpoint_format, "_write", flips)
     with pytest.raises(ConfigError, match=r"model.safetensors does not hold what was written"):
         write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     assert find_damage(tmp_path / "final", [vars(file) for file in files]) == ""

@@ -21,8 +21,9 @@ import pytest
 from launch.train import train
 from tests.configs import with_values
 from tests.harness import context, free_port, messages_of, run_command, run_ranks
-from tests.test_tracking import ROOT, TRAIN, rows_of
+from tests.test_tracking import ROOT, TRAIN, read_rows
 from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config.load import check
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted
@@ -31,7 +32,6 @@ from trainer.fault_tolerance.lock_holder import Holder, this_process
 from trainer.fault_tolerance.processes import process_stat
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_layout import LOCK
-from trainer.store import read_manifest, verify_files
 
 
 @pytest.fixture(autouse=True)
@@ -322,7 +322,7 @@ def test_second_start_leaves_the_first_unharmed(world: int, tiny: dict[str, Any]
     assert f"in use by process {holder} on" in second.err
     assert "Traceback" not in "".join(second.errors)
     assert looks.status == 0, looks.err
-    rows = [(row["attempt"], row["step"]) for row in rows_of(run) if row["split"] == "train"]
+    rows = [(row["attempt"], row["step"]) for row in read_rows(run) if row["split"] == "train"]
     assert rows == [(1, 1), (1, 2), (1, 3), (1, 4)]
     for folder in (run / "checkpoints").glob("step-*"):
         verify_files(folder, read_manifest(folder))

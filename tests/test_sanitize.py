@@ -14,7 +14,7 @@ from tests.harness import run_command
 from trainer.config.load import check
 from trainer.distributed import configure_logging
 from trainer.errors import ConfigError
-from trainer.run_directory import refuse_another_run
+from trainer.run_directory import refuse_identity_change
 from trainer.sanitize import SafeFormatter, displayable, redact
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
@@ -67,7 +67,7 @@ def test_begun_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
     first, second = loaded("first-secret"), loaded("second-secret")
     assert "first-secret" not in json.dumps(first.resolved())
     assert first.config.checkpoint.upload == "memory://user:first-secret@host/run"
-    refuse_another_run(first.resolved(), second, "the run directory")
+    refuse_identity_change(first.resolved(), second, "the run directory")
     with pytest.raises(ConfigError, match=r"checkpoint.upload: its secret was removed"):
         check(first.resolved(), world=1, device="cpu")
 

@@ -41,18 +41,18 @@ def start(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
     return run_command(TRAIN, "--config", str(path))
 
 
-def rows_of(run: Path) -> list[dict[str, Any]]:
+def read_rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def wandb_records(run: Path) -> list[dict[str, Any]]:
+def read_wandb_records(run: Path) -> list[dict[str, Any]]:
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     return [json.loads(line) for line in printed.splitlines() if line.strip()]
 
 
-def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_command_writes_rows_model_and_wandb_run(tiny: dict[str, Any], tmp_path: Path) -> None:
     """One process: the rows, the run directory, the offline W&B run, the model, and the same command again."""
     values = {"training__max_steps": 5, "evaluation": {"every_steps": 2}, "tracking": {"wandb": {"mode": "offline"}},
               "data__drop_last": True}  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     ended = start(tiny, tmp_path, **values)
     assert ended.status == 0, ended.err
     run = tmp_path / "run"
-    rows = rows_of(run)
+    rows = read_rows(run)
     train = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in train] == [1, 2, 4, 5], "step 1, every second, and the last"
     assert [row["step"] for row in rows if row["split"] == "validation"] == [0, 2, 4, 5]
@@ -79,7 +79,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert about["world"] == {"processes": 1, "data": 1, "pipeline": 1, "tensor": 1}
     assert "training reads" in (run / "logs" / "rank-0.log").read_text()
 
-    records = wandb_records(run)
+    records = read_wandb_records(run)
     text = json.dumps(records)
     assert "train/loss" in text
     stamps = [record["history"]["item"]["_timestamp"] for record in records if "history" in record]
@@ -89,13 +89,13 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert "validation/perplexity" in text
     assert "train_micro_batch_size_per_gpu" in text, "the resolved configuration is attached"
 
-    held_out = evaluate_exported(run, with_values(tiny, **values), tmp_path)
+    held_out = validation_loss_of_exported_model(run, with_values(tiny, **values), tmp_path)
     assert held_out == pytest.approx(rows[-1]["loss"], rel=1e-6), "the exported model is the live one"
 
     again = start(tiny, tmp_path, **values)
     assert again.status == 0
     assert "finished at step 5" in again.out
-    assert rows_of(run) == rows
+    assert read_rows(run) == rows
 
     other = start(tiny, tmp_path, **{**values, "run__seed": 5, "data__sequence_length": 16})
     assert other.status == 2
@@ -110,7 +110,7 @@ def test_a_run_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert "has neither a final model nor checkpoints" in nothing.err
 
 
-def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
+def validation_loss_of_exported_model(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
     """The held-out loss of the exported folder, computed by Hugging Face alone."""
     import torch
     from torch.nn import functional as F
@@ -133,25 +133,25 @@ def evaluate_exported(run: Path, tiny: dict[str, Any], tmp_path: Path) -> float:
     return total / tokens
 
 
-def test_a_finished_run_goes_on_with_more_steps(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_finished_run_resumes_with_more_steps(tiny: dict[str, Any], tmp_path: Path) -> None:
     final, run = tmp_path / "run" / "final", tmp_path / "run"
     assert start(tiny, tmp_path, training__max_steps=2).status == 0
-    before = rows_of(run)
+    before = read_rows(run)
     shutil.rmtree(final)
     assert start(tiny, tmp_path, training__max_steps=2).status == 0
     assert final.is_dir(), "written from the checkpoint"
-    assert rows_of(run) == before
+    assert read_rows(run) == before
     with (run / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 3, "lo')
     assert start(tiny, tmp_path, training__max_steps=4).status == 0
-    after = rows_of(run)
+    after = read_rows(run)
     assert after[: len(before)] == before
     added = [(row["step"], row["attempt"]) for row in after[len(before) :]]
     assert added == [(4, 3), (4, 3)], "one row of training, one of validation"
     assert after[-2]["samples"] == 4 * 8
     anew = start(tiny, tmp_path, training__max_steps=4, checkpoint__resume="never")
     assert "checkpoint.resume 'never' leaves aside 2 checkpoints of this run, up to step-00000004" in anew.out
-    assert {row["attempt"] for row in rows_of(run)[len(after) :]} == {4}
+    assert {row["attempt"] for row in read_rows(run)[len(after) :]} == {4}
     shutil.rmtree(run / "checkpoints")
     lost = start(tiny, tmp_path, training__max_steps=6)
     assert lost.status == 4
@@ -162,9 +162,7 @@ def test_a_finished_run_goes_on_with_more_steps(tiny: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize(("stage", "words"), [(0, "loss nan"), (1, "a gradient is not finite")])
-def test_numbers_that_are_not_numbers_stop_the_run(
-    stage: int, words: str, tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_nonfinite_loss_or_gradient_halts_run(stage: int, words: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     """At ZeRO 0 the update is made and the loss shows it; above, DeepSpeed skips the update and says nothing."""
     ended = start(
         tiny,
@@ -176,13 +174,13 @@ def test_numbers_that_are_not_numbers_stop_the_run(
     assert ended.status == 5
     assert f"error: step 2: {words}" in ended.err
     assert "Traceback" not in ended.err
-    rows = [row["loss"] for row in rows_of(tmp_path / "run") if row["split"] == "train"]
+    rows = [row["loss"] for row in read_rows(tmp_path / "run") if row["split"] == "train"]
     assert rows[1:] == ([None] if stage == 0 else [])
     assert not (tmp_path / "run" / "final").exists()
 
 
 @pytest.mark.fast
-def test_a_broken_config_json_is_not_overwritten(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_config_json_is_not_overwritten(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -190,20 +188,20 @@ def test_a_broken_config_json_is_not_overwritten(tiny: dict[str, Any], tmp_path:
 
 
 @pytest.mark.fast
-def test_every_line_is_json_and_there_at_once(tmp_path: Path) -> None:
+def test_jsonl_row_is_valid_json_and_flushed(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "m.jsonl")
     lines.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None}
 
 
 @pytest.mark.fast
-def test_perplexity_has_no_overflow() -> None:
+def test_perplexity_does_not_overflow() -> None:
     assert perplexity(2.0) == pytest.approx(math.exp(2))
     assert perplexity(1e6) == math.inf
 
 
 @pytest.mark.fast
-def test_console_line() -> None:
+def test_console_line_shows_metrics_with_units() -> None:
     row = dict.fromkeys(TRAIN_KEYS, 0.0) | {"split": "train", "step": 3, "loss": 1.5, "grad_norm": 0.25, "mfu": 0.41,
                                             "tokens_per_second": 12_345.0, "memory_bytes_max": 2e9, "step_seconds": 2.0,
                                             "data_wait_seconds": 0.02, "learning_rate": 3e-4}  # fmt: skip
@@ -220,7 +218,7 @@ class _Terminal(io.StringIO):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("terminal", [True, False])
-def test_time_left_is_hours_minutes_seconds_by_the_time_of_a_step(
+def test_time_left_is_computed_from_step_time(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a run that resumes at step 90,000 of 100,000, after more than a day."""
@@ -267,7 +265,7 @@ class _Slow:
 
 
 @pytest.mark.fast
-def test_a_row_has_the_time_at_which_it_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_row_has_time_of_log_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not that at which the thread got to it."""
     monkeypatch.setitem(sys.modules, "wandb", _Slow)
     _Slow.rows.clear()
@@ -301,7 +299,7 @@ class _Fails:
 
 
 @pytest.mark.fast
-def test_training_never_waits_for_wandb(
+def test_wandb_never_blocks_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("trainer.tracking.wandb._CLOSE_SECONDS", {"online": 0.5})

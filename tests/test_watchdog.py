@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tests.configs import tiny_config, with_values
 from tests.harness import Finished, run_command, run_ranks
 from tests.runs import _loaded
-from trainer.checkpoint.save import first_gloo_group
+from trainer.checkpoint.writer import checkpoint_group
 from trainer.data import prepare_data
 from trainer.distributed import JOIN_PATIENCE, Launch, Mark, Phases, joined_world
 from trainer.engine import start_engine
@@ -191,7 +191,7 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
         prepared = prepare_data(loaded, launch, world.store)
         assignment = assign_stages(build_model_shape(loaded), loaded)
         world.tensor_neighbours(2)
-        first_gloo_group()
+        checkpoint_group()
         start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         found: dict[str, list[float]] = {"before": _of_groups()}
         for name in ("resume", "first", "second"):

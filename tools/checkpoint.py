@@ -34,20 +34,28 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from trainer.checkpoint.bring import bring
 from trainer.checkpoint.export import compare_logits, export
-from trainer.checkpoint.keep import FOLDER, Kept, best_of, checkpoints_in
+from trainer.checkpoint.import_checkpoint import import_checkpoint
+from trainer.checkpoint.retention import CHECKPOINTS, SavedCheckpoint, best_checkpoints, list_checkpoints
+from trainer.checkpoint_format import (
+    DTYPES,
+    ChunkReader,
+    Manifest,
+    StoredTensor,
+    is_checkpoint,
+    read_manifest,
+    verify_files,
+)
 from trainer.config import load_config
 from trainer.config.plugins import import_named_plugins
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors
 from trainer.sanitize import displayable
-from trainer.store import DTYPES, Files, Manifest, Stored, is_checkpoint, read_manifest, verify_files
 from trainer.topology import Topology
 from trainer.units import format_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CHUNK = 1 << 24
+_BLOCK_BYTES = 1 << 24
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,19 +119,19 @@ def _parser() -> Arguments:
 
 def _newest(path: Path) -> Path:
     """The checkpoint that `path` names."""
-    if is_checkpoint(path) or not (path / FOLDER).is_dir():
+    if is_checkpoint(path) or not (path / CHECKPOINTS).is_dir():
         return path
-    kept, _ = checkpoints_in(path / FOLDER)
+    kept, _ = list_checkpoints(path / CHECKPOINTS)
     if not kept:
-        raise CheckpointError(f"{path / FOLDER}: there is no sound checkpoint")
+        raise CheckpointError(f"{path / CHECKPOINTS}: there is no sound checkpoint")
     return kept[0].folder
 
 
-def _all(path: Path) -> tuple[list[Kept], list[CheckpointError]]:
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+def _all(path: Path) -> tuple[list[SavedCheckpoint], list[CheckpointError]]:
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not folder.is_dir():
         raise ConfigError(Problem("run_directory", f"{path} is not there", "Give the output_dir of a run"))
-    return checkpoints_in(folder)
+    return list_checkpoints(folder)
 
 
 def _layout(manifest: Manifest) -> str:
@@ -140,7 +148,7 @@ def _loss(manifest: Manifest, split: str) -> str:
 
 def _list(options: argparse.Namespace) -> int:
     kept, damaged = _all(options.run_directory)
-    best = {one.folder for one in best_of(kept)}
+    best = {one.folder for one in best_checkpoints(kept)}
     table = Table("checkpoint", "attempt", "tokens", "loss", "held-out", "layout", "size", "")
     for place, one in enumerate(kept):
         told = one.manifest
@@ -159,8 +167,8 @@ def _show(options: argparse.Namespace) -> int:
     folder = _newest(options.checkpoint)
     told = read_manifest(folder)
     numbers = Counter[str]()
-    for (_, kind), stored in told.tensors.items():
-        numbers[kind] += stored.numbers
+    for (_, role), stored in told.tensors.items():
+        numbers[role] += stored.numbers
     lines = {
         "checkpoint": folder,
         "step": f"{told.step:,} (attempt {told.attempt}), {told.samples:,} samples, {told.tokens:,} tokens",
@@ -170,21 +178,21 @@ def _show(options: argparse.Namespace) -> int:
         "saved": f"{told.created}, commit {told.about['git_commit'] or 'unknown'}",
         "versions": ", ".join(f"{name} {version}" for name, version in told.about["versions"].items()),
         "files": f"{len(told.files)} of {format_bytes(told.bytes)}",
-        "tensors": ", ".join(f"{count:,} numbers of {kind}" for kind, count in numbers.items()),
+        "tensors": ", ".join(f"{count:,} numbers of {role}" for role, count in numbers.items()),
         "W&B run": told.wandb_run or "-",
     }
     for name, value in lines.items():
         _say(f"{name:<12} {value}")
     if options.tensors:
-        for (name, kind), stored in sorted(told.tensors.items()):
-            _say(f"  {kind:<12} {name} {list(stored.shape)} {stored.dtype} in {len(stored.boxes)} parts")
+        for (name, role), stored in sorted(told.tensors.items()):
+            _say(f"  {role:<12} {name} {list(stored.shape)} {stored.dtype} in {len(stored.chunks)} parts")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     single = is_checkpoint(options.checkpoint)
     if single:
-        kept, damaged = [Kept(options.checkpoint, read_manifest(options.checkpoint))], []
+        kept, damaged = [SavedCheckpoint(options.checkpoint, read_manifest(options.checkpoint))], []
     else:
         kept, damaged = _all(options.checkpoint)
     for one in track(kept, description="reading", console=Console(stderr=True), transient=True):
@@ -203,7 +211,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     folders = [_newest(options.checkpoint), _newest(options.other)]
     told, other = (read_manifest(folder) for folder in folders)
-    files, theirs = (Files(folder) for folder in folders)
+    files, theirs = (ChunkReader(folder) for folder in folders)
     rows = []
     for key in track(told.tensors, description="comparing", console=Console(stderr=True), transient=True):
         if key in other.tensors and told.tensors[key].shape == other.tensors[key].shape:
@@ -212,30 +220,32 @@ def _diff(options: argparse.Namespace) -> int:
                 rows.append((most, largest, *key))
     rows.sort(reverse=True)
     table = Table("tensor", "kind", "largest difference", "of a largest value of")
-    for most, largest, name, kind in rows[: options.top]:
-        table.add_row(escape(displayable(name)), kind, f"{most:.3g}", f"{largest:.3g}")
+    for most, largest, name, role in rows[: options.top]:
+        table.add_row(escape(displayable(name)), role, f"{most:.3g}", f"{largest:.3g}")
     if rows:
         _console().print(table)
     alone = told.tensors.keys() ^ other.tensors.keys()
     reshaped = {
         k for k in told.tensors.keys() & other.tensors.keys() if told.tensors[k].shape != other.tensors[k].shape
     }
-    for name, kind in sorted(alone):
-        _say(f"only in {folders[(name, kind) in other.tensors]}: {kind} of {name}")
-    for name, kind in sorted(reshaped):
-        _say(f"of another shape: {kind} of {name}")
+    for name, role in sorted(alone):
+        _say(f"only in {folders[(name, role) in other.tensors]}: {role} of {name}")
+    for name, role in sorted(reshaped):
+        _say(f"of another shape: {role} of {name}")
     same = len(told.tensors) - len(rows) - len(reshaped) - len(told.tensors.keys() - other.tensors.keys())
     _say(f"{same} tensors are equal bit for bit, {len(rows)} differ")
     return 1 if rows or alone or reshaped else 0
 
 
-def _difference(files: Files, stored: Stored, theirs: Files, other: Stored) -> tuple[float, float]:
+def _difference(
+    files: ChunkReader, stored: StoredTensor, theirs: ChunkReader, other: StoredTensor
+) -> tuple[float, float]:
     """(largest difference, largest value), box by box."""
     most = largest = 0.0
-    for box in stored.boxes:
-        own = files.box(box, stored.dtype)
-        found = torch.empty(box.size, dtype=DTYPES[other.dtype])
-        theirs.read(other, box.start, found)
+    for chunk in stored.chunks:
+        own = files.chunk(chunk, stored.dtype)
+        found = torch.empty(chunk.size, dtype=DTYPES[other.dtype])
+        theirs.read(other, chunk.start, found)
         if own.numel() and (own.dtype != found.dtype or _bits(own) != _bits(found)):
             apart = float((own.double() - found.double()).abs().nan_to_num(nan=inf).max())
             most = max(most, apart, sys.float_info.min)  # of another type, or zeros of another sign
@@ -275,7 +285,7 @@ def _import(options: argparse.Namespace) -> int:
         raise ConfigError(Problem("folder", f"{options.folder} is not there", "Give a folder"))
     loaded = load_config(options.config, options.set, world=None, device=None)
     with joined_world(Launch(), Topology.of(1, 0), seed=0):
-        made = bring(options.folder, loaded)
+        made = import_checkpoint(options.folder, loaded)
     _say(f"{made}: the run begins with these weights; start it as ever: launch/train.py --config {options.config}")
     return 0
 

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import resumed_checkpoint
+from trainer.checkpoint import preview_resume
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import extensions_of, first_rates, weight_decay
 from trainer.config.load import with_steps
@@ -207,7 +207,7 @@ def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -
 
 
 def _resume_lines(loaded: LoadedConfig) -> Iterator[str]:
-    resumed = resumed_checkpoint(loaded)
+    resumed = preview_resume(loaded)
     if resumed is not None:
         yield f"resume       from step {resumed.manifest.step:,} ({resumed.folder}); its files are there, in full size"
 

@@ -43,7 +43,7 @@ def append_event(run: Path, event: Event, *, attempt: int, step: int, **details:
 def _append(file: FileIO, line: bytes) -> None:
     """Append and sync a line. One that does not fit on the disk leaves the file as it was."""
     end = file.seek(0, os.SEEK_END)
-    rest = b"\n" + line if _ends_torn(file, end) else line
+    rest = b"\n" + line if _has_torn_line(file, end) else line
     try:
         while rest:
             rest = rest[file.write(rest) :]
@@ -53,7 +53,7 @@ def _append(file: FileIO, line: bytes) -> None:
         raise
 
 
-def _ends_torn(file: FileIO, end: int) -> bool:
+def _has_torn_line(file: FileIO, end: int) -> bool:
     """Whether the last line has no end, because the process that wrote it was killed."""
     if end == 0:
         return False

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from trainer.checkpoint_format import FileRecord
 from trainer.files import hash_file
-from trainer.store import Written
 
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _LONGEST_HEADER = 100_000_000
@@ -33,16 +33,16 @@ def find_damage(folder: Path, recorded: Any) -> str:
         return f"{folder} cannot be read: {error}"
 
 
-def _parsed(recorded: Any) -> tuple[Written, ...]:
+def _parsed(recorded: Any) -> tuple[FileRecord, ...]:
     try:
-        files = tuple(Written(str(one["name"]), int(one["bytes"]), str(one["hash"])) for one in recorded)
+        files = tuple(FileRecord(str(one["name"]), int(one["bytes"]), str(one["hash"])) for one in recorded)
     except (TypeError, KeyError, ValueError):
         return ()
     plain = all(".." not in PurePosixPath(file.name).parts and not file.name.startswith("/") for file in files)
     return files if plain else ()
 
 
-def _differing(folder: Path, files: tuple[Written, ...]) -> Iterator[str]:
+def _differing(folder: Path, files: tuple[FileRecord, ...]) -> Iterator[str]:
     for file in files:
         path = folder / file.name
         if not path.is_file():

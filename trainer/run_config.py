@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from trainer.checkpoint_format import MANIFEST
 from trainer.errors import ConfigError, Problem
-from trainer.store import MANIFEST
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint_format import TOKENIZER, FileRecord
 from trainer.config import LoadedConfig
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgraded, value_at
 from trainer.errors import ConfigError, Problem
@@ -24,15 +25,14 @@ from trainer.files import bare_exceptions_as_os_errors, remove, replace_folder, 
 from trainer.final_model import find_damage
 from trainer.run_config import is_count, read_run_config
 from trainer.sanitize import redacted
-from trainer.store import TOKENIZER, Written
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("tessera", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
-_IDENTITY = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
+_IDENTITY_KEYS = ("run.seed", "model", "data", "deepspeed.train_batch_size", "deepspeed.optimizer.type")
 """What makes a run this run: with another value of these it cannot be gone on with. In addition: `ADDED_KEYS`."""
 
-_NOT_IDENTITY = (
+_NON_IDENTITY_KEYS = (
     "data.cache_dir", "data.max_document_bytes", "model.attention", "model.activation_checkpointing",
     "model.allow_unexpected_keys",
 )  # fmt: skip
@@ -50,7 +50,7 @@ def _leaves(value: Any, path: str) -> dict[str, Any]:
     return {path: value}
 
 
-def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str) -> None:
+def refuse_identity_change(old: Mapping[str, Any], loaded: LoadedConfig, where: str) -> None:
     """Compares a configuration with the one of a run that is to be gone on with.
 
     Args:
@@ -61,10 +61,10 @@ def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str)
     """
     found, old, new = [], redacted(upgraded(old)), loaded.resolved()
     allowed = tuple(loaded.config.checkpoint.allow_changed)
-    for path in (*_IDENTITY, *(row.key for row in ADDED_KEYS if not is_below(row.key, _IDENTITY))):
+    for path in (*_IDENTITY_KEYS, *(row.key for row in ADDED_KEYS if not is_within(row.key, _IDENTITY_KEYS))):
         before, now = _leaves(_value(old, path), path), _leaves(_value(new, path), path)
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or key in _NOT_IDENTITY or is_below(key, allowed):
+            if before.get(key) == now.get(key) or key in _NON_IDENTITY_KEYS or is_within(key, allowed):
                 continue
             found.append(
                 Problem(key, f"{json.dumps(now.get(key))} here, {json.dumps(before.get(key))} in {where}",
@@ -75,7 +75,7 @@ def refuse_another_run(old: Mapping[str, Any], loaded: LoadedConfig, where: str)
         raise ConfigError(found)
 
 
-def refuse_fewer_steps(loaded: LoadedConfig, step: int, where: str) -> None:
+def refuse_checkpoint_past_end(loaded: LoadedConfig, step: int, where: str) -> None:
     """Refuse a checkpoint that is past the last step of the configuration, as far as that is known.
 
     Args:
@@ -96,12 +96,12 @@ def refuse_fewer_steps(loaded: LoadedConfig, step: int, where: str) -> None:
 def _setting(key: str, old: Mapping[str, Any]) -> str:
     """The argument that sets an added key to its value in `old`, because users cannot look it up in an old file."""
     for row in ADDED_KEYS:
-        if is_below(key, [row.key]) and (value := value_at(old, row.key)) is not ABSENT:
+        if is_within(key, [row.key]) and (value := value_at(old, row.key)) is not ABSENT:
             return f" (--set {shlex.quote(f'{row.key}={json.dumps(value)}')})"
     return ""
 
 
-def is_below(key: str, paths: Iterable[str]) -> bool:
+def is_within(key: str, paths: Iterable[str]) -> bool:
     """Whether a dotted key is one of `paths`, or inside one."""
     return any(key == path or key.startswith(f"{path}.") for path in paths)
 
@@ -134,7 +134,7 @@ def _git_commit() -> str | None:
     return asked.stdout.strip() or None if asked.returncode == 0 else None
 
 
-def about_run(loaded: LoadedConfig) -> dict[str, Any]:
+def run_metadata(loaded: LoadedConfig) -> dict[str, Any]:
     """What a run computes on: versions, commit, layout; and what it keeps of an earlier version."""
     topology = {axis: getattr(loaded.config.parallel, axis) for axis in ("pipeline", "tensor")}
     return {
@@ -153,7 +153,7 @@ def _refuse_unwritable(path: Path) -> None:
         raise ConfigError(Problem("run.output_dir", f"{existing} {reason}", "Take another folder, or its permissions"))
 
 
-def _refuse_shorter(loaded: LoadedConfig, path: Path, step: int, epochs: float | None) -> None:
+def _refuse_shorter_training(loaded: LoadedConfig, path: Path, step: int, epochs: float | None) -> None:
     """Refuse a length that a finished run has passed.
 
     Args:
@@ -216,11 +216,11 @@ class RunDirectory:
         """The same, chosen once: `run`, or a new one; so that the same command again continues the same run."""
         if self.wandb_run is None:
             self._wandb_run_file.parent.mkdir(parents=True, exist_ok=True)
-            with self._written(self._wandb_run_file):
+            with self._disk_errors_as_config_errors(self._wandb_run_file):
                 replace_text(self._wandb_run_file, run or uuid.uuid4().hex[:12])
         return self.wandb_run or ""
 
-    def keep_tokenizer(self, tokenizer: Any) -> None:
+    def save_tokenizer(self, tokenizer: Any) -> None:
         """Writes the tokenizer, for whoever exports a checkpoint or begins from one.
 
         Raises:
@@ -229,13 +229,13 @@ class RunDirectory:
         if tokenizer is None:
             return
         partial = self.path / f".{TOKENIZER}.partial"
-        with self._written(self.path / TOKENIZER), bare_exceptions_as_os_errors():
+        with self._disk_errors_as_config_errors(self.path / TOKENIZER), bare_exceptions_as_os_errors():
             remove(partial)
             tokenizer.save_pretrained(str(partial))
             replace_folder(partial, self.path / TOKENIZER)
 
     @contextlib.contextmanager
-    def _written(self, path: Path) -> Iterator[None]:
+    def _disk_errors_as_config_errors(self, path: Path) -> Iterator[None]:
         """Within, what the file system refuses is an error of the user's disk."""
         try:
             yield
@@ -268,7 +268,7 @@ class RunDirectory:
         old = read_run_config(path)
         if old is None:
             return cls(path, attempt, None)
-        refuse_another_run(old, loaded, "the run directory")
+        refuse_identity_change(old, loaded, "the run directory")
         about = old.get(METADATA_KEY)
         about = about if isinstance(about, dict) else {}
         if is_count(about.get("attempt")):
@@ -281,7 +281,7 @@ class RunDirectory:
             return cls(path, attempt, finished, epochs)
         directory = cls(path, attempt, finished, epochs, find_damage(path / "final", about.get("final")))
         if not directory.final_damage:
-            _refuse_shorter(loaded, path, finished, epochs)
+            _refuse_shorter_training(loaded, path, finished, epochs)
         elif directory._has_reached_end(loaded):
             log.warning("%s: the run has finished, and its model is written again from the last checkpoint",
                         directory.final_damage)  # fmt: skip
@@ -289,7 +289,7 @@ class RunDirectory:
 
     def write_config(
         self, loaded: LoadedConfig, *, frame: Mapping[str, Any] | None, finished_step: int | None = None,
-        final: Iterable[Written] = (),
+        final: Iterable[FileRecord] = (),
     ) -> None:  # fmt: skip
         """Writes `config.json`: the resolved configuration, and under one key what it ran on. Can be run again.
 
@@ -300,10 +300,10 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be written; the old one is unchanged then.
         """
-        about = {**about_run(loaded), "attempt": self.attempt, "finished_step": finished_step, "document_frame": frame,
-                 "final": [asdict(file) for file in final]}  # fmt: skip
+        about = {**run_metadata(loaded), "attempt": self.attempt, "finished_step": finished_step,
+                 "document_frame": frame, "final": [asdict(file) for file in final]}  # fmt: skip
         text = json.dumps({**loaded.resolved(), METADATA_KEY: about}, indent=2)
-        with self._written(self.path / "config.json"):
+        with self._disk_errors_as_config_errors(self.path / "config.json"):
             self.path.mkdir(parents=True, exist_ok=True)
             replace_text(self.path / "config.json", text + "\n")
 

@@ -18,7 +18,7 @@ _FILES_BELOW = ("checkpoints/latest", "checkpoints/best", "logs/rank-*.log", "wa
 _KEY = "run.output_dir"
 
 
-def misplaced(run: Path) -> Iterator[Problem]:
+def layout_problems(run: Path) -> Iterator[Problem]:
     """What stands where a run in this directory would write, and is something else.
 
     The run directory itself may be a symbolic link. Nothing below it that the run writes may be one, because the run
@@ -26,15 +26,15 @@ def misplaced(run: Path) -> Iterator[Problem]:
     """
     for names, wanted in ((_FILES, "file"), (_FOLDERS, "folder")):
         for name in names:
-            yield from _misplaced(run / name, wanted)
+            yield from _path_problems(run / name, wanted)
     for pattern in _FILES_BELOW:
         parent, _, name = pattern.partition("/")
         if not (run / parent).is_symlink():
             for path in sorted((run / parent).glob(name)) if "*" in name else [run / parent / name]:
-                yield from _misplaced(path, "file")
+                yield from _path_problems(path, "file")
 
 
-def _misplaced(path: Path, wanted: str) -> Iterator[Problem]:
+def _path_problems(path: Path, wanted: str) -> Iterator[Problem]:
     try:
         mode = path.lstat().st_mode
     except OSError:  # absent, or below something that is reported already

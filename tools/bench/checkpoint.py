@@ -20,14 +20,14 @@ import torch.distributed as dist
 from tools.bench.common import assemble, configuration, table, write_tokens
 from tools.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Progress
-from trainer.checkpoint.keep import FOLDER, name_of
-from trainer.checkpoint.load import fill, numbers_of
+from trainer.checkpoint.load import load_state, scalar_state_of
+from trainer.checkpoint.retention import CHECKPOINTS, checkpoint_name
+from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import Engine
 from trainer.model import describe_model
 from trainer.run_directory import RunDirectory
-from trainer.store import read_manifest, verify_files
 from trainer.topology import Topology
 
 QUICK: dict[str, Any] = {"size": 1, "rounds": 2}
@@ -123,10 +123,10 @@ def _round(
     measured: Measured,
 ) -> None:  # fmt: skip
     """The first one warms up, and is not counted."""
-    folder = Path(loaded.config.run.output_dir) / FOLDER
+    folder = Path(loaded.config.run.output_dir) / CHECKPOINTS
     progress, place = Progress(number + 1, 0, 0), world.topology
     save = _seconds(lambda: saver.save(engine, progress, {}))
-    newest = folder / name_of(progress.step)
+    newest = folder / checkpoint_name(progress.step)
     files = sorted(newest.iterdir())
     stall = _seconds(lambda: later.save(engine, replace(progress, step=1000 + number), {}))
     later.close()
@@ -139,11 +139,11 @@ def _round(
         told = read_manifest(newest)
         verify_files(newest, told, told.files[place.rank :: place.world])
         dist.barrier()
-        fill(engine.state, told, newest)
+        load_state(engine.state, told, newest)
 
     with _anonymous_memory(measured):
         load = _seconds(load_all)
-    publish = _seconds(lambda: engine.state.load_scalar_state(numbers_of(read_manifest(newest))))
+    publish = _seconds(lambda: engine.state.load_scalar_state(scalar_state_of(read_manifest(newest))))
     dist.barrier()
     write = 0.0
     if world.is_first:

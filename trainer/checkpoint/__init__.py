@@ -1,15 +1,15 @@
 """Checkpoints that any layout writes and any layout reads."""
 
-from trainer.checkpoint.find import model_folder, refuse_run_directory, tokenizer_folder
-from trainer.checkpoint.look import resumed_checkpoint
-from trainer.checkpoint.run import NOTHING_YET, Checkpoints, Progress
+from trainer.checkpoint.locate import model_folder, refuse_run_directory, tokenizer_folder
+from trainer.checkpoint.preview import preview_resume
+from trainer.checkpoint.saver import NO_PROGRESS, Checkpoints, Progress
 
 __all__ = [
-    "NOTHING_YET",
+    "NO_PROGRESS",
     "Checkpoints",
     "Progress",
     "model_folder",
+    "preview_resume",
     "refuse_run_directory",
-    "resumed_checkpoint",
     "tokenizer_folder",
 ]

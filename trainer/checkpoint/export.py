@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.checkpoint_format import (
+    BUFFER,
+    DTYPES,
+    WEIGHT,
+    ChunkReader,
+    Manifest,
+    read_manifest,
+    run_tokenizer_folder,
+    verify_files,
+)
 from trainer.data import load_tokenizer
 from trainer.errors import CheckpointError
 from trainer.model import build_from_description, load_exported, read_weights, write_model
-from trainer.store import BUFFER, DTYPES, WEIGHT, Files, Manifest, read_manifest, tokenizer_beside, verify_files
 
 
 def export(
@@ -33,10 +42,10 @@ def export(
     manifest = read_manifest(checkpoint)
     verify_files(checkpoint, manifest)
     model = build_from_description(manifest.model)
-    found = tokenizer or tokenizer_beside(checkpoint)
+    found = tokenizer or run_tokenizer_folder(checkpoint)
     write_model(
         model,
-        _weights(model, manifest, Files(checkpoint)),
+        _weights(model, manifest, ChunkReader(checkpoint)),
         into,
         load_tokenizer(str(found), "--tokenizer") if tokenizer or found.is_dir() else None,
         dtype=dtype,
@@ -46,14 +55,14 @@ def export(
     return manifest
 
 
-def _weights(model: Any, manifest: Manifest, files: Files) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: Any, manifest: Manifest, files: ChunkReader) -> Iterator[tuple[str, Tensor]]:
     persistent = model.state_dict(keep_vars=True)
     names = [(name, WEIGHT) for name, _ in model.named_parameters()]
     names += [(name, BUFFER) for name, _ in model.named_buffers() if name in persistent]
-    for name, kind in names:
-        stored = manifest.tensors.get((name, kind))
+    for name, role in names:
+        stored = manifest.tensors.get((name, role))
         if stored is None:
-            raise CheckpointError(f"the checkpoint has no {kind} of {name}")
+            raise CheckpointError(f"the checkpoint has no {role} of {name}")
         whole = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         files.read(stored, (0,) * len(stored.shape), whole)
         yield name, whole
@@ -139,8 +148,8 @@ def compare_logits(checkpoint: Path, exported: Path, dtype: torch.dtype) -> Comp
     rounded = model(input_ids=ids).logits.double()
     theirs: Any = load_exported(exported, torch.float32)
     found = theirs(input_ids=ids).logits.double()
-    return Comparison(_apart(found, rounded), _apart(rounded, precise), float(precise.abs().max()))
+    return Comparison(_max_difference(found, rounded), _max_difference(rounded, precise), float(precise.abs().max()))
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _max_difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())

@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from trainer.checkpoint.keep import LATEST
+from trainer.checkpoint.retention import LATEST
+from trainer.checkpoint_format import MANIFEST
 from trainer.errors import CheckpointError, ConfigError, Problem
-from trainer.store import MANIFEST
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PATIENCE_SECONDS = 60.0
+_TIMEOUT_SECONDS = 60.0
 """How long a place may take for a question that moves no data."""
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
+def _with_timeout(seconds: float, work: Callable[[], T]) -> T:
     """The result of `work`, done in a thread that is abandoned when it takes longer.
 
     Raises:
@@ -64,7 +64,7 @@ class Remote:
         self.place, self._key = place, key
         try:
             self._files: Any
-            self._files, self._root = _within(_PATIENCE_SECONDS, lambda: fsspec.core.url_to_fs(place.rstrip("/")))
+            self._files, self._root = _with_timeout(_TIMEOUT_SECONDS, lambda: fsspec.core.url_to_fs(place.rstrip("/")))
         except (ImportError, ValueError) as error:
             raise ConfigError(Problem(key, f"'{place}': {error}", "Install the package that fsspec names")) from None
         except Exception as error:  # each store has its own
@@ -77,7 +77,7 @@ class Remote:
     def warn_if_unreachable(self) -> None:
         """Look once whether the place answers; a run that has its checkpoints here trains without it."""
         try:
-            _within(_PATIENCE_SECONDS, lambda: self._files.exists(self._root))
+            _with_timeout(_TIMEOUT_SECONDS, lambda: self._files.exists(self._root))
         except Exception as error:
             log.warning("%s. Checkpoints are kept here, and each save tries to copy again", self._unreachable(error))
 
@@ -90,19 +90,19 @@ class Remote:
         if MANIFEST in names:
             self._files.pipe_file(f"{self._root}/{LATEST}", f"{folder.name}\n".encode())
 
-    def withdraw(self, name: str) -> None:
+    def invalidate(self, name: str) -> None:
         """Makes a copy one that is not complete."""
 
-        def withdraw() -> None:
+        def invalidate() -> None:
             if self._files.exists(f"{self._root}/{name}/{MANIFEST}"):
                 self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
 
-        _within(_PATIENCE_SECONDS, withdraw)
+        _with_timeout(_TIMEOUT_SECONDS, invalidate)
 
-    def delete(self, *names: str) -> None:
+    def delete_checkpoint(self, *names: str) -> None:
         """Deletes checkpoints, the manifest of each first."""
         for name in names:
-            self.withdraw(name)
+            self.invalidate(name)
             if self._files.exists(f"{self._root}/{name}"):
                 self._files.rm(f"{self._root}/{name}", recursive=True)
 
@@ -121,7 +121,7 @@ class Remote:
             return max(((*self._order(name), name) for name in found), default=(0, 0, None))[-1]
 
         try:
-            return _within(_PATIENCE_SECONDS, newest)
+            return _with_timeout(_TIMEOUT_SECONDS, newest)
         except Exception as error:  # each store has its own
             raise self._unreachable(error) from None
 

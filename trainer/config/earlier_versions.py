@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint_format import MANIFEST, read_manifest
 from trainer.config.model_facts import causal_switch
 from trainer.config.schema import SECTIONS
 from trainer.errors import CheckpointError, Problem
-from trainer.store import MANIFEST, read_manifest
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
 """No value: the key does not stand in the configuration, or does not apply to it."""

@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.checkpoint_format import MANIFEST, is_checkpoint, read_manifest
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.config.paths import refuse_special_files
 from trainer.errors import CheckpointError, ConfigError, Problem
-from trainer.store import MANIFEST, is_checkpoint, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoint_format import is_checkpoint, run_tokenizer_folder
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.cache import Cache
 from trainer.data.frame import DocumentFrame, frame_of
@@ -27,7 +28,6 @@ from trainer.data.tokenizer import (
 )
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, DataError
-from trainer.store import is_checkpoint, tokenizer_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ def named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(data.tokenizer, "data.tokenizer")
     if model.path is not None:
         path = Path(model.path).expanduser()
-        return load_tokenizer(str(tokenizer_beside(path)) if is_checkpoint(path) else model.path, "model.path")
+        return load_tokenizer(str(run_tokenizer_folder(path)) if is_checkpoint(path) else model.path, "model.path")
     return None
 
 

@@ -12,11 +12,11 @@ from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.lion import FusedLion
 from torch import Tensor, nn
 
+from trainer.checkpoint_format import BUFFER, WEIGHT
 from trainer.compat.deepspeed.optimizer_layouts import OptimizerLayout, layout_of
 from trainer.distributed import World
 from trainer.pipeline import local_parameters
 from trainer.sharding import Shard, boxes_of, counts, parts_in_whole
-from trainer.store import BUFFER, WEIGHT
 from trainer.tensor_parallel import Mapper
 
 Scalars = dict[str, float]
@@ -31,7 +31,7 @@ class TensorChunk:
     name: str
     """Hugging Face name of the weight or buffer."""
 
-    kind: str
+    role: str
     shape: tuple[int, ...]
     """Of the whole tensor."""
 
@@ -79,14 +79,14 @@ class TrainingState:
         for parameter, shard in self._parameters():
             if not counts(parameter) or getattr(parameter, "ds_pipe_replicated", False):
                 continue
-            for kind, part, parameter_offset in self._fragments(parameter, owned_only=True):
+            for role, part, parameter_offset in self._fragments(parameter, owned_only=True):
                 low, high = 0, part.numel()
                 replicated = (
                     self._layout.is_replicated if parameter.requires_grad else not hasattr(parameter, "ds_tensor")
                 )
                 if replicated:
                     low, high = (high * (topology.data_rank + side) // topology.data for side in (0, 1))
-                yield from _chunks(shard, kind, part[low:high], parameter_offset + low)
+                yield from _chunks(shard, role, part[low:high], parameter_offset + low)
             if topology.data_rank == 0:
                 yield from self._other_shape_chunks(parameter, shard.name)
         if topology.data_rank == topology.stage == 0:
@@ -95,8 +95,8 @@ class TrainingState:
     def local_chunks(self) -> Iterator[TensorChunk]:
         """All that this rank holds, whoever writes it. After `allocate_optimizer_state`."""
         for parameter, shard in self._parameters():
-            for kind, part, parameter_offset in self._fragments(parameter, owned_only=False):
-                yield from _chunks(shard, kind, part, parameter_offset)
+            for role, part, parameter_offset in self._fragments(parameter, owned_only=False):
+                yield from _chunks(shard, role, part, parameter_offset)
             yield from self._other_shape_chunks(parameter, shard.name)
         yield from self._buffer_chunks(owned_only=False)
 
@@ -130,9 +130,9 @@ class TrainingState:
         fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
         if fragment is None or not self._layout.is_replicated:
             return
-        for kind, tensor in self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {}).items():
+        for role, tensor in self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {}).items():
             if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape != fragment.optimizer_tensor.shape:
-                yield TensorChunk(name, kind, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+                yield TensorChunk(name, role, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
     def _buffer_chunks(self, *, owned_only: bool) -> Iterator[TensorChunk]:
         """Of the first of this rank's models alone if `owned_only`: every stage has all buffers."""
@@ -217,9 +217,9 @@ class TrainingState:
                 self._engine.lr_scheduler.step()
 
 
-def _chunks(shard: Shard, kind: str, part: Tensor, parameter_offset: int) -> Iterator[TensorChunk]:
+def _chunks(shard: Shard, role: str, part: Tensor, parameter_offset: int) -> Iterator[TensorChunk]:
     for start, view in boxes_of(part, parameter_offset, shard):
-        yield TensorChunk(shard.name, kind, shard.whole_shape, start, view)
+        yield TensorChunk(shard.name, role, shard.whole_shape, start, view)
 
 
 def _set_scalars(state: dict[str, Any], values: Mapping[str, float]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from trainer.checkpoint_format import is_checkpoint
 from trainer.config.model_facts import config_at, config_from, model_config
 from trainer.config.schema import ModelSection
 from trainer.distributed import agree
@@ -17,7 +18,6 @@ from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weight_headers, read_weights
-from trainer.store import is_checkpoint
 from trainer.tensor_parallel import choose_experts_implementation, drops, read_plan, refuse_sequence_parallel
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from trainer.checkpoint_format import FileRecord, write_safetensors
 from trainer.errors import ConfigError, Problem
 from trainer.files import bare_exceptions_as_os_errors, hash_file, remove, replace_folder, sync_tree
 from trainer.sharding import all_parameters
-from trainer.store import Written, write_safetensors
 from trainer.tensor_parallel import choose_experts_implementation
 from trainer.units import format_bytes
 
@@ -55,7 +55,7 @@ class _ShardWriter:
         self._folder, self._largest = folder, largest
         self._held: dict[str, Tensor] = {}
         self._bytes = self._total = 0
-        self._files: list[tuple[Written, list[str]]] = []
+        self._files: list[tuple[FileRecord, list[str]]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -142,7 +142,7 @@ def write_model(
     dtype: torch.dtype | None = None,
     largest: int = SHARD_BYTES,
     card: str | None = None,
-) -> tuple[Written, ...]:
+) -> tuple[FileRecord, ...]:
     """Writes `folder` whole or not at all: config, safetensors, and the tokenizer if there is one.
 
     Names and shapes in the files are those that the family publishes, which may be others than the model's (experts
@@ -235,7 +235,7 @@ def _write_text(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[Written, ...]:
+def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[FileRecord, ...]:
     """Sync the files of a folder and read them again.
 
     Raises:
@@ -246,7 +246,7 @@ def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[Written, ...]:
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        files.append(Written(name, path.stat().st_size, hash_file(path)))
+        files.append(FileRecord(name, path.stat().st_size, hash_file(path)))
         if expected.get(name, files[-1].hash) != files[-1].hash:
             raise OSError(f"{name} does not hold what was written into it")
     size, seconds = format_bytes(sum(file.bytes for file in files)), time.perf_counter() - start

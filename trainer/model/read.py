@@ -34,13 +34,21 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from trainer.checkpoint_format import (
+    DTYPES,
+    MODEL_ROLES,
+    ChunkReader,
+    StoredTensor,
+    is_checkpoint,
+    read_manifest,
+    verify_sizes,
+)
 from trainer.config.model_facts import config_at
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.model.unexpected_keys import SHOWN, Leftovers, classify, refuse_quantized, shown
 from trainer.model.unexpected_keys import Stored as Header
 from trainer.sharding import Shard, all_parameters, shard_of
-from trainer.store import DTYPES, MODEL_KINDS, Files, Stored, is_checkpoint, read_manifest, verify_sizes
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +56,7 @@ log = logging.getLogger(__name__)
 class _Slice:
     """A tensor in a checkpoint, of which any box can be copied out."""
 
-    def __init__(self, files: Files, stored: Stored) -> None:
+    def __init__(self, files: ChunkReader, stored: StoredTensor) -> None:
         self._files, self._stored = files, stored
 
     def get_shape(self) -> tuple[int, ...]:
@@ -65,9 +73,9 @@ class _Checkpoint:
     """The weights and buffers of a checkpoint, which bear the model's own names."""
 
     def __init__(self, folder: Path) -> None:
-        manifest, self._files = read_manifest(folder), Files(folder)
+        manifest, self._files = read_manifest(folder), ChunkReader(folder)
         verify_sizes(folder, manifest)
-        self._stored = {name: stored for (name, kind), stored in manifest.tensors.items() if kind in MODEL_KINDS}
+        self._stored = {name: stored for (name, role), stored in manifest.tensors.items() if role in MODEL_ROLES}
 
     def names(self) -> list[str]:
         return list(self._stored)
@@ -80,7 +88,7 @@ class _Checkpoint:
 
     def file_of(self, name: str) -> str:
         """Names of the files that hold the tensor."""
-        return ", ".join(dict.fromkeys(box.file for box in self._stored[name].boxes))
+        return ", ".join(dict.fromkeys(chunk.file for chunk in self._stored[name].chunks))
 
     def whole(self, name: str) -> Tensor:
         view = self.slice(name)
@@ -493,10 +501,10 @@ def read_weights(
                 "Take an undamaged copy of the model, or an earlier checkpoint",
             )
         )
-    for kind, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
+    for role, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
         if names:
             raise ConfigError(
-                Problem("model.path", f"weights in '{path}' do not fit the model: {kind} {shown(names, 5)}",
+                Problem("model.path", f"weights in '{path}' do not fit the model: {role} {shown(names, 5)}",
                         "Check that config.json and the weights belong together")
             )  # fmt: skip
     if left_out := [*leftovers.unexpected, *leftovers.skipped]:

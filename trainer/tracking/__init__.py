@@ -2,6 +2,6 @@
 
 from trainer.tracking.interface import Row, Tracker, Trackers
 from trainer.tracking.meter import Meter
-from trainer.tracking.open import open_trackers
+from trainer.tracking.registry import open_trackers
 
 __all__ = ["Meter", "Row", "Tracker", "Trackers", "open_trackers"]

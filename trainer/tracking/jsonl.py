@@ -15,12 +15,12 @@ from trainer.tracking.interface import Row
 log = logging.getLogger(__name__)
 
 
-def plain(row: Row) -> Row:
+def json_safe(row: Row) -> Row:
     """`row` with what JSON cannot say (NaN, infinity) as null."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
-def _drop_torn_line(path: Path) -> None:
+def _truncate_torn_line(path: Path) -> None:
     """Cuts off the line that a killed process has not ended."""
     with open(path, "rb+", opener=no_follow) as file:
         file.truncate(file.read().rfind(b"\n") + 1)
@@ -37,26 +37,26 @@ class JsonLines:
         ConfigError: the file cannot be opened.
         """
         self._path = path
-        self._rest = b""
+        self._unwritten = b""
         """What has not been written yet; its first line may have been written in part."""
 
         self._warned = False
         try:
             if path.exists():
-                _drop_torn_line(path)
+                _truncate_torn_line(path)
             self._file = open(path, "ab", buffering=0, opener=no_follow)  # noqa: SIM115
         except OSError as error:
             reason = f"{path} cannot be opened: {error.strerror}"
             raise ConfigError(Problem("run.output_dir", reason, "Free some space, or take another folder")) from None
 
     def log(self, row: Row) -> None:
-        self._rest += json.dumps(plain(row), allow_nan=False).encode() + b"\n"
+        self._unwritten += json.dumps(json_safe(row), allow_nan=False).encode() + b"\n"
         self._write()
 
     def _write(self) -> None:
         try:
-            while self._rest:
-                self._rest = self._rest[self._file.write(self._rest) or 0 :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
         except OSError as error:
             if not self._warned:
                 log.warning("%s: rows cannot be written: %s. They are kept in memory and tried again; training goes on",
@@ -74,5 +74,5 @@ class JsonLines:
             self._file.close()
         except OSError as error:
             log.warning("%s: not synced: %s", self._path, error.strerror)
-        if self._rest:
-            log.error("%s: the last %d rows are lost", self._path, self._rest.count(b"\n"))
+        if self._unwritten:
+            log.error("%s: the last %d rows are lost", self._path, self._unwritten.count(b"\n"))

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import NOTHING_YET, Progress
+from trainer.checkpoint import NO_PROGRESS, Progress
 from trainer.engine import Engine, Evaluation, StepResult
 from trainer.model import ModelCost, peak_flops
 from trainer.tracking.interface import Row
@@ -44,7 +44,7 @@ class Meter:
     """Tokens of a sequence; attention's FLOPs depend on it."""
 
     attempt: int
-    progress: Progress = NOTHING_YET
+    progress: Progress = NO_PROGRESS
     """How far the run has come."""
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Meter:
     def train_row(self, step: int, epoch: float, result: StepResult, step_tokens: int) -> Row:
         """The row of a logged step; the only place where the host waits for the device."""
         norm = None if result.grad_norm is None else float(result.grad_norm)
-        own: list[Tensor | float] = [
+        local_values: list[Tensor | float] = [
             result.loss_sum,
             result.auxiliary_sum,
             float(result.micro_batches),
@@ -85,10 +85,10 @@ class Meter:
             self._wait / self._steps,
             0.0 if result.idle_share is None else result.idle_share(),
         ]
-        ranks = self.engine.all_gather_scalars(own)
+        values_by_rank = self.engine.all_gather_scalars(local_values)
         seconds = (time.perf_counter() - self._since - self._paused) / self._steps
         per_second = self._tokens_since / self._steps / seconds
-        auxiliary = sum(r[1] for r in ranks) / sum(r[2] for r in ranks)
+        auxiliary = sum(r[1] for r in values_by_rank) / sum(r[2] for r in values_by_rank)
         row: Row = {
             "step": step,
             "split": "train",
@@ -96,20 +96,20 @@ class Meter:
             "epoch": epoch,
             "tokens": self.progress.tokens,
             "samples": self.progress.samples,
-            "loss": sum(r[0] for r in ranks) / step_tokens,
+            "loss": sum(r[0] for r in values_by_rank) / step_tokens,
             "grad_norm": norm,
             "learning_rate": result.learning_rate,
             "step_seconds": seconds,
             "tokens_per_second": per_second,
             "tokens_per_second_per_device": per_second / self.devices,
             "mfu": self._mfu(per_second),
-            "memory_bytes_max": int(max(r[3] for r in ranks)),
-            "data_wait_seconds": max(r[4] for r in ranks),
+            "memory_bytes_max": int(max(r[3] for r in values_by_rank)),
+            "data_wait_seconds": max(r[4] for r in values_by_rank),
         }
         if auxiliary:
             row["auxiliary_loss"] = auxiliary
         if result.idle_share is not None:
-            row["pipeline_bubble"] = sum(r[5] for r in ranks) / len(ranks)
+            row["pipeline_bubble"] = sum(r[5] for r in values_by_rank) / len(values_by_rank)
         self._wait = self._paused = 0.0
         self._steps = self._tokens_since = 0
         self._since = time.perf_counter()

@@ -11,7 +11,7 @@ from trainer.config.paths import has_splits, is_local, matching_files, only_toke
 from trainer.config.rules.table import Draft, rule
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.errors import Problem
-from trainer.run_layout import misplaced
+from trainer.run_layout import layout_problems
 
 
 @rule("data.packing", "data.drop_last")
@@ -123,4 +123,4 @@ def output_can_be_written(draft: Draft) -> Iterator[Problem]:
 @rule("run.output_dir")
 def run_directory_is_writable_in_place(draft: Draft) -> Iterator[Problem]:
     assert draft.run is not None
-    yield from misplaced(Path(draft.run.output_dir).expanduser())
+    yield from layout_problems(Path(draft.run.output_dir).expanduser())

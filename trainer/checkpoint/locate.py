@@ -6,10 +6,16 @@ import logging
 import re
 from pathlib import Path
 
-from trainer.checkpoint.keep import FOLDER, Kept, best_of, checkpoints_in, name_of
+from trainer.checkpoint.retention import (
+    CHECKPOINTS,
+    SavedCheckpoint,
+    best_checkpoints,
+    checkpoint_name,
+    list_checkpoints,
+)
+from trainer.checkpoint_format import is_checkpoint, run_tokenizer_folder, verify_files
 from trainer.config.earlier_versions import stored_run
 from trainer.errors import CheckpointError, ConfigError, Problem
-from trainer.store import is_checkpoint, tokenizer_beside, verify_files
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,7 @@ def model_folder(run: Path, checkpoint: str | None = None) -> Path:
         if not has_final:
             raise CheckpointError(f"{run}: there is no final model: the run has not finished. Take --checkpoint latest")
         return run / FINAL
-    kept, damaged = checkpoints_in(run / FOLDER)
+    kept, damaged = list_checkpoints(run / CHECKPOINTS)
     for error in damaged:
         log.warning("%s", error)
     return _named(run, kept, checkpoint)
@@ -43,7 +49,7 @@ def model_folder(run: Path, checkpoint: str | None = None) -> Path:
 
 def tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer of the weights in a folder is: in it, or beside the run's checkpoints."""
-    return tokenizer_beside(folder) if is_checkpoint(folder) else folder
+    return run_tokenizer_folder(folder) if is_checkpoint(folder) else folder
 
 
 def refuse_run_directory(path: Path) -> None:
@@ -58,20 +64,20 @@ def _refuse_other_folders(run: Path) -> None:
         raise ConfigError(Problem("--run", f"'{run}' is a checkpoint, not the directory of a run", remedy))
     if not run.is_dir():
         raise ConfigError(Problem("--run", f"'{run}' is not a folder", "Give the run.output_dir of a run"))
-    if not (run / FOLDER).is_dir() and not (run / FINAL).is_dir():
+    if not (run / CHECKPOINTS).is_dir() and not (run / FINAL).is_dir():
         has_model = (run / "config.json").is_file()
         remedy = f"Give --path {run}" if has_model else "Give the run.output_dir of a run"
         raise ConfigError(Problem("--run", f"'{run}' has neither a final model nor checkpoints", remedy))
 
 
-def _named(run: Path, kept: list[Kept], checkpoint: str) -> Path:
+def _named(run: Path, kept: list[SavedCheckpoint], checkpoint: str) -> Path:
     if checkpoint == "latest":
-        return _newest_sound(run, kept)
+        return _newest_valid(run, kept)
     step = _STEP.fullmatch(checkpoint)
     if checkpoint == "best":
-        chosen = best_of(kept)
+        chosen = best_checkpoints(kept)
     elif step is not None:
-        chosen = [one for one in kept if one.folder.name == name_of(int(step[1]))]
+        chosen = [one for one in kept if one.folder.name == checkpoint_name(int(step[1]))]
     else:
         raise ConfigError(Problem("--checkpoint", f"expected latest, best, final or step-N, got '{checkpoint}'"))
     if not chosen:
@@ -82,7 +88,7 @@ def _named(run: Path, kept: list[Kept], checkpoint: str) -> Path:
     return chosen[0].folder
 
 
-def _newest_sound(run: Path, kept: list[Kept]) -> Path:
+def _newest_valid(run: Path, kept: list[SavedCheckpoint]) -> Path:
     for one in kept:
         try:
             verify_files(one.folder, one.manifest)

@@ -14,23 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.checkpoint_format import (
+    LARGEST_FILE,
+    MANIFEST,
+    Dims,
+    FileIndex,
+    FileRecord,
+    Manifest,
+    StoredTensor,
+    Tensors,
+    WriteItem,
+    split_into_files,
+    write_items_file,
+)
 from trainer.distributed import JOIN_PATIENCE
 from trainer.engine import TensorChunk
 from trainer.errors import CheckpointError
 from trainer.files import hash_file, replace_folder, replace_text
-from trainer.store import (
-    LARGEST_FILE,
-    MANIFEST,
-    Entry,
-    Index,
-    Manifest,
-    Place,
-    Stored,
-    Tensors,
-    Written,
-    in_files,
-    write_file,
-)
 
 PARTIAL = ".{}.partial"
 """Name of a folder whose checkpoint is not complete."""
@@ -42,7 +42,7 @@ class Staging:
     """Host memory for a copy of the state; it is kept from one save to the next, pinned where there is a GPU."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str, Place], Tensor] = {}
+        self._buffers: dict[tuple[str, str, Dims], Tensor] = {}
 
     def copies(self, pieces: Iterable[TensorChunk]) -> Iterator[TensorChunk]:
         """The pieces, with copies in place of views of what is trained."""
@@ -52,7 +52,7 @@ class Staging:
         yield from copied
 
     def _copy(self, piece: TensorChunk) -> Tensor:
-        key = piece.name, piece.kind, piece.start
+        key = piece.name, piece.role, piece.start
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != piece.view.shape or buffer.dtype != piece.view.dtype:
             buffer = torch.empty(piece.view.shape, dtype=piece.view.dtype, pin_memory=piece.view.is_cuda)
@@ -60,17 +60,17 @@ class Staging:
         return buffer.copy_(piece.view.detach(), non_blocking=True)
 
 
-def entries_of(pieces: Iterable[TensorChunk]) -> list[Entry]:
+def make_write_items(pieces: Iterable[TensorChunk]) -> list[WriteItem]:
     """The pieces as entries of files."""
-    return in_order(Entry(p.name, p.kind, p.shape, p.start, p.view) for p in pieces)
+    return sort_by_element_size(WriteItem(p.name, p.role, p.shape, p.start, p.view) for p in pieces)
 
 
-def in_order(entries: Iterable[Entry]) -> list[Entry]:
+def sort_by_element_size(entries: Iterable[WriteItem]) -> list[WriteItem]:
     """Those of larger elements first, so that all are aligned in their files."""
     return sorted(entries, key=lambda entry: -entry.tensor.element_size())
 
 
-class Folder:
+class CheckpointWriter:
     """The folder of a checkpoint that is being written by all ranks of a group."""
 
     def __init__(self, path: Path, rank: int, group: Any = None, *, advance: Callable[[], None] = lambda: None) -> None:
@@ -79,10 +79,10 @@ class Folder:
         """
         self._path, self._rank, self._group, self._advance = path, rank, group, advance
         self._partial = path.with_name(PARTIAL.format(path.name))
-        self.written: list[Written] = []
+        self.written: list[FileRecord] = []
         """This rank's files."""
 
-    def write(self, entries: Sequence[Entry], manifest: Manifest, largest: int = LARGEST_FILE) -> Manifest:
+    def write(self, entries: Sequence[WriteItem], manifest: Manifest, largest: int = LARGEST_FILE) -> Manifest:
         """Writes this rank's entries, and on the first rank, once all have, the manifest; then gives the folder its
         name. On all ranks.
 
@@ -90,14 +90,14 @@ class Folder:
             CheckpointError: on all ranks, if one of them could not write, or elements are missing or written twice.
         """
         self._agree(self._begin)
-        written: list[tuple[Written, Index]] = []
+        written: list[tuple[FileRecord, FileIndex]] = []
 
         def write() -> None:
-            for number, together in enumerate(in_files(entries, largest)):
+            for number, together in enumerate(split_into_files(entries, largest)):
                 name = (
                     f"rank-{self._rank:05}.safetensors" if not number else f"rank-{self._rank:05}-{number}.safetensors"
                 )
-                written.append(write_file(self._partial / name, together))
+                written.append(write_items_file(self._partial / name, together))
                 self._advance()
 
         self._agree(write)
@@ -110,7 +110,9 @@ class Folder:
         def commit() -> None:
             nonlocal complete
             files = list(itertools.chain.from_iterable(gathered))
-            complete = replace(manifest, files=tuple(file for file, _ in files), tensors=_joined(i for _, i in files))
+            complete = replace(
+                manifest, files=tuple(file for file, _ in files), tensors=_merge_indices(i for _, i in files)
+            )
             replace_text(self._partial / MANIFEST, complete.to_json())
             replace_folder(self._partial, self._path)  # from now on there is a checkpoint
 
@@ -146,7 +148,7 @@ class Folder:
             raise CheckpointError(f"{self._path} was not written: {'; '.join(found)}")
 
 
-def _joined(indices: Iterable[Index]) -> Tensors:
+def _merge_indices(indices: Iterable[FileIndex]) -> Tensors:
     """The boxes of all files by tensor.
 
     Raises:
@@ -154,50 +156,50 @@ def _joined(indices: Iterable[Index]) -> Tensors:
     """
     found: dict[tuple[str, str], list[Any]] = defaultdict(list)
     known: dict[tuple[str, str], tuple[Any, ...]] = {}
-    for name, kind, shape, dtype, box in itertools.chain.from_iterable(indices):
-        if known.setdefault((name, kind), (shape, dtype)) != (shape, dtype):
-            raise CheckpointError(f"{kind} of {name} has another shape or type on another rank: a bug in Tessera")
-        found[name, kind].append(box)
+    for name, role, shape, dtype, chunk in itertools.chain.from_iterable(indices):
+        if known.setdefault((name, role), (shape, dtype)) != (shape, dtype):
+            raise CheckpointError(f"{role} of {name} has another shape or type on another rank: a bug in Tessera")
+        found[name, role].append(chunk)
     tensors = {}
-    for key, boxes in found.items():
+    for key, chunks in found.items():
         shape, dtype = known[key]
-        tensors[key] = Stored(shape, dtype, tuple(boxes))
-    for (name, kind), stored in tensors.items():
-        refuse_wrong_cover(f"{kind} of {name}", stored)
+        tensors[key] = StoredTensor(shape, dtype, tuple(chunks))
+    for (name, role), stored in tensors.items():
+        refuse_incomplete_coverage(f"{role} of {name}", stored)
     return tensors
 
 
-def refuse_wrong_cover(what: str, stored: Stored) -> None:
+def refuse_incomplete_coverage(what: str, stored: StoredTensor) -> None:
     """Looks whether the boxes cover the tensor, each element once.
 
     Raises:
         CheckpointError: if they do not.
     """
-    covered = sum(box.numbers for box in stored.boxes)
+    covered = sum(chunk.numbers for chunk in stored.chunks)
     if covered != stored.numbers:
         raise CheckpointError(f"{what}: {covered} elements for a tensor of {stored.numbers}")
     inside = all(
         a >= 0 and a + n <= whole
-        for b in stored.boxes
+        for b in stored.chunks
         for a, n, whole in zip(b.start, b.size, stored.shape, strict=True)
     )
-    if not inside or _overlap(stored):
+    if not inside or _has_overlap(stored):
         raise CheckpointError(f"{what}: its parts overlap, or lie outside of it")
 
 
-def _overlap(stored: Stored) -> bool:
+def _has_overlap(stored: StoredTensor) -> bool:
     """Whether two boxes share an element; those that lie apart along the first dimension are never compared."""
-    boxes = sorted(stored.boxes, key=lambda box: box.start)
-    for place, box in enumerate(boxes):
-        for other in itertools.islice(boxes, place + 1, None):
-            if stored.shape and other.start[0] >= box.start[0] + box.size[0]:
+    chunks = sorted(stored.chunks, key=lambda chunk: chunk.start)
+    for place, chunk in enumerate(chunks):
+        for other in itertools.islice(chunks, place + 1, None):
+            if stored.shape and other.start[0] >= chunk.start[0] + chunk.size[0]:
                 break
-            if box.overlap(other.start, other.size):
+            if chunk.overlap(other.start, other.size):
                 return True
     return False
 
 
-def first_gloo_group() -> Any:
+def checkpoint_group() -> Any:
     """A group of all ranks for host memory, for checkpoints alone: a thread may use it while training goes on.
 
     Its collectives wait for the slowest rank's files, and for their way to an object store.

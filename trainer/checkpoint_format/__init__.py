@@ -37,31 +37,31 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' words for types."""
 
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: word for word, dtype in DTYPES.items()}
 _ALIGNMENT = 64
-_CHUNK = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
-Place = tuple[int, ...]
+Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Box:
+class Chunk:
     """Where a part of a whole tensor lies."""
 
     file: str
     offset: int
     """First byte in the file."""
 
-    start: Place
+    start: Dims
     """First element in the whole tensor."""
 
-    size: Place
+    size: Dims
 
     @property
     def numbers(self) -> int:
         return math.prod(self.size)
 
-    def overlap(self, start: Place, size: Place) -> tuple[Place, Place] | None:
+    def overlap(self, start: Dims, size: Dims) -> tuple[Dims, Dims] | None:
         """(start, size) of what it shares with another box of the same tensor; None if nothing."""
         first = tuple(map(max, self.start, start))
         end = tuple(min(a + b, c + d) for a, b, c, d in zip(self.start, self.size, start, size, strict=True))
@@ -70,12 +70,12 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A whole tensor in a checkpoint."""
 
-    shape: Place
+    shape: Dims
     dtype: str
-    boxes: tuple[Box, ...]
+    chunks: tuple[Chunk, ...]
 
     @property
     def numbers(self) -> int:
@@ -83,7 +83,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Written:
+class FileRecord:
     """A file that is complete."""
 
     name: str
@@ -93,10 +93,10 @@ class Written:
 
 
 WEIGHT, BUFFER = "weight", "buffer"
-MODEL_KINDS = (WEIGHT, BUFFER)
+MODEL_ROLES = (WEIGHT, BUFFER)
 """Kinds of tensors beside the optimizer's state, whose kinds are its own words (`exp_avg`, ...)."""
 
-Tensors = dict[tuple[str, str], Stored]
+Tensors = dict[tuple[str, str], StoredTensor]
 """By (name, kind): kind is `weight`, `buffer`, or a word of the optimizer's."""
 
 
@@ -132,7 +132,7 @@ class Manifest:
     numbers: Mapping[str, Any]
     """The engine's counters, loss scale, and what its optimizer keeps beside tensors."""
 
-    files: tuple[Written, ...]
+    files: tuple[FileRecord, ...]
     tensors: Tensors = field(repr=False)
 
     @property
@@ -144,10 +144,12 @@ class Manifest:
         plain = {key: value for key, value in vars(self).items() if key not in ("files", "tensors")}
         number = {file.name: place for place, file in enumerate(self.files)}
         tensors: dict[str, dict[str, Any]] = {}
-        for (name, kind), stored in self.tensors.items():
-            boxes = [[number[box.file], box.offset, list(box.start), list(box.size)] for box in stored.boxes]
-            entry = {"dtype": stored.dtype, "shape": list(stored.shape), "boxes": boxes}
-            tensors.setdefault(name, {})[kind] = entry
+        for (name, role), stored in self.tensors.items():
+            chunks = [
+                [number[chunk.file], chunk.offset, list(chunk.start), list(chunk.size)] for chunk in stored.chunks
+            ]
+            entry = {"dtype": stored.dtype, "shape": list(stored.shape), "boxes": chunks}
+            tensors.setdefault(name, {})[role] = entry
         body = {"format": FORMAT, **plain, "files": [asdict(file) for file in self.files], "tensors": tensors}
         return json.dumps({"checksum": checksum(body), **body}, indent=None, separators=(",", ":"))
 
@@ -162,7 +164,7 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def tokenizer_beside(folder: Path) -> Path:
+def run_tokenizer_folder(folder: Path) -> Path:
     """Where the run that wrote a checkpoint keeps its tokenizer."""
     checkpoints = folder.absolute().parent
     if checkpoints.name.startswith("attempt-"):  # left aside by a later attempt
@@ -184,7 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: format {body['format']}, and this version of Tessera reads {FORMAT}")
         if given != checksum(body):
             raise CheckpointError(f"{path}: damaged: its contents do not have the checksum that it gives")
-        return _parsed(body)
+        return _parse(body)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no checkpoint: it has no {MANIFEST}") from None
     except OSError as error:
@@ -196,30 +198,32 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def _parsed(body: dict[str, Any]) -> Manifest:
+def _parse(body: dict[str, Any]) -> Manifest:
     del body["format"]
-    files = tuple(Written(**entry) for entry in body.pop("files"))
+    files = tuple(FileRecord(**entry) for entry in body.pop("files"))
     for file in files:
         if PurePath(file.name).name != file.name or file.name in ("", ".", ".."):
             raise ValueError(f"{file.name!r} is not the name of a file in the folder")
     for key in ("step", "attempt", "tokens", "samples"):
-        _refuse_no_count(body[key])
+        _require_counts(body[key])
     for key in ("losses", "config", "about", "model", "data", "numbers"):
         if not isinstance(body[key], dict):
             raise ValueError(f"{key} is not an object")
     tensors: Tensors = {}
     for name, kinds in body.pop("tensors").items():
-        for kind, entry in kinds.items():
+        for role, entry in kinds.items():
             shape, dtype = tuple(entry["shape"]), entry["dtype"]
-            boxes = tuple(Box(files[n].name, at, tuple(start), tuple(size)) for n, at, start, size in entry["boxes"])
-            _refuse_no_count(*shape, *(n for box in boxes for n in (box.offset, *box.start, *box.size)))
-            if dtype not in DTYPES or any(len(part) != len(shape) for box in boxes for part in (box.start, box.size)):
-                raise ValueError(f"{kind} of {name} is no tensor")
-            tensors[name, kind] = Stored(shape, dtype, boxes)
+            chunks = tuple(Chunk(files[n].name, at, tuple(start), tuple(size)) for n, at, start, size in entry["boxes"])
+            _require_counts(*shape, *(n for chunk in chunks for n in (chunk.offset, *chunk.start, *chunk.size)))
+            if dtype not in DTYPES or any(
+                len(part) != len(shape) for chunk in chunks for part in (chunk.start, chunk.size)
+            ):
+                raise ValueError(f"{role} of {name} is no tensor")
+            tensors[name, role] = StoredTensor(shape, dtype, chunks)
     return Manifest(**body, files=files, tensors=tensors)
 
 
-def _refuse_no_count(*numbers: Any) -> None:
+def _require_counts(*numbers: Any) -> None:
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise ValueError(f"{number!r} is no count")
@@ -229,36 +233,36 @@ def _refuse_no_count(*numbers: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
+class WriteItem:
     """A tensor that is to be written, or has been."""
 
     name: str
-    kind: str
-    shape: Place
+    role: str
+    shape: Dims
     """Of the whole tensor."""
 
-    start: Place
+    start: Dims
     tensor: Tensor
     """The box's elements, on any device."""
 
     @property
     def key(self) -> str:
         """Its name in the file: what it is, and which box of it."""
-        box = ",".join(f"{a}:{a + b}" for a, b in zip(self.start, self.tensor.shape, strict=True))
-        return f"{self.kind}/{self.name}[{box}]"
+        chunk = ",".join(f"{a}:{a + b}" for a, b in zip(self.start, self.tensor.shape, strict=True))
+        return f"{self.role}/{self.name}[{chunk}]"
 
     @property
     def bytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
 
-Index = list[tuple[str, str, Place, str, Box]]
+FileIndex = list[tuple[str, str, Dims, str, Chunk]]
 """(name, kind, whole shape, type, box) of what a file holds."""
 
 
-def in_files(entries: Iterable[Entry], largest: int = LARGEST_FILE) -> Iterator[list[Entry]]:
+def split_into_files(entries: Iterable[WriteItem], largest: int = LARGEST_FILE) -> Iterator[list[WriteItem]]:
     """The entries, for files of at most so many bytes; one that is larger gets a file of its own."""
-    together: list[Entry] = []
+    together: list[WriteItem] = []
     size = 0
     for entry in entries:
         if together and size + entry.bytes > largest:
@@ -270,21 +274,21 @@ def in_files(entries: Iterable[Entry], largest: int = LARGEST_FILE) -> Iterator[
         yield together
 
 
-def write_file(path: Path, entries: list[Entry]) -> tuple[Written, Index]:
+def write_items_file(path: Path, entries: list[WriteItem]) -> tuple[FileRecord, FileIndex]:
     """Writes a safetensors file, tensor by tensor: host memory is one tensor's. It is on the disk when this returns.
 
     Raises:
         OSError: if the disk is full, or the folder cannot be written.
     """
     written, offsets = write_safetensors(path, [(entry.key, entry.tensor) for entry in entries])
-    index: Index = []
+    index: FileIndex = []
     for entry, at in zip(entries, offsets, strict=True):
-        box = Box(path.name, at, entry.start, tuple(entry.tensor.shape))
-        index.append((entry.name, entry.kind, entry.shape, _WORDS[entry.tensor.dtype], box))
+        chunk = Chunk(path.name, at, entry.start, tuple(entry.tensor.shape))
+        index.append((entry.name, entry.role, entry.shape, _DTYPE_NAMES[entry.tensor.dtype], chunk))
     return written, index
 
 
-def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tuple[Written, list[int]]:
+def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tuple[FileRecord, list[int]]:
     """Write named tensors in the given order into one safetensors file, and sync it.
 
     Host memory is one tensor's; the file's mode follows the umask.
@@ -299,28 +303,32 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tupl
     at = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     begin = 8 + len(text)
-    hashed = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     with path.open("wb", buffering=0) as file:
-        _write(file, len(text).to_bytes(8, "little") + text, hashed)
+        _write(file, len(text).to_bytes(8, "little") + text, hasher)
         for _, tensor in tensors:
             host = tensor.detach().to("cpu").contiguous()
-            _write(file, memoryview(host.view(-1).view(torch.uint8).numpy().data) if host.numel() else b"", hashed)
+            _write(file, memoryview(host.view(-1).view(torch.uint8).numpy().data) if host.numel() else b"", hasher)
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # whoever verifies it reads the disk
     offsets = [begin + header[name]["data_offsets"][0] for name, _ in tensors]
-    return Written(path.name, begin + at, hashed.hexdigest()), offsets
+    return FileRecord(path.name, begin + at, hasher.hexdigest()), offsets
 
 
-def _write(file: Any, data: bytes | memoryview, hashed: Any) -> None:
-    hashed.update(data)
+def _write(file: Any, data: bytes | memoryview, hasher: Any) -> None:
+    hasher.update(data)
     view = memoryview(data)
     while view:
-        view = view[file.write(view[:_CHUNK]) :]
+        view = view[file.write(view[:_BLOCK_BYTES]) :]
 
 
 def verify_sizes(folder: Path, manifest: Manifest) -> None:
@@ -341,7 +349,7 @@ def verify_sizes(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: damaged: {size} bytes, and {file.bytes} were written")
 
 
-def verify_files(folder: Path, manifest: Manifest, files: Iterable[Written] | None = None) -> None:
+def verify_files(folder: Path, manifest: Manifest, files: Iterable[FileRecord] | None = None) -> None:
     """Reads files of a checkpoint, all by default, and compares them with what its manifest says.
 
     Raises:
@@ -358,22 +366,22 @@ def verify_files(folder: Path, manifest: Manifest, files: Iterable[Written] | No
             raise CheckpointError(f"{path}: damaged: not the bytes that were written (its hash differs)")
 
 
-class Files:
+class ChunkReader:
     """The boxes of a checkpoint, in files that are mapped into memory: what is not asked for is not read."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._maps: dict[str, mmap.mmap] = {}
 
-    def box(self, box: Box, dtype: str) -> Tensor:
+    def chunk(self, chunk: Chunk, dtype: str) -> Tensor:
         """A box's elements. Not to be written to."""
-        kind = DTYPES[dtype]
-        if not box.numbers:
-            return torch.empty(box.size, dtype=kind)
-        data = self._mapped(box.file)
-        if box.offset < 0 or box.numbers < 0 or box.offset + box.numbers * kind.itemsize > len(data):
-            raise CheckpointError(f"{self._folder / box.file}: damaged: the manifest points behind its end")
-        return torch.frombuffer(data, dtype=kind, count=box.numbers, offset=box.offset).view(box.size)
+        role = DTYPES[dtype]
+        if not chunk.numbers:
+            return torch.empty(chunk.size, dtype=role)
+        data = self._mapped(chunk.file)
+        if chunk.offset < 0 or chunk.numbers < 0 or chunk.offset + chunk.numbers * role.itemsize > len(data):
+            raise CheckpointError(f"{self._folder / chunk.file}: damaged: the manifest points behind its end")
+        return torch.frombuffer(data, dtype=role, count=chunk.numbers, offset=chunk.offset).view(chunk.size)
 
     def _mapped(self, name: str) -> mmap.mmap:
         if name not in self._maps:
@@ -381,18 +389,18 @@ class Files:
                 self._maps[name] = _map(file)
         return self._maps[name]
 
-    def read(self, stored: Stored, start: Place, into: Tensor) -> int:
+    def read(self, stored: StoredTensor, start: Dims, into: Tensor) -> int:
         """Fills `into` with the box of a whole tensor that begins at `start`. Returns how many elements were found."""
         found = 0
         size = tuple(into.shape)
-        for box in stored.boxes:
-            shared = box.overlap(start, size)
+        for chunk in stored.chunks:
+            shared = chunk.overlap(start, size)
             if shared is None:
                 continue
             first, length = shared
             here = tuple(slice(a - b, a - b + n) for a, b, n in zip(first, start, length, strict=True))
-            there = tuple(slice(a - b, a - b + n) for a, b, n in zip(first, box.start, length, strict=True))
-            into[here].copy_(self.box(box, stored.dtype)[there])
+            there = tuple(slice(a - b, a - b + n) for a, b, n in zip(first, chunk.start, length, strict=True))
+            into[here].copy_(self.chunk(chunk, stored.dtype)[there])
             found += math.prod(length)
         return found
 

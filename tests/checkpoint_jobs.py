@@ -15,9 +15,9 @@ import torch
 
 from launch.train import train
 from tests.runs import _loaded, _place
-from trainer import store
-from trainer.checkpoint import Checkpoints, Progress
-from trainer.checkpoint import save as saving
+from trainer import checkpoint_format
+from trainer.checkpoint import Checkpoints, Progress, writer
+from trainer.checkpoint_format import ChunkReader, read_manifest
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
@@ -26,13 +26,12 @@ from trainer.fault_tolerance import StopRequests
 from trainer.model import build_model, build_model_shape, describe_model
 from trainer.pipeline import assign_stages
 from trainer.run_directory import RunDirectory
-from trainer.store import Files, read_manifest
 
 Losses = dict[int, float]
 """By step."""
 
 
-def go_on(
+def train_and_save(
     config: dict[str, Any],
     last: int,
     saves: tuple[int, ...] = (),
@@ -45,28 +44,28 @@ def go_on(
     Args:
         saves: steps behind which the state is saved; if the first of them is where the run begins, before any other.
         frozen: name of a weight that is not trained.
-        kill: at this event of writing a checkpoint, counted from 1, dies a rank of `victims`; see `dying`.
+        kill: at this event of writing a checkpoint, counted from 1, dies a rank of `victims`; see `kill_at_event`.
     """
     launch = Launch.from_environment()
     with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
-        return _go_on(launch, world, config, last, saves, kill, victims, frozen)
+        return _train_and_save(launch, world, config, last, saves, kill, victims, frozen)
 
 
-def several(jobs: list[tuple[Any, ...]]) -> list[Any]:
-    """What `go_on` returns for each job, or the status and message of the error that it raises; all in one world."""
+def run_jobs(jobs: list[tuple[Any, ...]]) -> list[Any]:
+    """What `train_and_save` returns for each job, or the status and message of the error raised; all in one world."""
     launch = Launch.from_environment()
     config = jobs[0][0]
     found: list[Any] = []
     with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
         for job in jobs:
             try:
-                found.append(_go_on(launch, world, *job))
+                found.append(_train_and_save(launch, world, *job))
             except TesseraError as error:
                 found.append((error.exit_status, str(error)))
     return found
 
 
-def _go_on(
+def _train_and_save(
     launch: Launch, world: World, config: dict[str, Any], last: int, saves: tuple[int, ...] = (),
     kill: int | None = None, victims: Any = (), frozen: str = "",
 ) -> Losses:  # fmt: skip
@@ -83,7 +82,7 @@ def _go_on(
     progress = checkpoints.restore(engine)
     batches.train.go_on_after(progress.step, progress.samples)
     if kill is not None and launch.rank in victims:
-        dying(kill)
+        kill_at_event(kill)
     losses: Losses = {}
     if progress.step in saves:
         checkpoints.save(engine, progress, {})
@@ -99,15 +98,15 @@ def _go_on(
     return losses
 
 
-def halted(config: dict[str, Any]) -> list[str]:
+def train_until_halted(config: dict[str, Any]) -> list[str]:
     """Trains as the command does, on a slow disk, until training halts; what the run's checkpoints are just then."""
-    write_file = saving.write_file
+    write_items_file = writer.write_items_file
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(2)
-        return write_file(*arguments)
+        return write_items_file(*arguments)
 
-    saving.write_file = slowly
+    writer.write_items_file = slowly
     launch = Launch.from_environment()
     try:
         train(_loaded(config, launch.world), launch, StopRequests(launch.rank))
@@ -116,17 +115,17 @@ def halted(config: dict[str, Any]) -> list[str]:
     raise AssertionError("it did not halt")
 
 
-def disconnected(config: dict[str, Any]) -> Losses:
+def train_disconnected(config: dict[str, Any]) -> Losses:
     """Trains and saves while the ranks' writing threads cannot reach each other."""
 
     def write(*_: Any) -> Any:
         raise RuntimeError("connection reset by peer")
 
-    saving.Folder.write = write  # type: ignore[method-assign]
-    return go_on(config, 4, (1, 2))
+    writer.CheckpointWriter.write = write  # type: ignore[method-assign]
+    return train_and_save(config, 4, (1, 2))
 
 
-def dying(at: int) -> Callable[[], int]:
+def kill_at_event(at: int) -> Callable[[], int]:
     """Lets this process be killed at the `at`-th time that it is about to write, sync, rename or delete something of a
     checkpoint. Returns what tells how often that has been."""
     events = 0
@@ -141,23 +140,23 @@ def dying(at: int) -> Callable[[], int]:
 
         return calls
 
-    calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (store, "_write")]
-    for holder, name in (*calls, (saving, "replace_text"), (saving, "write_file")):
+    calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (checkpoint_format, "_write")]
+    for holder, name in (*calls, (writer, "replace_text"), (writer, "write_items_file")):
         setattr(holder, name, counted(getattr(holder, name)))
     return lambda: events
 
 
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by `kind/name`."""
-    manifest, files = read_manifest(folder), Files(folder)
+    manifest, files = read_manifest(folder), ChunkReader(folder)
     state = {}
     for (name, kind), stored in manifest.tensors.items():
-        whole = torch.full(stored.shape, 7, dtype=store.DTYPES[stored.dtype])
+        whole = torch.full(stored.shape, 7, dtype=checkpoint_format.DTYPES[stored.dtype])
         assert files.read(stored, (0,) * whole.ndim, whole) == whole.numel()
         state[f"{kind}/{name}"] = whole
     return state
 
 
-def numbers_in(folder: Path) -> dict[str, Any]:
+def scalar_state_in(folder: Path) -> dict[str, Any]:
     """What is no tensor, of the engine."""
     return dict(json.loads(json.dumps(dict(read_manifest(folder).numbers))))

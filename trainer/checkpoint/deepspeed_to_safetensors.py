@@ -1,6 +1,6 @@
 """Makes safetensors of the fp32 weights in a checkpoint of DeepSpeed's, whatever else its pickles would like to run.
 
-    python tensors_only.py FOLDER OUT.safetensors
+    python deepspeed_to_safetensors.py FOLDER OUT.safetensors
 
 A script for a process of its own. torch's unpickler is told to make nothing but tensors and plain values; what is of
 DeepSpeed's own types, such as its loss scaler, becomes an empty object, and anything else ends the process.

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from trainer.checkpoint.keep import FOLDER, Kept, checkpoints_in, search_folder
 from trainer.checkpoint.remote import Remote, is_remote
+from trainer.checkpoint.retention import CHECKPOINTS, SavedCheckpoint, list_checkpoints, search_folder
+from trainer.checkpoint_format import read_manifest, verify_sizes
 from trainer.config import LoadedConfig
 from trainer.errors import CheckpointError
-from trainer.run_directory import refuse_another_run, refuse_fewer_steps
-from trainer.store import read_manifest, verify_sizes
+from trainer.run_directory import refuse_checkpoint_past_end, refuse_identity_change
 
 log = logging.getLogger(__name__)
 
 
-def resumed_checkpoint(loaded: LoadedConfig) -> Kept | None:
+def preview_resume(loaded: LoadedConfig) -> SavedCheckpoint | None:
     """The checkpoint that `loaded` resumes from; None if it starts from the beginning, or from a copy elsewhere.
 
     Of the checkpoint its manifest is read, and its files are there with their sizes; hashes are verified when the run
@@ -33,28 +33,28 @@ def resumed_checkpoint(loaded: LoadedConfig) -> Kept | None:
             raise CheckpointError(f"{place.place}: there is no checkpoint")
         return None
     output = Path(loaded.config.run.output_dir).expanduser()
-    found = _newest(output / FOLDER) if resume == "auto" else _named(Path(resume).expanduser())
+    found = _newest(output / CHECKPOINTS) if resume == "auto" else _named(Path(resume).expanduser())
     if found is None:
         return None
-    refuse_another_run(found.manifest.config, loaded, str(found.folder))
-    refuse_fewer_steps(loaded, found.manifest.step, str(found.folder))
+    refuse_identity_change(found.manifest.config, loaded, str(found.folder))
+    refuse_checkpoint_past_end(loaded, found.manifest.step, str(found.folder))
     return found
 
 
-def _named(path: Path) -> Kept:
+def _named(path: Path) -> SavedCheckpoint:
     folder = search_folder(path)
     if folder is None:
         manifest = read_manifest(path)
         verify_sizes(path, manifest)
-        return Kept(path, manifest)
+        return SavedCheckpoint(path, manifest)
     if (found := _newest(folder)) is None:
         raise CheckpointError(f"{folder}: there is no sound checkpoint to resume from")
     return found
 
 
-def _newest(folder: Path) -> Kept | None:
+def _newest(folder: Path) -> SavedCheckpoint | None:
     """The newest checkpoint whose files have their sizes."""
-    kept, damaged = checkpoints_in(folder)
+    kept, damaged = list_checkpoints(folder)
     for one in kept:
         try:
             verify_sizes(one.folder, one.manifest)

@@ -11,31 +11,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.save import DELETED
+from trainer.checkpoint.writer import DELETED
+from trainer.checkpoint_format import MANIFEST, Manifest, read_manifest
 from trainer.config.schema import CheckpointSection
 from trainer.errors import CheckpointError
 from trainer.files import replace_text
-from trainer.store import MANIFEST, Manifest, read_manifest
 
 log = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 """In the run directory."""
 
 LATEST, BEST = "latest", "best"
-EVALUATED = "evaluated_samples"
+EVALUATED_SAMPLES = "evaluated_samples"
 """Key of a manifest's `about`: see `Kept.evaluated`."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     """The folder of a step's checkpoint."""
     return f"step-{step:08}"
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedCheckpoint:
     """A checkpoint that is there, as far as its manifest says."""
 
     folder: Path
@@ -52,31 +52,31 @@ class Kept:
         return self.manifest.losses.get("validation")
 
     @property
-    def evaluated(self) -> list[int] | None:
+    def evaluated_samples(self) -> list[int] | None:
         """Validation samples of each source that `loss` is the mean over; None if an earlier version wrote it."""
-        samples: list[int] | None = self.manifest.about.get(EVALUATED)
+        samples: list[int] | None = self.manifest.about.get(EVALUATED_SAMPLES)
         return samples
 
-    def is_comparable(self, evaluated: Sequence[int] | None) -> bool:
-        """Whether `loss` is over the samples that `evaluated` counts.
+    def is_comparable(self, evaluated_samples: Sequence[int] | None) -> bool:
+        """Whether `loss` is over the samples that `evaluated_samples` counts.
 
         Earlier versions chose others where there are several sources and `evaluation.max_batches`.
         """
-        if self.evaluated is not None and evaluated is not None:
-            return self.evaluated == list(evaluated)
+        if self.evaluated_samples is not None and evaluated_samples is not None:
+            return self.evaluated_samples == list(evaluated_samples)
         config = self.manifest.config
         has_limit = config.get("evaluation", {}).get("max_batches") is not None
-        return self.evaluated is evaluated or not (has_limit and len(config["data"]["validation"]) > 1)
+        return self.evaluated_samples is evaluated_samples or not (has_limit and len(config["data"]["validation"]) > 1)
 
 
-def checkpoints_in(folder: Path) -> tuple[list[Kept], list[CheckpointError]]:
+def list_checkpoints(folder: Path) -> tuple[list[SavedCheckpoint], list[CheckpointError]]:
     """The checkpoints in a folder, newest first, and what is wrong with those whose manifest is damaged."""
     kept, damaged = [], []
     names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
     for name in names:
         if _NAME.fullmatch(name) and (folder / name).is_dir():
             try:
-                kept.append(Kept(folder / name, read_manifest(folder / name)))
+                kept.append(SavedCheckpoint(folder / name, read_manifest(folder / name)))
             except CheckpointError as error:
                 damaged.append(error)
     return sorted(kept, key=lambda one: one.order, reverse=True), damaged
@@ -92,33 +92,33 @@ def search_folder(path: Path) -> Path | None:
         raise CheckpointError(f"checkpoint.resume: {path} is not there")
     if (path / MANIFEST).exists():
         return None
-    if (path / FOLDER).is_dir():
-        return path / FOLDER
-    return path if checkpoints_in(path)[0] else None
+    if (path / CHECKPOINTS).is_dir():
+        return path / CHECKPOINTS
+    return path if list_checkpoints(path)[0] else None
 
 
-def best_of(kept: Sequence[Kept], count: int = 1) -> list[Kept]:
+def best_checkpoints(kept: Sequence[SavedCheckpoint], count: int = 1) -> list[SavedCheckpoint]:
     """Those of the lowest held-out loss, of all that were evaluated at their step; of equal ones the older.
 
     Only losses over the same samples as the newest one are compared.
     """
     measured = [one for one in kept if one.loss is not None and math.isfinite(one.loss)]
     if measured:
-        evaluated = max(measured, key=lambda one: one.order).evaluated
-        measured = [one for one in measured if one.is_comparable(evaluated)]
+        evaluated_samples = max(measured, key=lambda one: one.order).evaluated_samples
+        measured = [one for one in measured if one.is_comparable(evaluated_samples)]
     return sorted(measured, key=lambda one: (one.loss, one.order))[:count]
 
 
-def point(folder: Path) -> None:
+def update_pointers(folder: Path) -> None:
     """Writes the names of the newest and the best checkpoint into `latest` and `best`."""
-    kept, _ = checkpoints_in(folder)
-    best = best_of(kept)
+    kept, _ = list_checkpoints(folder)
+    best = best_checkpoints(kept)
     for name, found in ((LATEST, kept[:1]), (BEST, best)):
         if found:
             replace_text(folder / name, found[0].folder.name + "\n")
 
 
-def superfluous(kept: Sequence[Kept], section: CheckpointSection) -> list[Kept]:
+def expired(kept: Sequence[SavedCheckpoint], section: CheckpointSection) -> list[SavedCheckpoint]:
     """Those that the retention rules let go. Newest first.
 
     Args:
@@ -126,12 +126,12 @@ def superfluous(kept: Sequence[Kept], section: CheckpointSection) -> list[Kept]:
     """
     if section.keep_last is None:
         return []
-    staying = {one.folder for one in (*kept[: section.keep_last], *best_of(kept, section.keep_best))}
+    staying = {one.folder for one in (*kept[: section.keep_last], *best_checkpoints(kept, section.keep_best))}
     every = section.keep_every_steps
     return [one for one in kept if one.folder not in staying and not (every and one.manifest.step % every == 0)]
 
 
-def delete(folder: Path) -> None:
+def delete_checkpoint(folder: Path) -> None:
     """Deletes a checkpoint: first its name, so that no half of it is ever taken for one."""
     doomed = folder.with_name(DELETED.format(folder.name))
     shutil.rmtree(doomed, ignore_errors=True)
@@ -139,14 +139,14 @@ def delete(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
+def partial_folders(folder: Path) -> Iterator[Path]:
     """What killed runs have left: folders half written or half deleted."""
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         if name.startswith(".step-") and name.endswith((".partial", ".deleted")):
             yield folder / name
 
 
-def pointed_at(folder: Path, pointer: str) -> Path | None:
+def read_pointer(folder: Path, pointer: str) -> Path | None:
     """Where `latest` or `best` points; None if it is not there. Nothing outside of `folder` is ever named.
 
     Raises:

@@ -15,24 +15,30 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trainer.checkpoint.aside import attempts_aside, last_saved, left_aside, move_aside
-from trainer.checkpoint.keep import (
-    EVALUATED,
-    FOLDER,
-    LATEST,
-    Kept,
-    checkpoints_in,
-    delete,
-    leftovers,
-    name_of,
-    point,
-    pointed_at,
-    search_folder,
-    superfluous,
+from trainer.checkpoint.archive import (
+    archive_checkpoints,
+    archived_attempts,
+    checkpoints_to_archive,
+    last_checkpoint_event,
 )
-from trainer.checkpoint.load import fill, numbers_of
+from trainer.checkpoint.load import load_state, scalar_state_of
 from trainer.checkpoint.remote import Remote, is_remote
-from trainer.checkpoint.save import PARTIAL, Folder, Staging, entries_of, first_gloo_group
+from trainer.checkpoint.retention import (
+    CHECKPOINTS,
+    EVALUATED_SAMPLES,
+    LATEST,
+    SavedCheckpoint,
+    checkpoint_name,
+    delete_checkpoint,
+    expired,
+    list_checkpoints,
+    partial_folders,
+    read_pointer,
+    search_folder,
+    update_pointers,
+)
+from trainer.checkpoint.writer import PARTIAL, CheckpointWriter, Staging, checkpoint_group, make_write_items
+from trainer.checkpoint_format import MANIFEST, Manifest, WriteItem, is_checkpoint, read_manifest, verify_files
 from trainer.config import LoadedConfig
 from trainer.config.changes import changes
 from trainer.config.earlier_versions import upgraded, value_at
@@ -40,9 +46,14 @@ from trainer.distributed import World, agree
 from trainer.engine import Engine, Scalars, ScalarState, merge_scalars
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.files import sync_directory
-from trainer.run_directory import RunDirectory, about_run, is_below, refuse_another_run, refuse_fewer_steps
+from trainer.run_directory import (
+    RunDirectory,
+    is_within,
+    refuse_checkpoint_past_end,
+    refuse_identity_change,
+    run_metadata,
+)
 from trainer.sanitize import redacted
-from trainer.store import MANIFEST, Entry, Manifest, is_checkpoint, read_manifest, verify_files
 from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -62,7 +73,7 @@ class Progress:
     samples: int = 0
 
 
-NOTHING_YET = Progress()
+NO_PROGRESS = Progress()
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Checkpoints:
 
     def __init__(
         self, loaded: LoadedConfig, directory: RunDirectory, world: World, data: Mapping[str, Any],
-        model: Mapping[str, Any], evaluated: Sequence[int] = (),
+        model: Mapping[str, Any], evaluated_samples: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """Args:
         data: what tells the training data and their order from others. model: what rebuilds it without its weights.
@@ -84,10 +95,14 @@ class Checkpoints:
         """
         self._loaded, self._directory, self._world = loaded, directory, world
         self._section = loaded.config.checkpoint
-        self._data, self._model, self._about = data, model, {**about_run(loaded), EVALUATED: list(evaluated)}
-        self._path = directory.path / FOLDER
+        self._data, self._model, self._about = (
+            data,
+            model,
+            {**run_metadata(loaded), EVALUATED_SAMPLES: list(evaluated_samples)},
+        )
+        self._path = directory.path / CHECKPOINTS
         self._rank, self._ranks = world.topology.rank, world.topology.world
-        self._group = first_gloo_group()
+        self._group = checkpoint_group()
         upload = self._section.upload
         self._remote = self._agree(lambda: Remote(upload)) if upload else None
         self._staging = Staging()
@@ -100,17 +115,17 @@ class Checkpoints:
         self._failure: CheckpointError | None = None
         self._fatal: Exception | None = None
         self._saved_step: int | None = None
-        self._on_first(lambda: _tidy(self._path))
+        self._on_first(lambda: _clean_up(self._path))
         self._found = self._find()
         self._directory = replace(directory, attempt=self._on_first(self._attempt))
         if self._section.resume != "auto":
-            self._on_first(self._leave_aside)
+            self._on_first(self._archive)
 
     # Going on --------------------------------------------------------------------------------------------------------
 
     def _attempt(self) -> int:
         """Later than that of any checkpoint that is there: by it the newest are told."""
-        earlier = [one.manifest.attempt for one in checkpoints_in(self._path)[0]] + attempts_aside(self._path)
+        earlier = [one.manifest.attempt for one in list_checkpoints(self._path)[0]] + archived_attempts(self._path)
         return max(self._directory.attempt, *(attempt + 1 for attempt in earlier), 1)
 
     @property
@@ -131,10 +146,10 @@ class Checkpoints:
         """
         self._world.phases.enter("resume")
         if self._found is None:
-            return NOTHING_YET
+            return NO_PROGRESS
         folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
-        self._agree(lambda: fill(engine.state, manifest, folder))
-        engine.state.load_scalar_state(numbers_of(manifest))
+        self._agree(lambda: load_state(engine.state, manifest, folder))
+        engine.state.load_scalar_state(scalar_state_of(manifest))
         if manifest.wandb_run is not None and value_at(manifest.config, "run.name") == self._loaded.name:
             self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
         log.info("going on behind step %d, from %s (%s%s), read in %.1f s", manifest.step, folder,
@@ -149,7 +164,7 @@ class Checkpoints:
         if resume == "auto":
             damaged = False
             try:
-                found = self._first_sound(self._path, must=False)
+                found = self._newest_valid(self._path, must=False)
             except CheckpointError as error:
                 if self._remote is None:
                     raise
@@ -166,13 +181,13 @@ class Checkpoints:
         elif resume != "never":
             found = self._named(Path(resume).expanduser())
         if found is not None:
-            self._agree(lambda: self._refuse_another(found))
-            self._on_first(lambda: self._warn_of_other_samples(Kept(found.folder, found.manifest)))
+            self._agree(lambda: self._refuse_mismatch(found))
+            self._on_first(lambda: self._warn_about_other_samples(SavedCheckpoint(found.folder, found.manifest)))
         return found
 
     def _refuse_lost(self) -> None:
         """Refuses to start at step 1 where earlier attempts have saved; says so where none has."""
-        finished, saved = self._directory.finished_step, last_saved(self._directory.path)
+        finished, saved = self._directory.finished_step, last_checkpoint_event(self._directory.path)
         if finished is not None or saved is not None:
             done = f"has finished at step {finished}" if saved is None else f"was at step {saved['step']}"
             if saved is not None and saved["event"] == "save":
@@ -186,17 +201,17 @@ class Checkpoints:
         if self._directory.attempt > 1:
             log.info("no earlier attempt of this run has saved a checkpoint: starting again at step 1")
 
-    def _warn_of_other_samples(self, resumed: Kept) -> None:
-        evaluated = self._about[EVALUATED]
-        if evaluated and resumed.loss is not None and not resumed.is_comparable(evaluated):
+    def _warn_about_other_samples(self, resumed: SavedCheckpoint) -> None:
+        evaluated_samples = self._about[EVALUATED_SAMPLES]
+        if evaluated_samples and resumed.loss is not None and not resumed.is_comparable(evaluated_samples):
             log.warning("validation losses are over other samples than those of %s; `best` compares only losses over "
                         "the same samples", resumed.folder)  # fmt: skip
 
-    def _leave_aside(self) -> None:
+    def _archive(self) -> None:
         """Moves what this attempt does not continue out of the reach of retention and of its own saves."""
-        resumed = None if self._found is None else Kept(self._found.folder, self._found.manifest)
-        if left := left_aside(self._path, resumed):
-            aside = move_aside(self._path, left, self._directory.attempt)
+        resumed = None if self._found is None else SavedCheckpoint(self._found.folder, self._found.manifest)
+        if left := checkpoints_to_archive(self._path, resumed):
+            aside = archive_checkpoints(self._path, left, self._directory.attempt)
             log.warning(
                 "checkpoint.resume %r leaves aside %d checkpoints of this run, up to %s: moved to %s. To resume from "
                 "them, name that folder with --resume", self._section.resume, len(left), left[-1].name, aside,
@@ -206,17 +221,17 @@ class Checkpoints:
         """The checkpoint that the user names, or the newest of the run that the user names; no other is taken."""
 
         folder = self._on_first(lambda: search_folder(path))
-        return self._verified(path) if folder is None else self._first_sound(folder, must=True)
+        return self._verified(path) if folder is None else self._newest_valid(folder, must=True)
 
-    def _first_sound(self, folder: Path, *, must: bool) -> _Found | None:
+    def _newest_valid(self, folder: Path, *, must: bool) -> _Found | None:
         """The newest checkpoint whose files are what its manifest says; says why newer ones are not taken."""
 
         def names() -> list[str]:
-            kept, damaged = checkpoints_in(folder)
+            kept, damaged = list_checkpoints(folder)
             for error in damaged:
                 log.warning("%s", error)
             try:
-                pointed = pointed_at(folder, LATEST)
+                pointed = read_pointer(folder, LATEST)
                 if kept and pointed != kept[0].folder:
                     log.warning("%s: points to %s, and the newest is %s", folder / "latest",
                                 pointed.name if pointed else "nothing", kept[0].folder.name)  # fmt: skip
@@ -255,15 +270,15 @@ class Checkpoints:
 
         return _Found(folder, self._agree(verify))
 
-    def _refuse_another(self, found: _Found) -> None:
-        refuse_another_run(found.manifest.config, self._loaded, str(found.folder))
-        known, allowed = found.manifest.data, is_below("data.train", self._section.allow_changed)
+    def _refuse_mismatch(self, found: _Found) -> None:
+        refuse_identity_change(found.manifest.config, self._loaded, str(found.folder))
+        known, allowed = found.manifest.data, is_within("data.train", self._section.allow_changed)
         if known and known != json.loads(json.dumps(self._data)) and not allowed:
             raise ConfigError(
                 Problem("data.train", f"its samples are others than those that {found.folder} was trained on",
                         "Take the same files, or --allow_change data.train to go on with other ones")
             )  # fmt: skip
-        refuse_fewer_steps(self._loaded, found.manifest.step, str(found.folder))
+        refuse_checkpoint_past_end(self._loaded, found.manifest.step, str(found.folder))
         samples, epochs = found.manifest.step * self._loaded.batch.train, self._loaded.config.training.epochs
         if epochs is not None and found.manifest.samples != samples:
             raise ConfigError(
@@ -287,8 +302,8 @@ class Checkpoints:
             return read_manifest(partial)
 
         found = self._on_first(manifest)
-        folder = self._path / name_of(found.step)
-        self._agree(lambda: self._refuse_another(_Found(partial, found)))
+        folder = self._path / checkpoint_name(found.step)
+        self._agree(lambda: self._refuse_mismatch(_Found(partial, found)))
         if self._on_first(lambda: is_checkpoint(folder)):
             try:
                 if self._on_first(lambda: read_manifest(folder).files) == found.files:
@@ -299,7 +314,7 @@ class Checkpoints:
                 reason = f"{folder} is another checkpoint than that of {remote.place}"
                 raise ConfigError(Problem("run.output_dir", reason, "Take another folder"))
         own = found.files[self._rank :: self._ranks]
-        log.info("copying %s of %s (%s)", name_of(found.step), remote.place, format_bytes(found.bytes))
+        log.info("copying %s of %s (%s)", checkpoint_name(found.step), remote.place, format_bytes(found.bytes))
 
         def fetch() -> None:
             for file in own:
@@ -310,7 +325,7 @@ class Checkpoints:
 
         def rename() -> None:
             if folder.exists():
-                delete(folder)
+                delete_checkpoint(folder)
             partial.rename(folder)
             sync_directory(self._path)
 
@@ -336,10 +351,10 @@ class Checkpoints:
         numbers = engine.state.scalar_state()
         manifest = self._manifest(progress, losses, numbers)
         owned = engine.state.owned_chunks()
-        entries = entries_of(self._staging.copies(owned) if asynchronous else owned)
+        entries = make_write_items(self._staging.copies(owned) if asynchronous else owned)
         if not asynchronous:
             self._write(entries, manifest, numbers.scalars, start)
-            self._say_failure()
+            self._log_failure()
             return
         log.info("step %d: %.1f s to copy the state; it is written while training goes on", progress.step,
                  time.perf_counter() - start)  # fmt: skip
@@ -397,21 +412,21 @@ class Checkpoints:
                 self._thread = None
         if self._fatal is not None:
             raise self._fatal
-        self._say_failure()
+        self._log_failure()
 
     def _count_file(self) -> None:
         self._files_done += 1
 
-    def _say_failure(self) -> None:
+    def _log_failure(self) -> None:
         if self._failure is not None:
             log.error("%s. Training goes on, and older checkpoints are as they were", self._failure)
             self._failure = None
 
     def _write(
-        self, entries: Sequence[Entry], manifest: Manifest, scalars: Mapping[str, Scalars], start: float
+        self, entries: Sequence[WriteItem], manifest: Manifest, scalars: Mapping[str, Scalars], start: float
     ) -> None:
-        path = self._path / name_of(manifest.step)
-        folder = Folder(path, self._rank, self._group, advance=self._advance)
+        path = self._path / checkpoint_name(manifest.step)
+        folder = CheckpointWriter(path, self._rank, self._group, advance=self._advance)
         gathered: list[Any] = [None] * self._ranks
         dist.all_gather_object(gathered, dict(scalars), group=self._group)
         manifest = replace(manifest, numbers={**manifest.numbers, "scalars": merge_scalars(gathered)})
@@ -428,24 +443,24 @@ class Checkpoints:
             self._directory.record(
                 "save", manifest.step, checkpoint=path.name, bytes=complete.bytes, seconds=round(seconds, 3)
             )
-            self._failure = _attempted(lambda: gone.extend(self._keep()))
+            self._failure = _error_of(lambda: gone.extend(self._keep()))
         if self._remote is not None:
             self._upload(path, [file.name for file in folder.written], gone)
 
     def _keep(self) -> Iterator[str]:
         """Moves the pointers, and deletes what is superfluous. Gives the names of what has gone."""
-        point(self._path)
-        kept, _ = checkpoints_in(self._path)
-        for one in superfluous(kept, self._section):
+        update_pointers(self._path)
+        kept, _ = list_checkpoints(self._path)
+        for one in expired(kept, self._section):
             log.info("deleting %s, as checkpoint.keep_last says", one.folder)
-            delete(one.folder)
+            delete_checkpoint(one.folder)
             yield one.folder.name
 
     def _upload(self, folder: Path, own: list[str], gone: list[str]) -> None:
         """Each rank copies its own files; then the first one the manifest; only then do older copies go."""
         remote = self._remote
         assert remote is not None
-        withdrawn = [_attempted(lambda: remote.withdraw(folder.name)) if self._rank == 0 else None]
+        withdrawn = [_error_of(lambda: remote.invalidate(folder.name)) if self._rank == 0 else None]
         dist.broadcast_object_list(withdrawn, src=0, group=self._group)
 
         def upload_own() -> None:
@@ -454,12 +469,12 @@ class Checkpoints:
                 self._advance()
 
         # Only then the files, so that none of a new copy lies under an old one's manifest.
-        failure = withdrawn[0] or _attempted(upload_own)
+        failure = withdrawn[0] or _error_of(upload_own)
         failures: list[Any] = [None] * self._ranks
         dist.all_gather_object(failures, failure and str(failure), group=self._group)
         if self._rank == 0 and not any(failures):
-            failure = _attempted(lambda: remote.upload(folder, [MANIFEST]))
-            failure = failure or _attempted(lambda: remote.delete(*gone))
+            failure = _error_of(lambda: remote.upload(folder, [MANIFEST]))
+            failure = failure or _error_of(lambda: remote.delete_checkpoint(*gone))
             failures = [failure and str(failure)]
         if found := [failure for failure in failures if failure]:
             self._failure = CheckpointError(f"{folder} was not copied to {remote.place}: {found[0]}")
@@ -470,7 +485,7 @@ class Checkpoints:
         """See `agree`; what a file system raises is an error of the checkpoint."""
 
         def attempt() -> T:
-            result, error = _outcome(work)
+            result, error = _result_or_error(work)
             if error is not None:
                 raise error
             return result  # type: ignore[return-value]
@@ -479,7 +494,7 @@ class Checkpoints:
 
     def _on_first(self, work: Callable[[], T]) -> T:
         """The first rank's result, or error, on all ranks."""
-        outcome: list[Any] = [_outcome(work) if self._rank == 0 else None]
+        outcome: list[Any] = [_result_or_error(work) if self._rank == 0 else None]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         result, error = outcome[0]
         if error is not None:
@@ -496,7 +511,7 @@ def _written_by(manifest: Manifest) -> str:
     return ", written by {} processes: pipeline {} x data {} x tensor {}".format(processes, *axes)
 
 
-def _outcome(work: Callable[[], T]) -> tuple[T | None, TesseraError | None]:
+def _result_or_error(work: Callable[[], T]) -> tuple[T | None, TesseraError | None]:
     try:
         return work(), None
     except TesseraError as error:
@@ -505,7 +520,7 @@ def _outcome(work: Callable[[], T]) -> tuple[T | None, TesseraError | None]:
         return None, CheckpointError(str(error))
 
 
-def _attempted(work: Callable[[], object]) -> CheckpointError | None:
+def _error_of(work: Callable[[], object]) -> CheckpointError | None:
     """What went wrong; anything may, in somebody else's file system."""
     try:
         work()
@@ -514,17 +529,17 @@ def _attempted(work: Callable[[], object]) -> CheckpointError | None:
     return None
 
 
-def _tidy(folder: Path) -> None:
+def _clean_up(folder: Path) -> None:
     """Removes what killed runs have left; what lacked only its name gets it."""
-    for path in leftovers(folder):
+    for path in partial_folders(folder):
         try:
             found = read_manifest(path)
             verify_files(path, found)
         except CheckpointError:
             found = None
-        if found is not None and not (folder / name_of(found.step)).exists():
-            log.info("%s is complete, and is now %s", path, name_of(found.step))
-            path.rename(folder / name_of(found.step))
+        if found is not None and not (folder / checkpoint_name(found.step)).exists():
+            log.info("%s is complete, and is now %s", path, checkpoint_name(found.step))
+            path.rename(folder / checkpoint_name(found.step))
         else:
             log.info("removing %s, left by a run that was killed", path)
             shutil.rmtree(path, ignore_errors=True)

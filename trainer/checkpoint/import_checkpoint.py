@@ -11,18 +11,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from trainer.checkpoint.keep import FOLDER, name_of, point
-from trainer.checkpoint.save import Folder, in_order
+from trainer.checkpoint.retention import CHECKPOINTS, checkpoint_name, update_pointers
+from trainer.checkpoint.writer import CheckpointWriter, sort_by_element_size
+from trainer.checkpoint_format import BUFFER, WEIGHT, Manifest, WriteItem
 from trainer.config import LoadedConfig
 from trainer.engine import ScalarState
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.model import build_model, describe_model, read_weights
-from trainer.run_directory import about_run
-from trainer.store import BUFFER, WEIGHT, Entry, Manifest
+from trainer.run_directory import run_metadata
 
 
-def bring(source: Path, loaded: LoadedConfig) -> Path:
+def import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
     """Writes the first checkpoint of the run that `loaded` describes. In a world of one process, with the model in
     memory whole.
 
@@ -36,13 +36,13 @@ def bring(source: Path, loaded: LoadedConfig) -> Path:
     """
     lock = RunLock.acquire(Path(loaded.config.run.output_dir).expanduser())
     try:
-        return _bring(source, loaded)
+        return _import_checkpoint(source, loaded)
     finally:
         lock.release()
 
 
-def _bring(source: Path, loaded: LoadedConfig) -> Path:
-    folder = Path(loaded.config.run.output_dir).expanduser() / FOLDER
+def _import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
+    folder = Path(loaded.config.run.output_dir).expanduser() / CHECKPOINTS
     if folder.is_dir() and any(folder.glob("step-*")):
         raise ConfigError(Problem("run.output_dir", f"{folder} holds checkpoints", "Take another folder"))
     model, allow = build_model(loaded), loaded.config.model.allow_unexpected_keys
@@ -63,7 +63,7 @@ def _bring(source: Path, loaded: LoadedConfig) -> Path:
         samples=0,
         losses={},
         config=loaded.resolved(),
-        about={**about_run(loaded), "imported_from": str(source)},
+        about={**run_metadata(loaded), "imported_from": str(source)},
         model=describe_model(model),
         data={},
         wandb_run=None,
@@ -71,14 +71,14 @@ def _bring(source: Path, loaded: LoadedConfig) -> Path:
         files=(),
         tensors={},
     )
-    Folder(folder / name_of(0), 0).write(in_order(_entries(model)), manifest)
-    point(folder)
-    return folder / name_of(0)
+    CheckpointWriter(folder / checkpoint_name(0), 0).write(sort_by_element_size(_entries(model)), manifest)
+    update_pointers(folder)
+    return folder / checkpoint_name(0)
 
 
 def _convert(source: Path, into: Path) -> None:
     """DeepSpeed's pickles become safetensors, in a process of its own that can make nothing but tensors."""
-    reader = Path(__file__).with_name("tensors_only.py")
+    reader = Path(__file__).with_name("deepspeed_to_safetensors.py")
     ended = subprocess.run(
         [sys.executable, str(reader), str(source), str(into / "model.safetensors")],
         capture_output=True,
@@ -90,9 +90,9 @@ def _convert(source: Path, into: Path) -> None:
         raise CheckpointError(f"{source}: {said}")
 
 
-def _entries(model: nn.Module) -> Iterator[Entry]:
+def _entries(model: nn.Module) -> Iterator[WriteItem]:
     persistent = model.state_dict(keep_vars=True)
     named: list[tuple[str, str, Tensor]] = [(name, WEIGHT, p) for name, p in model.named_parameters()]
     named += [(name, BUFFER, buffer) for name, buffer in model.named_buffers() if name in persistent]
-    for name, kind, tensor in named:
-        yield Entry(name, kind, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())
+    for name, role, tensor in named:
+        yield WriteItem(name, role, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())
