@@ -55,11 +55,11 @@ def tokenizer_of(folder: str) -> Any:
     Raises:
         ConfigError: if the folder has none.
     """
-    place = tokenizer_folder(Path(folder).expanduser())
-    if Path(folder).expanduser().is_dir() and not (place / "tokenizer_config.json").is_file():
-        reason = f"'{place}' holds no tokenizer (no tokenizer_config.json)"
+    directory = tokenizer_folder(Path(folder).expanduser())
+    if Path(folder).expanduser().is_dir() and not (directory / "tokenizer_config.json").is_file():
+        reason = f"'{directory}' holds no tokenizer (no tokenizer_config.json)"
         raise ConfigError(Problem("tokenizer", reason, "A run on token files has none; copy its files there"))
-    return load_tokenizer(str(place) if place.is_dir() else folder, "tokenizer")
+    return load_tokenizer(str(directory) if directory.is_dir() else folder, "tokenizer")
 
 
 def parse_arguments() -> argparse.Namespace:

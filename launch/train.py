@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from trainer.distributed import (
-    JOIN_PATIENCE,
+    JOIN_TIMEOUT,
     Launch,
     Store,
     configure_logging,
@@ -45,16 +45,16 @@ def main() -> None:
     with exit_on_errors(launch, requests):
         refuse_missing_hostfile(sys.argv[0])
         options = parse_arguments()
-        looks_only = options.print_config or options.dry_run
-        world = options.world if looks_only and launch.world == 1 else launch.world
-        loaded = load_config(options.config, options.set, world=world, device=None if looks_only else local_device())
-        if not looks_only:
+        is_inspection = options.print_config or options.dry_run
+        world = options.world if is_inspection and launch.world_size == 1 else launch.world_size
+        loaded = load_config(options.config, options.set, world=world, device=None if is_inspection else local_device())
+        if not is_inspection:
             requests.install(loaded.config.training.max_seconds)
             train(loaded, launch, requests, verify_data=options.verify_data)
         elif launch.rank == 0:
             if loaded.kept.message:
                 print(f"[tessera] {displayable(loaded.kept.message)}", file=sys.stderr)
-            print(json.dumps(printed(loaded), indent=2) if options.print_config else described(loaded))
+            print(json.dumps(resolved_json(loaded), indent=2) if options.print_config else dry_run_text(loaded))
 
 
 def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verify_data: bool = False) -> None:
@@ -92,11 +92,13 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     config = loaded.config
     shape = build_model_shape(loaded)
     cost, stages = model_cost(shape), assign_stages(shape, loaded)
-    topology = Topology.of(launch.world, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
+    topology = Topology.of(
+        launch.world_size, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor
+    )
     run.phases.enter("data")
     prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
     loaded = count_steps(loaded, prepared)
-    compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), patience=JOIN_PATIENCE)
+    compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), timeout=JOIN_TIMEOUT)
     configure_logging(launch.rank, run.directory.path / "logs")
     if loaded.kept.message:
         log.info("%s", loaded.kept.message)
@@ -110,25 +112,27 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
         if not checkpoints.found:
             verify_causality(loaded, world, engine, batches.train)
         progress, directory = checkpoints.restore(engine), checkpoints.directory
-        if world.is_first:
+        if world.is_rank_zero:
             directory.write_config(loaded, frame=prepared.frame_json)
             directory.save_tokenizer(prepared.tokenizer)
-            directory.record("resume" if progress.step else "start", progress.step, processes=launch.world)
+            directory.record("resume" if progress.step else "start", progress.step, processes=launch.world_size)
         batches.train.go_on_after(progress.step, progress.samples)
         meter = Meter(
-            engine, world.device, launch.world, cost, config.data.sequence_length, directory.attempt, progress
+            engine, world.device, launch.world_size, cost, config.data.sequence_length, directory.attempt, progress
         )
         stop = StopAgreement(run.requests, world, directory, loaded.steps, run.lock)
-        with open_trackers(loaded, directory, tracks=world.is_first) as trackers:
+        with open_trackers(loaded, directory, tracks=world.is_rank_zero) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
-        files = write_model(model, engine.full_weights(), directory.final, prepared.tokenizer, writes=world.is_first)
-        if world.is_first:
+        files = write_model(
+            model, engine.full_weights(), directory.final, prepared.tokenizer, writes=world.is_rank_zero
+        )
+        if world.is_rank_zero:
             directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)
             directory.record("finish", loaded.steps, reason=loaded.length_unit)
             log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
 
 
-def printed(loaded: LoadedConfig) -> dict[str, Any]:
+def resolved_json(loaded: LoadedConfig) -> dict[str, Any]:
     """The configuration as resolved, and the special tokens around each document, as in a run's config.json."""
     from trainer.data import document_frame
 
@@ -136,7 +140,7 @@ def printed(loaded: LoadedConfig) -> dict[str, Any]:
     return {**loaded.resolved(), METADATA_KEY: {"document_frame": frame and frame.as_json()}}
 
 
-def described(loaded: LoadedConfig) -> str:
+def dry_run_text(loaded: LoadedConfig) -> str:
     """What would run."""
     from trainer.dry_run import describe
 

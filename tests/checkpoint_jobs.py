@@ -69,7 +69,7 @@ def _train_and_save(
     launch: Launch, world: World, config: dict[str, Any], last: int, saves: tuple[int, ...] = (),
     kill: int | None = None, victims: Any = (), frozen: str = "",
 ) -> Losses:  # fmt: skip
-    loaded = _loaded(config, launch.world)
+    loaded = _loaded(config, launch.world_size)
     directory = RunDirectory.examine(loaded)
     prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, world.topology)
@@ -109,7 +109,7 @@ def train_until_halted(config: dict[str, Any]) -> list[str]:
     writer.write_items_file = slowly
     launch = Launch.from_environment()
     try:
-        train(_loaded(config, launch.world), launch, StopRequests(launch.rank))
+        train(_loaded(config, launch.world_size), launch, StopRequests(launch.rank))
     except TrainingHalted:
         return sorted(path.name for path in (Path(config["run"]["output_dir"]) / "checkpoints").iterdir())
     raise AssertionError("it did not halt")

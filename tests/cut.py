@@ -17,7 +17,7 @@ from trainer.topology import Topology
 @contextlib.contextmanager
 def one_tensor_group() -> Iterator[World]:
     launch = Launch.from_environment()
-    with joined_world(launch, Topology.of(launch.world, launch.rank, tensor=launch.world), seed=1) as world:
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank, tensor=launch.world_size), seed=1) as world:
         yield world
 
 
@@ -25,7 +25,7 @@ def cut(model: PreTrainedModel, world: World, user: dict[str, str] | None = None
     place = world.topology
     plan = read_plan(model, user or {}, place.tensor, place.tensor_rank)
     group = world.groups["tensor"]
-    mapper = TensorMapper(model, plan, group, place.tensor, place.tensor_rank, world.tensor_neighbours, **options)
+    mapper = TensorMapper(model, plan, group, place.tensor, place.tensor_rank, world.tensor_subgroup, **options)
     mapper.cut(model.parameters())
     mapper.install()
     return mapper

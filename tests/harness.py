@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator
 
 from tools.ranks import Finished, Started, Variant, context, run_command, run_ranks, started_command
-from trainer.distributed import free_port
+from trainer.distributed import get_free_port
 
 __all__ = [
-    "Finished", "Started", "Variant", "context", "free_port", "messages_of", "run_command", "run_ranks",
+    "Finished", "Started", "Variant", "context", "get_free_port", "messages_of", "run_command", "run_ranks",
     "started_command",
 ]  # fmt: skip
 

@@ -39,7 +39,7 @@ def _loaded(config: dict[str, Any], world: int) -> LoadedConfig:
 def _place(config: dict[str, Any], launch: Launch) -> Topology:
     parallel = config.get("parallel", {})
     tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", 1)
-    return Topology.of(launch.world, launch.rank, tensor=tensor, pipeline=pipeline)
+    return Topology.of(launch.world_size, launch.rank, tensor=tensor, pipeline=pipeline)
 
 
 Outcome = tuple[Curve, Weights, float | None]
@@ -57,7 +57,7 @@ def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Ou
 def _train(
     config: dict[str, Any], steps: int, launch: Launch, topology: Topology, world: World, sabotage: str
 ) -> Outcome:
-    loaded = _loaded(config, launch.world)
+    loaded = _loaded(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, topology)
     assignment = assign_stages(build_model_shape(loaded), loaded)
@@ -246,12 +246,12 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
-    loaded = _loaded(config, launch.world)
+    loaded = _loaded(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     cost = model_cost(model)
     engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
-    meter = Meter(engine, world.device, launch.world, cost, loaded.config.data.sequence_length, attempt=1)
+    meter = Meter(engine, world.device, launch.world_size, cost, loaded.config.data.sequence_length, attempt=1)
     return open_batches(loaded, prepared, world.topology).train, engine, meter
 
 
@@ -343,7 +343,7 @@ def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
     """Events of a step that does not log, of one that does, and of the same step in a plain DeepSpeed loop."""
     launch = Launch.from_environment()
     quiet, logging, plain = (Counted(Counter(), Counter()) for _ in range(3))
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         batches, engine, meter = _start(config, launch, world)
         steps = meter.timed(batches.steps(1, 4))
         for counted in (None, quiet, logging):

@@ -84,7 +84,7 @@ def _attempt(
     config: dict[str, Any], run: Path, world: World, name: str, sent: Signal | None, seed: int
 ) -> tuple[int, str, tuple[int, ...]]:
     """One start of a run: the step after which it was stopped, the message, and the steps after which it evaluated."""
-    loaded = _loaded(with_values(config, run__output_dir=str(run)), world.topology.world)
+    loaded = _loaded(with_values(config, run__output_dir=str(run)), world.topology.world_size)
     world = replace(world, store=PrefixStore(name, world.store))
     parts = assemble(loaded, world)
     progress = parts.checkpoints.restore(parts.started.engine)
@@ -96,7 +96,7 @@ def _attempt(
     requests.begin_run(parts.checkpoints.directory, RunLock())
     draw = random.Random(seed * 1000 + world.topology.rank)
     stop = _Dawdling(requests, world, parts.checkpoints.directory, loaded.steps, draw)
-    trackers = _Evaluations([JsonLines(parts.checkpoints.directory.metrics)] if world.is_first else [])
+    trackers = _Evaluations([JsonLines(parts.checkpoints.directory.metrics)] if world.is_rank_zero else [])
     stopped, message = -1, ""
     with _sending(sent if sent and sent.rank == world.topology.rank else None, parts.started.engine, draw):
         try:

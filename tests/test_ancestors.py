@@ -17,7 +17,7 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.fault_tolerance import ancestors, hostfile
-from trainer.fault_tolerance.ancestors import Ancestors, Process, Watched, find_ancestors, read_process
+from trainer.fault_tolerance.ancestors import Ancestors, Process, ProcessWatch, find_ancestors, read_process
 from trainer.fault_tolerance.processes import ProcessStat
 
 ONE_HOST = "--world_info=" + base64.urlsafe_b64encode(json.dumps({"localhost": [0]}).encode()).decode()
@@ -38,7 +38,7 @@ def _hangup_is_not_ignored() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-def line_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[Process]:
+def lineage_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[Process]:
     """Ancestors with these commands, nearest first."""
     own = os.getsid(0)
     sessions = sessions or (own,) * len(commands)
@@ -64,33 +64,33 @@ def line_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[
         ((LAUNCHER[:6], SHELL, INIT), 1, None),
     ],
 )
-def test_processes_whose_death_ends_a_run(
+def test_find_ancestors_returns_the_launcher_processes(
     commands: tuple[tuple[str, ...], ...], watched: int, missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = line_of(*commands)
-    monkeypatch.setattr(ancestors, "_line", lambda: (line, True))
+    line = lineage_of(*commands)
+    monkeypatch.setattr(ancestors, "_read_lineage", lambda: (line, True))
     found = find_ancestors()
     assert found.processes == tuple(line[:watched])
     assert found.missing == missing
 
 
 @pytest.mark.fast
-def test_a_remote_rank_survives_its_connection_under_nohup_or_setsid(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = line_of(REMOTE, SHELL, SSHD, INIT)
-    monkeypatch.setattr(ancestors, "_line", lambda: (line, True))
+def test_find_ancestors_excludes_a_detached_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = lineage_of(REMOTE, SHELL, SSHD, INIT)
+    monkeypatch.setattr(ancestors, "_read_lineage", lambda: (line, True))
     assert len(find_ancestors().processes) == 3
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert len(find_ancestors().processes) == 1
     finally:
         signal.signal(signal.SIGHUP, before)
-    line[:] = line_of(REMOTE, SHELL, SSHD, INIT, sessions=(1, 1, 2, 0))
+    line[:] = lineage_of(REMOTE, SHELL, SSHD, INIT, sessions=(1, 1, 2, 0))
     assert len(find_ancestors().processes) == 1, "a rank in a session of its own"
 
 
 @pytest.mark.fast
-def test_a_rank_whose_launcher_died_while_it_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ancestors, "_line", lambda: (line_of(INIT), True))
+def test_find_ancestors_reports_a_launcher_that_died_during_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ancestors, "_read_lineage", lambda: (lineage_of(INIT), True))
     monkeypatch.delenv("CROSS_RANK", raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert find_ancestors().missing is None
@@ -105,25 +105,25 @@ def test_a_rank_whose_launcher_died_while_it_imported(monkeypatch: pytest.Monkey
 
 @pytest.mark.fast
 @pytest.mark.parametrize("has_descriptors", [True, False])
-def test_a_death_is_told_once(has_descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_watch_reports_each_death_once(has_descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_descriptors:
         monkeypatch.delattr(os, "pidfd_open")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     process = read_process(child.pid)
     assert process is not None
     used_again = replace(process, stat=process.stat._replace(start_ticks=process.stat.start_ticks - 1))
-    watched = Watched([process])
-    assert watched.must_look != has_descriptors
-    assert watched.dead() == []
-    assert Watched([used_again]).dead() == [used_again], "another process has its id"
+    watched = ProcessWatch([process])
+    assert watched.needs_polling != has_descriptors
+    assert watched.pop_dead() == []
+    assert ProcessWatch([used_again]).pop_dead() == [used_again], "another process has its id"
     child.kill()
     deadline = time.monotonic() + 10
     dead: list[Process] = []
     while not dead and time.monotonic() < deadline:
         time.sleep(0.02)
-        dead = watched.dead(list(watched.descriptors) if (read_process(child.pid) or process).stat.is_dead else [])
+        dead = watched.pop_dead(list(watched.descriptors) if (read_process(child.pid) or process).stat.is_dead else [])
     assert dead == [process], "although nobody has waited for it"
-    assert watched.dead() == []
+    assert watched.pop_dead() == []
     child.wait()
 
 
@@ -140,7 +140,7 @@ def test_a_death_is_told_once(has_descriptors: bool, monkeypatch: pytest.MonkeyP
         (("launch/train.py", "--hostfile", "{}/missing"), ["localhost"], False),
     ],
 )
-def test_a_hostfile_that_is_not_there(
+def test_missing_hostfile_is_refused(
     options: tuple[str, ...], hosts: list[str], is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")

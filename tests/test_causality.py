@@ -84,7 +84,7 @@ def examine(jobs: list[Job]) -> list[Any]:
 
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, Any, Any]:
-    loaded = _loaded(config, launch.world)
+    loaded = _loaded(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
@@ -142,7 +142,7 @@ def counted_run(config: dict[str, Any]) -> int:
 
     PlainEngine.token_losses = count  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train_command(_loaded(config, launch.world), launch, StopRequests(launch.rank))
+    train_command(_loaded(config, launch.world_size), launch, StopRequests(launch.rank))
     return len(asked)
 
 

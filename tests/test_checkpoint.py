@@ -33,7 +33,7 @@ from tests.checkpoint_jobs import (
     train_until_halted,
 )
 from tests.configs import tiny_config, with_values
-from tests.harness import free_port, run_command, run_ranks
+from tests.harness import get_free_port, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
 from tests.test_tracking import ROOT, TRAIN, read_rows
 from trainer.checkpoint.deepspeed_to_safetensors import _load_tensors
@@ -631,8 +631,16 @@ def test_killed_command_resumes(number: int, base: dict[str, Any], tmp_path: Pat
     assert run_cli(whole, tmp_path / "w", world=2).status == 0
     run = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(with_values(config, run__output_dir=str(run))))
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
-               "launch/train.py", "--config", str(tmp_path / "config.json")]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(get_free_port()),
+        "launch/train.py",
+        "--config",
+        str(tmp_path / "config.json"),
+    ]
     draw, kills = random.Random(number), 0
     for _ in range(20):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -995,7 +1003,7 @@ def save_deepspeed_checkpoint(folder: str, weights: dict[str, Any], stage: int) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     launch = Launch.from_environment()
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=0):
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=0):
         model = LlamaForCausalLM(LlamaConfig(**weights))
         settings = {
             "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},

@@ -50,7 +50,7 @@ def launched(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **varian
         ('deepspeed.zero_optimization={"stage":2}', "deepspeed.zero_optimization.stage", ("2", "0")),  # hung
     ],
 )
-def test_another_configuration_is_refused(
+def test_different_configuration_is_refused(
     setting: str, key: str, values: tuple[str, str], config: dict[str, Any], tmp_path: Path
 ) -> None:
     ended = launched(tmp_path, config, r1=Variant(("--set", setting)))
@@ -64,7 +64,7 @@ def test_another_configuration_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_ranks_of_three_outvote_the_first(config: dict[str, Any], tmp_path: Path) -> None:
+def test_difference_names_the_minority(config: dict[str, Any], tmp_path: Path) -> None:
     values = with_values(config, deepspeed__train_batch_size=12)
     ended = launched(tmp_path, values, world=3, r0=Variant(("--set", "run.seed=12", "--set", "training.z_loss=0.1")))
     assert ended.status == 2, ended.err
@@ -73,9 +73,7 @@ def test_two_ranks_of_three_outvote_the_first(config: dict[str, Any], tmp_path: 
     assert "training.z_loss: ranks differ" in ended.err
 
 
-def test_other_data_on_a_rank_is_refused_before_anything_is_read(
-    config: dict[str, Any], corpus: Path, tmp_path: Path
-) -> None:
+def test_different_data_is_refused_before_reading(config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     """By a relative path and another working directory; the rank waited 600 s for a builder of its own files."""
     for rank in range(2):
         (tmp_path / f"at-{rank}").mkdir()
@@ -101,7 +99,7 @@ def on_hosts(**variants: Variant) -> dict[str, Variant]:
     }
 
 
-def test_other_data_on_another_host_is_refused_once_it_is_prepared(
+def test_different_data_on_another_host_is_refused_after_preparation(
     config: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     """Hosts have their own files and caches: what these became is compared."""
@@ -119,7 +117,7 @@ def test_other_data_on_another_host_is_refused_once_it_is_prepared(
     assert "Give all hosts the same data files and tokenizer" in ended.err
 
 
-def test_legal_differences_of_hosts_are_not_refused(config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+def test_legal_differences_between_hosts_are_accepted(config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     """Another cache, another home directory, other paths and times of the same files, other variables."""
     variants = {}
     for rank in range(2):
@@ -140,7 +138,7 @@ def test_legal_differences_of_hosts_are_not_refused(config: dict[str, Any], corp
 def compare_sources(config: dict[str, Any], roots: list[str]) -> str:
     """The error of ranks that have their source in different places."""
     launch = Launch.from_environment()
-    facts = start_facts(check(config, world=launch.world, device="cpu"), launch, Path(roots[launch.rank]))
+    facts = start_facts(check(config, world=launch.world_size, device="cpu"), launch, Path(roots[launch.rank]))
     try:
         compare_ranks(launch, open_store(launch), "start", facts)
     except RanksDifferError as error:
@@ -148,7 +146,7 @@ def compare_sources(config: dict[str, Any], roots: list[str]) -> str:
     return ""
 
 
-def test_other_source_is_refused_by_file(config: dict[str, Any], tmp_path: Path) -> None:
+def test_different_source_is_refused_by_file(config: dict[str, Any], tmp_path: Path) -> None:
     roots = [tmp_path / name for name in ("first", "equal", "other")]
     for root in roots:
         for folder in ("trainer", "launch"):
@@ -166,7 +164,7 @@ def test_other_source_is_refused_by_file(config: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.fast
-def test_start_facts_hold_versions_source_and_no_secret(config: dict[str, Any], tmp_path: Path) -> None:
+def test_start_facts_contain_versions_and_source_but_no_secret(config: dict[str, Any], tmp_path: Path) -> None:
     secret = "s3://user:password@bucket/run"
     loaded = check(with_values(config, checkpoint={"upload": secret}), world=2, device="cpu")
     facts = {fact.key: fact for fact in start_facts(loaded, Launch(0, 2, 0, 2))}
@@ -181,7 +179,7 @@ def test_start_facts_hold_versions_source_and_no_secret(config: dict[str, Any], 
 
 
 @pytest.mark.fast
-def test_other_model_folders_are_refused_by_file(config: dict[str, Any], tmp_path: Path) -> None:
+def test_different_model_folders_are_refused_by_file(config: dict[str, Any], tmp_path: Path) -> None:
     values = []
     for number in range(2):
         folder = tmp_path / f"model-{number}"
@@ -196,14 +194,14 @@ def test_other_model_folders_are_refused_by_file(config: dict[str, Any], tmp_pat
 # The exchange --------------------------------------------------------------------------------------------------------
 
 
-def compared(ranks: list[tuple[int, list[Fact]]], world: int, patience: float = 5.0) -> list[str]:
+def compared(ranks: list[tuple[int, list[Fact]]], world: int, timeout: float = 5.0) -> list[str]:
     """What each of several processes says of the facts that it was given, in threads over one store."""
     store, messages = HashStore(), [""] * len(ranks)
 
     def compare(number: int, rank: int, facts: list[Fact]) -> None:
         try:
             launch = Launch(rank, world, rank % 2, 2)  # two to a host
-            compare_ranks(launch, store, "start", facts, timedelta(seconds=patience))
+            compare_ranks(launch, store, "start", facts, timedelta(seconds=timeout))
         except ConfigError as error:
             messages[number] = str(error)
 
@@ -219,7 +217,7 @@ def compared(ranks: list[tuple[int, list[Fact]]], world: int, patience: float = 
 
 
 @pytest.mark.fast
-def test_facts_of_a_host_are_compared_within_it() -> None:
+def test_per_host_facts_are_compared_within_a_host() -> None:
     hosts = [(rank, [Fact("cache", f"/disk-{rank // 2}", is_per_host=True)]) for rank in range(4)]
     assert compared(hosts, 4) == [""] * 4
     hosts[3] = (3, [Fact("cache", "/elsewhere", is_per_host=True)])
@@ -231,13 +229,13 @@ def test_facts_of_a_host_are_compared_within_it() -> None:
 
 
 @pytest.mark.fast
-def test_a_fact_that_one_rank_lacks_is_a_difference() -> None:
+def test_missing_fact_is_a_difference() -> None:
     messages = compared([(0, [Fact("a", 1)]), (1, [Fact("a", 1), Fact("b", 2)])], 2)
     assert all("b: ranks differ" in message and "not set" in message for message in messages)
 
 
 @pytest.mark.fast
-def test_many_differences_are_counted() -> None:
+def test_excess_differences_are_counted() -> None:
     facts = [[Fact(f"key {number:02d}", number + rank) for number in range(30)] for rank in range(2)]
     lines = compared(list(enumerate(facts)), 2)[0].splitlines()
     assert len(lines) == 13
@@ -245,17 +243,17 @@ def test_many_differences_are_counted() -> None:
 
 
 @pytest.mark.fast
-def test_a_missing_rank_is_named_while_waiting_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "LINE_SECONDS", 0.2)
+def test_missing_rank_is_named_during_and_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LOG_INTERVAL_SECONDS", 0.2)
     with messages_of("trainer.distributed.waiting") as lines:
-        messages = compared([(0, []), (1, []), (3, [])], 4, patience=0.7)
+        messages = compared([(0, []), (1, []), (3, [])], 4, timeout=0.7)
     assert messages[0] == "rank 2 did not arrive within 0.7 s. Look at what its process says"
     assert set(messages[1:]) <= {messages[0], "rank 0 did not arrive within 0.7 s. Look at what its process says"}
     assert any("for rank 2 to start" in line for line in lines)
 
 
 @pytest.mark.fast
-def test_a_second_process_of_a_rank_is_refused_alone() -> None:
+def test_duplicate_rank_is_refused_alone() -> None:
     """As where two runs use one port: the first one must not suffer."""
     facts = [Fact("a", 1)]
     messages = compared([(0, facts), (1, facts), (1, facts)], 2)

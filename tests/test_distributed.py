@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.harness import free_port, run_command, run_ranks
+from tests.harness import get_free_port, run_command, run_ranks
 from trainer import distributed, exit
 from trainer.distributed import (
     Launch,
@@ -37,7 +37,7 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 def _sums(pipeline: int, tensor: int) -> dict[str, int]:
     """The sum of the ranks in each of this rank's groups."""
     launch = Launch.from_environment()
-    topology = Topology.of(launch.world, launch.rank, pipeline=pipeline, tensor=tensor)
+    topology = Topology.of(launch.world_size, launch.rank, pipeline=pipeline, tensor=tensor)
     with joined_world(launch, topology, seed=1) as world:
         found = {}
         for axis, group in world.groups.items():
@@ -48,7 +48,7 @@ def _sums(pipeline: int, tensor: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("pipeline", "tensor"), [(2, 2), (1, 4), (1, 1)])
-def test_groups_on_eight_ranks(pipeline: int, tensor: int) -> None:
+def test_process_groups_sum_over_their_axis(pipeline: int, tensor: int) -> None:
     for rank, found in enumerate(run_ranks(_sums, 8, pipeline, tensor)):
         place = Topology.of(8, rank, pipeline=pipeline, tensor=tensor)
         axes = [axis for axis in ("pipeline", "data", "tensor") if len(place.group(axis)) > 1]
@@ -67,7 +67,7 @@ time.sleep(60)
 
 
 @pytest.mark.fast
-def test_only_old_buffers_that_no_process_has_open_or_mapped_are_removed() -> None:
+def test_remove_stale_buffers_keeps_recent_and_used_files() -> None:
     folder = Path("/dev/shm")
     names = ("stale", "open", "map", "young")
     files = {name: folder / f"deepspeed_allreduce_buffer_{os.getuid()}_test_{name}_0" for name in names}
@@ -96,25 +96,23 @@ def test_only_old_buffers_that_no_process_has_open_or_mapped_are_removed() -> No
             file.unlink(missing_ok=True)
 
 
-def test_a_start_says_which_lock_it_waits_for(
+def test_load_extension_logs_the_lock_it_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(extensions, "SECONDS_BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(extensions, "LOG_INTERVAL_SECONDS", 0.1)
     monkeypatch.setattr(extensions.log, "propagate", True)
     logging.getLogger("trainer").propagate = True
     caplog.set_level(logging.INFO)
     held = FileLock(str(tmp_path / "lock"), thread_local=False)
     held.acquire()
     threading.Timer(0.5, held.release).start()
-    with extensions._patient_lock(tmp_path / "lock", "another process"):
+    with extensions._logged_lock(tmp_path / "lock", "another process"):
         pass
     assert f"for another process ({tmp_path / 'lock'})" in caplog.text
 
 
 @pytest.mark.fast
-def test_the_lock_of_a_killed_compiler_does_not_hang_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_extension_removes_the_lock_of_a_killed_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "some_op").mkdir()
     lock = tmp_path / "some_op" / "lock"
@@ -138,7 +136,7 @@ def test_the_lock_of_a_killed_compiler_does_not_hang_the_next_start(
 
 
 @pytest.mark.fast
-def test_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_reads_the_variables_of_each_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Launch.from_environment() == Launch(0, 1, 0, 1)
@@ -162,7 +160,7 @@ def test_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RANK": ""}, "RANK: must be a number from 0 to 0 (got '')"),
     ],
 )
-def test_a_wrong_launch_environment_is_refused(
+def test_launch_rejects_an_invalid_environment(
     values: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
@@ -185,7 +183,7 @@ def test_a_wrong_launch_environment_is_refused(
         (None, "29500", "MASTER_ADDR: must be the host of rank 0"),
     ],
 )
-def test_several_ranks_need_the_address_of_rank_0(
+def test_open_store_requires_the_address_of_rank_zero(
     address: str | None, port: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank would otherwise choose a port of its own, and wait for the others forever."""
@@ -194,18 +192,18 @@ def test_several_ranks_need_the_address_of_rank_0(
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as raised:
-        open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))
+        open_store(Launch(rank=0, world_size=2, local_rank=0, local_world_size=2))
     assert message in str(raised.value)
 
 
-def test_a_wrong_launch_environment_ends_the_command_with_2() -> None:
+def test_train_command_exits_2_on_an_invalid_environment() -> None:
     ended = run_command(TRAIN, "--config", "x.json", environment={"RANK": "abc"})
     assert (ended.status, "Traceback" in ended.err) == (2, False)
     assert "error: RANK: must be a number from 0 to 0 (got 'abc')" in ended.err
 
 
 @pytest.mark.fast
-def test_ranks_that_share_samples_draw_the_same_random_numbers() -> None:
+def test_seed_everything_is_equal_on_ranks_that_share_samples() -> None:
     def draw(rank: int) -> float:
         seed_everything(7, Topology.of(8, rank, tensor=2))
         return float(torch.rand(()))
@@ -215,7 +213,9 @@ def test_ranks_that_share_samples_draw_the_same_random_numbers() -> None:
 
 
 @pytest.mark.fast
-def test_only_rank_0_speaks_and_every_rank_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configure_logging_prints_on_rank_zero_and_writes_on_every_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = logging.getLogger("trainer.something")
     for rank in (0, 1):
         configure_logging(rank, tmp_path)
@@ -227,7 +227,7 @@ def test_only_rank_0_speaks_and_every_rank_writes(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.fast
-def test_the_environment_is_only_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_environment_keeps_existing_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
     distributed.prepare_environment()
@@ -237,13 +237,13 @@ def test_the_environment_is_only_completed(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("world", "waits"), [(2, True), (1, False)])
-def test_a_foreign_error_lets_the_rank_that_failed_first_speak(
+def test_exit_on_errors_waits_for_the_rank_that_failed_first(
     world: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A collective that fails, because another rank has left, must not make this rank's status the run's."""
     waited: list[float] = []
     monkeypatch.setattr(exit.time, "sleep", waited.append)
-    launch = Launch(rank=world - 1, world=world)
+    launch = Launch(rank=world - 1, world_size=world)
     with pytest.raises(RuntimeError, match="Connection closed"), exit.exit_on_errors(launch):
         raise RuntimeError("Connection closed by peer")
     assert (sum(waited) >= 5) == waits
@@ -264,7 +264,7 @@ def _agreed() -> list[str]:
         return launch.rank
 
     told = []
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1):
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1):
         for work in (lambda: config(1), checkpoint):
             with pytest.raises((ConfigError, CheckpointError)) as raised:
                 agree(work)
@@ -273,7 +273,7 @@ def _agreed() -> list[str]:
     return told
 
 
-def test_errors_of_any_rank_are_raised_on_all() -> None:
+def test_agree_raises_the_errors_of_any_rank_on_all_ranks() -> None:
     for rank, (problems, damage, result) in enumerate(run_ranks(_agreed, 3)):
         assert "rank 1 misses a file" in problems
         assert "rank 2 misses a file" in problems
@@ -283,7 +283,7 @@ def test_errors_of_any_rank_are_raised_on_all() -> None:
 def _listening_addresses() -> set[str]:
     """Addresses that this rank's sockets listen on in a joined world, as /proc/net writes them."""
     launch = Launch.from_environment()
-    topology = Topology.of(launch.world, launch.rank, pipeline=1, tensor=1)
+    topology = Topology.of(launch.world_size, launch.rank, pipeline=1, tensor=1)
     with joined_world(launch, topology, seed=1) as world:
         world.store.set(f"value of {launch.rank}", "seen")
         assert world.store.get(f"value of {1 - launch.rank}") == b"seen"
@@ -294,13 +294,13 @@ def _listening_addresses() -> set[str]:
         return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in own}
 
 
-def test_ranks_of_one_host_listen_on_loopback_only() -> None:
+def test_store_of_one_host_listens_on_loopback_only() -> None:
     found = run_ranks(_listening_addresses, 2)
     assert found[0], "rank 0 hosts the store"
     assert set().union(*found) == {"0100007F"}
 
 
-def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_store_names_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -309,10 +309,10 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(port))
         message = f"--master_port: cannot listen on port {port} .*Another run on this host may have it"
         with pytest.raises(ConfigError, match=message):
-            open_store(Launch(rank=0, world=2, local_rank=0, local_world=2))
+            open_store(Launch(rank=0, world_size=2, local_rank=0, local_world_size=2))
 
 
-def test_hosts_without_ipv6_have_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_store_falls_back_to_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several hosts; on this one IPv6 is switched off."""
     opened = socket.socket
 
@@ -322,8 +322,8 @@ def test_hosts_without_ipv6_have_a_store(monkeypatch: pytest.MonkeyPatch) -> Non
         return opened(family, *arguments)
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
     monkeypatch.setattr(distributed.store.socket, "socket", without_ipv6)
-    store = open_store(Launch(rank=0, world=2, local_rank=0, local_world=1))
+    store = open_store(Launch(rank=0, world_size=2, local_rank=0, local_world_size=1))
     store.set("key", "value")
     assert store.get("key") == b"value"

@@ -23,7 +23,7 @@ from tests.runs import _loaded, _place
 from tests.test_tracking import TRAIN
 from tools.bench.common import assemble
 from trainer.checkpoint import saver, writer
-from trainer.distributed import Launch, Mark, Phases, joined_world
+from trainer.distributed import Launch, PhaseMark, Phases, joined_world
 from trainer.errors import DataError, Preempted, TrainingHalted
 from trainer.events import read_events
 from trainer.fault_tolerance import StopAgreement, StopRequests, run_lock, watchdog
@@ -39,7 +39,7 @@ from trainer.tracking.interface import Trackers
 # Stop requests --------------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_that_waits_for_rank_0_can_be_stopped(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_rank_waiting_for_rank_zero_can_be_stopped(tiny: dict[str, Any], tmp_path: Path) -> None:
     """By SIGINT too, which Python does not see before torch's connection to the store gives up."""
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     with socket.socket() as rank_0:
@@ -74,7 +74,7 @@ def _stopped_in_final(config: dict[str, Any]) -> tuple[str, str]:
     return read_events(run)[-1]["event"], (run / LOCK).read_text()
 
 
-def test_a_stop_while_the_final_model_is_written_lets_the_run_finish(tiny: dict[str, Any]) -> None:
+def test_stop_during_the_final_model_lets_the_run_finish(tiny: dict[str, Any]) -> None:
     assert run_ranks(_stopped_in_final, 1, with_values(tiny, data__validation=[])) == [("finish", "")]
 
 
@@ -98,7 +98,7 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
     saver._PROGRESS_SECONDS = 0.05
     launch = Launch.from_environment()
     with joined_world(launch, _place(config, launch), seed=1) as world:
-        parts = assemble(loaded := _loaded(config, launch.world), world)
+        parts = assemble(loaded := _loaded(config, launch.world_size), world)
         parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
         parts.checkpoints.restore(parts.started.engine)
         requests = StopRequests(launch.rank)
@@ -108,7 +108,7 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_each_micro_batch_and_each_file_is_progress(pipeline: int, tiny: dict[str, Any]) -> None:
+def test_phases_advance_by_micro_batch_and_file(pipeline: int, tiny: dict[str, Any]) -> None:
     values = {"training__max_steps": 2, "evaluation__max_batches": 3, "parallel__pipeline": pipeline}
     for found in run_ranks(_progress, pipeline, with_values(tiny, **values)):
         assert found["evaluate"] >= 2 * 3, "evaluations at step 0 and at the last"
@@ -116,7 +116,7 @@ def test_each_micro_batch_and_each_file_is_progress(pipeline: int, tiny: dict[st
         assert found["save"] == 2, "one file is written, and verified"
 
 
-def test_files_of_an_asynchronous_save_are_progress_once_the_run_waits_for_it(tiny: dict[str, Any]) -> None:
+def test_phases_advance_by_file_while_waiting_for_an_asynchronous_save(tiny: dict[str, Any]) -> None:
     """The last save: the watchdog would end a rank that does nothing but wait for its own thread."""
     values = {"training__max_steps": 2, "checkpoint__asynchronous": True, "data__validation": []}
     (found,) = run_ranks(_progress, 1, with_values(tiny, **values), 0.5)
@@ -128,19 +128,19 @@ def _one_rank(folder: Path) -> Watchdog:
 
 
 @pytest.mark.fast
-def test_a_rank_in_a_debugger_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_spares_a_rank_in_a_debugger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, Any] = {"__name__": "pdb", "is_debugged": is_debugged}
     exec("found = is_debugged()", namespace)
     assert namespace["found"]
     watching, statuses = _one_rank(tmp_path), list[int]()
     watching._reporter = SimpleNamespace(  # type: ignore[assignment]
-        peers=SimpleNamespace(lost=dict, behind=lambda _: [], described=str, reports=dict), looks=False
+        peers=SimpleNamespace(lost_ranks=dict, ranks_behind=lambda _: [], describe=str, reports=dict), reads_peers=False
     )
-    watching._waited = 100.0
+    watching._seconds_waited = 100.0
     monkeypatch.setattr(watchdog.os, "_exit", statuses.append)
     for debugged, expected in ((True, []), (False, [6])):
         monkeypatch.setattr(watchdog, "is_debugged", lambda debugged=debugged: debugged)
-        watching._expire(Mark(1, 0, "step", 3), 1.0)
+        watching._handle_timeout(PhaseMark(1, 0, "step", 3), 1.0)
         assert statuses == expected
 
 
@@ -149,10 +149,10 @@ def test_a_rank_in_a_debugger_is_not_ended(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.fast
 @pytest.mark.parametrize("error", [DataError("a.jsonl: line 3"), TrainingHalted("step 3"), ValueError("a bug")])
-def test_a_failure_is_recorded(error: Exception, tmp_path: Path) -> None:
+def test_watchdog_records_a_failure(error: Exception, tmp_path: Path) -> None:
     watching = _one_rank(tmp_path)
     watching.phases.enter("step", 3)
-    with pytest.raises(type(error)), watching.explained_failures():
+    with pytest.raises(type(error)), watching.explain_failures():
         raise error
     (event,) = read_events(tmp_path)
     assert (event["event"], event["step"], event["rank"], event["host"]) == ("failure", 2, 0, socket.gethostname())
@@ -160,8 +160,8 @@ def test_a_failure_is_recorded(error: Exception, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_a_stop_is_no_failure(tmp_path: Path) -> None:
-    with pytest.raises(Preempted), _one_rank(tmp_path).explained_failures():
+def test_watchdog_records_no_failure_for_a_stop(tmp_path: Path) -> None:
+    with pytest.raises(Preempted), _one_rank(tmp_path).explain_failures():
         raise Preempted("stopped")
     assert read_events(tmp_path) == []
 
@@ -170,14 +170,14 @@ def test_a_stop_is_no_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_a_stop_during_the_release_writes_to_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_during_release_writes_to_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of a closed descriptor is the next file's."""
     lock, close, opened = RunLock.acquire(tmp_path / "run"), os.close, list[int]()
 
     def closing(descriptor: int) -> None:
         close(descriptor)
         opened.append(os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT))
-        (thread := threading.Thread(target=lock.stopping)).start()
+        (thread := threading.Thread(target=lock.mark_stopping)).start()
         thread.join(0.3)
 
     monkeypatch.setattr(run_lock.os, "close", closing)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.configs import with_values
-from tests.harness import free_port
+from tests.harness import get_free_port
 from tests.test_tracking import read_rows
 from trainer.data.indexed import IndexedWriter
 from trainer.data.order import SampleOrder
@@ -31,12 +31,26 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def deepspeed(*arguments: str, ranks: int = 2, **values: str) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()), "launch/train.py"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment(**values), capture_output=True, text=True,
-                          timeout=300, check=False)  # fmt: skip
+    command = [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(get_free_port()),
+        "launch/train.py",
+    ]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment(**values),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
-def test_the_quickstart_shortened(tmp_path: Path) -> None:
+def test_shortened_quickstart_trains(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = deepspeed("--config", "ds_configs/quickstart.json", "--set", "training.max_steps=12",
                       "--set", "evaluation.max_batches=2", "--set", f"run.output_dir={run}")  # fmt: skip
@@ -52,9 +66,7 @@ def test_the_quickstart_shortened(tmp_path: Path) -> None:
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")), "buffers are left behind"
 
 
-def test_a_bad_configuration_is_reported_once_even_when_rank_0_is_the_slowest(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_invalid_configuration_is_reported_once_when_rank_zero_is_slowest(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, parallel__tensr=2)))
     (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(8)\n")
     ended = deepspeed("--config", str(tmp_path / "config.json"), PYTHONPATH=str(tmp_path))
@@ -65,7 +77,7 @@ def test_a_bad_configuration_is_reported_once_even_when_rank_0_is_the_slowest(
     assert "Initializing" not in said, "no process group was started"
 
 
-def test_what_only_one_rank_finds_is_said_by_that_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_error_of_a_single_rank_is_reported_by_that_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A wrong id that data rank 1 alone reads: its message and its status, though rank 0 has no part in it."""
     with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
         writer.add([1] * (32 * 8 + 1))
@@ -84,16 +96,16 @@ def test_what_only_one_rank_finds_is_said_by_that_rank(tiny: dict[str, Any], tmp
 
 def test_torchrun(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
-    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), "launch/train.py"]
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(get_free_port()), "launch/train.py"]
     ended = subprocess.run([*command, "--config", str(tmp_path / "config.json")], cwd=ROOT, env=environment(),
                            capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert read_rows(tmp_path / "run")[-1]["step"] == 4
 
 
-def test_a_killed_rank_ends_the_run_and_leaves_nothing_behind(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_rank_ends_the_run_and_leaves_no_files(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, training__max_steps=100_000)))
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py",
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(get_free_port()), "launch/train.py",
                "--config", str(tmp_path / "config.json")]  # fmt: skip
     running = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "run" / "metrics.jsonl"

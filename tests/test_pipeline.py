@@ -453,9 +453,9 @@ def test_pipeline_dropout_is_reproducible_from_seed(tiny: dict[str, Any]) -> Non
 def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
     """Micro-batches that this rank's stage has computed forward and not yet backward, at most."""
     launch = Launch.from_environment()
-    place = Topology.of(launch.world, launch.rank, pipeline=config["parallel"]["pipeline"])
+    place = Topology.of(launch.world_size, launch.rank, pipeline=config["parallel"]["pipeline"])
     with joined_world(launch, place, seed=1) as world:
-        loaded = check(config, world=launch.world, device="cpu")
+        loaded = check(config, world=launch.world_size, device="cpu")
         prepared = prepare_data(loaded, launch, world.store)
         assignment = assign_stages(build_model_shape(loaded), loaded)
         engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)

@@ -46,8 +46,8 @@ def imported(config: dict[str, Any]) -> Path:
 def refusal(config: dict[str, Any]) -> str:
     """What a rank that gives a model its weights is refused with."""
     launch = Launch.from_environment()
-    topology = Topology.of(launch.world, launch.rank, tensor=2, pipeline=1)
-    loaded = check(config, world=launch.world, device="cpu")
+    topology = Topology.of(launch.world_size, launch.rank, tensor=2, pipeline=1)
+    loaded = check(config, world=launch.world_size, device="cpu")
     with joined_world(launch, topology, seed=1) as world:
         try:
             start_engine(build_model(loaded), loaded, world)

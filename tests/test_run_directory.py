@@ -23,7 +23,7 @@ from torch import nn
 
 from launch.train import train
 from tests.configs import with_values
-from tests.harness import Finished, free_port, messages_of, run_command, run_ranks
+from tests.harness import Finished, get_free_port, messages_of, run_command, run_ranks
 from tests.test_tracking import TRAIN, read_rows
 from trainer import checkpoint_format
 from trainer.checkpoint import Checkpoints
@@ -31,7 +31,7 @@ from trainer.checkpoint_format import read_manifest, verify_files, write_safeten
 from trainer.config.earlier_versions import stored_run
 from trainer.config.load import check
 from trainer.distributed import Launch, configure_logging
-from trainer.distributed.logs import _RankFile
+from trainer.distributed.logs import _RankFileHandler
 from trainer.errors import ConfigError
 from trainer.events import EVENTS, append_event, read_events
 from trainer.fault_tolerance import StopRequests
@@ -94,7 +94,7 @@ def test_lost_checkpoints_are_refused(run: Path, tiny: dict[str, Any], tmp_path:
 def train_until_killed_at_first_save(config: dict[str, Any]) -> None:
     Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
+    train(check(config, world=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
 
 
 def test_run_killed_before_first_save_restarts(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_event_on_full_disk_leaves_no_partial_line(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.fast
 def test_log_on_full_disk_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = _RankFile(tmp_path / "rank-0.log")
+    file = _RankFileHandler(tmp_path / "rank-0.log")
     assert file.stream is not None
     with open("/dev/full", "w") as file.stream:
         for text in ("one", "two"):
@@ -348,7 +348,7 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
         os.replace = replaced  # type: ignore[assignment]
     launch = Launch.from_environment()
     try:
-        train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
+        train(check(config, world=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
     except ConfigError as error:
         return error.exit_status, str(error)
     return 0, ""
@@ -485,7 +485,7 @@ def test_damaged_manifest_does_not_hide_older_checkpoints(
 
 
 def test_unreachable_upload_is_refused_at_start(tiny: dict[str, Any], tmp_path: Path) -> None:
-    place = f"ftp://127.0.0.1:{free_port()}/run"
+    place = f"ftp://127.0.0.1:{get_free_port()}/run"
     ended = start(tiny, tmp_path, checkpoint__upload=place)
     assert ended.status == 2, ended.out
     assert "checkpoint.upload: " in ended.err

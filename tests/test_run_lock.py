@@ -20,7 +20,7 @@ import pytest
 
 from launch.train import train
 from tests.configs import with_values
-from tests.harness import context, free_port, messages_of, run_command, run_ranks
+from tests.harness import context, get_free_port, messages_of, run_command, run_ranks
 from tests.test_tracking import ROOT, TRAIN, read_rows
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_format import read_manifest, verify_files
@@ -28,7 +28,7 @@ from trainer.config.load import check
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted
 from trainer.fault_tolerance import StopRequests, run_lock
-from trainer.fault_tolerance.lock_holder import Holder, this_process
+from trainer.fault_tolerance.lock_holder import Holder, current_process
 from trainer.fault_tolerance.processes import process_stat
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_layout import LOCK
@@ -36,7 +36,7 @@ from trainer.run_layout import LOCK
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("BEAT_SECONDS", 0.1), ("STALE_SECONDS", 0.8), ("PATIENCE_SECONDS", 1.5),
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.1), ("STALE_SECONDS", 0.8), ("WAIT_SECONDS", 1.5),
                           ("_POLL_SECONDS", 0.02), ("_SETTLE_SECONDS", 0.1)):  # fmt: skip
         monkeypatch.setattr(run_lock, name, seconds)
 
@@ -75,7 +75,7 @@ def holding(run: str, seconds: float, stops: bool, pipe: Any) -> None:
     """In a process of its own: holds the lock for a while."""
     lock = RunLock.acquire(Path(run))
     if stops:
-        lock.stopping()
+        lock.mark_stopping()
     pipe.send(os.getpid())
     time.sleep(seconds)
     os._exit(0)
@@ -93,7 +93,7 @@ def held_by_another(run: Path, seconds: float = 60.0, *, stops: bool = False) ->
 # With flock -----------------------------------------------------------------------------------------------------------
 
 
-def test_second_start_names_the_first(tmp_path: Path, locks: Any) -> None:
+def test_acquire_names_the_holder_of_the_lock(tmp_path: Path, locks: Any) -> None:
     first = held_by_another(tmp_path / "run")
     with pytest.raises(ConfigError, match=f"in use by process {first.pid} on .*, since 20.* UTC") as refused:
         locks(tmp_path / "run")
@@ -106,7 +106,7 @@ def test_second_start_names_the_first(tmp_path: Path, locks: Any) -> None:
     assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
 
 
-def test_start_waits_for_a_run_that_is_stopping(tmp_path: Path, locks: Any) -> None:
+def test_acquire_waits_for_a_stopping_run(tmp_path: Path, locks: Any) -> None:
     first = held_by_another(tmp_path, 0.7, stops=True)
     with messages_of("trainer.fault_tolerance.run_lock") as messages:
         locks(tmp_path)
@@ -117,7 +117,7 @@ def test_start_waits_for_a_run_that_is_stopping(tmp_path: Path, locks: Any) -> N
     assert "is stopping" in message
 
 
-def test_start_does_not_wait_for_ever(tmp_path: Path, locks: Any) -> None:
+def test_acquire_gives_up_after_a_timeout(tmp_path: Path, locks: Any) -> None:
     first = held_by_another(tmp_path, stops=True)
     start = time.monotonic()
     with pytest.raises(ConfigError, match=f"process {first.pid} .*, which is stopping,"):
@@ -127,7 +127,7 @@ def test_start_does_not_wait_for_ever(tmp_path: Path, locks: Any) -> None:
     first.join()
 
 
-def test_a_child_does_not_keep_the_lock(tmp_path: Path, locks: Any) -> None:
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path, locks: Any) -> None:
     """A forked worker that outlives its killed parent."""
     reading, writing = os.pipe()
     parent = os.fork()
@@ -152,21 +152,21 @@ def test_a_child_does_not_keep_the_lock(tmp_path: Path, locks: Any) -> None:
 
 
 @pytest.mark.fast
-def test_released_lock_can_be_taken(tmp_path: Path, locks: Any) -> None:
+def test_released_lock_can_be_acquired(tmp_path: Path, locks: Any) -> None:
     first = locks(tmp_path)
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
         locks(tmp_path)
     first.release()
     first.release()
-    first.stopping()
+    first.mark_stopping()
     locks(tmp_path)
-    RunLock().stopping()
+    RunLock().mark_stopping()
     RunLock().release()
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("content", ["", "x" * 3000, "[" * 2000, '{"pid": 3}', "[1]"])
-def test_damaged_lock_file_is_written_again(content: str, tmp_path: Path, locks: Any) -> None:
+def test_damaged_lock_file_is_rewritten(content: str, tmp_path: Path, locks: Any) -> None:
     (tmp_path / LOCK).write_text(content)
     locks(tmp_path)
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
@@ -174,7 +174,7 @@ def test_damaged_lock_file_is_written_again(content: str, tmp_path: Path, locks:
 
 
 @pytest.mark.fast
-def test_lock_file_that_cannot_be_written(tmp_path: Path, locks: Any) -> None:
+def test_acquire_rejects_an_unwritable_lock_file(tmp_path: Path, locks: Any) -> None:
     (tmp_path / "victim").touch()
     (tmp_path / LOCK).symlink_to(tmp_path / "victim")
     with pytest.raises(ConfigError, match="cannot be written"):
@@ -186,7 +186,7 @@ def test_lock_file_that_cannot_be_written(tmp_path: Path, locks: Any) -> None:
 
 
 @pytest.mark.usefixtures("without_flock")
-def test_heartbeat_is_the_lock_where_there_is_no_flock(tmp_path: Path, locks: Any) -> None:
+def test_heartbeat_replaces_a_missing_flock(tmp_path: Path, locks: Any) -> None:
     first = locks(tmp_path)
     before = (tmp_path / LOCK).stat().st_mtime_ns
     time.sleep(0.5)
@@ -196,7 +196,7 @@ def test_heartbeat_is_the_lock_where_there_is_no_flock(tmp_path: Path, locks: An
         first.release()
         stat = process_stat(other.pid)
         assert stat is not None
-        local = replace(this_process(), pid=other.pid, started=stat.start_ticks)
+        local = replace(current_process(), pid=other.pid, started=stat.start_ticks)
         (tmp_path / LOCK).write_text(json.dumps(asdict(local)))
         with pytest.raises(ConfigError, match=f"process {other.pid} on"):
             locks(tmp_path)
@@ -209,7 +209,7 @@ def test_heartbeat_is_the_lock_where_there_is_no_flock(tmp_path: Path, locks: An
 
 
 @pytest.mark.usefixtures("without_flock")
-def test_other_host_without_a_heartbeat_is_waited_for(tmp_path: Path, locks: Any) -> None:
+def test_acquire_waits_for_a_host_without_heartbeat(tmp_path: Path, locks: Any) -> None:
     elsewhere(tmp_path)
     start = time.monotonic()
     locks(tmp_path)
@@ -219,7 +219,7 @@ def test_other_host_without_a_heartbeat_is_waited_for(tmp_path: Path, locks: Any
 
 
 @pytest.mark.usefixtures("without_flock")
-def test_stale_heartbeat_of_another_host_is_taken_over_at_once(tmp_path: Path, locks: Any) -> None:
+def test_stale_heartbeat_of_another_host_is_taken_over(tmp_path: Path, locks: Any) -> None:
     elsewhere(tmp_path)
     os.utime(tmp_path / LOCK, (time.time() - 100,) * 2)
     start = time.monotonic()
@@ -228,7 +228,7 @@ def test_stale_heartbeat_of_another_host_is_taken_over_at_once(tmp_path: Path, l
 
 
 @pytest.mark.usefixtures("without_flock")
-def test_living_heartbeat_of_another_host_refuses(tmp_path: Path, locks: Any) -> None:
+def test_acquire_rejects_a_lock_with_a_live_heartbeat(tmp_path: Path, locks: Any) -> None:
     elsewhere(tmp_path)
     ended = threading.Event()
 
@@ -247,21 +247,21 @@ def test_living_heartbeat_of_another_host_refuses(tmp_path: Path, locks: Any) ->
     assert time.monotonic() - start < 0.8, "as soon as it is seen to live"
 
 
-def test_shared_file_system_needs_a_heartbeat_too(tmp_path: Path, locks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_file_system_needs_a_heartbeat(tmp_path: Path, locks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """There `flock` may hold on one host only."""
-    monkeypatch.setattr(run_lock, "_file_system_of", lambda path: "nfs4")
+    monkeypatch.setattr(run_lock, "_file_system_type", lambda path: "nfs4")
     elsewhere(tmp_path)
     lock = locks(tmp_path)
-    assert lock._beats is not None
+    assert lock._heartbeat_stop is not None
     with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
         locks(tmp_path)
 
 
-def test_holder_that_was_overtaken_ends(tmp_path: Path) -> None:
+def test_overtaken_holder_exits(tmp_path: Path) -> None:
     """Suspended for longer than a minute: two runs must not write."""
 
     def overtaken() -> None:
-        run_lock._file_system_of = lambda path: "nfs"
+        run_lock._file_system_type = lambda path: "nfs"
         RunLock.acquire(tmp_path)
         elsewhere(tmp_path)
         time.sleep(30)
@@ -274,8 +274,8 @@ def test_holder_that_was_overtaken_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_file_system_of_a_path() -> None:
-    assert run_lock._file_system_of(Path("/proc/self")) == "proc"
+def test_file_system_type_of_a_path() -> None:
+    assert run_lock._file_system_type(Path("/proc/self")) == "proc"
 
 
 # By the command -------------------------------------------------------------------------------------------------------
@@ -292,11 +292,11 @@ def saving_slowly(config: dict[str, Any]) -> None:
 
     Checkpoints.save = slowly  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train(check(config, world=launch.world, device="cpu"), launch, StopRequests(launch.rank))
+    train(check(config, world=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_second_start_leaves_the_first_unharmed(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_second_start_does_not_disturb_the_first(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Also as several ranks, of which only rank 0 looks; commands that only read are not refused."""
     config = with_values(tiny, training__log_every_steps=1, checkpoint__every_steps=2, data__validation=[])
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -338,7 +338,7 @@ def states_while_saving(config: dict[str, Any]) -> list[str]:
 
     def recorded(self: Any, *arguments: Any) -> None:
         states.append(json.loads((Path(config["run"]["output_dir"]) / LOCK).read_text())["state"])
-        if len(states) == 1 and launch.rank == launch.world - 1:
+        if len(states) == 1 and launch.rank == launch.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
         save(self, *arguments)
@@ -347,20 +347,20 @@ def states_while_saving(config: dict[str, Any]) -> list[str]:
     requests = StopRequests(launch.rank)
     requests.install()
     try:
-        train(check(config, world=launch.world, device="cpu"), launch, requests)
+        train(check(config, world=launch.world_size, device="cpu"), launch, requests)
     except Preempted:
         return states
     raise AssertionError("it did not stop")
 
 
-def test_lock_says_that_the_run_is_stopping(tiny: dict[str, Any]) -> None:
+def test_lock_file_shows_that_the_run_is_stopping(tiny: dict[str, Any]) -> None:
     """Also where another rank than the holder is asked to."""
     config = with_values(tiny, training__max_steps=50, checkpoint__every_steps=2, data__validation=[])
     assert run_ranks(states_while_saving, 2, config)[0] == ["running", "stopping"]
 
 
 @pytest.mark.parametrize("world", [2])
-def test_all_ranks_end_where_rank_0_refuses(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_all_ranks_exit_when_rank_zero_refuses(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Another run's directory: rank 0 alone reads it, and one message comes."""
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     assert run_command(TRAIN, "--config", str(tmp_path / "config.json")).status == 0
@@ -372,13 +372,21 @@ def test_all_ranks_end_where_rank_0_refuses(world: int, tiny: dict[str, Any], tm
     assert "Traceback" not in "".join(ended.errors)
 
 
-def test_orphan_refuses_a_second_launch(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_orphaned_run_refuses_a_second_launch(tiny: dict[str, Any], tmp_path: Path) -> None:
     """`deepspeed` itself: a run whose rank 0 still writes, whoever has started it."""
     run = tmp_path / "run"
     first = held_by_another(run)
     (tmp_path / "config.json").write_text(json.dumps(tiny))
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
-               "launch/train.py", "--config", str(tmp_path / "config.json")]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(get_free_port()),
+        "launch/train.py",
+        "--config",
+        str(tmp_path / "config.json"),
+    ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     first.kill()
     first.join()

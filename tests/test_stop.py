@@ -23,8 +23,8 @@ from trainer import exit
 from trainer.distributed import Launch, World
 from trainer.errors import Preempted
 from trainer.events import append_event, read_events
-from trainer.fault_tolerance import StopAgreement, StopRequests, agreement
-from trainer.fault_tolerance.stop import INTERRUPTED, StopRequest
+from trainer.fault_tolerance import StopAgreement, StopRequests, stop_agreement
+from trainer.fault_tolerance.stop_requests import INTERRUPTED, StopRequest
 from trainer.run_directory import RunDirectory
 
 STEPS = 40
@@ -86,7 +86,7 @@ def _wait(path_exists: Callable[[], bool], started: Started, seconds: float = 60
         time.sleep(0.01)
 
 
-def test_a_stop_before_the_first_step_does_no_harm(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_stop_before_the_first_step_exits_75(tiny: dict[str, Any], tmp_path: Path) -> None:
     """While the data are prepared, and while the ranks join and build; then the same command trains."""
     documents = (json.dumps({"text": f"document {number} " * 40}) for number in range(20_000))
     (tmp_path / "large.jsonl").write_text("\n".join(documents))
@@ -107,13 +107,13 @@ def test_a_stop_before_the_first_step_does_no_harm(tiny: dict[str, Any], tmp_pat
     assert read_events(tmp_path / "run")[-1]["event"] == "finish"
 
 
-def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_second_interrupt_exits_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
     """In a step that never ends; one within a second is the launcher's copy of the first."""
-    assert run_ranks(_interrupted, 1, tmp_path) == [None]
+    assert run_ranks(_first_interrupt, 1, tmp_path) == [None]
     assert (tmp_path / "alive").read_text() == "after the copy"
 
 
-def _interrupted(folder: Path) -> None:
+def _first_interrupt(folder: Path) -> None:
     child = os.fork()
     if child == 0:
         requests = StopRequests()
@@ -133,43 +133,43 @@ def _interrupted(folder: Path) -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("seconds", "warns"), [(25.0, True), (3.0, False)])
-def test_a_run_with_slow_saves_warns_at_the_start(seconds: float, warns: bool, tmp_path: Path) -> None:
+def test_slow_saves_warn_at_the_start(seconds: float, warns: bool, tmp_path: Path) -> None:
     append_event(tmp_path, "save", attempt=1, step=5, seconds=seconds)
     requests = StopRequests()
     requests._directory = RunDirectory(tmp_path, 2, None)
-    with messages_of("trainer.fault_tolerance.stop") as messages:
-        requests._warn_of_slow_saves()
+    with messages_of("trainer.fault_tolerance.stop_requests") as messages:
+        requests._warn_about_slow_saves()
     assert any("the last checkpoint took 25 s" in message for message in messages) == warns
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("arrives", [True, False])
-def test_rank_0_hosts_the_store_until_the_others_have_read_from_it(
+def test_rank_zero_hosts_the_store_until_all_ranks_have_read(
     arrives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "_READ_PATIENCE", timedelta(seconds=20.0 if arrives else 0.2))
+    monkeypatch.setattr(stop_agreement, "_READ_TIMEOUT", timedelta(seconds=20.0 if arrives else 0.2))
     store, directory = HashStore(), RunDirectory(tmp_path, 1, None)
     stops = []
     for rank in (0, 1):
         world = SimpleNamespace(
-            store=store, topology=SimpleNamespace(rank=rank, world=2), device=SimpleNamespace(type="cpu")
+            store=store, topology=SimpleNamespace(rank=rank, world_size=2), device=SimpleNamespace(type="cpu")
         )
         requests = StopRequests(rank)
         requests._request = StopRequest("SIGTERM", 0.0)
         stops.append(StopAgreement(requests, cast("World", world), directory, 9))
         stops[rank].announce(3)
     with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(stops[0].preempted, 3)
+        first = threads.submit(stops[0].preemption_error, 3)
         time.sleep(0.5)
         assert first.done() != arrives, "rank 0 waits for rank 1, but not for ever"
         if arrives:
-            stops[1].preempted(3)
+            stops[1].preemption_error(3)
         assert "SIGTERM (rank 0)" in str(first.result(timeout=2))
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stop_ends_with_75_and_is_no_error(
+def test_stop_exits_75_without_an_error(
     rank: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses: list[int] = []
@@ -179,7 +179,7 @@ def test_a_stop_ends_with_75_and_is_no_error(
         raise SystemExit(status)
 
     monkeypatch.setattr(exit, "_leave", leave)
-    with pytest.raises(SystemExit), exit.exit_on_errors(Launch(rank=rank, world=2)):
+    with pytest.raises(SystemExit), exit.exit_on_errors(Launch(rank=rank, world_size=2)):
         raise Preempted("stopped after step 3: SIGTERM")
     assert statuses == [75]
     assert capsys.readouterr().err == ("" if rank else "[tessera] stopped after step 3: SIGTERM\n")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.configs import with_values
-from tests.harness import free_port
+from tests.harness import get_free_port
 from tests.test_launch import BIN, ROOT, environment
 from trainer.events import read_events
 from trainer.fault_tolerance.ancestors import Process, read_process
@@ -87,7 +87,7 @@ def started(config: Path, *command: str, wrapper: tuple[str, ...] = ()) -> Itera
     """The command, from when it trains. What it leaves behind is killed."""
     folder = Path(json.loads(config.read_text())["run"]["output_dir"])
     attempts = sum(event["event"] in ("start", "resume") for event in read_events(folder))
-    words = command or ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()))
+    words = command or ("deepspeed", "--num_gpus", "2", "--master_port", str(get_free_port()))
     with (config.parent / "output").open("ab") as output:
         words = (*wrapper, str(BIN / words[0]), *words[1:], "launch/train.py", "--config", str(config))
         process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=output, stderr=output,
@@ -112,7 +112,7 @@ def started(config: Path, *command: str, wrapper: tuple[str, ...] = ()) -> Itera
         process.wait()
 
 
-def test_a_launcher_that_is_killed_leaves_no_rank_and_loses_no_step(config: Path) -> None:
+def test_killed_launcher_leaves_no_rank_and_loses_no_step(config: Path) -> None:
     """SIGTERM of `deepspeed`, SIGKILL of launch.py, and Ctrl-C, one after the other, each resuming the run."""
     with started(config) as run:
         run.command.terminate()
@@ -148,7 +148,9 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_loses_no_step(config: Path
         ("rank", signal.SIGINT, 75, "SIGINT (rank"),
     ],
 )
-def test_status_of_the_deepspeed_command(whom: str, number: int, status: int, cause: str, config: Path) -> None:
+def test_deepspeed_command_returns_the_status_of_a_stop(
+    whom: str, number: int, status: int, cause: str, config: Path
+) -> None:
     with started(config) as run:
         pid = {"launch.py": run.launcher.pid, "command": run.command.pid, "rank": run.ranks[-1].pid}[whom]
         os.kill(pid, number)
@@ -158,7 +160,7 @@ def test_status_of_the_deepspeed_command(whom: str, number: int, status: int, ca
 
 
 @pytest.mark.matrix
-def test_a_time_limit_saves_and_ends_with_75(config: Path) -> None:
+def test_time_limit_saves_and_exits_75(config: Path) -> None:
     config.write_text(json.dumps(with_values(json.loads(config.read_text()), training__max_seconds=30)))
     with started(config) as run:
         assert run.command.wait(120) == 75
@@ -170,7 +172,7 @@ def test_a_time_limit_saves_and_ends_with_75(config: Path) -> None:
     ("number", "status"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_torchrun(number: int, status: int, config: Path) -> None:
-    port = str(free_port())
+    port = str(get_free_port())
     with started(config, "torchrun", "--nproc_per_node", "2", "--master_port", port) as run:
         os.kill(run.command.pid, number)
         assert run.command.wait(60) == status
@@ -179,7 +181,7 @@ def test_torchrun(number: int, status: int, config: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_a_hostfile_that_is_not_there(config: Path) -> None:
+def test_missing_hostfile_is_refused(config: Path) -> None:
     words = [
         str(BIN / "deepspeed"),
         "--hostfile",

@@ -369,7 +369,7 @@ def test_ranks_that_see_other_files_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_waiting_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.distributed.waiting.LINE_SECONDS", 0.2)
+    monkeypatch.setattr("trainer.distributed.waiting.LOG_INTERVAL_SECONDS", 0.2)
     store = HashStore()
     waiter = threading.Thread(
         target=lambda: Cache(tmp_path, Launch(1, 2, 1, 2), store).entry("a", lambda: "c", "thing", waiting_build)

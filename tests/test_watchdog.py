@@ -23,14 +23,14 @@ from tests.harness import Finished, run_command, run_ranks
 from tests.runs import _loaded
 from trainer.checkpoint.writer import checkpoint_group
 from trainer.data import prepare_data
-from trainer.distributed import JOIN_PATIENCE, Launch, Mark, Phases, joined_world
+from trainer.distributed import JOIN_TIMEOUT, Launch, PhaseMark, Phases, joined_world
 from trainer.engine import start_engine
 from trainer.errors import RankLost
 from trainer.events import read_events
 from trainer.fault_tolerance.failures import is_collective_failure
 from trainer.fault_tolerance.inspection import is_debugged, main_thread_location, process_state
-from trainer.fault_tolerance.reports import STALE_ROUNDS, Peers, own_report
-from trainer.fault_tolerance.watchdog import LOOK_SECONDS, REPORT_SECONDS
+from trainer.fault_tolerance.reports import STALE_ROUNDS, PeerReports, initial_report
+from trainer.fault_tolerance.watchdog import PEER_CHECK_SECONDS, REPORT_SECONDS
 from trainer.model import build_model, build_model_shape
 from trainer.pipeline import assign_stages
 from trainer.topology import Topology
@@ -42,9 +42,9 @@ LIMIT = 4.0
 
 @dataclass(frozen=True)
 class Case:
-    """Rank `rank` does `action` when it has entered the phase `at`."""
+    """Rank `rank` does `action` when it has entered the phase `mark`."""
 
-    at: str
+    mark: str
     action: str = "stop"
     rank: int = 1
     pipeline: int = 1
@@ -90,7 +90,7 @@ def _outcome(case: Case, config: dict[str, Any], folder: Path) -> Outcome:
         "parallel__pipeline": case.pipeline, "evaluation__every_steps": 2, "checkpoint__every_steps": 2,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(with_values(config, **values)))
-    variables = {"AT": case.at, "ACTION": case.action, "BAD_RANK": str(case.rank), "SINCE": str(folder / "since")}
+    variables = {"AT": case.mark, "ACTION": case.action, "BAD_RANK": str(case.rank), "SINCE": str(folder / "since")}
     ended = run_command(SCRIPT, "--config", str(folder / "config.json"), world=2, environment=variables)
     since = float((folder / "since").read_text()) if (folder / "since").exists() else time.time()
     seconds = time.time() - since
@@ -115,10 +115,10 @@ def outcomes(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("name", ["step", "step of a pipeline", "evaluation", "save", "rank 0"])
-def test_a_stopped_rank_is_named_and_the_others_end(name: str, outcomes: dict[str, Outcome]) -> None:
+def test_stopped_rank_is_named_and_the_others_exit(name: str, outcomes: dict[str, Outcome]) -> None:
     case, outcome = CASES[name], outcomes[name]
     assert outcome.ended.status == RankLost.exit_status, outcome.said
-    phase, step = case.at.split()
+    phase, step = case.mark.split()
     words = {"step": f"step {step}", "evaluate": f"evaluation at step {step}", "save": f"checkpoint of step {step}"}
     expected = f"{words[phase]}: a collective did not end within {LIMIT:g} s (run.collective_timeout_seconds)"
     assert expected in outcome.said
@@ -128,20 +128,20 @@ def test_a_stopped_rank_is_named_and_the_others_end(name: str, outcomes: dict[st
     assert 'File "' in outcome.logs[1 - case.rank], "the stacks of the rank that waits"
 
 
-def test_the_flight_recorder_is_dumped_and_named(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+def test_flight_recorder_is_dumped_and_named(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     named = re.search(r"its collectives in (\S+)", outcomes["evaluation"].said)
     assert named is not None
     assert json.loads(Path(named[1]).read_text())["entries"]
 
 
-def test_a_dead_rank_is_named(outcomes: dict[str, Outcome]) -> None:
+def test_dead_rank_is_named(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["dead"]
     assert outcome.ended.status == RankLost.exit_status
     assert re.search(r"error: step 3: lost rank 1 \(host .*, last in .*, its process \d+ has died\)", outcome.said)
     assert "Traceback" not in outcome.said
 
 
-def test_a_rank_0_that_dies_before_it_has_joined_is_named(outcomes: dict[str, Outcome]) -> None:
+def test_rank_zero_that_dies_before_joining_is_named(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["dead before it has joined"]
     assert outcome.ended.status == RankLost.exit_status
     assert "preparing data: lost rank 0 (" in outcome.said
@@ -149,21 +149,21 @@ def test_a_rank_0_that_dies_before_it_has_joined_is_named(outcomes: dict[str, Ou
 
 
 @pytest.mark.parametrize("name", ["step", "step of a pipeline", "evaluation", "save", "dead"])
-def test_the_failure_is_an_event_that_names_the_rank(name: str, outcomes: dict[str, Outcome]) -> None:
+def test_failure_event_names_the_rank(name: str, outcomes: dict[str, Outcome]) -> None:
     (failure,) = outcomes[name].failures
     assert failure["rank"] == 1
     assert failure["step"] == 2
     assert "rank 1 (host " in failure["cause"]
 
 
-def test_a_late_rank_is_named_while_the_others_join(outcomes: dict[str, Outcome]) -> None:
+def test_late_rank_is_named_while_the_others_join(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["late"]
     assert outcome.ended.status == 0, outcome.said
     assert re.search(r"waited 0:00:0\d for rank 1 to prepare its data", outcome.ended.out)
     assert "timed out" not in outcome.said, "torch's own warnings"
 
 
-def test_a_sound_run_writes_nothing_about_waiting(outcomes: dict[str, Outcome]) -> None:
+def test_healthy_run_logs_nothing_about_waiting(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["none"]
     assert outcome.ended.status == 0, outcome.said
     line = r"world: 2 ranks on 1 host \(\S+\), pipeline 1 x data 2 x tensor 1, device CPU \(\d+ cores\)"
@@ -173,8 +173,8 @@ def test_a_sound_run_writes_nothing_about_waiting(outcomes: dict[str, Outcome]) 
         assert 'File "' not in log
 
 
-def test_a_stopped_rank_is_reported_within_30_s_at_the_default_limit() -> None:
-    assert LOOK_SECONDS + (STALE_ROUNDS + 1) * REPORT_SECONDS <= 30
+def test_stopped_rank_is_reported_within_30_s_at_the_default_limit() -> None:
+    assert PEER_CHECK_SECONDS + (STALE_ROUNDS + 1) * REPORT_SECONDS <= 30
 
 
 # Timeouts -------------------------------------------------------------------------------------------------------------
@@ -184,13 +184,13 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
     """The timeouts of this rank's groups before the first step, in it, and in the second."""
     launch = Launch.from_environment()
     parallel = config["parallel"]
-    topology = Topology.of(launch.world, launch.rank, tensor=parallel["tensor"], pipeline=parallel["pipeline"])
+    topology = Topology.of(launch.world_size, launch.rank, tensor=parallel["tensor"], pipeline=parallel["pipeline"])
     phases = Phases(20.0)
     with joined_world(launch, topology, None, phases, seed=1) as world:
-        loaded = _loaded(config, launch.world)
+        loaded = _loaded(config, launch.world_size)
         prepared = prepare_data(loaded, launch, world.store)
         assignment = assign_stages(build_model_shape(loaded), loaded)
-        world.tensor_neighbours(2)
+        world.tensor_subgroup(2)
         checkpoint_group()
         start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         found: dict[str, list[float]] = {"before": _of_groups()}
@@ -208,11 +208,11 @@ def _of_groups() -> list[float]:
     return [o._timeout.total_seconds() for o in options]
 
 
-def test_every_group_has_the_timeout_of_the_phase(tiny: dict[str, Any]) -> None:
+def test_process_groups_have_the_timeout_of_the_phase(tiny: dict[str, Any]) -> None:
     values = {"parallel__tensor": 2, "parallel__pipeline": 2, "deepspeed__zero_optimization": {"stage": 1}}
     for found in run_ranks(_timeouts, 8, with_values(tiny, **values)):
         assert len(found["second"]) >= 8, "the default, three axes, and those of DeepSpeed and of checkpoints"
-        assert set(found["resume"]) == {JOIN_PATIENCE.total_seconds()}
+        assert set(found["resume"]) == {JOIN_TIMEOUT.total_seconds()}
         assert set(found["first"]) == {600.0}, "kernels are compiled"
         assert set(found["second"]) == {20.0}
         assert len(set(found["before"])) > 1, "negative control: DeepSpeed's groups have a timeout of their own"
@@ -234,46 +234,52 @@ def test_first_step_and_first_evaluation_have_time_to_compile() -> None:
 
 
 @pytest.mark.fast
-def test_progress_and_position_of_a_mark() -> None:
+def test_phase_mark_counts_phases_and_progress() -> None:
     phases = Phases()
     phases.enter("data")
     phases.enter("step", 7)
     phases.advance()
-    assert phases.mark == Mark(2, 1, "step", 7)
+    assert phases.mark == PhaseMark(2, 1, "step", 7)
     phases.enter("save", 7)
-    assert phases.mark == Mark(3, 0, "save", 7)
+    assert phases.mark == PhaseMark(3, 0, "save", 7)
     assert phases.mark.name == "checkpoint of step 7"
 
 
 @pytest.mark.fast
-def test_ranks_that_cannot_go_on_are_told_from_those_that_work() -> None:
-    own = own_report(Launch(0, 6, 0, 6))
+def test_peer_reports_separate_lost_ranks_from_working_ranks() -> None:
+    own = initial_report(Launch(0, 6, 0, 6))
     elsewhere = replace(own, host="b", namespace="another")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    at = Mark(12, 0, "step", 12)
-    peers = Peers(own, 6)
-    silent = replace(elsewhere, rank=1).at(at)
-    working = replace(elsewhere, rank=2).at(at)
+    mark = PhaseMark(12, 0, "step", 12)
+    peers = PeerReports(own, 6)
+    silent = replace(elsewhere, rank=1).with_mark(mark)
+    working = replace(elsewhere, rank=2).with_mark(mark)
     for number in range(STALE_ROUNDS + 1):
-        peers.update({
-            0: own.at(at), 1: silent, 2: replace(working, waited=float(number)),
-            3: replace(elsewhere, rank=3, error="full disk").at(at),
-            4: replace(own, rank=4, pid=dead.pid, waited=float(number)).at(at._replace(position=11, step=11)),
-        })  # fmt: skip
-    lost = peers.lost()
-    assert lost[1] == "does not respond"
-    assert lost[3] == "failed: full disk"
-    assert lost[4] == f"its process {dead.pid} has died"
-    assert set(lost) == {1, 3, 4}
-    assert peers.behind(12) == [4, 5]
-    assert peers.described([4, 5], lost) == (
+        peers.update(
+            {
+                0: own.with_mark(mark),
+                1: silent,
+                2: replace(working, waited=float(number)),
+                3: replace(elsewhere, rank=3, error="full disk").with_mark(mark),
+                4: replace(own, rank=4, pid=dead.pid, waited=float(number)).with_mark(
+                    mark._replace(phase_index=11, step=11)
+                ),
+            }
+        )
+    lost_ranks = peers.lost_ranks()
+    assert lost_ranks[1] == "does not respond"
+    assert lost_ranks[3] == "failed: full disk"
+    assert lost_ranks[4] == f"its process {dead.pid} has died"
+    assert set(lost_ranks) == {1, 3, 4}
+    assert peers.ranks_behind(12) == [4, 5]
+    assert peers.describe([4, 5], lost_ranks) == (
         f"rank 4 (host {own.host}, last in step 11, its process {dead.pid} has died), rank 5 (not started)"
     )
 
 
 @pytest.mark.fast
-def test_state_of_a_process() -> None:
+def test_process_state_follows_signals() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         assert process_state(child.pid) == "running"
@@ -289,7 +295,7 @@ def test_state_of_a_process() -> None:
 
 
 @pytest.mark.fast
-def test_location_of_the_main_thread() -> None:
+def test_main_thread_location_detects_collectives() -> None:
     location, in_collective = main_thread_location()
     assert "main_thread_location" in location or "test_watchdog.py" in location or "inspection.py" in location
     assert not in_collective
@@ -307,5 +313,5 @@ def test_location_of_the_main_thread() -> None:
         (ValueError("timed out"), False),
     ],
 )
-def test_failures_of_collectives_are_told_from_other_errors(error: Exception, expected: bool) -> None:
+def test_is_collective_failure_separates_other_errors(error: Exception, expected: bool) -> None:
     assert is_collective_failure(error) == expected

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed import free_port
+from trainer.distributed import get_free_port
 
 SECONDS = 300.0
 """How long ranks may say nothing."""
@@ -67,7 +67,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
     `function` must stand at the top of a module, and its arguments and results be picklable. Fails as soon as
     one rank fails, with that rank's traceback.
     """
-    port = free_port()
+    port = get_free_port()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
@@ -193,7 +193,7 @@ def started_command(
         working_folder: default: this process's. environment: variables to set; PYTHONPATH comes first.
         variants: by rank, of those that are started in another way than the rest.
     """
-    port = str(free_port())
+    port = str(get_free_port())
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(world):

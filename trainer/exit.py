@@ -72,7 +72,7 @@ def exit_on_errors(launch: Launch, requests: StopRequests | None = None) -> Iter
     except Exception:
         requests.release()
         # Maybe only another rank's end, on which this one's collective has failed: that one's status is the run's.
-        if launch.world > 1 and requests.request is None:
+        if launch.world_size > 1 and requests.request is None:
             time.sleep(_OTHER_PATIENCE_SECONDS)
         raise
 

@@ -32,14 +32,14 @@ def fit(
         Preempted: after the step at which all ranks have agreed to stop, once its checkpoint is saved.
     """
     try:
-        stopped = train(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
+        is_stopped = train(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
     except TesseraError:  # the exit would end the thread that writes a checkpoint
         checkpoints.close()
         raise
     checkpoints.close()
-    if stopped:
+    if is_stopped:
         checkpoints.refuse_unsaved(meter.progress.step)
-        raise stop.preempted(meter.progress.step)
+        raise stop.preemption_error(meter.progress.step)
     world.phases.enter("final", meter.progress.step)
 
 
@@ -48,31 +48,31 @@ def train(
     trackers: Trackers, stop: StopAgreement,
 ) -> bool:  # fmt: skip
     """The steps themselves; a checkpoint may still be being written when this returns. Whether they were stopped."""
-    config, begun, last = loaded.config, meter.progress.step, loaded.steps
-    if not begun:
+    config, first_step, last = loaded.config, meter.progress.step, loaded.steps
+    if not first_step:
         evaluate(0, world, engine, batches, meter, trackers)
-    for step, batch in enumerate(meter.timed(batches.train.steps(begun + 1, last)), start=begun + 1):
+    for step, batch in enumerate(meter.timed(batches.train.steps(first_step + 1, last)), start=first_step + 1):
         stop.announce(step)
         world.phases.enter("step", step)
         world.seed_step(step)
-        result = engine.train_step(batch, verify_step=step if verifies_replicas(step, config) else None)
+        result = engine.train_step(batch, verify_step=step if is_replica_check_due(step, config) else None)
         meter.add(batch.tokens, batch.samples)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         losses: dict[str, float | None] = {}
-        stops = stop.is_due(step)
-        due = stops or checkpoints.is_due(step)
-        if due or step in (1, last) or step % config.training.log_every_steps == 0:
+        is_stopping = stop.is_due(step)
+        is_save_due = is_stopping or checkpoints.is_due(step)
+        if is_save_due or step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
             trackers.log(row)
-            refuse_nonfinite(row, result.applied)
+            halt_on_nonfinite(row, result.applied)
             losses["train"] = row["loss"]
-        if step == last or (is_multiple(step, config.evaluation.every_steps) and not stops):
+        if step == last or (is_multiple(step, config.evaluation.every_steps) and not is_stopping):
             losses["validation"] = evaluate(step, world, engine, batches, meter, trackers)
-        if due:
+        if is_save_due:
             world.phases.enter("save", step)
             save(checkpoints, engine, meter, losses)
-        if stops:
+        if is_stopping:
             return True
     return False
 
@@ -81,7 +81,7 @@ def is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def verifies_replicas(step: int, config: Config) -> bool:
+def is_replica_check_due(step: int, config: Config) -> bool:
     """Whether the copies of weights are compared in this step."""
     every = config.training.verify_every_steps
     return every > 0 and step % every == 0
@@ -108,7 +108,7 @@ def save(checkpoints: Checkpoints, engine: Engine, meter: Meter, losses: dict[st
     meter.pause(time.perf_counter() - start)
 
 
-def refuse_nonfinite(row: Row, applied: bool) -> None:
+def halt_on_nonfinite(row: Row, applied: bool) -> None:
     """Halts on a loss that is not finite, or on a gradient that is not and yet was used."""
     loss, norm = row["loss"], row["grad_norm"]
     if math.isfinite(loss) and (norm is None or math.isfinite(norm) or not applied):

@@ -24,8 +24,8 @@ class Topology:
     def __post_init__(self) -> None:
         if min(self.pipeline, self.data, self.tensor) < 1:
             raise ValueError(f"every axis needs at least one rank: {self}")
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"rank {self.rank} is outside a world of {self.world}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is outside a world of {self.world_size}")
 
     @classmethod
     def of(cls, world: int, rank: int, *, pipeline: int = 1, tensor: int = 1) -> Topology:
@@ -35,7 +35,7 @@ class Topology:
         return cls(rank=rank, pipeline=pipeline, data=world // (pipeline * tensor), tensor=tensor)
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.pipeline * self.data * self.tensor
 
     @property
@@ -54,8 +54,8 @@ class Topology:
         """All groups of ranks that differ only in `axis`, in ascending order of their first rank."""
         stride = {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}[axis]
         size = {"tensor": self.tensor, "data": self.data, "pipeline": self.pipeline}[axis]
-        firsts = [rank for rank in range(self.world) if rank // stride % size == 0]
-        return [[first + stride * place for place in range(size)] for first in firsts]
+        firsts = [rank for rank in range(self.world_size) if rank // stride % size == 0]
+        return [[first + stride * index for index in range(size)] for first in firsts]
 
     def group(self, axis: Axis) -> list[int]:
         """The ranks of this rank's own group along `axis`."""

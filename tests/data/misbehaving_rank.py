@@ -10,8 +10,8 @@ from pathlib import Path
 import trainer.fault_tolerance.watchdog as watchdog
 from trainer.distributed import Phases, waiting
 
-watchdog.WAIT_LINE_SECONDS = waiting.LINE_SECONDS = 1.0
-watchdog.DEATH_PATIENCE_SECONDS = 0.5
+watchdog.WAIT_LINE_SECONDS = waiting.LOG_INTERVAL_SECONDS = 1.0
+watchdog.DEATH_DELAY_SECONDS = 0.5
 enter = Phases.enter
 
 

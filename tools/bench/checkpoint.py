@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
     """What one rank sees; times are the first rank's, between barriers."""
     launch = Launch.from_environment()
-    place = Topology.of(launch.world, launch.rank)
+    place = Topology.of(launch.world_size, launch.rank)
     loaded = configuration(Path(folder), size, world=world_size, zero_optimization={"stage": 1})
     measured = Measured()
     with joined_world(launch, place, seed=1) as world:
@@ -131,8 +131,8 @@ def _round(
     stall = _seconds(lambda: later.save(engine, replace(progress, step=1000 + number), {}))
     later.close()
     # Once in vain: a disk is slow with what it has just written. Then before and after what it is compared with.
-    reads = [_reading(files) if world.is_first else 0.0 for _ in range(2)][1:]
-    if world.is_first:
+    reads = [_reading(files) if world.is_rank_zero else 0.0 for _ in range(2)][1:]
+    if world.is_rank_zero:
         _forget(files)
 
     def load_all() -> None:
@@ -146,7 +146,7 @@ def _round(
     publish = _seconds(lambda: engine.state.load_scalar_state(scalar_state_of(read_manifest(newest))))
     dist.barrier()
     write = 0.0
-    if world.is_first:
+    if world.is_rank_zero:
         told = read_manifest(newest)
         measured.bytes = sum(file.stat().st_size for file in files)
         measured.files = len(files)

@@ -114,7 +114,7 @@ def assemble(loaded: LoadedConfig, world: World) -> Assembled:
     directory = RunDirectory.examine(loaded)
     checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, describe_model(started.model))
     length = loaded.config.data.sequence_length
-    meter = Meter(started.engine, world.device, topology.world, started.cost, length, attempt=1)
+    meter = Meter(started.engine, world.device, topology.world_size, started.cost, length, attempt=1)
     return Assembled(started, batches, checkpoints, meter)
 
 

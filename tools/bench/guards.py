@@ -141,7 +141,7 @@ def _comparison_seconds(folder: str) -> float:
     launch = Launch.from_environment()
     configure_logging(launch.rank)
     overrides = [f"run.output_dir={json.dumps(folder + '/compared')}"]
-    loaded = load_config(ROOT / "ds_configs" / "quickstart.json", overrides, world=launch.world, device="cpu")
+    loaded = load_config(ROOT / "ds_configs" / "quickstart.json", overrides, world=launch.world_size, device="cpu")
     store = open_store(launch)
     begin = time.process_time()
     compare_ranks(launch, store, "start", [*start_facts(loaded, launch), *source_facts(loaded)])
@@ -153,8 +153,8 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
     each look-up. Torch's flight recorder, which cannot be switched on in a joined world, is in neither."""
     launch = Launch.from_environment()
     found: dict[str, list[float]] = {"with": [], "without": [], "look_up": []}
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
-        loaded = configuration(Path(folder), 1, batch=1, world=launch.world, zero_optimization={"stage": 1})
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
+        loaded = configuration(Path(folder), 1, batch=1, world=launch.world_size, zero_optimization={"stage": 1})
         parts, directory = assemble(loaded, world), RunDirectory.examine(loaded)
         batches = parts.batches.train.steps(1, _WARM_UP + 2 * pairs * count)
         agreement = StopAgreement(StopRequests(launch.rank), world, directory, loaded.steps)

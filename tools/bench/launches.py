@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainer.distributed import free_port
+from trainer.distributed import get_free_port
 from trainer.fault_tolerance.ancestors import Process, read_process
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def launched(config: Path, ranks: int = 2) -> Iterator[subprocess.Popen[bytes]]:
     folder = Path(sys.executable).parent
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
-    words = [str(folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()),
+    words = [str(folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(get_free_port()),
              "launch/train.py", "--config", str(config)]  # fmt: skip
     with config.with_suffix(".out").open("wb") as output:
         command = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output,

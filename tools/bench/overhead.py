@@ -25,7 +25,7 @@ from tools.bench.common import LENGTH, assemble, configuration, rank_environment
 from trainer.config.deepspeed import for_engine
 from trainer.config.load import LoadedConfig
 from trainer.data.indexed import IndexedTokens
-from trainer.distributed import Launch, World, free_port, joined_world
+from trainer.distributed import Launch, World, get_free_port, joined_world
 from trainer.fault_tolerance import StopAgreement, StopRequests
 from trainer.loop import fit
 from trainer.model import build_model, initialize_weights, model_cost
@@ -200,7 +200,7 @@ def hf_trainer(loaded: LoadedConfig, folder: Path) -> Contestant:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    rank_environment(0, 1, free_port())
+    rank_environment(0, 1, get_free_port())
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -118,13 +118,13 @@ def _sleep_in(models: list[nn.Module], names: list[str]) -> None:
 def measure(cases: list[Case]) -> list[Measured]:
     """Runs on every rank; all cases have the same number of stages and tensor ranks."""
     launch = Launch.from_environment()
-    place = Topology.of(launch.world, launch.rank, pipeline=cases[0].stages, tensor=cases[0].tensor)
+    place = Topology.of(launch.world_size, launch.rank, pipeline=cases[0].stages, tensor=cases[0].tensor)
     with joined_world(launch, place, seed=1) as world:
         return [_measure(case, launch, world) for case in cases]
 
 
 def _measure(case: Case, launch: Launch, world: Any) -> Measured:
-    loaded = _loaded(case, launch.world)
+    loaded = _loaded(case, launch.world_size)
     started = start(loaded, world)
     shape, assignment, engine = started.shape, started.assignment, started.engine
     assert isinstance(engine, PipelineEngine)

@@ -45,12 +45,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _seconds(folder: str, millions: int, steps: int) -> dict[str, dict[str, float]]:
     """On each rank: by case, the seconds of a step with and without a verification."""
     launch = Launch.from_environment()
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         return {name: _case(folder, millions, steps, settings, world) for name, settings in _CASES.items()}
 
 
 def _case(folder: str, millions: int, steps: int, settings: dict[str, Any], world: World) -> dict[str, float]:
-    parts = assemble(configuration(Path(folder), millions, world=world.topology.world, **settings), world)
+    parts = assemble(configuration(Path(folder), millions, world=world.topology.world_size, **settings), world)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for step, batch in enumerate(parts.batches.train.steps(1, 2 * steps + _WARM_UP), start=1):
         verifies = step % 2 == 0

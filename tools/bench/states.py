@@ -48,12 +48,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def measure(folder: str, size: int, cases: list[tuple[int, bool]]) -> list[dict[str, dict[str, float]]]:
     """Bytes that this rank holds, and those of the formula, by part, for each (ZeRO stage, half precision)."""
     launch = Launch.from_environment()
-    with joined_world(launch, Topology.of(launch.world, launch.rank), seed=1) as world:
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         return [_measure(Path(folder), size, stage, half, world) for stage, half in cases]
 
 
 def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> dict[str, dict[str, float]]:
-    ranks = world.topology.world
+    ranks = world.topology.world_size
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"zero_optimization": zero, "bf16": {"enabled": half}, "gradient_accumulation_steps": 2}
     loaded = configuration(folder, size, world=ranks, **settings)

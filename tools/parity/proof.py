@@ -257,7 +257,7 @@ class _Stages:
         self.is_last = stage.is_last
 
     def loss(self, compute: Callable[[], Tensor]) -> Tensor:
-        received = () if self._stage.is_first else self._receive(self._stage.number - 1)
+        received = () if self._stage.is_rank_zero else self._receive(self._stage.number - 1)
         result = self._stage.run(compute, tuple(tensor.clone() for tensor in received))  # as DeepSpeed does
         if isinstance(result, Tensor):
             result.backward()
@@ -404,7 +404,7 @@ def prove(
         dtype: in float64 a family that computes nothing in float32 by itself agrees to 1e-9.
     """
     launch = Launch.from_environment()
-    place = Topology.of(launch.world, launch.rank, tensor=launch.world // pipeline, pipeline=pipeline)
+    place = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size // pipeline, pipeline=pipeline)
     with joined_world(launch, place, seed=1) as world:
         found = []
         mapper: Mapper
@@ -417,7 +417,7 @@ def prove(
                     plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
                     group, rank = world.groups["tensor"], place.tensor_rank
                     mapper = TensorMapper(
-                        cut, plan, group, place.tensor, rank, world.tensor_neighbours,
+                        cut, plan, group, place.tensor, rank, world.tensor_subgroup,
                         sequence_parallel=sequence_parallel,
                     )  # fmt: skip
                 stage, parameter_ranks = _staged(family, cut, world) if pipeline > 1 else (None, {})

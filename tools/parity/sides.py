@@ -321,9 +321,9 @@ def layout(job: Job, expected: Reference) -> Found | Refusal:
 def _layout(job: Job, expected: Reference) -> Found:
     launch = Launch.from_environment()
     configure_logging(launch.rank)
-    place = Topology.of(launch.world, launch.rank, tensor=job.layout.tensor, pipeline=job.layout.pipeline)
+    place = Topology.of(launch.world_size, launch.rank, tensor=job.layout.tensor, pipeline=job.layout.pipeline)
     with joined_world(launch, place, seed=_SEED) as world:
-        loaded = check(job.raw, world=launch.world, device="cpu")
+        loaded = check(job.raw, world=launch.world_size, device="cpu")
         model = build_model(loaded)
         without_dropout(model)
         engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))

@@ -101,7 +101,7 @@ class Checkpoints:
             {**run_metadata(loaded), EVALUATED_SAMPLES: list(evaluated_samples)},
         )
         self._path = directory.path / CHECKPOINTS
-        self._rank, self._ranks = world.topology.rank, world.topology.world
+        self._rank, self._ranks = world.topology.rank, world.topology.world_size
         self._group = checkpoint_group()
         upload = self._section.upload
         self._remote = self._agree(lambda: Remote(upload)) if upload else None

@@ -27,7 +27,7 @@ from trainer.checkpoint_format import (
     split_into_files,
     write_items_file,
 )
-from trainer.distributed import JOIN_PATIENCE
+from trainer.distributed import JOIN_TIMEOUT
 from trainer.engine import TensorChunk
 from trainer.errors import CheckpointError
 from trainer.files import hash_file, replace_folder, replace_text
@@ -205,7 +205,7 @@ def checkpoint_group() -> Any:
     Its collectives wait for the slowest rank's files, and for their way to an object store.
     """
     return (
-        dist.new_group(backend="gloo", timeout=JOIN_PATIENCE)
+        dist.new_group(backend="gloo", timeout=JOIN_TIMEOUT)
         if dist.get_world_size() > 1 or torch.cuda.is_available()
         else None
     )

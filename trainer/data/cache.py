@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from trainer.data.integrity import COMPLETE, damage_of, read_record, record_times, seal
-from trainer.distributed import JOIN_PATIENCE, Launch, Store, wait_for
+from trainer.distributed import JOIN_TIMEOUT, Launch, Store, wait_for_keys
 from trainer.errors import ConfigError, DataError, Problem, RanksDifferError
 from trainer.files import replace_text, sync_directory
 from trainer.units import format_duration
@@ -148,8 +148,8 @@ class Cache:
         """The value of a key, once the builder has set it."""
         if self.store is None:
             raise ValueError("only the builder can open a cache without a store")
-        if wait_for(self.store, {key: f"rank {builder}"}, "prepare the data of this host", JOIN_PATIENCE):
-            raise DataError(f"{self.root}: rank {builder} has not prepared the data in {JOIN_PATIENCE}")
+        if wait_for_keys(self.store, {key: f"rank {builder}"}, "prepare the data of this host", JOIN_TIMEOUT):
+            raise DataError(f"{self.root}: rank {builder} has not prepared the data in {JOIN_TIMEOUT}")
         return str(self.store.get(key).decode())
 
 

@@ -25,13 +25,13 @@ def prepare_environment() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    own = Path(sys.prefix) / "share" / "tessera" / "extensions"
+    extensions_directory = Path(sys.prefix) / "share" / "tessera" / "extensions"
     if "TORCH_EXTENSIONS_DIR" not in os.environ and os.access(sys.prefix, os.W_OK):
-        own.mkdir(parents=True, exist_ok=True)
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+        extensions_directory.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_directory)
+    scripts_directory = str(Path(sys.executable).parent)
+    if scripts_directory not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts_directory, os.environ.get("PATH", os.defpath)])
 
 
 def local_device() -> Literal["cpu", "cuda"]:
@@ -44,16 +44,16 @@ class Launch:
     """What the launcher (`deepspeed`, `torchrun`, or none) says about this process."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
     """Number of this process on its host."""
 
-    local_world: int = 1
+    local_world_size: int = 1
     """Processes on this host."""
 
     @property
     def is_on_one_host(self) -> bool:
-        return self.local_world == self.world
+        return self.local_world_size == self.world_size
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -63,28 +63,28 @@ class Launch:
             ConfigError: naming every variable that is not a number in its range.
         """
         problems: list[Problem] = []
-        world = _count("WORLD_SIZE", "1", 1, None, problems)
-        rank = _count("RANK", "0", 0, world, problems)
-        has_only_deepspeeds = "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
-        local = "LOCAL_SIZE" if has_only_deepspeeds else "LOCAL_WORLD_SIZE"
-        local_world = _count(local, str(world), 1, world + 1, problems)
-        local_rank = _count("LOCAL_RANK", "0", 0, local_world, problems)
+        world_size = _read_count("WORLD_SIZE", "1", 1, None, problems)
+        rank = _read_count("RANK", "0", 0, world_size, problems)
+        uses_deepspeed_name = "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+        local_size_name = "LOCAL_SIZE" if uses_deepspeed_name else "LOCAL_WORLD_SIZE"
+        local_world_size = _read_count(local_size_name, str(world_size), 1, world_size + 1, problems)
+        local_rank = _read_count("LOCAL_RANK", "0", 0, local_world_size, problems)
         if problems:
             raise ConfigError(problems)
-        return cls(rank, world, local_rank, local_world)
+        return cls(rank, world_size, local_rank, local_world_size)
 
 
-def _count(name: str, default: str, least: int, end: int | None, problems: list[Problem]) -> int:
-    """The variable as a number from `least` up to, but not including, `end`."""
+def _read_count(name: str, default: str, minimum: int, stop: int | None, problems: list[Problem]) -> int:
+    """The variable as a number from `minimum` up to, but not including, `stop`."""
     text = os.environ.get(name, default)
-    expected = f"a number of at least {least}" if end is None else f"a number from {least} to {end - 1}"
-    if text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) < (end or 10**9):
+    expected = f"a number of at least {minimum}" if stop is None else f"a number from {minimum} to {stop - 1}"
+    if text.isascii() and text.isdigit() and len(text) < 10 and minimum <= int(text) < (stop or 10**9):
         return int(text)
     problems.append(Problem(name, f"must be {expected} (got {text!r})", _LAUNCHER_REMEDY))
-    return max(least, 1) if end is None else least
+    return max(minimum, 1) if stop is None else minimum
 
 
-def free_port() -> int:
+def get_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -92,13 +92,13 @@ def free_port() -> int:
 
 def complete_environment(launch: Launch) -> None:
     """DeepSpeed reads the launcher's variables; a plain `python` start has none."""
-    alone = {
+    defaults = {
         "RANK": launch.rank,
-        "WORLD_SIZE": launch.world,
+        "WORLD_SIZE": launch.world_size,
         "LOCAL_RANK": launch.local_rank,
         "MASTER_ADDR": "127.0.0.1",
     }
-    for name, value in alone.items():
+    for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ["MASTER_PORT"] = str(get_free_port())

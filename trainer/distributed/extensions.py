@@ -17,16 +17,16 @@ from trainer.units import format_duration
 log = logging.getLogger(__name__)
 
 
-SECONDS_BETWEEN_LINES = 30.0
+LOG_INTERVAL_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def _patient_lock(path: Path, holder: str) -> Iterator[None]:
+def _logged_lock(path: Path, holder: str) -> Iterator[None]:
     """Hold a file lock; log for whom this process waits."""
     lock, start = FileLock(str(path)), time.monotonic()
     while True:
         try:
-            lock.acquire(timeout=SECONDS_BETWEEN_LINES)
+            lock.acquire(timeout=LOG_INTERVAL_SECONDS)
             break
         except TimeoutError:
             log.info("waiting %s for %s (%s)", format_duration(time.monotonic() - start), holder, path)
@@ -36,7 +36,7 @@ def _patient_lock(path: Path, holder: str) -> Iterator[None]:
         lock.release()
 
 
-def load_extension(builder: str) -> None:
+def load_extension(name: str) -> None:
     """Loads one of DeepSpeed's compiled extensions, compiling it first where needed (a minute or several, once).
 
     A process killed while it compiles leaves a lock file on which every later start would wait for ever. All
@@ -44,16 +44,18 @@ def load_extension(builder: str) -> None:
     """
     from deepspeed.accelerator import get_accelerator
 
-    found = get_accelerator().create_op_builder(builder)
-    if found is None:
+    op_builder = get_accelerator().create_op_builder(name)
+    if op_builder is None:
         return
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    root.mkdir(parents=True, exist_ok=True)
-    with _patient_lock(root / ".tessera.lock", f"another process that compiles or loads {found.name}"):
-        for stale in root.rglob("lock"):
-            log.warning("removing %s, left by a process that was killed while compiling", stale)
-            stale.unlink(missing_ok=True)
-        if not list(root.rglob(f"{found.name}.so")):
-            log.info("compiling DeepSpeed's %s, once; this takes a minute or several", found.name)
+    extensions_directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    extensions_directory.mkdir(parents=True, exist_ok=True)
+    with _logged_lock(
+        extensions_directory / ".tessera.lock", f"another process that compiles or loads {op_builder.name}"
+    ):
+        for lock_file in extensions_directory.rglob("lock"):
+            log.warning("removing %s, left by a process that was killed while compiling", lock_file)
+            lock_file.unlink(missing_ok=True)
+        if not list(extensions_directory.rglob(f"{op_builder.name}.so")):
+            log.info("compiling DeepSpeed's %s, once; this takes a minute or several", op_builder.name)
         with contextlib.redirect_stdout(io.StringIO()):
-            found.load(verbose=False)
+            op_builder.load(verbose=False)

@@ -13,7 +13,7 @@ from trainer.files import no_follow
 from trainer.sanitize import SafeFormatter
 
 
-class _Console(logging.StreamHandler[TextIO]):
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stdout` is at the time: a progress bar puts itself in its place and keeps below the lines."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class _Console(logging.StreamHandler[TextIO]):
         return sys.stdout
 
 
-class _AtLeast(logging.Filter):
+class _MinimumLevel(logging.Filter):
     """A level that nobody else can set, unlike a handler's own."""
 
     def __init__(self, level: int) -> None:
@@ -35,7 +35,7 @@ class _AtLeast(logging.Filter):
         return record.levelno >= self._level
 
 
-class _RankFile(logging.FileHandler):
+class _RankFileHandler(logging.FileHandler):
     """A rank's own file. One on a full disk loses lines, with one warning, and never ends the run."""
 
     def __init__(self, path: Path) -> None:
@@ -54,10 +54,10 @@ class _RankFile(logging.FileHandler):
             self._has_failed = True
 
 
-def _opened(folder: Path, rank: int) -> _RankFile:
+def _open_rank_file(folder: Path, rank: int) -> _RankFileHandler:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _RankFile(folder / f"rank-{rank}.log")
+        return _RankFileHandler(folder / f"rank-{rank}.log")
     except OSError as error:
         reason = f"{folder}/rank-{rank}.log cannot be written: {error.strerror}"
         raise ConfigError(Problem("run.output_dir", reason, "Free some space, or take another folder")) from None
@@ -78,12 +78,12 @@ def configure_logging(rank: int, folder: Path | None = None) -> None:
         if name == "trainer":
             logger.setLevel(logging.INFO)
         if rank == 0:
-            console = _Console()
+            console = _ConsoleHandler()
             console.setFormatter(SafeFormatter("[tessera] %(message)s"))
-            console.addFilter(_AtLeast(console_level))
+            console.addFilter(_MinimumLevel(console_level))
             logger.addHandler(console)
         if folder is not None:
-            file = _opened(folder, rank)
+            file = _open_rank_file(folder, rank)
             file.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logger.addHandler(file)
         if not logger.handlers:

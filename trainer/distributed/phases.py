@@ -11,9 +11,9 @@ import torch.distributed as dist
 Phase = Literal["start", "data", "join", "build", "resume", "step", "evaluate", "save", "final", "finished"]
 
 LIMITED: tuple[Phase, ...] = ("step", "evaluate", "save", "final")
-"""Phases in which `run.collective_timeout_seconds` holds; before the first step ranks have `JOIN_PATIENCE`."""
+"""Phases in which `run.collective_timeout_seconds` holds; before the first step ranks have `JOIN_TIMEOUT`."""
 
-JOIN_PATIENCE = timedelta(hours=24)
+JOIN_TIMEOUT = timedelta(hours=24)
 """How long ranks wait for each other before training; another host may have a corpus to tokenize first."""
 
 COMPILE_SECONDS = 600.0
@@ -28,10 +28,10 @@ _NAMES: dict[Phase, str] = {
 }  # fmt: skip
 
 
-class Mark(NamedTuple):
+class PhaseMark(NamedTuple):
     """Where a rank is. All ranks enter the same phases in the same order, so positions can be compared."""
 
-    position: int = 0
+    phase_index: int = 0
     """Number of phases entered so far."""
 
     progress: int = 0
@@ -52,8 +52,8 @@ class Phases:
         """Args:
         timeout_seconds: `run.collective_timeout_seconds`.
         """
-        self.mark = Mark()
-        self.timeout = JOIN_PATIENCE.total_seconds()
+        self.mark = PhaseMark()
+        self.timeout = JOIN_TIMEOUT.total_seconds()
         """Limit of a collective in the current phase, in seconds."""
 
         self._configured = timeout_seconds
@@ -70,16 +70,16 @@ class Phases:
         if timeout != self.timeout or self._entries[phase] <= 2:
             set_collective_timeout(timeout)
             self.timeout = timeout
-        self.mark = Mark(self.mark.position + 1, 0, phase, step)
+        self.mark = PhaseMark(self.mark.phase_index + 1, 0, phase, step)
 
     def advance(self) -> None:
         """Note progress within the phase: the limit counts from here. Main thread only."""
-        position, progress, phase, step = self.mark
-        self.mark = Mark(position, progress + 1, phase, step)
+        phase_index, progress, phase, step = self.mark
+        self.mark = PhaseMark(phase_index, progress + 1, phase, step)
 
     def _timeout_of(self, phase: Phase) -> float:
         if phase not in LIMITED:
-            return JOIN_PATIENCE.total_seconds()
+            return JOIN_TIMEOUT.total_seconds()
         if phase in ("step", "evaluate") and self._entries[phase] == 1:
             return max(self._configured, COMPILE_SECONDS)
         return self._configured

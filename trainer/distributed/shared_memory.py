@@ -14,56 +14,56 @@ from trainer.distributed.environment import Launch
 _SHARED_MEMORY = Path("/dev/shm")
 _BUFFERS = "deepspeed_allreduce_buffer_*"
 
-YOUNG_SECONDS = 60.0
+MIN_AGE_SECONDS = 60.0
 """A buffer that was written less than so long ago may belong to a rank that is starting."""
 
 
 def remove_stale_buffers() -> int:
     """Remove the shared-memory files of killed ranks: 69 MB each, and nobody else ever does.
 
-    Only files of this user, older than `YOUNG_SECONDS`, that no living process has open or mapped: DeepSpeed creates a
-    file, writes it, closes it, and maps it only then, and ranks whose file was removed in between wait forever.
+    Only files of this user, older than `MIN_AGE_SECONDS`, that no living process has open or mapped: DeepSpeed creates
+    a file, writes it, closes it, and maps it only then, and ranks whose file was removed in between wait forever.
 
     Returns:
         How many were removed.
     """
-    files = [f for f in _SHARED_MEMORY.glob(_BUFFERS.replace("*", f"{os.getuid()}_*")) if not _is_young(f)]
+    files = [f for f in _SHARED_MEMORY.glob(_BUFFERS.replace("*", f"{os.getuid()}_*")) if not _is_recent(f)]
     if not files:
         return 0
-    used = _used_files()
-    stale = [file for file in files if str(file) not in used and not _is_young(file)]
+    used_files = _find_used_files()
+    stale = [file for file in files if str(file) not in used_files and not _is_recent(file)]
     for file in stale:
         file.unlink(missing_ok=True)
     return len(stale)
 
 
-def _is_young(file: Path) -> bool:
+def _is_recent(file: Path) -> bool:
     try:
-        return time.time() - file.stat().st_mtime < YOUNG_SECONDS
+        return time.time() - file.stat().st_mtime < MIN_AGE_SECONDS
     except OSError:
         return True  # its owner has removed it meanwhile
 
 
-def _used_files() -> set[str]:
+def _find_used_files() -> set[str]:
     """Files in shared memory that a process of this user has open or mapped."""
-    used: set[str] = set()
+    used_files: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             lines = (process / "maps").read_text().splitlines()
-            used.update(line.split(maxsplit=5)[-1].strip() for line in lines if str(_SHARED_MEMORY) in line)
+            used_files.update(line.split(maxsplit=5)[-1].strip() for line in lines if str(_SHARED_MEMORY) in line)
         with contextlib.suppress(OSError):
             for descriptor in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    used.add(os.readlink(descriptor))
-    return used
+                    used_files.add(os.readlink(descriptor))
+    return used_files
 
 
-def unlink_own_buffer(launch: Launch) -> None:
+def unlink_shared_buffer(launch: Launch) -> None:
     """Unlink this rank's shared-memory file once all ranks have it mapped. All ranks must call it.
 
     The memory stays theirs until they end, however they end: nothing is left for anybody to remove.
     """
     dist.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    own = _BUFFERS.replace("*", f"{os.getuid()}_{address}_{port}_{launch.rank}")
-    (_SHARED_MEMORY / own).unlink(missing_ok=True)
+    buffer_name = _BUFFERS.replace("*", f"{os.getuid()}_{address}_{port}_{launch.rank}")
+    (_SHARED_MEMORY / buffer_name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from trainer.distributed.environment import Launch, complete_environment
-from trainer.distributed.phases import JOIN_PATIENCE
+from trainer.distributed.phases import JOIN_TIMEOUT
 from trainer.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT = timedelta(seconds=30)
 
 
-def open_store(launch: Launch, patience: timedelta = JOIN_PATIENCE) -> Store:
+def open_store(launch: Launch, timeout: timedelta = JOIN_TIMEOUT) -> Store:
     """Open the store of a run, hosted by rank 0. All ranks must call it.
 
     Where all ranks are on one host, only this host can reach it. The store has no authentication: between hosts it
@@ -34,56 +34,56 @@ def open_store(launch: Launch, patience: timedelta = JOIN_PATIENCE) -> Store:
     Raises:
         ConfigError: the address of rank 0 is missing or wrong, its port is in use, or rank 0 cannot be reached.
     """
-    if launch.world == 1:
+    if launch.world_size == 1:
         return HashStore()
     _refuse_bad_address()
     complete_environment(launch)
     if launch.is_on_one_host:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if _is_hosted_by_agent():
-        return _store_beside_agent(launch, patience)
+        return _open_store_via_agent(launch, timeout)
     address = _address()
-    return _hosted_store(launch, *address) if launch.rank == 0 else _connected_store(launch, *address, patience)
+    return _host_store(launch, *address) if launch.rank == 0 else _connect_store(launch, *address, timeout)
 
 
 def _is_hosted_by_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
-def _store_beside_agent(launch: Launch, patience: timedelta) -> Store:
+def _open_store_via_agent(launch: Launch, timeout: timedelta) -> Store:
     """torchrun's agent has a store, which dies with it, and the ranks must be able to save then. So rank 0 hosts one
     here too; only its address goes through the agent's."""
-    agent = _connected_store(launch, *_address(), patience)
+    agent = _connect_store(launch, *_address(), timeout)
     # The agent outlives its workers: what those before a restart have written must not be read.
     key = f"tessera/store/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if launch.rank == 0:
-        store = _hosted_store(launch, _own_address(launch), 0)
+        store = _host_store(launch, _reachable_address(launch), 0)
         agent.set(key, f"{store.host} {store.port}")
         return store
     host, port = agent.get(key).decode().split()
-    return _connected_store(launch, host, int(port), patience)
+    return _connect_store(launch, host, int(port), timeout)
 
 
-def _own_address(launch: Launch) -> str:
+def _reachable_address(launch: Launch) -> str:
     """Where the other ranks reach this host: the address from which it reaches the agent."""
     if launch.is_on_one_host:
         return "127.0.0.1"
     host, port = _address()
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
+    family, socket_type, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket_type) as probe:
         probe.connect(address)  # of a datagram socket: nothing is sent
-        own = str(probe.getsockname()[0])
-    return host if own.startswith("127.") or own == "::1" else own
+        address_of_host = str(probe.getsockname()[0])
+    return host if address_of_host.startswith("127.") or address_of_host == "::1" else address_of_host
 
 
 def _refuse_bad_address() -> None:
     """Several ranks cannot choose an address each of their own, as one process does."""
     for name, expected in (("MASTER_ADDR", "the host of rank 0"), ("MASTER_PORT", "a port from 1 to 65535")):
-        text = os.environ.get(name, "")
-        is_port = text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65_536
-        if not (is_port if name == "MASTER_PORT" else text.strip()):
+        value = os.environ.get(name, "")
+        is_port = value.isascii() and value.isdigit() and len(value) < 6 and 0 < int(value) < 65_536
+        if not (is_port if name == "MASTER_PORT" else value.strip()):
             raise ConfigError(
-                Problem(name, f"must be {expected} where WORLD_SIZE is more than 1 (got {text!r})",
+                Problem(name, f"must be {expected} where WORLD_SIZE is more than 1 (got {value!r})",
                         "Launchers set this environment variable: start by deepspeed or torchrun")
             )  # fmt: skip
 
@@ -92,12 +92,12 @@ def _address() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def _hosted_store(launch: Launch, host: str, port: int) -> TCPStore:
+def _host_store(launch: Launch, host: str, port: int) -> TCPStore:
     """Args:
     port: 0 for any.
     """
     try:
-        listener = _listener(["127.0.0.1"] if launch.is_on_one_host else ["::", "0.0.0.0"], port)
+        listener = _listen(["127.0.0.1"] if launch.is_on_one_host else ["::", "0.0.0.0"], port)
     except OSError as error:
         raise ConfigError(
             Problem("--master_port", f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}",
@@ -106,11 +106,11 @@ def _hosted_store(launch: Launch, host: str, port: int) -> TCPStore:
         ) from None  # fmt: skip
     port = listener.getsockname()[1]
     return TCPStore(
-        host, port, launch.world, True, JOIN_PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
+        host, port, launch.world_size, True, JOIN_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 
-def _listener(addresses: Sequence[str], port: int) -> socket.socket:
+def _listen(addresses: Sequence[str], port: int) -> socket.socket:
     """Listens on the first of the addresses whose family this host has: IPv6 may be switched off."""
     for number, address in enumerate(addresses, start=1):
         try:
@@ -127,30 +127,30 @@ def _listener(addresses: Sequence[str], port: int) -> socket.socket:
     raise AssertionError("no address")
 
 
-def _connected_store(launch: Launch, host: str, port: int, patience: timedelta) -> Store:
+def _connect_store(launch: Launch, host: str, port: int, timeout: timedelta) -> Store:
     start = time.monotonic()
     while True:
         try:
-            store = TCPStore(host, port, launch.world, False, _CONNECT_TIMEOUT, wait_for_workers=False)
+            store = TCPStore(host, port, launch.world_size, False, _CONNECT_TIMEOUT, wait_for_workers=False)
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
-            if time.monotonic() - start > patience.total_seconds():
+            if time.monotonic() - start > timeout.total_seconds():
                 raise ConfigError(
                     Problem("MASTER_ADDR", f"rank {launch.rank} cannot reach rank 0 at {host}:{port}: {error}")
                 ) from None
-            _say_waiting(launch, f"waiting for rank 0 at {host}:{port} for {time.monotonic() - start:.0f} s")
+            _log_waiting(launch, f"waiting for rank 0 at {host}:{port} for {time.monotonic() - start:.0f} s")
         else:
-            store.set_timeout(JOIN_PATIENCE)
+            store.set_timeout(JOIN_TIMEOUT)
             return store
 
 
-def _say_waiting(launch: Launch, line: str) -> None:
+def _log_waiting(launch: Launch, line: str) -> None:
     """On one rank a host: rank 0, which speaks on the console otherwise, is the one that is missing."""
     log.info("%s", line)
     if launch.local_rank == (1 if launch.is_on_one_host else 0):
         print(f"[tessera] rank {launch.rank} on {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
 
 
-def second_connection(store: Store) -> Store:
+def open_second_connection(store: Store) -> Store:
     """The same store over a connection of its own, for a thread: a request that waits blocks all others of its
     connection."""
     while isinstance(store, PrefixStore):

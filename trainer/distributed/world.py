@@ -21,8 +21,8 @@ from torch.distributed import PrefixStore, Store
 
 from trainer.distributed.environment import Launch, complete_environment, local_device
 from trainer.distributed.extensions import load_extension
-from trainer.distributed.phases import JOIN_PATIENCE, Phases
-from trainer.distributed.shared_memory import remove_stale_buffers, unlink_own_buffer
+from trainer.distributed.phases import JOIN_TIMEOUT, Phases
+from trainer.distributed.shared_memory import remove_stale_buffers, unlink_shared_buffer
 from trainer.distributed.store import open_store
 from trainer.topology import Axis, Topology
 
@@ -51,14 +51,14 @@ class World:
     _of_stages: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.topology.rank == 0
 
     def seed_step(self, step: int) -> None:
         """Before a step: its random numbers; see `seed_everything`."""
         seed_everything(self.seed, self.topology, step)
 
-    def tensor_neighbours(self, count: int) -> Any:
+    def tensor_subgroup(self, count: int) -> Any:
         """The group of `count` neighbouring tensor ranks that this rank is in: those that share a key/value head.
 
         Every rank of the world must ask for the same counts in the same order.
@@ -66,12 +66,12 @@ class World:
         if count not in self._neighbours:
             for ranks in self.topology.groups("tensor"):
                 for start in range(0, len(ranks), count):
-                    group = dist.new_group(ranks[start : start + count], timeout=JOIN_PATIENCE)
+                    group = dist.new_group(ranks[start : start + count], timeout=JOIN_TIMEOUT)
                     if self.topology.rank in ranks[start : start + count]:
                         self._neighbours[count] = group
         return self._neighbours[count]
 
-    def stages_group(self, stages: tuple[int, ...]) -> Any:
+    def pipeline_subgroup(self, stages: tuple[int, ...]) -> Any:
         """The group of the ranks at this rank's place in `stages`; None on a rank of another stage.
 
         Every rank of the world must ask for the same stages in the same order.
@@ -80,7 +80,7 @@ class World:
             self._of_stages[stages] = None
             for ranks in self.topology.groups("pipeline"):
                 members = [ranks[stage] for stage in stages]
-                group = dist.new_group(members, timeout=JOIN_PATIENCE)
+                group = dist.new_group(members, timeout=JOIN_TIMEOUT)
                 if self.topology.rank in members:
                     self._of_stages[stages] = group
         return self._of_stages[stages]
@@ -99,7 +99,7 @@ def _process_groups(topology: Topology) -> dict[Axis, Any]:
             own[axis] = None
             continue
         for ranks in groups:
-            group = dist.new_group(ranks, timeout=JOIN_PATIENCE)
+            group = dist.new_group(ranks, timeout=JOIN_TIMEOUT)
             if topology.rank in ranks:
                 own[axis] = group
     return own
@@ -121,11 +121,11 @@ def _start_process_group(launch: Launch, device: torch.device, store: Store, tim
     import deepspeed
 
     # NCCL makes its communicators at once when it knows the device; a world of one rank has no peer to reach.
-    bound = device if device.type == "cuda" and launch.world > 1 else None
+    bound_device = device if device.type == "cuda" and launch.world_size > 1 else None
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=PrefixStore("process_group", store), rank=launch.rank, world_size=launch.world,
-        timeout=timeout, device_id=bound,
+        backend, store=PrefixStore("process_group", store), rank=launch.rank, world_size=launch.world_size,
+        timeout=timeout, device_id=bound_device,
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -134,17 +134,23 @@ def _start_process_group(launch: Launch, device: torch.device, store: Store, tim
 def _log_world(topology: Topology, device: torch.device) -> None:
     """One line on rank 0: ranks, hosts, layout and devices. Every rank must call it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
-    gathered: list[Any] = [None] * topology.world
+    gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, (socket.gethostname(), name))
     hosts, devices = (list(dict.fromkeys(column)) for column in zip(*gathered, strict=True))
-    shown = ", ".join(hosts[:8]) + (", ..." if len(hosts) > 8 else "")
+    listed_hosts = ", ".join(hosts[:8]) + (", ..." if len(hosts) > 8 else "")
     log.info(
-        "world: %s on %s (%s), pipeline %d x data %d x tensor %d, device %s", _counted(topology.world, "rank"),
-        _counted(len(hosts), "host"), shown, topology.pipeline, topology.data, topology.tensor, ", ".join(devices),
-    )  # fmt: skip
+        "world: %s on %s (%s), pipeline %d x data %d x tensor %d, device %s",
+        _with_noun(topology.world_size, "rank"),
+        _with_noun(len(hosts), "host"),
+        listed_hosts,
+        topology.pipeline,
+        topology.data,
+        topology.tensor,
+        ", ".join(devices),
+    )
 
 
-def _counted(count: int, noun: str) -> str:
+def _with_noun(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -156,7 +162,7 @@ def joined_world(
     phases: Phases | None = None,
     *,
     seed: int,
-    patience: timedelta = JOIN_PATIENCE,
+    timeout: timedelta = JOIN_TIMEOUT,
 ) -> Iterator[World]:
     """Joins all processes into one world; leaves it at the end.
 
@@ -169,29 +175,29 @@ def joined_world(
     phases.enter("join")
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    kind = local_device()
-    if kind == "cuda":
+    device_type = local_device()
+    if device_type == "cuda":
         torch.cuda.set_device(launch.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
     complete_environment(launch)
     if launch.local_rank == 0:
         removed = remove_stale_buffers()
         if removed:
             log.info("removed %d shared-memory files that killed ranks had left", removed)
-    if topology.tensor > launch.local_world:
+    if topology.tensor > launch.local_world_size:
         log.warning(
             "parallel.tensor = %d is more than the %d processes of a host: every layer's sums cross the network. "
             "Take at most %d, and more pipeline or data ranks",
-            topology.tensor, launch.local_world, launch.local_world,
+            topology.tensor, launch.local_world_size, launch.local_world_size,
         )  # fmt: skip
-    if kind == "cpu":
+    if device_type == "cpu":
         load_extension("ShareMemCommBuilder")
-    device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
-    store = open_store(launch, patience) if store is None else store
-    _start_process_group(launch, device, store, patience)
-    if kind == "cpu":
-        unlink_own_buffer(launch)
+    device = torch.device(device_type, launch.local_rank) if device_type == "cuda" else torch.device("cpu")
+    store = open_store(launch, timeout) if store is None else store
+    _start_process_group(launch, device, store, timeout)
+    if device_type == "cpu":
+        unlink_shared_buffer(launch)
     _log_world(topology, device)
     phases.enter("build")
     seed_everything(seed, topology)

@@ -139,7 +139,7 @@ class BaseEngine:
         """See `Engine.exchange`."""
         device = self._world.device
         local_values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
-        gathered = [torch.empty_like(local_values) for _ in range(self._world.topology.world)]
+        gathered = [torch.empty_like(local_values) for _ in range(self._world.topology.world_size)]
         dist.all_gather(gathered, local_values)
         table: list[list[float]] = torch.stack(gathered).tolist()
         return table

@@ -110,12 +110,12 @@ class ReplicaVerifier:
         for name, parameter, replica_set in _replica_sets_of(models, stages, world.topology):
             if len(replica_set.ranks(world.topology)) > 1:
                 self._local[replica_set][name] = parameter
-        gathered: list[list[ReplicaSet]] = [[]] * world.topology.world
+        gathered: list[list[ReplicaSet]] = [[]] * world.topology.world_size
         dist.all_gather_object(gathered, sorted(self._local))
         self._replica_sets = sorted({ReplicaSet(*replica_set) for sets in gathered for replica_set in sets})
         """What some ranks hold together with others, in the same order on all ranks."""
 
-        topologies = [replace(world.topology, rank=rank) for rank in range(world.topology.world)]
+        topologies = [replace(world.topology, rank=rank) for rank in range(world.topology.world_size)]
         self._groups = {
             replica_set: sorted({ranks for topology in topologies if (ranks := replica_set.ranks(topology))})
             for replica_set in self._replica_sets
@@ -149,7 +149,7 @@ class ReplicaVerifier:
         for number, replica_set in enumerate(self._replica_sets):
             if hashes := [hash_bits(replica.elements) for _, replica in self._local_replicas(replica_set)]:
                 local[number] = hash_bits(torch.stack([each.to(device) for each in hashes]))
-        rows = [torch.empty_like(local) for _ in range(self._world.topology.world)]
+        rows = [torch.empty_like(local) for _ in range(self._world.topology.world_size)]
         dist.all_gather(rows, local)
         table = torch.stack(rows).tolist()
         differing = [
@@ -181,7 +181,7 @@ class ReplicaVerifier:
         tied = [number for number, ranks in enumerate(wrong[:_MAX_REPORTED]) if not ranks]
         for number, ranks in zip(tied, self._ranks_unlike_masters([mismatches[n] for n in tied]), strict=True):
             wrong[number] = ranks
-        hosts: list[str] = [""] * self._world.topology.world
+        hosts: list[str] = [""] * self._world.topology.world_size
         dist.all_gather_object(hosts, socket.gethostname())
         return ReplicasDifferError(_message(step, self._verified, mismatches, wrong, hosts))
 
@@ -190,7 +190,7 @@ class ReplicaVerifier:
             replica_set: {name: _hash(replica.elements) for name, replica in self._local_replicas(replica_set)}
             for replica_set in differing
         }
-        gathered: list[dict[ReplicaSet, dict[str, Hash]]] = [{}] * self._world.topology.world
+        gathered: list[dict[ReplicaSet, dict[str, Hash]]] = [{}] * self._world.topology.world_size
         dist.all_gather_object(gathered, local)
         return [
             _Mismatch(name, replica_set, hashes)
@@ -205,7 +205,7 @@ class ReplicaVerifier:
         are, or there are no master weights besides."""
         rank, topology = self._world.topology.rank, self._world.topology
         local = [self._local_replica(each) for each in mismatches]
-        fragments: list[list[_MasterFragment | None]] = [[]] * topology.world
+        fragments: list[list[_MasterFragment | None]] = [[]] * topology.world_size
         dist.all_gather_object(
             fragments, [None if replica is None else self._master_fragment(replica) for replica in local]
         )
@@ -214,7 +214,7 @@ class ReplicaVerifier:
             replica is not None and any(_differs_from_master(replica, fragments[master][number]) for master in masters)
             for number, replica in enumerate(local)
         ]
-        gathered: list[list[bool]] = [[]] * topology.world
+        gathered: list[list[bool]] = [[]] * topology.world_size
         dist.all_gather_object(gathered, unlike)
         named = [{rank for rank in each.hashes if gathered[rank][number]} for number, each in enumerate(mismatches)]
         return [

@@ -25,8 +25,8 @@ on each host, on another host below the `session` process of its SSH server."""
 _RUNNER_COMMANDS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
 _RUNNER_MODULES = ("deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch")
 _LAUNCHER_MODULES = ("deepspeed.launcher.launch",)
-_GIVEN_BY_RUNNER = ("--enable_each_rank_log=", "--log_level=")
-_GIVEN_TO_RANKS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
+_RUNNER_FLAGS = ("--enable_each_rank_log=", "--log_level=")
+_LAUNCHED_RANK_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 """Environment variables of ranks that launch.py, or torchrun, has started."""
 
 _PR_SET_PDEATHSIG = 1
@@ -41,13 +41,15 @@ class Process:
     command: tuple[str, ...]
 
     def __str__(self) -> str:
-        name = "launch.py" if self.role == "launcher" else Path(_words(self.command)[0].split()[0]).name.rstrip(":")
+        name = (
+            "launch.py" if self.role == "launcher" else Path(_script_words(self.command)[0].split()[0]).name.rstrip(":")
+        )
         return f"{name} (process {self.pid})"
 
     @property
     def role(self) -> Role | None:
         """What it has to do with starting ranks; None for others, such as a shell between two of them."""
-        word = _words(self.command)[0]
+        word = _script_words(self.command)[0]
         module = word.removesuffix(".py").replace("/", ".")
         if any(f".{module}".endswith(f".{name}") for name in _LAUNCHER_MODULES):
             return "launcher"
@@ -77,7 +79,7 @@ class Ancestors:
         return next((process for process in self.processes if process.role == "launcher"), None)
 
 
-def _words(command: Sequence[str]) -> list[str]:
+def _script_words(command: Sequence[str]) -> list[str]:
     """A command from its script, or the name of its module, on."""
     words = [word for word in command if word] or ["?"]
     if not Path(words[0]).name.startswith(("python", "pypy")):
@@ -102,10 +104,10 @@ def read_process(pid: int) -> Process | None:
 
 def seconds_since_start() -> float:
     """How long this process runs."""
-    own = process_stat(os.getpid())
-    if own is None:
+    stat = process_stat(os.getpid())
+    if stat is None:
         return 0.0
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - own.start_ticks / os.sysconf("SC_CLK_TCK"))
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def find_ancestors() -> Ancestors:
@@ -114,41 +116,43 @@ def find_ancestors() -> Ancestors:
     None under plain `python`: a shell's death ends no run. On another host than `deepspeed`'s the last one is the SSH
     server's process of this connection, which dies with it, unless `nohup` or `setsid` stands between.
     """
-    line, is_complete = _line()
-    roles = [process.role for process in line]
+    lineage, is_complete = _read_lineage()
+    roles = [process.role for process in lineage]
     if "runner" in roles and "session" not in roles[: roles.index("runner")]:
-        return Ancestors(tuple(line[: roles.index("runner") + 1]))
+        return Ancestors(tuple(lineage[: roles.index("runner") + 1]))
     if "launcher" not in roles:
         return Ancestors(missing="the launcher" if is_complete and _was_launched() else None)
     last = roles.index("launcher")
     if "session" in roles[last:]:
         session = roles.index("session")
         is_attached = (
-            signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and os.getsid(0) == line[session - 1].stat.session
+            signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and os.getsid(0) == lineage[session - 1].stat.session
         )
-        return Ancestors(tuple(line[: (session if is_attached else last) + 1]))
-    is_local = not any(word.startswith("--node_rank") for word in line[last].command)
-    by_runner = all(any(word.startswith(key) for word in line[last].command) for key in _GIVEN_BY_RUNNER)
-    return Ancestors(tuple(line[: last + 1]), missing="deepspeed" if is_complete and is_local and by_runner else None)
+        return Ancestors(tuple(lineage[: (session if is_attached else last) + 1]))
+    is_local = not any(word.startswith("--node_rank") for word in lineage[last].command)
+    by_runner = all(any(word.startswith(key) for word in lineage[last].command) for key in _RUNNER_FLAGS)
+    return Ancestors(
+        tuple(lineage[: last + 1]), missing="deepspeed" if is_complete and is_local and by_runner else None
+    )
 
 
-def _line() -> tuple[list[Process], bool]:
+def _read_lineage() -> tuple[list[Process], bool]:
     """All ancestors, nearest first, and whether they are known up to the first process of the host or container."""
-    line: list[Process] = []
+    lineage: list[Process] = []
     pid = os.getppid()
     while pid:
         process = read_process(pid)
         if process is None:
-            return line, False
-        line.append(process)
+            return lineage, False
+        lineage.append(process)
         pid = process.stat.parent
-    return line, True
+    return lineage, True
 
 
 def _was_launched() -> bool:
     """Whether a launcher has started this process, and not in a container inside of which it cannot be seen: there the
     process group or session has no number."""
-    return any(name in os.environ for name in _GIVEN_TO_RANKS) and os.getpgrp() != 0 and os.getsid(0) != 0
+    return any(name in os.environ for name in _LAUNCHED_RANK_VARIABLES) and os.getpgrp() != 0 and os.getsid(0) != 0
 
 
 def signal_at_parents_death(parent: Process) -> bool:
@@ -158,55 +162,55 @@ def signal_at_parents_death(parent: Process) -> bool:
     return os.getppid() == parent.pid
 
 
-class Watched:
+class ProcessWatch:
     """Tells when one of some processes dies: by their process descriptors, or where a kernel has none by looking."""
 
     def __init__(self, processes: Sequence[Process]) -> None:
-        self._opened: dict[int, Process] = {}
-        self._looked_at: list[Process] = []
+        self._by_descriptor: dict[int, Process] = {}
+        self._polled: list[Process] = []
         for process in processes:
-            descriptor = _open(process)
+            descriptor = _open_descriptor(process)
             if descriptor is None:
-                self._looked_at.append(process)
+                self._polled.append(process)
             else:
-                self._opened[descriptor] = process
+                self._by_descriptor[descriptor] = process
 
     @property
     def descriptors(self) -> Iterator[int]:
         """Become readable when their process dies."""
-        return iter(self._opened)
+        return iter(self._by_descriptor)
 
     @property
-    def must_look(self) -> bool:
-        """Whether some have no descriptor, so that `dead` has to be called from time to time."""
-        return bool(self._looked_at)
+    def needs_polling(self) -> bool:
+        """Whether some have no descriptor, so that `pop_dead` has to be called from time to time."""
+        return bool(self._polled)
 
-    def dead(self, readable: Sequence[int] = ()) -> list[Process]:
+    def pop_dead(self, readable: Sequence[int] = ()) -> list[Process]:
         """Those that have died, each told once.
 
         Args:
             readable: of the descriptors.
         """
-        gone = [process for process in self._looked_at if not _lives(process)]
-        self._looked_at = [process for process in self._looked_at if process not in gone]
+        dead = [process for process in self._polled if not _is_alive(process)]
+        self._polled = [process for process in self._polled if process not in dead]
         for descriptor in readable:
-            gone.append(self._opened.pop(descriptor))
+            dead.append(self._by_descriptor.pop(descriptor))
             os.close(descriptor)
-        return gone
+        return dead
 
 
-def _open(process: Process) -> int | None:
+def _open_descriptor(process: Process) -> int | None:
     """A descriptor of the process; None where the kernel has none, or it has died."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except (OSError, AttributeError):
         return None
-    if _lives(process):
+    if _is_alive(process):
         return descriptor
     os.close(descriptor)  # the id may be another process's by now
     return None
 
 
-def _lives(process: Process) -> bool:
-    now = process_stat(process.pid)
-    return now is not None and now.start_ticks == process.stat.start_ticks and not now.is_dead
+def _is_alive(process: Process) -> bool:
+    current = process_stat(process.pid)
+    return current is not None and current.start_ticks == process.stat.start_ticks and not current.is_dead

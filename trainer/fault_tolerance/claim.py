@@ -8,15 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from trainer.config import LoadedConfig
-from trainer.distributed import JOIN_PATIENCE, Launch, Store, hand_out, receive
+from trainer.distributed import JOIN_TIMEOUT, Launch, Store, publish_value, receive_value
 from trainer.errors import ConfigError, Problem
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.run_directory import RunDirectory
 
 _OUTCOME = "run_directory"
 _PURPOSE = "hear what is in the run directory"
-_FINISH_PATIENCE = timedelta(minutes=10)
-_ERROR_PATIENCE = timedelta(seconds=5)
+_FINISH_TIMEOUT = timedelta(minutes=10)
+_ERROR_TIMEOUT = timedelta(seconds=5)
 
 
 def claim_run_directory(loaded: LoadedConfig, launch: Launch, store: Store) -> tuple[RunDirectory, RunLock]:
@@ -29,21 +29,23 @@ def claim_run_directory(loaded: LoadedConfig, launch: Launch, store: Store) -> t
         ConfigError: on all ranks: the directory is in use, belongs to another run, or cannot be written to.
     """
     if launch.rank != 0:
-        text = receive(store, launch.rank, _OUTCOME, "lock the run directory", JOIN_PATIENCE)
-        if text is None:
-            raise ConfigError(Problem("run.output_dir", f"rank 0 did not lock it within {JOIN_PATIENCE}"))
-        told = json.loads(text)
-        if "problems" in told:
-            raise ConfigError(Problem(**problem) for problem in told["problems"])
-        return RunDirectory(Path(told.pop("path")), **told), RunLock()
+        value = receive_value(store, launch.rank, _OUTCOME, "lock the run directory", JOIN_TIMEOUT)
+        if value is None:
+            raise ConfigError(Problem("run.output_dir", f"rank 0 did not lock it within {JOIN_TIMEOUT}"))
+        outcome = json.loads(value)
+        if "problems" in outcome:
+            raise ConfigError(Problem(**problem) for problem in outcome["problems"])
+        return RunDirectory(Path(outcome.pop("path")), **outcome), RunLock()
     try:
         lock = RunLock.acquire(Path(loaded.config.run.output_dir).expanduser())
         directory = RunDirectory.examine(loaded)
     except ConfigError as error:
         problems = json.dumps({"problems": [asdict(problem) for problem in error.problems]})
-        hand_out(store, launch.world, _OUTCOME, problems, _PURPOSE, _ERROR_PATIENCE)
+        publish_value(store, launch.world_size, _OUTCOME, problems, _PURPOSE, _ERROR_TIMEOUT)
         raise
     outcome = json.dumps({**asdict(directory), "path": str(directory.path)})
-    ends_now = directory.is_finished(loaded)
-    hand_out(store, launch.world, _OUTCOME, outcome, _PURPOSE, _FINISH_PATIENCE if ends_now else timedelta())
+    is_finished = directory.is_finished(loaded)
+    publish_value(
+        store, launch.world_size, _OUTCOME, outcome, _PURPOSE, _FINISH_TIMEOUT if is_finished else timedelta()
+    )
     return directory, lock

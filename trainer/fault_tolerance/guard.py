@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trainer.distributed import Launch, Phases, Store
 from trainer.fault_tolerance.run_lock import RunLock
-from trainer.fault_tolerance.stop import StopRequests
+from trainer.fault_tolerance.stop_requests import StopRequests
 from trainer.fault_tolerance.watchdog import Watchdog
 from trainer.run_directory import RunDirectory
 
@@ -38,6 +38,6 @@ def guarded_run(
     """
     requests.begin_run(directory, lock)
     watchdog = Watchdog(launch, store, timeout_seconds, directory)
-    with watchdog.explained_failures():
+    with watchdog.explain_failures():
         yield GuardedRun(directory, lock, requests, watchdog.phases)
     lock.release()

@@ -27,28 +27,28 @@ def refuse_missing_hostfile(script: str) -> None:
     runner, launcher = ancestors.runner, ancestors.launcher
     if runner is None or launcher is None:
         return
-    named = _hostfile(runner.command, script)
-    if named is None or _hosts(launcher.command) != ["localhost"]:
+    hostfile = _find_hostfile_option(runner.command, script)
+    if hostfile is None or _decode_hosts(launcher.command) != ["localhost"]:
         return
-    if not os.path.isfile(Path(f"/proc/{runner.pid}/cwd") / named):
-        reason = f"{named} is not a file; DeepSpeed would train on this host alone"
+    if not os.path.isfile(Path(f"/proc/{runner.pid}/cwd") / hostfile):
+        reason = f"{hostfile} is not a file; DeepSpeed would train on this host alone"
         raise ConfigError(Problem("--hostfile", reason, "Take the path of a hostfile, or leave --hostfile away"))
 
 
-def _hostfile(command: Sequence[str], script: str) -> str | None:
+def _find_hostfile_option(command: Sequence[str], script: str) -> str | None:
     """The last hostfile that is named before the script."""
     words = list(command[: command.index(script)] if script in command else command)
-    found = None
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    hostfile = None
+    for word, value in zip(words, [*words[1:], ""], strict=True):
         if word in _OPTIONS:
-            found = after
+            hostfile = value
         for option in ("--hostfile=", "-H"):
             if word.startswith(option) and word not in _OPTIONS:
-                found = word.removeprefix(option)
-    return found
+                hostfile = word.removeprefix(option)
+    return hostfile
 
 
-def _hosts(command: Sequence[str]) -> list[str]:
+def _decode_hosts(command: Sequence[str]) -> list[str]:
     """The hosts that launch.py was given."""
     for word in command:
         if word.startswith("--world_info="):

@@ -29,7 +29,7 @@ def process_state(pid: int) -> str:
     return "dead" if stat is None or stat.is_dead else "stopped" if stat.is_stopped else "running"
 
 
-def _frames() -> Iterator[FrameType]:
+def _main_thread_frames() -> Iterator[FrameType]:
     """Of the main thread, innermost first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
@@ -42,15 +42,19 @@ def main_thread_location() -> tuple[str, bool]:
 
     Only collectives that Python waits for are seen: on a GPU the host may wait for them in any operation.
     """
-    frames = list(_frames())
+    frames = list(_main_thread_frames())
     if not frames:
         return "", False
-    inside = [frame for frame in frames if any(part in frame.f_code.co_filename for part in _COLLECTIVE_FILES)]
-    if not inside:
+    collective_frames = [
+        frame for frame in frames if any(part in frame.f_code.co_filename for part in _COLLECTIVE_FILES)
+    ]
+    if not collective_frames:
         return _location(frames[0]), False
-    names = [frame.f_code.co_name for frame in inside if hasattr(dist, frame.f_code.co_name)]
-    outside = next((f for f in frames[frames.index(inside[-1]) :] if f not in inside), inside[-1])
-    return f"{names[-1] if names else inside[-1].f_code.co_name} in {_location(outside)}", True
+    names = [frame.f_code.co_name for frame in collective_frames if hasattr(dist, frame.f_code.co_name)]
+    caller = next(
+        (f for f in frames[frames.index(collective_frames[-1]) :] if f not in collective_frames), collective_frames[-1]
+    )
+    return f"{names[-1] if names else collective_frames[-1].f_code.co_name} in {_location(caller)}", True
 
 
 def _location(frame: FrameType) -> str:
@@ -59,7 +63,7 @@ def _location(frame: FrameType) -> str:
 
 def is_debugged() -> bool:
     """Whether the main thread is in a Python debugger, or a debugger is attached to the process."""
-    if any(str(frame.f_globals.get("__name__", "")).partition(".")[0] in _DEBUGGERS for frame in _frames()):
+    if any(str(frame.f_globals.get("__name__", "")).partition(".")[0] in _DEBUGGERS for frame in _main_thread_frames()):
         return True
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -74,18 +78,18 @@ def dump_stacks(path: Path) -> None:
         faulthandler.dump_traceback(file, all_threads=True)
 
 
-def record_collectives(logs: Path) -> None:
+def enable_flight_recorder(logs: Path) -> None:
     """Switch on torch's flight recorder, and NCCL's own dump of it at a timeout, unless the environment has settings
     for them. Call it before the first process group is created."""
-    has_new_names = hasattr(c10d, "_dump_fr_trace_json")  # torch warns of the old ones where it has new ones
-    size = "TORCH_FR_BUFFER_SIZE" if has_new_names else "TORCH_NCCL_TRACE_BUFFER_SIZE"
-    file = "TORCH_FR_DUMP_TEMP_FILE" if has_new_names else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    has_current_names = hasattr(c10d, "_dump_fr_trace_json")  # torch warns of the old ones where it has new ones
+    size = "TORCH_FR_BUFFER_SIZE" if has_current_names else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    file = "TORCH_FR_DUMP_TEMP_FILE" if has_current_names else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
     os.environ.setdefault(size, "2000")
     os.environ.setdefault(file, str(logs / "nccl-trace-rank-"))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def dump_collectives(path: Path) -> bool:
+def dump_flight_recorder(path: Path) -> bool:
     """Write the latest collectives of this rank, as torch's flight recorder has them, as JSON.
 
     Returns:

@@ -48,15 +48,15 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
-def this_process() -> Holder:
+def current_process() -> Holder:
     since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
     stat = process_stat(os.getpid())
     started = 0 if stat is None else stat.start_ticks
     return Holder(socket.gethostname(), os.getpid(), started, process_namespace(), since)
 
 
-def is_same(one: Holder, other: Holder) -> bool:
-    return (one.machine, one.pid, one.started) == (other.machine, other.pid, other.started)
+def is_same_process(first: Holder, second: Holder) -> bool:
+    return (first.machine, first.pid, first.started) == (second.machine, second.pid, second.started)
 
 
 def write_holder(descriptor: int, holder: Holder) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from trainer.distributed import Launch, Mark, Phase, PrefixStore, Store, second_connection
+from trainer.distributed import Launch, Phase, PhaseMark, PrefixStore, Store, open_second_connection
 from trainer.fault_tolerance.inspection import process_state
 from trainer.fault_tolerance.processes import process_namespace
 
@@ -29,7 +29,7 @@ class Report:
     host: str
     namespace: str
     pid: int
-    position: int = 0
+    phase_index: int = 0
     progress: int = 0
     phase: Phase = "start"
     step: int = 0
@@ -44,10 +44,10 @@ class Report:
     """Why this rank has given up; empty while it has not."""
 
     @property
-    def mark(self) -> Mark:
-        return Mark(self.position, self.progress, self.phase, self.step)
+    def mark(self) -> PhaseMark:
+        return PhaseMark(self.phase_index, self.progress, self.phase, self.step)
 
-    def at(self, mark: Mark) -> Report:
+    def with_mark(self, mark: PhaseMark) -> Report:
         """The same rank at a mark."""
         return replace(self, **mark._asdict())
 
@@ -56,11 +56,11 @@ class Report:
         return f"rank {self.rank} (host {self.host})"
 
 
-def own_report(launch: Launch) -> Report:
+def initial_report(launch: Launch) -> Report:
     return Report(launch.rank, socket.gethostname(), process_namespace(), os.getpid())
 
 
-class Peers:
+class PeerReports:
     """The other ranks, as a rank sees them over several exchanges."""
 
     def __init__(self, own: Report, world: int) -> None:
@@ -68,7 +68,7 @@ class Peers:
         self.rounds = 0
         """Exchanges since this rank has begun to look."""
 
-        self.first: Report | None = None
+        self.rank_zero_report: Report | None = None
         """Of rank 0, as it was when all had joined: the store cannot be asked for it once rank 0 hangs."""
 
         self._seen: dict[int, tuple[Report, int]] = {}
@@ -86,12 +86,12 @@ class Peers:
         self.rounds += 1
 
     def reports(self) -> dict[int, Report]:
-        first = {} if self.first is None else {0: self.first}
-        return first | {rank: report for rank, (report, _) in self._seen.items()}
+        rank_zero_report = {} if self.rank_zero_report is None else {0: self.rank_zero_report}
+        return rank_zero_report | {rank: report for rank, (report, _) in self._seen.items()}
 
-    def silent_first(self) -> dict[int, str]:
+    def unresponsive_rank_zero(self) -> dict[int, str]:
         """Rank 0, whose store does not answer, with the reason as far as it is known."""
-        condition = "" if self.first is None else self._condition(self.first)
+        condition = "" if self.rank_zero_report is None else self._condition(self.rank_zero_report)
         return {0: condition or "does not respond"}
 
     def _condition(self, report: Report) -> str:
@@ -100,45 +100,45 @@ class Peers:
             state, ""
         )
 
-    def lost(self) -> dict[int, str]:
+    def lost_ranks(self) -> dict[int, str]:
         """Ranks that cannot go on, with the reason: dead, stopped, given up, or silent for several exchanges."""
-        found = {}
+        reasons = {}
         for rank, (report, since) in sorted(self._seen.items()):
             if rank == self._own.rank or report.phase == "finished":
                 continue
             if report.error:
-                found[rank] = f"failed: {report.error}"
+                reasons[rank] = f"failed: {report.error}"
             elif condition := self._condition(report):
-                found[rank] = condition
+                reasons[rank] = condition
             elif self.rounds - since >= STALE_ROUNDS:
-                found[rank] = "does not respond"
-        return found
+                reasons[rank] = "does not respond"
+        return reasons
 
-    def behind(self, position: int) -> list[int]:
-        """Ranks that have not entered the phase at `position`, or have not even started."""
+    def ranks_behind(self, phase_index: int) -> list[int]:
+        """Ranks that have not entered the phase at `phase_index`, or have not even started."""
         if not self.rounds:
             return []
         reports = self.reports()
-        return [r for r in range(self._world) if r not in reports or reports[r].position < position]
+        return [r for r in range(self._world) if r not in reports or reports[r].phase_index < phase_index]
 
-    def described(self, ranks: Iterable[int], lost: Mapping[int, str] = {}, limit: int = 8) -> str:
+    def describe(self, ranks: Iterable[int], lost_ranks: Mapping[int, str] = {}, limit: int = 8) -> str:
         """The ranks with host, last phase and condition."""
         reports, ranks = self.reports(), list(ranks)
-        shown = []
+        descriptions = []
         for rank in ranks[:limit]:
             report = reports.get(rank)
             if report is None:
-                shown.append(f"rank {rank} ({lost.get(rank, 'not started')})")
+                descriptions.append(f"rank {rank} ({lost_ranks.get(rank, 'not started')})")
                 continue
             parts = [f"host {report.host}"]
-            if report is not self.first:
+            if report is not self.rank_zero_report:
                 parts.append(f"last in {report.mark.name}")
-            if rank in lost:
-                parts.append(lost[rank])
+            if rank in lost_ranks:
+                parts.append(lost_ranks[rank])
             elif report.location:
                 parts.append(report.location)
-            shown.append(f"rank {rank} ({', '.join(parts)})")
-        return ", ".join(shown) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
+            descriptions.append(f"rank {rank} ({', '.join(parts)})")
+        return ", ".join(descriptions) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
 
 
 class Reporter:
@@ -149,17 +149,17 @@ class Reporter:
 
     def __init__(self, launch: Launch, store: Store, interval: float, own: Callable[[], Report]) -> None:
         self._launch, self._interval, self._own = launch, interval, own
-        self._store: Store = PrefixStore("watchdog", second_connection(store))
-        self.peers = Peers(own(), launch.world)
-        self.looks = False
+        self._store: Store = PrefixStore("watchdog", open_second_connection(store))
+        self.peers = PeerReports(own(), launch.world_size)
+        self.reads_peers = False
         """Whether to read the others' reports."""
 
         self._posted: Report | None = None
-        self._known: set[int] = set()
-        self._asked_at: float | None = None
-        self._broken = False
-        self._closed = False
-        self._wake = threading.Event()
+        self._posting_ranks: set[int] = set()
+        self._request_started: float | None = None
+        self._is_disconnected = False
+        self._is_closed = False
+        self._wake_event = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
     def start(self) -> None:
@@ -167,35 +167,35 @@ class Reporter:
 
     def close(self, seconds: float) -> None:
         """Post a last time, and wait for that as long as given."""
-        self._closed = True
-        self._wake.set()
+        self._is_closed = True
+        self._wake_event.set()
         self._thread.join(seconds)
 
     def wake(self) -> None:
         """Report at once."""
-        self._wake.set()
+        self._wake_event.set()
 
-    def unanswered_seconds(self) -> float:
+    def seconds_unanswered(self) -> float:
         """For how long the store has not answered; infinite once the connection is closed."""
-        if self._broken:
+        if self._is_disconnected:
             return float("inf")
-        asked = self._asked_at
+        asked = self._request_started
         return 0.0 if asked is None else time.monotonic() - asked
 
     def _run(self) -> None:
         while True:
-            closed = self._closed
-            self._asked_at = time.monotonic()
+            closed = self._is_closed
+            self._request_started = time.monotonic()
             try:
                 self._exchange()
             except RuntimeError:  # torch's DistNetworkError and DistStoreError: rank 0 has gone
-                self._broken = True
+                self._is_disconnected = True
                 return
-            self._asked_at = None
+            self._request_started = None
             if closed:
                 return
-            self._wake.wait(self._interval)
-            self._wake.clear()
+            self._wake_event.wait(self._interval)
+            self._wake_event.clear()
 
     def _exchange(self) -> None:
         report = self._own()
@@ -206,15 +206,15 @@ class Reporter:
                 self._store.check([str(report.rank)])  # unlike `set`, this waits for an answer
         # Before all have joined rank 0 may not have posted: `get` would wait for it.
         has_joined = report.phase not in ("start", "data", "join")
-        if self.peers.first is None and (has_joined or self._store.check(["0"])):
-            self.peers.first = Report(**json.loads(self._store.get("0")))
-        if not self.looks:
+        if self.peers.rank_zero_report is None and (has_joined or self._store.check(["0"])):
+            self.peers.rank_zero_report = Report(**json.loads(self._store.get("0")))
+        if not self.reads_peers:
             if self.peers.rounds:
                 self.peers.reset()
             return
-        for rank in range(self._launch.world):
-            if rank not in self._known and self._store.check([str(rank)]):
-                self._known.add(rank)
-        known = sorted(self._known)
-        texts = self._store.multi_get([str(rank) for rank in known])
-        self.peers.update({rank: Report(**json.loads(text)) for rank, text in zip(known, texts, strict=True)})
+        for rank in range(self._launch.world_size):
+            if rank not in self._posting_ranks and self._store.check([str(rank)]):
+                self._posting_ranks.add(rank)
+        ranks = sorted(self._posting_ranks)
+        texts = self._store.multi_get([str(rank) for rank in ranks])
+        self.peers.update({rank: Report(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)})

@@ -18,22 +18,33 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.errors import ConfigError, Problem
-from trainer.fault_tolerance.lock_holder import Holder, is_same, read_holder, this_process, write_holder
+from trainer.fault_tolerance.lock_holder import Holder, current_process, is_same_process, read_holder, write_holder
 from trainer.run_layout import LOCK
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-PATIENCE_SECONDS = 60.0
+WAIT_SECONDS = 60.0
 """How long a start waits for a holder that is about to end."""
 
 _POLL_SECONDS = 0.25
 _SETTLE_SECONDS = 2.0
 """Without `flock`, of two starts that write at the same time the later one holds the lock, after so long."""
 
-_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-_SHARED_BY_HOSTS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "ceph", "gpfs", "glusterfs", "fuse.glusterfs")
+_FLOCK_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "beegfs",
+    "ceph",
+    "gpfs",
+    "glusterfs",
+    "fuse.glusterfs",
+)
 """Types of file systems on which `flock` may hold on one host only, as they are mounted."""
 
 
@@ -43,12 +54,12 @@ class RunLock:
     def __init__(self, path: Path | None = None, descriptor: int = -1, holder: Holder | None = None) -> None:
         """Without arguments: what the ranks have that do not hold the lock. All of its methods do nothing."""
         self._path, self._descriptor, self._holder = path, descriptor, holder
-        self._beats: threading.Event | None = None
+        self._heartbeat_stop: threading.Event | None = None
         self._mutex = threading.Lock()
         """Held while the descriptor is used or closed: its number may be another file's afterwards."""
 
         if descriptor >= 0:
-            os.register_at_fork(after_in_child=self._leave_to_parent)
+            os.register_at_fork(after_in_child=self._close_in_child)
 
     @classmethod
     def acquire(cls, run: Path) -> RunLock:
@@ -67,7 +78,7 @@ class RunLock:
         except OSError as error:
             raise _unwritable(path, error) from None
         try:
-            attempt = _Attempt(path, descriptor)
+            attempt = _LockAttempt(path, descriptor)
             attempt.wait()
             lock = cls(path, descriptor, attempt.holder)
             if attempt.needs_heartbeat:
@@ -80,7 +91,7 @@ class RunLock:
             raise
         return lock
 
-    def stopping(self) -> None:
+    def mark_stopping(self) -> None:
         """Tell other starts that this run is saving and about to end, so that they wait for it."""
         with self._mutex:
             if self._holder is None:
@@ -96,8 +107,8 @@ class RunLock:
         with self._mutex:
             if self._holder is None:
                 return
-            if self._beats is not None:
-                self._beats.set()
+            if self._heartbeat_stop is not None:
+                self._heartbeat_stop.set()
             try:
                 os.ftruncate(self._descriptor, 0)
             except OSError as error:
@@ -105,35 +116,40 @@ class RunLock:
             os.close(self._descriptor)
             self._descriptor, self._holder = -1, None
 
-    def _leave_to_parent(self) -> None:
+    def _close_in_child(self) -> None:
         """A forked child must not keep the lock when this process ends."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor, self._holder = -1, None
 
     def _start_heartbeat(self) -> None:
-        self._beats = threading.Event()
-        threading.Thread(target=self._beat, args=(self._beats,), name="run lock", daemon=True).start()
+        self._heartbeat_stop = threading.Event()
+        threading.Thread(target=self._run_heartbeat, args=(self._heartbeat_stop,), name="run lock", daemon=True).start()
 
-    def _beat(self, ended: threading.Event) -> None:
-        while not ended.wait(BEAT_SECONDS):
+    def _run_heartbeat(self, ended: threading.Event) -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
             with self._mutex:
                 if self._holder is not None:
                     self._touch(self._holder)
 
     def _touch(self, holder: Holder) -> None:
         try:
-            found = read_holder(self._descriptor)
-            if found is not None and not is_same(found, holder):
-                log.error("%s was taken over by %s, because this process had not touched it for %d s. Ending: two "
-                          "runs must not write to one directory", self._path, found, STALE_SECONDS)  # fmt: skip
+            current_holder = read_holder(self._descriptor)
+            if current_holder is not None and not is_same_process(current_holder, holder):
+                log.error(
+                    "%s was taken over by %s, because this process had not touched it for %d s. Ending: two "
+                    "runs must not write to one directory",
+                    self._path,
+                    current_holder,
+                    STALE_SECONDS,
+                )
                 os._exit(ConfigError.exit_status)
             os.utime(self._descriptor)
         except OSError as error:
             log.warning("%s: not touched: %s", self._path, error)
 
 
-class _Attempt:
+class _LockAttempt:
     """The way to the lock of one start."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -141,7 +157,7 @@ class _Attempt:
         self._seen: tuple[int, float] | None = None
         """The other host's last heartbeat (its time in the file system) and the age that it has here at least."""
 
-        self.holder = this_process()
+        self.holder = current_process()
         self.needs_heartbeat = False
 
     def wait(self) -> None:
@@ -150,53 +166,53 @@ class _Attempt:
         Raises:
             ConfigError: it is another one's. OSError: the file cannot be read or written.
         """
-        end, told = time.monotonic() + PATIENCE_SECONDS, False
+        deadline, has_logged = time.monotonic() + WAIT_SECONDS, False
         while True:
-            other, ends_soon = self._try()
+            other, ends_soon = self._try_acquire()
             if other is None and not ends_soon:
                 return
-            if not ends_soon or time.monotonic() > end:
+            if not ends_soon or time.monotonic() > deadline:
                 raise _in_use(self._path, other)
-            if not told and other is not None:
-                log.info("waiting up to %d s for %s, which holds %s and %s", PATIENCE_SECONDS, other, self._path,
+            if not has_logged and other is not None:
+                log.info("waiting up to %d s for %s, which holds %s and %s", WAIT_SECONDS, other, self._path,
                          "is stopping" if other.state == "stopping" else "may have died")  # fmt: skip
-                told = True
+                has_logged = True
             time.sleep(_POLL_SECONDS)
 
-    def _try(self) -> tuple[Holder | None, bool]:
+    def _try_acquire(self) -> tuple[Holder | None, bool]:
         """Who else holds the lock, and whether it is worth waiting; (None, False) if this process holds it now."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return self._holding()
+            return self._holder_by_flock()
         except OSError as error:
-            if error.errno not in _NO_FLOCK:
+            if error.errno not in _FLOCK_UNSUPPORTED:
                 raise
             self.needs_heartbeat = True
         else:
-            self.needs_heartbeat = _file_system_of(self._path) in _SHARED_BY_HOSTS
+            self.needs_heartbeat = _file_system_type(self._path) in _NETWORK_FILE_SYSTEMS
         if self.needs_heartbeat:
-            other, ends_soon = self._beating()
+            other, ends_soon = self._holder_by_heartbeat()
             if other is not None:
                 return other, ends_soon
         write_holder(self._descriptor, self.holder)
         if self.needs_heartbeat:
             time.sleep(_SETTLE_SECONDS)
-            found = read_holder(self._descriptor)
-            if found is not None and not is_same(found, self.holder):
-                return found, False
+            current_holder = read_holder(self._descriptor)
+            if current_holder is not None and not is_same_process(current_holder, self.holder):
+                return current_holder, False
         return None, False
 
-    def _holding(self) -> tuple[Holder | None, bool]:
+    def _holder_by_flock(self) -> tuple[Holder | None, bool]:
         other = read_holder(self._descriptor)
         if other is None or (other.is_local and not other.is_alive):  # the holder has not written its name yet
             return None, True
         return other, other.state == "stopping"
 
-    def _beating(self) -> tuple[Holder | None, bool]:
+    def _holder_by_heartbeat(self) -> tuple[Holder | None, bool]:
         """The holder by its heartbeat; (None, False) if none lives."""
         other = read_holder(self._descriptor)
-        if other is None or is_same(other, self.holder):
+        if other is None or is_same_process(other, self.holder):
             return None, False
         if other.is_local:
             return (other, other.state == "stopping") if other.is_alive else (None, False)
@@ -234,9 +250,9 @@ def _age_seconds(path: Path, beat: int) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _file_system_of(path: Path) -> str:
+def _file_system_type(path: Path) -> str:
     """The type of the file system that holds `path`, as it is mounted."""
-    target, longest, found = os.path.realpath(path), -1, ""
+    target, longest, current_holder = os.path.realpath(path), -1, ""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -245,5 +261,5 @@ def _file_system_of(path: Path) -> str:
         before, _, after = line.partition(" - ")
         mounted = before.split()[4].encode().decode("unicode_escape")
         if len(mounted) >= longest and os.path.commonpath([mounted, target]) == mounted:
-            longest, found = len(mounted), after.split()[0]
-    return found
+            longest, current_holder = len(mounted), after.split()[0]
+    return current_holder

@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.distributed import Launch, Mark, Phases, Store
+from trainer.distributed import Launch, PhaseMark, Phases, Store
 from trainer.errors import Preempted, RankLost, TesseraError
 from trainer.fault_tolerance.failures import cause_of, is_broken_connection, is_collective_failure, is_timeout
 from trainer.fault_tolerance.inspection import (
-    dump_collectives,
+    dump_flight_recorder,
     dump_stacks,
+    enable_flight_recorder,
     is_debugged,
     main_thread_location,
-    record_collectives,
 )
-from trainer.fault_tolerance.reports import Report, Reporter, own_report
+from trainer.fault_tolerance.reports import Report, Reporter, initial_report
 from trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS = 5.0
 """Least time between two reports of a rank, unless a twentieth of the limit is shorter."""
 
-LOOK_SECONDS = 10.0
+PEER_CHECK_SECONDS = 10.0
 """Time without progress after which rank 0 looks for ranks that cannot go on, unless a twentieth of the limit is
 shorter: so a stopped rank is reported within 30 s, whatever the limit."""
 
@@ -45,10 +45,10 @@ WAIT_LINE_SECONDS = 30.0
 RAISE_SECONDS = 3.0
 """After the limit a collective has so long to raise by itself; then the watchdog ends the process."""
 
-SPEAK_SECONDS = 1.0
+MESSAGE_SECONDS = 1.0
 """Other ranks leave so much later than the one that reports: a launcher ends all ranks as soon as one leaves."""
 
-DEATH_PATIENCE_SECONDS = 10.0
+DEATH_DELAY_SECONDS = 10.0
 """After the death of a rank the others leave so much later: its own status should be the run's."""
 
 _ENDED_BY_WATCHDOG = ("step", "evaluate", "save")
@@ -68,18 +68,18 @@ class Watchdog:
         self.phases = Phases(timeout_seconds)
         self._launch, self._directory, self._logs = launch, directory, directory.path / "logs"
         self._interval = min(REPORT_SECONDS, timeout_seconds / 20)
-        self._look_after = min(LOOK_SECONDS, timeout_seconds / 20)
+        self._check_after = min(PEER_CHECK_SECONDS, timeout_seconds / 20)
         self._tick = min(1.0, timeout_seconds / 50)
-        self._own = own_report(launch)
+        self._initial_report = initial_report(launch)
         self._error = ""
-        self._mark, self._waited = Mark(), 0.0
-        self._told: dict[str, float] = {}
+        self._mark, self._seconds_waited = PhaseMark(), 0.0
+        self._logged_at: dict[str, float] = {}
         """When each sort of line was last written in this phase, in seconds of waiting."""
 
-        self._dumped = self._closed = False
+        self._has_dumped = self._is_closed = False
         self._reporter: Reporter | None = None
-        if launch.world > 1:
-            record_collectives(self._logs)
+        if launch.world_size > 1:
+            enable_flight_recorder(self._logs)
             self._reporter = Reporter(launch, store, self._interval, self._report)
             self._reporter.start()
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
@@ -87,12 +87,12 @@ class Watchdog:
     def close(self) -> None:
         """End the threads; the store is told that this rank has finished."""
         self.phases.enter("finished")
-        self._closed = True
+        self._is_closed = True
         if self._reporter is not None:
             self._reporter.close(2.0)
 
     @contextlib.contextmanager
-    def explained_failures(self) -> Iterator[None]:
+    def explain_failures(self) -> Iterator[None]:
         """Raise failures of collectives within as errors that name the rank that is missing. Rank 0 records every
         failure as an event.
 
@@ -105,12 +105,12 @@ class Watchdog:
             raise
         except Exception as error:
             if self._reporter is None or isinstance(error, TesseraError) or not is_collective_failure(error):
-                self._give_up(str(error) or repr(error))
+                self._post_failure(str(error) or repr(error))
                 self._record(str(error) or repr(error), self._launch.rank)
                 raise
-            lost = self._explained(error)
-            self._record(str(lost), next(iter(self._missing(self.phases.mark)[0]), self._launch.rank))
-            raise lost from error
+            failure = self._explain(error)
+            self._record(str(failure), next(iter(self._find_missing(self.phases.mark)[0]), self._launch.rank))
+            raise failure from error
         self.close()
 
     def _record(self, cause: str, rank: int) -> None:
@@ -123,56 +123,56 @@ class Watchdog:
             return
         mark = self.phases.mark
         peers = {} if self._reporter is None else self._reporter.peers.reports()
-        host = peers[rank].host if rank in peers else self._own.host
+        host = peers[rank].host if rank in peers else self._initial_report.host
         step = mark.step - 1 if mark.phase == "step" else mark.step
         self._directory.record("failure", step, rank=rank, host=host, phase=mark.name, cause=cause)
 
     # What the reporter posts ------------------------------------------------------------------------------------------
 
     def _report(self) -> Report:
-        report = replace(self._own.at(self.phases.mark), error=self._error)
-        if self._waited < self._interval:
+        report = replace(self._initial_report.with_mark(self.phases.mark), error=self._error)
+        if self._seconds_waited < self._interval:
             return report
         location, in_collective = main_thread_location()
-        return replace(report, waited=round(self._waited, 1), location=location, in_collective=in_collective)
+        return replace(report, waited=round(self._seconds_waited, 1), location=location, in_collective=in_collective)
 
-    def _give_up(self, reason: str) -> None:
+    def _post_failure(self, reason: str) -> None:
         self._error = (reason.splitlines() or [""])[0][:300]
         if self._reporter is not None:
-            self._reporter.looks = True
+            self._reporter.reads_peers = True
             self._reporter.wake()
 
     # The watch --------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         before = time.monotonic()
-        while not self._closed:
+        while not self._is_closed:
             time.sleep(self._tick)
             now = time.monotonic()
             # A process that was suspended, or a host that slept, has not waited all that time.
-            self._watch(min(now - before, 3 * self._tick))
+            self._check_wait(min(now - before, 3 * self._tick))
             before = now
 
-    def _watch(self, seconds: float) -> None:
+    def _check_wait(self, seconds: float) -> None:
         assert self._reporter is not None
         mark, limit = self.phases.mark, self.phases.timeout
         if mark != self._mark:
-            self._mark, self._waited, self._told, self._dumped = mark, 0.0, {}, False
-            self._reporter.looks = bool(self._error)
+            self._mark, self._seconds_waited, self._logged_at, self._has_dumped = mark, 0.0, {}, False
+            self._reporter.reads_peers = bool(self._error)
             return
-        self._waited += seconds
+        self._seconds_waited += seconds
         if self._error:
-            self._reporter.looks = True
-        if self._error or self._waited < self._look_after:
+            self._reporter.reads_peers = True
+        if self._error or self._seconds_waited < self._check_after:
             return
         # Every rank looks when its time is nearly up: its collective may raise, and it must know whom to name.
-        self._reporter.looks = self._is_speaker() or self._waited > limit - 5 * self._interval
-        if self._is_speaker():
-            self._tell(mark, limit)
-        if mark.phase in _ENDED_BY_WATCHDOG and self._waited >= limit:
-            self._expire(mark, limit)
+        self._reporter.reads_peers = self._is_logging_rank() or self._seconds_waited > limit - 5 * self._interval
+        if self._is_logging_rank():
+            self._log_waiting(mark, limit)
+        if mark.phase in _ENDED_BY_WATCHDOG and self._seconds_waited >= limit:
+            self._handle_timeout(mark, limit)
 
-    def _is_speaker(self) -> bool:
+    def _is_logging_rank(self) -> bool:
         """Rank 0; where its store does not answer, rank 1 speaks in its place."""
         if self._launch.rank == 0:
             return True
@@ -180,71 +180,80 @@ class Watchdog:
 
     def _is_store_silent(self) -> bool:
         assert self._reporter is not None
-        return self._reporter.unanswered_seconds() > max(2 * self._interval, 0.5)
+        return self._reporter.seconds_unanswered() > max(2 * self._interval, 0.5)
 
-    def _tell(self, mark: Mark, limit: float) -> None:
+    def _log_waiting(self, mark: PhaseMark, limit: float) -> None:
         """Say whom this rank waits for: at once for ranks that cannot go on, else after a tenth of the limit."""
-        lost, missing = self._missing(mark)
-        if lost and self._is_due("lost"):
-            log.warning("%s has taken %.0f s; %s", mark.name, self._waited, self._described(lost, missing))
+        lost_ranks, missing = self._find_missing(mark)
+        if lost_ranks and self._is_line_due("lost"):
+            log.warning("%s has taken %.0f s; %s", mark.name, self._seconds_waited, self._describe(lost_ranks, missing))
         is_limited = mark.phase in _ENDED_BY_WATCHDOG or mark.phase == "final"
         slow_after = limit / 10 if is_limited else WAIT_LINE_SECONDS
-        if self._waited < slow_after or lost or not (missing or is_limited) or not self._is_due("slow"):
+        if (
+            self._seconds_waited < slow_after
+            or lost_ranks
+            or not (missing or is_limited)
+            or not self._is_line_due("slow")
+        ):
             return
-        log.warning("%s has taken %.0f s; %s", mark.name, self._waited, self._described(lost, missing))
+        log.warning("%s has taken %.0f s; %s", mark.name, self._seconds_waited, self._describe(lost_ranks, missing))
 
-    def _is_due(self, sort: str) -> bool:
-        last = self._told.get(sort)
-        if last is not None and self._waited - last < WAIT_LINE_SECONDS:
+    def _is_line_due(self, category: str) -> bool:
+        last = self._logged_at.get(category)
+        if last is not None and self._seconds_waited - last < WAIT_LINE_SECONDS:
             return False
-        self._told[sort] = self._waited
+        self._logged_at[category] = self._seconds_waited
         return True
 
-    def _missing(self, mark: Mark) -> tuple[dict[int, str], list[int]]:
+    def _find_missing(self, mark: PhaseMark) -> tuple[dict[int, str], list[int]]:
         """Ranks that cannot go on, and ranks that have not entered this phase."""
         assert self._reporter is not None
         if self._launch.rank != 0 and self._is_store_silent():
-            return self._reporter.peers.silent_first(), []
-        lost = self._reporter.peers.lost()
-        return lost, [rank for rank in self._reporter.peers.behind(mark.position) if rank not in lost]
+            return self._reporter.peers.unresponsive_rank_zero(), []
+        lost_ranks = self._reporter.peers.lost_ranks()
+        return lost_ranks, [
+            rank for rank in self._reporter.peers.ranks_behind(mark.phase_index) if rank not in lost_ranks
+        ]
 
-    def _described(self, lost: dict[int, str], missing: list[int]) -> str:
+    def _describe(self, lost_ranks: dict[int, str], missing: list[int]) -> str:
         assert self._reporter is not None
         peers = self._reporter.peers
-        if lost or missing:
-            return f"not arrived: {peers.described([*lost, *missing], lost)}"
-        working = [r for r, report in peers.reports().items() if report.waited and not report.in_collective]
-        if working:
-            return f"all ranks have entered it; not in a collective: {peers.described(working)}"
+        if lost_ranks or missing:
+            return f"not arrived: {peers.describe([*lost_ranks, *missing], lost_ranks)}"
+        working_ranks = [r for r, report in peers.reports().items() if report.waited and not report.in_collective]
+        if working_ranks:
+            return f"all ranks have entered it; not in a collective: {peers.describe(working_ranks)}"
         return "all ranks have entered it"
 
     # The end ----------------------------------------------------------------------------------------------------------
 
-    def _expire(self, mark: Mark, limit: float) -> None:
+    def _handle_timeout(self, mark: PhaseMark, limit: float) -> None:
         """The limit has passed: write the stacks; end the process if its collective has not raised by then."""
         if is_debugged():
-            if self._is_due("debugger"):
-                log.warning("%s has taken %.0f s, in a debugger: not ended", mark.name, self._waited)
+            if self._is_line_due("debugger"):
+                log.warning("%s has taken %.0f s, in a debugger: not ended", mark.name, self._seconds_waited)
             return
         self._dump()
-        patience = RAISE_SECONDS + (0 if self._speaks_first(mark) else SPEAK_SECONDS)
-        if self._waited < limit + patience:
+        patience = RAISE_SECONDS + (0 if self._reports_first(mark) else MESSAGE_SECONDS)
+        if self._seconds_waited < limit + patience:
             return
-        message = f"error (rank {self._launch.rank} on {self._own.host}): {self._timed_out(mark, limit)}"
-        if self._error or self._closed:  # the main thread has raised meanwhile
+        message = (
+            f"error (rank {self._launch.rank} on {self._initial_report.host}): {self._timeout_message(mark, limit)}"
+        )
+        if self._error or self._is_closed:  # the main thread has raised meanwhile
             return
-        self._record(self._timed_out(mark, limit), next(iter(self._missing(mark)[0]), self._launch.rank))
+        self._record(self._timeout_message(mark, limit), next(iter(self._find_missing(mark)[0]), self._launch.rank))
         with contextlib.suppress(OSError), self._stacks.open("a") as file:
             print(message, file=file)
         print(message, file=sys.stderr, flush=True)
         os._exit(RankLost.exit_status)
 
     def _dump(self) -> None:
-        if self._dumped:
+        if self._has_dumped:
             return
-        self._dumped = True
+        self._has_dumped = True
         dump_stacks(self._stacks)
-        dump_collectives(self._recording)
+        dump_flight_recorder(self._recording)
 
     @property
     def _stacks(self) -> Path:
@@ -254,41 +263,41 @@ class Watchdog:
     def _recording(self) -> Path:
         return self._logs / f"flight-recorder-rank-{self._launch.rank}.json"
 
-    def _timed_out(self, mark: Mark, limit: float) -> str:
-        lost, missing = self._missing(mark)
+    def _timeout_message(self, mark: PhaseMark, limit: float) -> str:
+        lost_ranks, missing = self._find_missing(mark)
         recorded = f", its collectives in {self._recording}" if self._recording.exists() else ""
         return (
             f"{mark.name}: a collective did not end within {limit:g} s (run.collective_timeout_seconds); "
-            f"{self._described(lost, missing)}. The stacks of this rank are in {self._stacks}{recorded}"
+            f"{self._describe(lost_ranks, missing)}. The stacks of this rank are in {self._stacks}{recorded}"
         )
 
-    def _speaks_first(self, mark: Mark) -> bool:
+    def _reports_first(self, mark: PhaseMark) -> bool:
         """Whether this is the lowest rank that can still speak."""
-        lost, _ = self._missing(mark)
-        return self._launch.rank == min(rank for rank in range(self._launch.world) if rank not in lost)
+        lost_ranks, _ = self._find_missing(mark)
+        return self._launch.rank == min(rank for rank in range(self._launch.world_size) if rank not in lost_ranks)
 
-    def _explained(self, error: Exception) -> RankLost:
+    def _explain(self, error: Exception) -> RankLost:
         """The error that names the ranks which are missing. Waits until the store tells who they are."""
         assert self._reporter is not None
         mark, limit = self.phases.mark, self.phases.timeout
         cause = cause_of(error)
         if is_timeout(cause):
             self._dump()
-            message, speaks = self._timed_out(mark, limit), self._speaks_first(mark)
-            self._give_up(cause)
-            return RankLost(message, speaks=speaks, patience=0.0 if speaks else SPEAK_SECONDS)
-        self._give_up(cause)
-        self._wait_until(lambda: self._dead() or self._is_store_silent())
-        lost = self._dead() or self._missing(mark)[0]
-        described = self._reporter.peers.described(lost, lost) or "a rank that still reports"
-        is_certain = any("died" in reason for reason in lost.values())
-        speaks = is_certain and self._speaks_first(mark)
-        return RankLost(f"{mark.name}: lost {described}; {cause}", speaks=speaks, patience=DEATH_PATIENCE_SECONDS)
+            message, speaks = self._timeout_message(mark, limit), self._reports_first(mark)
+            self._post_failure(cause)
+            return RankLost(message, speaks=speaks, patience=0.0 if speaks else MESSAGE_SECONDS)
+        self._post_failure(cause)
+        self._wait_until(lambda: self._first_lost() or self._is_store_silent())
+        lost_ranks = self._first_lost() or self._find_missing(mark)[0]
+        describe = self._reporter.peers.describe(lost_ranks, lost_ranks) or "a rank that still reports"
+        is_certain = any("died" in reason for reason in lost_ranks.values())
+        speaks = is_certain and self._reports_first(mark)
+        return RankLost(f"{mark.name}: lost {describe}; {cause}", speaks=speaks, patience=DEATH_DELAY_SECONDS)
 
-    def _dead(self) -> dict[int, str]:
+    def _first_lost(self) -> dict[int, str]:
         """Lost ranks but those which have failed only because another one was lost before."""
         assert self._reporter is not None
-        return {r: why for r, why in self._reporter.peers.lost().items() if not is_broken_connection(why)}
+        return {r: why for r, why in self._reporter.peers.lost_ranks().items() if not is_broken_connection(why)}
 
     def _wait_until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 5 * self._interval

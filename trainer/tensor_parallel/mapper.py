@@ -282,7 +282,7 @@ def tensor_mapper(
         world.groups["tensor"],
         place.tensor,
         place.tensor_rank,
-        world.tensor_neighbours,
+        world.tensor_subgroup,
         sequence_parallel=sequence_parallel,
         dtype=dtype,
     )

@@ -12,7 +12,7 @@ import xxhash
 import trainer
 from trainer.config import LoadedConfig
 from trainer.distributed import Launch, local_device
-from trainer.fault_tolerance.comparison import Fact, flattened
+from trainer.fault_tolerance.comparison import Fact, flatten
 from trainer.files import hash_file
 from trainer.run_directory import package_versions
 
@@ -31,12 +31,12 @@ def start_facts(loaded: LoadedConfig, launch: Launch, root: Path | None = None) 
     Args:
         root: folder of the packages `trainer` and `launch`; by default where they were imported from.
     """
-    yield Fact("WORLD_SIZE", launch.world, "Start all ranks with the same launcher command")
+    yield Fact("WORLD_SIZE", launch.world_size, "Start all ranks with the same launcher command")
     yield Fact("device", local_device(), "Set DS_ACCELERATOR on all hosts or on none")
     for name, version in package_versions(loaded.config.run.plugins).items():
         yield Fact(f"version of {name}", version, "Install the same versions on every host")
     yield from _source_facts(Path(trainer.__file__).parent.parent if root is None else root)
-    for key, value in flattened(loaded.resolved()).items():
+    for key, value in flatten(loaded.resolved()).items():
         shown = xxhash.xxh3_64(str(value).encode()).hexdigest() if key in _SECRET and value is not None else value
         yield Fact(key, shown, is_per_host=key in _PER_HOST)
     output = Path(loaded.config.run.output_dir).expanduser().resolve()

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from trainer.distributed import World, hand_out, receive
+from trainer.distributed import World, publish_value, receive_value
 from trainer.errors import Preempted
 from trainer.fault_tolerance.run_lock import RunLock
-from trainer.fault_tolerance.stop import StopRequests
+from trainer.fault_tolerance.stop_requests import StopRequests
 from trainer.run_directory import RunDirectory
 
 _LAST_STEP = "stop/last_step"
 _RECORDED = "stop/recorded"
-_RECORD_PATIENCE = timedelta(seconds=10)
-_READ_PATIENCE = timedelta(seconds=5)
+_RECORD_TIMEOUT = timedelta(seconds=10)
+_READ_TIMEOUT = timedelta(seconds=5)
 
 
 class StopAgreement:
@@ -61,8 +61,8 @@ class StopAgreement:
         """
         self._lock = lock or RunLock()
         self._requests, self._store, self._directory = requests, world.store, directory
-        self._rank, self._ranks, self._final_step = world.topology.rank, world.topology.world, final_step
-        self._ahead = 1 if world.device.type == "cuda" else 0
+        self._rank, self._ranks, self._final_step = world.topology.rank, world.topology.world_size, final_step
+        self._steps_ahead = 1 if world.device.type == "cuda" else 0
         self._events: list[Any] = []
         self._is_announced = False
 
@@ -71,7 +71,7 @@ class StopAgreement:
         self._requests.begin_training()
         if self._requests.request is not None and not self._is_announced:
             rank = f" (rank {self._rank})" if self._ranks > 1 else ""
-            value = f"{step + self._ahead} {self._requests.request.cause}{rank}"
+            value = f"{step + self._steps_ahead} {self._requests.request.cause}{rank}"
             self._store.compare_set(_LAST_STEP, "", value)
             self._is_announced = True
 
@@ -80,33 +80,33 @@ class StopAgreement:
 
         The same on all ranks, which all must call it after every step.
         """
-        if self._ahead:
+        if self._steps_ahead:
             self._wait_for_previous_step()
-        is_due = step < self._final_step and self._store.check([_LAST_STEP]) and self._agreed()[0] == step
+        is_due = step < self._final_step and self._store.check([_LAST_STEP]) and self._read_agreement()[0] == step
         if is_due:
-            self._lock.stopping()
+            self._lock.mark_stopping()
         return is_due
 
     def _wait_for_previous_step(self) -> None:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._events.append(event)
-        if len(self._events) > self._ahead:
+        if len(self._events) > self._steps_ahead:
             self._events.pop(0).synchronize()
 
-    def _agreed(self) -> tuple[int, str]:
+    def _read_agreement(self) -> tuple[int, str]:
         """The last step, and the cause of the request."""
         step, _, cause = self._store.get(_LAST_STEP).decode().partition(" ")
         return int(step), cause
 
-    def preempted(self, step: int) -> Preempted:
+    def preemption_error(self, step: int) -> Preempted:
         """The error to raise once the state of `step` is saved. On all ranks; rank 0 records the event, and the others
         wait for it, because a launcher ends rank 0 as soon as one of them has gone. Rank 0 returns once they know."""
         if self._rank:
             with contextlib.suppress(RuntimeError):  # rank 0, which hosts the store, has gone already
-                receive(self._store, self._rank, _RECORDED, "record the stop", _RECORD_PATIENCE)
+                receive_value(self._store, self._rank, _RECORDED, "record the stop", _RECORD_TIMEOUT)
             return Preempted(f"stopped after step {step}")
-        _, cause = self._agreed()
+        _, cause = self._read_agreement()
         self._directory.record("preempted", step, cause=cause)
-        hand_out(self._store, self._ranks, _RECORDED, "", "hear that the stop is recorded", _READ_PATIENCE)
+        publish_value(self._store, self._ranks, _RECORDED, "", "hear that the stop is recorded", _READ_TIMEOUT)
         return Preempted(f"stopped after step {step}: {cause}. The state is saved: start the same command again")

@@ -69,7 +69,7 @@ def train(config: dict[str, Any], *arguments: str, world: int = 1) -> list[tuple
     "model_type",
     ["gemma4_text", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gemma4", "dots3_note_text"))],
 )
-def test_families_whose_layers_differ_are_trained_by_the_command(model_type: str, tokens: Path, tmp_path: Path) -> None:
+def test_train_command_trains_families_with_mixed_layers(model_type: str, tokens: Path, tmp_path: Path) -> None:
     whole = train(config_of(model_type, tokens, tmp_path / "one"))
     exported = load_exported(tmp_path / "one" / "final")
     weights = {name: tensor.float() for name, tensor in exported.state_dict().items()}
