@@ -22,7 +22,7 @@ import torch
 from trainer.checkpoint import model_folder, refuse_run_directory, tokenizer_folder
 from trainer.config.earlier_versions import stored_run
 from trainer.config.plugins import import_named_plugins
-from trainer.data import load_tokenizer, prompt_prefix
+from trainer.data import load_tokenizer, resolve_prompt_prefix
 from trainer.errors import ConfigError, Problem
 from trainer.exit import Arguments, exit_on_errors, read_launch
 from trainer.model import generate_texts, load_model
@@ -43,7 +43,7 @@ def main() -> None:
         tokenizer = tokenizer_of(folder)
         torch.manual_seed(options.seed)
         for text in generate_texts(
-            model.to(local_device()), tokenizer, options.prompt, prefix=prompt_prefix(tokenizer, run),
+            model.to(local_device()), tokenizer, options.prompt, prefix=resolve_prompt_prefix(tokenizer, run),
             tokens=options.tokens, temperature=options.temperature,
         ):  # fmt: skip
             print(text, flush=True)

@@ -80,7 +80,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     """The whole story, one call a package, in the order in which data passes."""
     from trainer.causality import verify_causality
     from trainer.checkpoint import Checkpoints
-    from trainer.data import count_steps, open_batches, prepare_data, prepared_facts
+    from trainer.data import open_batches, prepare_data, prepared_facts, resolve_steps
     from trainer.engine import start_engine
     from trainer.fault_tolerance import compare_ranks
     from trainer.loop import fit
@@ -97,7 +97,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     )
     run.phases.enter("data")
     prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
-    loaded = count_steps(loaded, prepared)
+    loaded = resolve_steps(loaded, prepared)
     compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), timeout=JOIN_TIMEOUT)
     configure_logging(launch.rank, run.directory.path / "logs")
     if loaded.kept.message:
@@ -116,7 +116,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
             directory.write_config(loaded, frame=prepared.frame_json)
             directory.save_tokenizer(prepared.tokenizer)
             directory.record("resume" if progress.step else "start", progress.step, processes=launch.world_size)
-        batches.train.go_on_after(progress.step, progress.samples)
+        batches.train.resume_from(progress.step, progress.samples)
         meter = Meter(
             engine, world.device, launch.world_size, cost, config.data.sequence_length, directory.attempt, progress
         )

@@ -80,14 +80,14 @@ def _train_and_save(
     assignment = assign_stages(build_model_shape(loaded), loaded)
     engine = start_engine(model, loaded, world, assignment, blank=checkpoints.found)
     progress = checkpoints.restore(engine)
-    batches.train.go_on_after(progress.step, progress.samples)
+    batches.train.resume_from(progress.step, progress.samples)
     if kill is not None and launch.rank in victims:
         kill_at_event(kill)
     losses: Losses = {}
     if progress.step in saves:
         checkpoints.save(engine, progress, {})
     for step in range(progress.step + 1, last + 1):
-        batch = batches.train.at(step)
+        batch = batches.train.batch_at(step)
         world.seed_step(step)
         result = engine.train_step(batch)
         losses[step] = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum])) / batch.tokens

@@ -136,7 +136,7 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     for step in range(1, steps + 1):
         for group in optimizer.param_groups if schedule else ():
             group["lr"] = schedule[step - 1] * group["scale"]
-        (micro,) = batches.train.at(step).micro_batches
+        (micro,) = batches.train.batch_at(step).micro_batches
         logits = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT).logits
         loss = F.cross_entropy(logits.flatten(0, 1), micro.labels_BT.flatten(), ignore_index=-100)
         loss.backward()
@@ -271,7 +271,7 @@ def auxiliary(config: dict[str, Any]) -> float:
     launch = Launch.from_environment()
     with joined_world(launch, _place(config, launch), seed=1) as world:
         batches, engine, meter = _start(config, launch, world)
-        batch = batches.at(1)
+        batch = batches.batch_at(1)
         result = engine.train_step(batch)
         meter.add(batch.tokens, batch.samples)
         return float(meter.train_row(1, 0.0, result, batch.tokens)["auxiliary_loss"])

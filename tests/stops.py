@@ -88,7 +88,7 @@ def _attempt(
     world = replace(world, store=PrefixStore(name, world.store))
     parts = assemble(loaded, world)
     progress = parts.checkpoints.restore(parts.started.engine)
-    parts.batches.train.go_on_after(progress.step, progress.samples)
+    parts.batches.train.resume_from(progress.step, progress.samples)
     meter = replace(parts.meter, progress=progress)
     parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
     requests = StopRequests(world.topology.rank)

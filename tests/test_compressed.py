@@ -46,18 +46,18 @@ def array(texts: list[str], indent: int | None = 2) -> bytes:
 
 
 def documents(path: Path | str, text_field: str = "text") -> list[str]:
-    found, opened = [], ""
-    for piece in Source(str(path), "train", text_field).pieces():
-        opened += piece.text
-        if piece.ends:
-            found.append(opened)
-            opened = ""
+    found, document = [], ""
+    for chunk in Source(str(path), "train", text_field).chunks():
+        document += chunk.text
+        if chunk.is_last:
+            found.append(document)
+            document = ""
     return found
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".txt"])
-def test_every_compression_gives_the_same_documents(kind: str, compression: str, tmp_path: Path) -> None:
+def test_compressions_yield_same_documents(kind: str, compression: str, tmp_path: Path) -> None:
     """Also where a file is several compressed frames one after the other, as `cat` and parallel tools write it."""
     file = tmp_path / f"a{kind}{compression}"
     parts = {".jsonl": [lines(TEXTS[:2]), lines(TEXTS[2:])], ".json": [array(TEXTS)[:50], array(TEXTS)[50:]],
@@ -67,7 +67,7 @@ def test_every_compression_gives_the_same_documents(kind: str, compression: str,
     assert Source(str(file), "train", "text").total_bytes == (None if compression else file.stat().st_size)
 
 
-def test_kind_is_part_of_the_content_hash(tmp_path: Path) -> None:
+def test_content_hash_includes_file_type(tmp_path: Path) -> None:
     """The same bytes as lines and as a text are other documents."""
     hashes = set()
     for name in ("a.jsonl.gz", "a.txt.gz", "b.jsonl.gz"):
@@ -77,7 +77,7 @@ def test_kind_is_part_of_the_content_hash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", [c for c in COMPRESS if c])
-def test_damage_is_named_with_its_line(compression: str, tmp_path: Path) -> None:
+def test_damaged_file_error_names_line(compression: str, tmp_path: Path) -> None:
     draw = random.Random(1)
     texts = ["".join(draw.choice("abcdefghijklmnop") for _ in range(200)) for _ in range(10_000)]
     sound = COMPRESS[compression](lines(texts))
@@ -94,7 +94,7 @@ def test_damage_is_named_with_its_line(compression: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_array_is_read_in_chunks_of_any_size(
+def test_array_reads_with_any_chunk_size(
     chunk: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_array, "_CHUNK_BYTES", chunk)
@@ -104,11 +104,11 @@ def test_array_is_read_in_chunks_of_any_size(
     assert documents(tmp_path / "a.json") == []
 
 
-def test_memory_of_a_large_array_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_array_uses_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in memory of a file on one line is an element and a chunk, not the file."""
     monkeypatch.setattr(json_array, "_CHUNK_BYTES", 1000)
     (tmp_path / "a.json").write_bytes(array([f"text {n}" for n in range(5000)], indent=None))
-    largest, read = 0, json_array._Text._read
+    largest, read = 0, json_array._Scanner._read
 
     def measured(self: Any, size: int) -> bool:
         nonlocal largest
@@ -116,12 +116,12 @@ def test_memory_of_a_large_array_is_bounded(tmp_path: Path, monkeypatch: pytest.
         largest = max(largest, len(self._text))
         return found
 
-    monkeypatch.setattr(json_array._Text, "_read", measured)
+    monkeypatch.setattr(json_array._Scanner, "_read", measured)
     assert len(documents(tmp_path / "a.json")) == 5000
     assert largest < 3000
 
 
-def test_lines_in_a_json_file(tmp_path: Path) -> None:
+def test_json_file_may_hold_lines(tmp_path: Path) -> None:
     """As many corpora on the hub have it."""
     (tmp_path / "a.json").write_bytes(lines(TEXTS))
     assert documents(tmp_path / "a.json") == TEXTS
@@ -144,31 +144,31 @@ def test_lines_in_a_json_file(tmp_path: Path) -> None:
         (b'[{"text": 1' + b"0" * 5000 + b"}]", "line 1 (element 1): not JSON: Exceeds the limit"),
     ],
 )
-def test_what_is_no_array(content: bytes, words: str, tmp_path: Path) -> None:
+def test_invalid_array_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError) as refused:
         documents(tmp_path / "a.json")
     assert str(refused.value).startswith(f"{tmp_path / 'a.json'}: {words}")
 
 
-def test_element_without_an_end_is_not_read_forever(tmp_path: Path) -> None:
+def test_unterminated_element_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n{"text": "' + "x" * 5_000_000)
     with pytest.raises(DataError, match=r"line 2 \(element 1\): not JSON, or longer than 1\.50 MB"):
-        list(json_array.elements(tmp_path / "a.json", 1_500_000))
+        list(json_array.read_elements(tmp_path / "a.json", 1_500_000))
 
 
-def test_many_elements_after_a_long_one_take_linear_time(tmp_path: Path) -> None:
+def test_array_parsing_takes_linear_time(tmp_path: Path) -> None:
     """Lines are counted once, and not again for each element: 13 MB took 268 s, and take 0.1 s."""
     rows = [{"text": "x" * 3_000_000}, *({"text": f"word {number}"} for number in range(100_000))]
     (tmp_path / "a.json").write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
     start = time.process_time()
-    last = list(json_array.elements(tmp_path / "a.json", 64_000_000))[-1]
+    last = list(json_array.read_elements(tmp_path / "a.json", 64_000_000))[-1]
     assert time.process_time() - start < 5
     assert last.where == f"{tmp_path / 'a.json'}: line 100001 (element 100001)"
     assert last.value == rows[-1]
 
 
-def test_what_a_folder_stands_for(tmp_path: Path) -> None:
+def test_folder_expands_to_supported_files(tmp_path: Path) -> None:
     """Descriptions beside the data are not data, and a compressed copy is not read a second time."""
     for name in ("a.jsonl", "a.jsonl.gz", "b.txt.zst", "info.json", "README.md", "c.tar.gz", "d.parquet.gz"):
         (tmp_path / name).write_bytes(b"")

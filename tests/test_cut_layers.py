@@ -17,7 +17,7 @@ from tests.cut import cut, one_tensor_group
 from tests.harness import run_ranks
 from tools.parity.shrink import tiny
 from trainer.sharding import Joiner, shard_of
-from trainer.tasks.cross_entropy import IGNORED
+from trainer.tasks.cross_entropy import IGNORE_INDEX
 from trainer.tensor_parallel import TensorMapper
 
 WIDTH, HEADS, HEAD = 16, 4, 4
@@ -284,7 +284,7 @@ def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMappe
     words = whole.config.vocab_size
     ids, labels = (torch.randint(0, words, (2, 12), generator=draw) for _ in range(2))
     ids[0, :3], ids[1, :2] = words - 1, whole.config.pad_token_id or 0
-    labels[:, ::5] = IGNORED
+    labels[:, ::5] = IGNORE_INDEX
     loss = F.cross_entropy(whole(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     sums = mapper.cross_entropy(0.0, 0.0, None)(mine(ids).logits, labels)
     torch.testing.assert_close(sums.cross_entropy, loss.detach(), rtol=1e-6, atol=1e-6)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from trainer.data import tables
+from trainer.data.documents import TextChunk, read_text_file, split_document
 from trainer.data.sources import Source
-from trainer.data.text import Piece, pieces_of, plain_text
 from trainer.errors import DataError
 
 pytestmark = pytest.mark.fast
@@ -23,55 +23,55 @@ LETTERS = "ab \u00e9\u4e2d\U0001f600\n"
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.text._PIECE_SIZE", 100)
-    monkeypatch.setattr("trainer.data.text._SEARCHED", 20)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.documents._CHUNK_SIZE", 100)
+    monkeypatch.setattr("trainer.data.documents._BOUNDARY_WINDOW", 20)
 
 
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("seed", range(20))
-def test_pieces_join_to_the_document(seed: int, tmp_path: Path) -> None:
+def test_chunks_join_to_document(seed: int, tmp_path: Path) -> None:
     """Whatever characters a piece ends at, also within lines longer than a piece."""
     draw = random.Random(seed)
     text = "".join(draw.choices(LETTERS, weights=[9, 9, draw.choice([0, 2]), 3, 3, 3, draw.choice([0, 0.05])], k=3000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    for pieces in (list(plain_text(tmp_path / "a.txt")), list(pieces_of(text, len(text)))):
-        assert "".join(piece.text for piece in pieces) == text
-        assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-        assert max(len(piece.text) for piece in pieces) <= 320
-        assert len(pieces) > 5
+    for chunks in (list(read_text_file(tmp_path / "a.txt")), list(split_document(text, len(text)))):
+        assert "".join(chunk.text for chunk in chunks) == text
+        assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert max(len(chunk.text) for chunk in chunks) <= 320
+        assert len(chunks) > 5
 
 
-@pytest.mark.usefixtures("small_pieces")
-def test_pieces_are_cut_before_single_spaces() -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_split_before_single_spaces() -> None:
     text = "word " * 200
-    texts = [piece.text for piece in pieces_of(text, len(text))]
+    texts = [chunk.text for chunk in split_document(text, len(text))]
     assert len(texts) > 5
     assert all(later.startswith(" w") for later in texts[1:])
 
 
-def test_document_of_two_mebibytes_is_whole() -> None:
+def test_two_mebibyte_document_is_one_chunk() -> None:
     """Token files of earlier versions hold such documents tokenized as a whole."""
     text = "word " * ((2 << 20) // 5)
-    assert list(pieces_of(text, 7)) == [Piece(text, True, 7)]
+    assert list(split_document(text, 7)) == [TextChunk(text, True, 7)]
 
 
-def test_long_line_takes_little_memory(tmp_path: Path) -> None:
+def test_long_line_uses_bounded_memory(tmp_path: Path) -> None:
     """8 MB in one line, tokenized: 0.4 GB, and before 1.3 GB. A line of 33 MB took 4.9 GB."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "seven wizards brew potions " * 300_000}) + "\n")
     script = f"""
 import resource
 from pathlib import Path
 import numpy
-from trainer.data.frame import DocumentFrame
-from trainer.data.prepare import tokenise
+from trainer.data.special_tokens import DocumentFrame
+from trainer.data.prepare import tokenize_source
 from trainer.data.sources import Source
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 out = Path({str(tmp_path)!r})
 train_tokenizer(iter(["seven wizards brew potions"]), 300, out)
 tokenizer = load_tokenizer(str(out), "x")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tokenise(Source(str(out / "a.jsonl"), "train", "text"), tokenizer, 300, DocumentFrame(), out)
+tokenize_source(Source(str(out / "a.jsonl"), "train", "text"), tokenizer, 300, DocumentFrame(), out)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -80,7 +80,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def rows(path: Path, **options: Any) -> list[str]:
-    return [piece.text for piece in Source(str(path), "train", "text", **options).pieces()]
+    return [chunk.text for chunk in Source(str(path), "train", "text", **options).chunks()]
 
 
 def message_of(path: Path) -> str:
@@ -92,20 +92,20 @@ def message_of(path: Path) -> str:
     return ""
 
 
-def test_parquet_of_few_kilobytes_that_holds_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends its reader at the reader's limit, not this process."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(tables, "_LEAST_MEMORY", 1 << 29)
-    monkeypatch.setattr(tables, "_MEMORY_OF_BYTES", 0)
+    monkeypatch.setattr(tables, "_MIN_MEMORY_BYTES", 1 << 29)
+    monkeypatch.setattr(tables, "_DOCUMENT_COPIES", 0)
     pq.write_table(pa.table({"text": ["x" * 250_000_000]}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read with 0\.54 GB of memory"):
         rows(tmp_path / "a.parquet")
 
 
-def test_file_that_ends_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_crash_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As C++ libraries do on some damaged files."""
     (tmp_path / "table_reader.py").write_text(
         'import os, sys\nprint(\'{"file": 0}\\n{"rows": ["one"]}\', flush=True)\nprint("bad alloc", file=sys.stderr)\n'
@@ -141,24 +141,24 @@ def test_damaged_tables_are_data_errors(suffix: str, tmp_path: Path) -> None:
     assert failed > 0
 
 
-def test_reader_ends_with_its_iterator(tmp_path: Path) -> None:
+def test_closing_iterator_ends_reader_process(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "word\n" * 300_000)
-    pieces = Source(str(tmp_path / "a.csv"), "train", "text").pieces()
-    assert next(pieces).text == "word"
-    pieces.close()  # type: ignore[attr-defined]
+    chunks = Source(str(tmp_path / "a.csv"), "train", "text").chunks()
+    assert next(chunks).text == "word"
+    chunks.close()  # type: ignore[attr-defined]
     children = Path("/proc/self/task").glob("*/children")
     pids = " ".join(path.read_text() for path in children).split()
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids if Path(f"/proc/{pid}").exists()]
     assert not any(b"table_reader" in command for command in commands)
 
 
-def test_numbers_in_csv_stay_as_they_are_written(tmp_path: Path) -> None:
+def test_csv_numbers_keep_their_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n,text\n1,007\n2,\n3,1.50\n")
     assert rows(tmp_path / "a.csv") == ["007", "", "1.50"]
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
-def test_mapped_table_larger_than_the_limit_of_memory(is_saved: bool, tmp_path: Path) -> None:
+def test_memory_mapped_table_may_exceed_limit(is_saved: bool, tmp_path: Path) -> None:
     """Mapping a file takes addresses, and no memory."""
     import datasets
     import pyarrow as pa
@@ -173,12 +173,12 @@ def test_mapped_table_larger_than_the_limit_of_memory(is_saved: bool, tmp_path: 
         with pa.ipc.new_stream(str(file), table.schema) as writer:
             writer.write_table(table)
     os.truncate(file, 8 << 30)  # a hole after the end of the stream
-    assert [piece.text for piece in Source(str(path), "train", "text").pieces()] == ["one", "two"]
+    assert [chunk.text for chunk in Source(str(path), "train", "text").chunks()] == ["one", "two"]
 
 
-def test_parquet_field_with_a_dot_in_its_name(tmp_path: Path) -> None:
+def test_parquet_field_name_may_contain_dot(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"a": ["no"], "a.b": ["yes"]}), tmp_path / "a.parquet")
-    assert [piece.text for piece in Source(str(tmp_path / "a.parquet"), "train", "a.b").pieces()] == ["yes"]
+    assert [chunk.text for chunk in Source(str(tmp_path / "a.parquet"), "train", "a.b").chunks()] == ["yes"]

@@ -18,8 +18,8 @@ from tests.bad_inputs import SOUND_LINE, folder
 from tests.configs import with_values
 from tests.harness import Finished, run_command
 from trainer.config.load import check
-from trainer.data import count_steps, prepare_data
-from trainer.data.inspection import FIRST_ROWS, inspect_data
+from trainer.data import prepare_data, resolve_steps
+from trainer.data.inspection import MAX_INSPECTED_ROWS, inspect_data
 from trainer.data.tokenizer import train_tokenizer
 from trainer.dry_run import describe
 
@@ -182,7 +182,7 @@ def test_estimates_are_near_the_exact_counts(
                          training={"epochs": 2})  # fmt: skip
     loaded = check(config, world=1, device="cpu")
     estimated = inspect_data(loaded)
-    assert len(rows) > 10 * FIRST_ROWS
+    assert len(rows) > 10 * MAX_INSPECTED_ROWS
     assert not estimated.is_exact
     prepared = prepare_data(loaded)
     exact = inspect_data(loaded)
@@ -193,7 +193,7 @@ def test_estimates_are_near_the_exact_counts(
         assert guess.key == count.key
         assert guess.documents == pytest.approx(count.documents, rel=0.35)
         assert guess.tokens == pytest.approx(count.tokens, rel=0.35)
-    steps = count_steps(loaded, prepared).steps
+    steps = resolve_steps(loaded, prepared).steps
     said = dry_run(config, tmp_path).out
     assert f"{count_of(exact)} samples" in said
     assert f"epochs       {steps:,} steps read" in said

@@ -14,8 +14,8 @@ from tests.configs import with_values
 from tests.harness import Finished, run_command
 from trainer.config.load import LoadedConfig, check, with_steps
 from trainer.config.schema import CheckpointSection
-from trainer.data import count_steps, open_batches, prepare_data
-from trainer.data.epochs import steps_of
+from trainer.data import open_batches, prepare_data, resolve_steps
+from trainer.data.epochs import steps_for_epochs
 from trainer.errors import ConfigError
 from trainer.topology import Topology
 
@@ -40,28 +40,28 @@ def loaded_from(config: dict[str, Any], world: int = 1) -> LoadedConfig:
     [(1.0, 800, 8, 100), (1.0, 801, 8, 101), (0.07, 100, 1, 7), (0.7, 10, 7, 1), (3.0, 7, 8, 3), (1e-6, 10, 8, 1),
      (0.3, 10**15, 1, 3 * 10**14)],
 )  # fmt: skip
-def test_steps_are_exact(epochs: float, samples: int, batch: int, steps: int) -> None:
+def test_steps_for_epochs_are_exact(epochs: float, samples: int, batch: int, steps: int) -> None:
     """0.07 x 100 is 7 and not 7.000000000000001, which would be 8 steps."""
-    assert steps_of(epochs, samples, batch) == steps
+    assert steps_for_epochs(epochs, samples, batch) == steps
 
 
 @pytest.mark.fast
-def test_every_sample_of_the_epochs_is_read(epochs: dict[str, Any]) -> None:
+def test_epochs_read_every_sample(epochs: dict[str, Any]) -> None:
     """Under every number of ranks the same number of steps; the step before the last would read too few."""
     config = with_values(epochs, training__epochs=2, data__packing="none")
     found = set()
     for world in (1, 2, 4):
         loaded = loaded_from(config, world)
         prepared = prepare_data(loaded)
-        loaded = count_steps(loaded, prepared)
+        loaded = resolve_steps(loaded, prepared)
         train = open_batches(loaded, prepared, Topology.of(world, 0)).train
         found.add(loaded.steps)
-        assert train.epoch_after(loaded.steps) >= 2 > train.epoch_after(loaded.steps - 1)
+        assert train.epochs_after(loaded.steps) >= 2 > train.epochs_after(loaded.steps - 1)
     assert len(found) == 1
 
 
 @pytest.mark.fast
-def test_what_reads_the_steps_follows(epochs: dict[str, Any]) -> None:
+def test_schedule_follows_resolved_steps(epochs: dict[str, Any]) -> None:
     loaded = loaded_from(epochs)
     assert loaded.known_steps is None
     with pytest.raises(RuntimeError):
@@ -82,7 +82,7 @@ def test_what_reads_the_steps_follows(epochs: dict[str, Any]) -> None:
     [({"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 30}}, "30 is less than the 37 steps"),
      ({"type": "WSD", "params": {"total_num_steps": "auto", "decay_num_steps": 40}}, "total_num_steps = 37")],
 )  # fmt: skip
-def test_schedules_that_do_not_fit_the_derived_steps(scheduler: Any, words: str, epochs: dict[str, Any]) -> None:
+def test_schedule_longer_than_resolved_steps_is_reported(scheduler: Any, words: str, epochs: dict[str, Any]) -> None:
     loaded = loaded_from(with_values(epochs, deepspeed__scheduler=scheduler))
     with pytest.raises(ConfigError) as refused:
         with_steps(loaded, 37)
@@ -91,7 +91,7 @@ def test_schedules_that_do_not_fit_the_derived_steps(scheduler: Any, words: str,
 
 
 @pytest.mark.fast
-def test_default_interval_makes_ten_checkpoints() -> None:
+def test_default_interval_writes_ten_checkpoints() -> None:
     default = CheckpointSection()
     assert default.keep_last == 2
     for steps in (1, 7, 10, 25, 200, 1001):
@@ -115,7 +115,7 @@ def outcome(run: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
     return curve, load_file(run / "final" / "model.safetensors")
 
 
-def test_run_of_epochs(epochs: dict[str, Any], tmp_path: Path) -> None:
+def test_run_stops_after_epochs(epochs: dict[str, Any], tmp_path: Path) -> None:
     """It is the run of the derived number of steps, on two processes too; finished, it says so, and more epochs resume
     it. A default run leaves checkpoints while it trains."""
     run = tmp_path / "run"

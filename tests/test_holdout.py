@@ -15,10 +15,10 @@ import xxhash
 from tests.configs import with_values
 from tests.harness import Finished, run_command
 from trainer.config.load import check
-from trainer.data import PreparedData, count_steps, open_batches, prepare_data
-from trainer.data.holdout import DocumentSubset, held_out_mask, without_held_out
+from trainer.data import PreparedData, open_batches, prepare_data, resolve_steps
+from trainer.data.holdout import DocumentSubset, drop_held_out, held_out_mask
 from trainer.data.indexed import IndexedTokens, IndexedWriter
-from trainer.data.sources import Piece
+from trainer.data.sources import TextChunk
 from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
@@ -42,7 +42,7 @@ def write_texts(path: Path, texts: list[str]) -> str:
 
 
 @pytest.fixture
-def divided(tiny: dict[str, Any]) -> dict[str, Any]:
+def held_out_config(tiny: dict[str, Any]) -> dict[str, Any]:
     return with_values(tiny, data__validation=[{"fraction": FRACTION}])
 
 
@@ -57,9 +57,9 @@ def decoded(data: PreparedData, files: list[IndexedTokens]) -> Counter[str]:
 
 
 @fast
-def test_documents_are_divided_by_their_text(divided: dict[str, Any], corpus: Path) -> None:
+def test_documents_are_split_by_text_hash(held_out_config: dict[str, Any], corpus: Path) -> None:
     """Against the rule applied to the file by hand: no document is lost, none is on both sides."""
-    data = prepared(divided)
+    data = prepared(held_out_config)
     texts = texts_of(corpus / "train.jsonl")
     held_out = Counter(text for text in texts if belongs_to_validation(text))
     assert decoded(data, data.validation) == held_out
@@ -68,14 +68,16 @@ def test_documents_are_divided_by_their_text(divided: dict[str, Any], corpus: Pa
 
 
 @fast
-def test_order_files_and_duplicates_change_nothing(divided: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+def test_split_ignores_order_files_and_duplicates(
+    held_out_config: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
     """The same documents in another order, in two sources, and each twice: the same ones are held out."""
     texts = texts_of(corpus / "train.jsonl")
-    first = prepared(divided)
+    first = prepared(held_out_config)
     shuffled = [*texts, *texts]
     random.Random(1).shuffle(shuffled)
     parts = [write_texts(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((shuffled[:300], shuffled[300:]))]
-    twice = prepared(with_values(divided, data__train=[{"path": part} for part in parts]))
+    twice = prepared(with_values(held_out_config, data__train=[{"path": part} for part in parts]))
     for side in ("train", "validation"):
         once, both = decoded(first, getattr(first, side)), decoded(twice, getattr(twice, side))
         assert both == once + once
@@ -84,7 +86,7 @@ def test_order_files_and_duplicates_change_nothing(divided: dict[str, Any], corp
 
 
 @fast
-def test_token_files_are_divided_by_their_ids(divided: dict[str, Any], tmp_path: Path) -> None:
+def test_token_files_are_split_by_id_hash(held_out_config: dict[str, Any], tmp_path: Path) -> None:
     """Whatever their id type is; duplicates in another file are on the same side."""
     draw = np.random.default_rng(3)
     documents = [draw.integers(0, 300, size=draw.integers(1, 90)).tolist() for _ in range(200)]
@@ -93,21 +95,21 @@ def test_token_files_are_divided_by_their_ids(divided: dict[str, Any], tmp_path:
             for ids in order:
                 writer.add(ids)
     sources = [{"path": str(tmp_path / f"{name}.bin"), "weight": weight} for name, weight in (("a", 1), ("b", 0.5))]
-    data = prepared(with_values(divided, data__train=sources))
+    data = prepared(with_values(held_out_config, data__train=sources))
     found = [{tuple(t.document(n).tolist()) for n in range(len(t))} for t in (*data.train, *data.validation)]
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert not found[0] & found[2]
     assert found[0] | found[2] == set(map(tuple, documents))
     assert data.weights == (1.0, 0.5)
-    again = prepared(with_values(divided, data__train=sources))
+    again = prepared(with_values(held_out_config, data__train=sources))
     assert [t.fingerprint() for t in again.train] == [t.fingerprint() for t in data.train]
-    other = prepared(with_values(divided, data__train=sources, data__validation=[{"fraction": 0.3}]))
+    other = prepared(with_values(held_out_config, data__train=sources, data__validation=[{"fraction": 0.3}]))
     assert [t.fingerprint() for t in other.train] != [t.fingerprint() for t in data.train]
 
 
 @fast
-def test_stream_of_a_subset_joins_its_documents(tmp_path: Path) -> None:
+def test_subset_stream_concatenates_documents(tmp_path: Path) -> None:
     draw = np.random.default_rng(5)
     documents = [draw.integers(0, 999, size=draw.integers(0, 12)).tolist() for _ in range(60)]
     with IndexedWriter(tmp_path / "t", np.uint16) as writer:
@@ -126,34 +128,34 @@ def test_stream_of_a_subset_joins_its_documents(tmp_path: Path) -> None:
 
 
 @fast
-def test_fraction_is_a_share_of_the_hashes() -> None:
+def test_fraction_is_a_share_of_hash_space() -> None:
     hashes = np.asarray([0, 2**62 - 1, 2**62, 2**63, 2**64 - 1], np.uint64)
     assert held_out_mask(hashes, 0.25).tolist() == [True, True, False, False, False]
     assert held_out_mask(hashes, 0.9999999999).tolist() == [True, True, True, True, False]
 
 
 @fast
-def test_a_tokenizer_is_not_trained_on_what_is_held_out() -> None:
+def test_tokenizer_training_skips_held_out_text() -> None:
     """Documents in several pieces count as wholes; what is longer than the limit is cut, and still divided."""
     texts = [f"document {number} " * (number % 4 + 1) for number in range(60)]
-    pieces = [piece for text in texts for piece in (Piece(text[:6], False, 6), Piece(text[6:], True, 9))]
-    kept = "".join(piece.text for piece in without_held_out(iter(pieces), FRACTION, 100))
+    chunks = [chunk for text in texts for chunk in (TextChunk(text[:6], False, 6), TextChunk(text[6:], True, 9))]
+    kept = "".join(chunk.text for chunk in drop_held_out(iter(chunks), FRACTION, 100))
     assert kept == "".join(text for text in texts if not belongs_to_validation(text))
     assert 0 < len(kept) < len("".join(texts))
-    cut = "".join(piece.text for piece in without_held_out(iter(pieces), FRACTION, 3))
+    cut = "".join(chunk.text for chunk in drop_held_out(iter(chunks), FRACTION, 3))
     assert cut == "".join(text[:6] for text in texts if not belongs_to_validation(text))
 
 
 @fast
-def test_epochs_count_what_is_left(divided: dict[str, Any]) -> None:
+def test_epochs_count_remaining_samples(held_out_config: dict[str, Any]) -> None:
     """The steps of an epoch are those of the documents that are trained on, and every batch is one of them."""
-    config = with_values(divided, training={"epochs": 1}, data__packing="none")
+    config = with_values(held_out_config, training={"epochs": 1}, data__packing="none")
     loaded = check(config, world=1, device="cpu")
     data = prepare_data(loaded)
-    loaded = count_steps(loaded, data)
+    loaded = resolve_steps(loaded, data)
     assert loaded.steps == -(-len(data.train[0]) // 8)
     train = open_batches(loaded, data, Topology.of(1, 0)).train
-    micros = [micro for step in range(1, loaded.steps + 1) for micro in train.at(step).micro_batches]
+    micros = [micro for step in range(1, loaded.steps + 1) for micro in train.batch_at(step).micro_batches]
     read = {
         (int(ids[0]), *labels[labels >= 0].tolist())
         for micro in micros
@@ -177,16 +179,16 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
     return [(row["split"], row["step"], row["loss"]) for row in rows]
 
 
-def test_run_with_a_fraction(divided: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+def test_run_trains_without_held_out_documents(held_out_config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     """On two ranks it is, bit for bit, the run on two files that were divided by hand. Another fraction is another
     run."""
     texts = texts_of(corpus / "train.jsonl")
     by_hand = with_values(
-        divided, run__output_dir=str(tmp_path / "by-hand"),
+        held_out_config, run__output_dir=str(tmp_path / "by-hand"),
         data__train=[{"path": write_texts(tmp_path / "t.jsonl", [t for t in texts if not belongs_to_validation(t)])}],
         data__validation=[{"path": write_texts(tmp_path / "v.jsonl", [t for t in texts if belongs_to_validation(t)])}],
     )  # fmt: skip
-    for config in (divided, by_hand):
+    for config in (held_out_config, by_hand):
         ended = start(config, tmp_path, world=2)
         assert ended.status == 0, ended.err
     assert losses(tmp_path / "run") == losses(tmp_path / "by-hand")
@@ -194,6 +196,6 @@ def test_run_with_a_fraction(divided: dict[str, Any], corpus: Path, tmp_path: Pa
     assert stored["data"]["validation"] == [{"fraction": FRACTION, "weight": 1.0}]
     stored = json.loads((tmp_path / "by-hand" / "config.json").read_text())
     assert stored["data"]["validation"] == [{"path": str(tmp_path / "v.jsonl"), "weight": 1.0}], "as begun runs have it"
-    refused = start(with_values(divided, data__validation=[{"fraction": 0.3}]), tmp_path)
+    refused = start(with_values(held_out_config, data__validation=[{"fraction": 0.3}]), tmp_path)
     assert refused.status == 2
     assert "data.validation: " in refused.err

@@ -83,7 +83,7 @@ def test_error_of_a_single_rank_is_reported_by_that_rank(tiny: dict[str, Any], t
         writer.add([1] * (32 * 8 + 1))
     raw = np.fromfile(tmp_path / "tokens.bin", np.uint16)
     order = SampleOrder((8,), (1.0,), tiny["run"]["seed"])
-    _, samples = order.at(np.arange(8))
+    _, samples = order.lookup(np.arange(8))
     raw[int(samples[2]) * 32 + 5] = 999  # the third sample is in the second micro-batch, which is rank 1's
     raw.tofile(tmp_path / "tokens.bin")
     values = {"data__train": [{"path": str(tmp_path / "tokens.bin")}], "data__validation": []}

@@ -470,7 +470,7 @@ def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
                 most = max(now, most)
 
             instructions[kind] = executes
-        engine.train_step(open_batches(loaded, prepared, place).train.at(1))
+        engine.train_step(open_batches(loaded, prepared, place).train.batch_at(1))
         assert now == 0
         return most
 

@@ -34,18 +34,18 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
 
 @pytest.fixture
-def cached(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def cached_config(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A configuration with a cache of its own, already built."""
     config = with_values(tiny, data__cache_dir=str(tmp_path / "cache"), data__validation=[])
-    opened(config)
+    open_train(config)
     return config
 
 
-def opened(config: dict[str, Any], **options: Any) -> IndexedTokens:
+def open_train(config: dict[str, Any], **options: Any) -> IndexedTokens:
     return prepare_data(check(config, world=1, device="cpu"), **options).train[0]
 
 
-def tokens_folder(config: dict[str, Any]) -> Path:
+def token_folder(config: dict[str, Any]) -> Path:
     (folder,) = Path(config["data"]["cache_dir"]).glob("tokens-*")
     return folder
 
@@ -74,7 +74,7 @@ def zero(at: int, length: int) -> Any:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != integrity.COMPLETE}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != integrity.RECORD_FILE}
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -97,42 +97,42 @@ def contents(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_damaged_entry_is_rebuilt(
-    name: str, change: Any, keep_time: bool, cached: dict[str, Any], caplog: pytest.LogCaptureFixture
+    name: str, change: Any, keep_time: bool, cached_config: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tokens_folder(cached)
-    sound = contents(folder)
+    folder = token_folder(cached_config)
+    expected = contents(folder)
     damage(folder / name, change, keep_time=keep_time)
     with caplog.at_level(logging.WARNING):
-        opened(cached)
-    assert contents(folder) == sound
-    (said,) = [r.getMessage() for r in caplog.records if "is built again" in r.getMessage()]
-    assert str(folder) in said
+        open_train(cached_config)
+    assert contents(folder) == expected
+    (message,) = [r.getMessage() for r in caplog.records if "is built again" in r.getMessage()]
+    assert str(folder) in message
     caplog.clear()
-    opened(cached)
+    open_train(cached_config)
     assert "is built again" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tokens.idx", "tokens.bin", "complete.json"])
-def test_missing_file_is_rebuilt(name: str, cached: dict[str, Any]) -> None:
-    folder = tokens_folder(cached)
-    sound = contents(folder)
+def test_missing_file_is_rebuilt(name: str, cached_config: dict[str, Any]) -> None:
+    folder = token_folder(cached_config)
+    expected = contents(folder)
     (folder / name).unlink()
-    opened(cached)
-    assert contents(folder) == sound
-    assert (folder / integrity.COMPLETE).is_file()
+    open_train(cached_config)
+    assert contents(folder) == expected
+    assert (folder / integrity.RECORD_FILE).is_file()
 
 
-def test_damaged_tokenizer_is_rebuilt(cached: dict[str, Any]) -> None:
-    (folder,) = Path(cached["data"]["cache_dir"]).glob("tokenizer-*")
-    sound, tokens = contents(folder), tokens_folder(cached)
+def test_damaged_tokenizer_is_rebuilt(cached_config: dict[str, Any]) -> None:
+    (folder,) = Path(cached_config["data"]["cache_dir"]).glob("tokenizer-*")
+    expected, tokens = contents(folder), token_folder(cached_config)
     damage(folder / "tokenizer.json", zero(500, 200))
-    opened(cached)
-    assert contents(folder) == sound
-    assert tokens_folder(cached) == tokens, "the same tokenizer, so the same token files"
+    open_train(cached_config)
+    assert contents(folder) == expected
+    assert token_folder(cached_config) == tokens, "the same tokenizer, so the same token files"
 
 
-@pytest.mark.parametrize("reader", ["tokenise", "train_tokenizer"])
-def test_file_that_changes_while_it_is_read_is_refused(
+@pytest.mark.parametrize("reader", ["tokenize_source", "train_tokenizer"])
+def test_file_modified_during_build_is_refused(
     reader: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the cache has tokens of other text under the hash of the old one, and gives them to every later run."""
@@ -142,25 +142,25 @@ def test_file_that_changes_while_it_is_read_is_refused(
                          data__train=[{"path": str(tmp_path / "a.jsonl")}])  # fmt: skip
     read = getattr(prepare, reader)
 
-    def growing(*arguments: Any) -> None:
+    def read_while_growing(*arguments: Any) -> None:
         with (tmp_path / "a.jsonl").open("ab") as file:
             file.write(b'{"text": "one more document"}\n')
         read(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, reader, growing)
+        patched.setattr(prepare, reader, read_while_growing)
         with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
-            opened(config)
-    more = len(opened(config))
+            open_train(config)
+    more = len(open_train(config))
     (tmp_path / "a.jsonl").write_bytes(old)
-    assert len(opened(config)) == more - 1
+    assert len(open_train(config)) == more - 1
 
 
-def test_undamaged_entry_is_not_rebuilt(cached: dict[str, Any]) -> None:
-    before = {p: p.stat().st_ino for p in tokens_folder(cached).iterdir()}
-    opened(cached)
-    opened(cached, verify_data=True)
-    assert {p: p.stat().st_ino for p in tokens_folder(cached).iterdir()} == before
+def test_undamaged_entry_is_not_rebuilt(cached_config: dict[str, Any]) -> None:
+    before = {p: p.stat().st_ino for p in token_folder(cached_config).iterdir()}
+    open_train(cached_config)
+    open_train(cached_config, verify_data=True)
+    assert {p: p.stat().st_ino for p in token_folder(cached_config).iterdir()} == before
 
 
 def large_entry(folder: Path, blocks: int) -> Path:
@@ -171,21 +171,21 @@ def large_entry(folder: Path, blocks: int) -> Path:
     return folder
 
 
-def test_sample_misses_what_all_blocks_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_verification_finds_what_sampling_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start verifies first, last, and other random blocks each time; `--verify_data` all."""
     monkeypatch.setattr(integrity, "BLOCK_BYTES", 1024)
     folder = large_entry(tmp_path / "e", 100)
     for at in (0, 99 * 1024):
         damage(folder / "tokens.bin", flip(at))
-        assert "wrong hash of block" in str(integrity.damage_of(folder, blocks=2))
+        assert "wrong hash of block" in str(integrity.find_damage(folder, blocks=2))
         damage(folder / "tokens.bin", flip(at))
     damage(folder / "tokens.bin", flip(50 * 1024))
-    found = sum(integrity.damage_of(folder, blocks=22) is not None for _ in range(300))
+    found = sum(integrity.find_damage(folder, blocks=22) is not None for _ in range(300))
     assert 300 * 20 / 98 * 0.5 < found < 300 * 20 / 98 * 1.6, "20 of 98 blocks, others each time"
-    assert integrity.damage_of(folder, blocks=None) == "tokens.bin: wrong hash of block 50 (from byte 51,200 on)"
+    assert integrity.find_damage(folder, blocks=None) == "tokens.bin: wrong hash of block 50 (from byte 51,200 on)"
 
 
-def test_damage_that_a_sample_has_found_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_in_sampled_block_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the samples after it would miss it."""
     samples: list[int] = []
 
@@ -199,34 +199,34 @@ def test_damage_that_a_sample_has_found_is_rebuilt(tmp_path: Path, monkeypatch: 
         (folder / "tokens.bin").write_bytes(random.Random(3).randbytes(1024 * 100))
 
     monkeypatch.setattr(integrity, "BLOCK_BYTES", 1024)
-    monkeypatch.setattr(integrity, "_chosen", chosen)
+    monkeypatch.setattr(integrity, "_select_blocks", chosen)
     folder = Cache(tmp_path, blocks=4).entry("key", lambda: "content", "thing", build)
-    sound = contents(folder)
+    expected = contents(folder)
     damage(folder / "tokens.bin", flip(50 * 1024))
     Cache(tmp_path, blocks=4).entry("key", lambda: "content", "thing", build)
     assert samples == [4]
-    assert contents(folder) == sound
+    assert contents(folder) == expected
 
 
-def test_changed_time_verifies_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_mtime_verifies_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrity, "BLOCK_BYTES", 1024)
     folder = large_entry(tmp_path / "e", 100)
     damage(folder / "tokens.bin", flip(50 * 1024), keep_time=False)
-    assert "block 50" in str(integrity.damage_of(folder, blocks=2))
+    assert "block 50" in str(integrity.find_damage(folder, blocks=2))
 
 
-def test_copied_cache_is_verified_in_full_once(cached: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tokens_folder(cached)
+def test_copied_cache_is_fully_verified_once(cached_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = token_folder(cached_config)
     inode = (folder / "tokens.bin").stat().st_ino
     os.utime(folder / "tokens.bin", ns=(1, 1))
-    opened(cached)
+    open_train(cached_config)
     record = integrity.read_record(folder)
     assert record is not None
     assert record.files["tokens.bin"].mtime_ns == 1
     assert (folder / "tokens.bin").stat().st_ino == inode
 
 
-def test_every_block_is_read_back_after_a_build(tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+def test_build_reads_back_every_block(tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     """A disk that returns something else than what was written ends the run with 2, and leaves no entry."""
     drop = integrity._drop_cached_pages
 
@@ -238,13 +238,11 @@ def test_every_block_is_read_back_after_a_build(tiny: dict[str, Any], tmp_path: 
     monkeypatch.setattr(integrity, "_drop_cached_pages", failing_disk)
     config = with_values(tiny, data__cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match=r"data\.cache_dir: .*does not return what was written: tokens\.bin"):
-        opened(config)
+        open_train(config)
     assert not list((tmp_path / "cache").glob("tokens-*"))
 
 
-def test_files_and_directory_are_synced_before_the_rename(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_build_syncs_before_rename(tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[tuple[str, str]] = []
     fsync, replace = os.fsync, os.replace
 
@@ -259,8 +257,8 @@ def test_files_and_directory_are_synced_before_the_rename(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
     config = with_values(tiny, data__cache_dir=str(tmp_path / "cache"), data__validation=[])
-    opened(config)
-    folder = tokens_folder(config)
+    open_train(config)
+    folder = token_folder(config)
     at = calls.index(("rename", str(folder)))
     before = [Path(path) for what, path in calls[:at] if what == "sync"]
     partial = next(path.parent for path in before if path.name == "tokens.bin")
@@ -268,26 +266,26 @@ def test_files_and_directory_are_synced_before_the_rename(
     assert ("sync", str(folder.parent)) in calls[at:]
 
 
-def test_entry_of_an_earlier_version_is_rebuilt_once(cached: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_entry_without_hashes_is_rebuilt_once(cached_config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """It has no hashes, so nothing says whether it is sound; a tokenizer is kept, and hashed as it is."""
-    cache = Path(cached["data"]["cache_dir"])
+    cache = Path(cached_config["data"]["cache_dir"])
     (tokenizer,) = cache.glob("tokenizer-*")
-    folder, sound = tokens_folder(cached), contents(tokens_folder(cached))
+    folder, expected = token_folder(cached_config), contents(token_folder(cached_config))
     for entry in (tokenizer, folder):
-        (entry / integrity.COMPLETE).write_text('{"format": 1}')
+        (entry / integrity.RECORD_FILE).write_text('{"format": 1}')
     (folder / "fingerprint.txt").unlink()
     damage(folder / "tokens.bin", zero(100, 50))
     inode = (tokenizer / "tokenizer.json").stat().st_ino
     with caplog.at_level(logging.WARNING):
-        opened(cached)
-    assert contents(folder) == sound
+        open_train(cached_config)
+    assert contents(folder) == expected
     assert caplog.text.count("an earlier version wrote it, without hashes") == 1
     assert (tokenizer / "tokenizer.json").stat().st_ino == inode
     assert integrity.read_record(tokenizer) is not None
     assert integrity.read_record(folder) is not None
 
 
-def test_damaged_cache_does_not_refuse_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_run_resumes_with_rebuilt_cache(tiny: dict[str, Any], tmp_path: Path) -> None:
     """The run resumes on rebuilt token files; it does not say that its samples are others."""
     config = with_values(
         tiny, data__cache_dir=str(tmp_path / "cache"), data__validation=[], training__max_steps=2,
@@ -296,16 +294,16 @@ def test_damaged_cache_does_not_refuse_the_run(tiny: dict[str, Any], tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
     first = run_command(TRAIN, "--config", str(tmp_path / "config.json"))
     assert first.status == 0, first.err
-    folder = tokens_folder(config)
+    folder = token_folder(config)
     damage(folder / "tokens.bin", zero(0, 4000))
-    again = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--set", "training.max_steps=3")
-    assert again.status == 0, again.err
-    assert "is built again" in again.err + again.out
+    resumed = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--set", "training.max_steps=3")
+    assert resumed.status == 0, resumed.err
+    assert "is built again" in resumed.err + resumed.out
     damage(folder / "tokens.bin", flip(5000))
     flagged = ("--verify_data", "--set", "training.max_steps=4")
-    third = run_command(TRAIN, "--config", str(tmp_path / "config.json"), *flagged)
-    assert third.status == 0, third.err
-    assert "is built again" in third.err + third.out
+    verified = run_command(TRAIN, "--config", str(tmp_path / "config.json"), *flagged)
+    assert verified.status == 0, verified.err
+    assert "is built again" in verified.err + verified.out
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -316,7 +314,7 @@ def waiting_build(folder: Path) -> None:
     (folder / "result").write_text("done")
 
 
-def test_one_process_builds_while_others_wait(tmp_path: Path) -> None:
+def test_only_one_rank_builds(tmp_path: Path) -> None:
     built, found, store = [], [], HashStore()
 
     def build(folder: Path) -> None:
@@ -337,7 +335,7 @@ def test_one_process_builds_while_others_wait(tmp_path: Path) -> None:
     assert (found[0] / "result").read_text() == "done"
 
 
-def test_other_ranks_wait_for_the_rebuild(tmp_path: Path) -> None:
+def test_ranks_wait_for_rebuild(tmp_path: Path) -> None:
     """Also where the entry is there already, but damaged."""
     store = HashStore()
     folder = Cache(tmp_path).entry("key", lambda: "content", "thing", waiting_build)
@@ -356,7 +354,7 @@ def test_other_ranks_wait_for_the_rebuild(tmp_path: Path) -> None:
     assert read == ["done"]
 
 
-def test_ranks_that_see_other_files_are_told_at_once(tmp_path: Path) -> None:
+def test_ranks_with_different_files_fail_fast(tmp_path: Path) -> None:
     store, begin = HashStore(), time.monotonic()
     builder = threading.Thread(
         target=lambda: Cache(tmp_path, Launch(0, 2, 0, 2), store).entry("a", lambda: "c", "thing", waiting_build)
@@ -384,7 +382,7 @@ def test_waiting_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, mon
 # --- killed and failed builds ----------------------------------------------------------------------------------------
 
 
-def test_build_that_fails_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_failed_build_leaves_no_files(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("x")
         raise DataError("broken")
@@ -413,7 +411,7 @@ def start_building(root: Path) -> Any:
     return process
 
 
-def test_killed_build_is_swept_and_a_living_one_never(tmp_path: Path) -> None:
+def test_sweep_spares_running_builds(tmp_path: Path) -> None:
     process = start_building(tmp_path)
     try:
         Cache(tmp_path).sweep()
@@ -427,7 +425,7 @@ def test_killed_build_is_swept_and_a_living_one_never(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".thing-*.partial"))
 
 
-def test_partial_of_an_earlier_version_is_swept_after_a_day(tmp_path: Path) -> None:
+def test_unlocked_partial_is_swept_after_a_day(tmp_path: Path) -> None:
     """It held no lock that could tell whether it is still written."""
     for name, age in (("old", 25), ("new", 23)):
         partial = tmp_path / f".tokens-{name}.0123abcd.partial"
@@ -439,14 +437,14 @@ def test_partial_of_an_earlier_version_is_swept_after_a_day(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == [".tokens-new.0123abcd.partial"]
 
 
-def test_start_sweeps(cached: dict[str, Any]) -> None:
-    left = Path(cached["data"]["cache_dir"]) / ".tokens-0.locked-0123abcd.partial"
-    left.mkdir()
-    opened(cached)
-    assert not left.exists()
+def test_prepare_data_sweeps_leftovers(cached_config: dict[str, Any]) -> None:
+    leftover = Path(cached_config["data"]["cache_dir"]) / ".tokens-0.locked-0123abcd.partial"
+    leftover.mkdir()
+    open_train(cached_config)
+    assert not leftover.exists()
 
 
-def assert_full_disk_is_told(ended: Any, cache: Path, entry: str) -> None:
+def assert_full_disk_error(ended: Any, cache: Path, entry: str) -> None:
     assert ended.status == 2, ended.err
     assert "Traceback" not in ended.err
     assert f"data.cache_dir: '{cache}' cannot be written to: " in ended.err
@@ -455,7 +453,7 @@ def assert_full_disk_is_told(ended: Any, cache: Path, entry: str) -> None:
 
 
 @pytest.mark.parametrize(("entry", "size"), [("tokenizer", 8192), ("tokens", 61_440)])
-def test_full_disk_ends_with_2(entry: str, size: int, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_full_disk_exits_with_2(entry: str, size: int, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Within the tokenizer, which Rust writes, and within the token files."""
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -469,12 +467,12 @@ def test_full_disk_ends_with_2(entry: str, size: int, tiny: dict[str, Any], tmp_
         (tmp_path / "large.jsonl").write_text(text * 60)
         config = with_values(tiny, data__cache_dir=str(cache), data__train=[{"path": str(tmp_path / "large.jsonl")}])
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert_full_disk_is_told(run_command(TRAIN, "--config", str(tmp_path / "config.json")), cache, entry)
+        assert_full_disk_error(run_command(TRAIN, "--config", str(tmp_path / "config.json")), cache, entry)
     finally:
         subprocess.run(["umount", "-l", str(cache)], check=True)
 
 
-def test_file_size_limit_ends_with_2(tmp_path: Path) -> None:
+def test_file_size_limit_is_a_config_error(tmp_path: Path) -> None:
     """The same error as that of a full disk, also for whoever is not root."""
 
     def build(folder: Path) -> None:
@@ -514,7 +512,7 @@ def pair(folder: Path) -> Path:
         (lambda raw: raw[:-32] + (3).to_bytes(8, "little") + raw[-24:], "offsets between two ids"),
     ],
 )
-def test_wrong_borders_are_found(change: Any, words: str, tmp_path: Path) -> None:
+def test_invalid_index_is_refused(change: Any, words: str, tmp_path: Path) -> None:
     """In users' own files, which have no hashes."""
     prefix = pair(tmp_path)
     damage(prefix.with_suffix(".idx"), change)
@@ -522,22 +520,22 @@ def test_wrong_borders_are_found(change: Any, words: str, tmp_path: Path) -> Non
         IndexedTokens(prefix)
 
 
-def test_larger_token_file_than_the_index_describes(tmp_path: Path) -> None:
+def test_oversized_bin_file_is_refused(tmp_path: Path) -> None:
     prefix = pair(tmp_path)
     damage(prefix.with_suffix(".bin"), lambda raw: raw + b"\0\0")
     with pytest.raises(DataError, match=r"8 bytes, of which t\.idx describes only 6"):
         IndexedTokens(prefix)
 
 
-def test_missing_index_is_told(tmp_path: Path) -> None:
+def test_missing_index_is_refused(tmp_path: Path) -> None:
     prefix = pair(tmp_path)
     prefix.with_suffix(".idx").unlink()
     with pytest.raises(DataError, match=r"t\.idx: cannot be read: No such file"):
         IndexedTokens(prefix)
 
 
-def test_document_longer_than_the_index_can_express(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.indexed._LONGEST", 5)
+def test_overlong_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.indexed._MAX_DOCUMENT_TOKENS", 5)
     with IndexedWriter(tmp_path / "t", np.uint16) as writer:
         writer.extend([1, 2, 3])
         with pytest.raises(DataError, match="more than 5 tokens in one document"):

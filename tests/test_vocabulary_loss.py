@@ -17,7 +17,7 @@ from tests.cut import one_tensor_group
 from tests.harness import run_ranks
 from tools.bench.traffic import Recorder
 from trainer.errors import TesseraError
-from trainer.tasks.cross_entropy import IGNORED, VocabularyCrossEntropy
+from trainer.tasks.cross_entropy import IGNORE_INDEX, VocabularyCrossEntropy
 
 TOKENS = 20
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -26,9 +26,9 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16)
 def _reference(logits: Tensor, labels: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
     """(cross entropy, objective), summed, by torch's own functions."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    plain = F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
-    smooth = F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
-    return plain, smooth + z_loss * wide.logsumexp(-1)[labels != IGNORED].square().sum()
+    plain = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    smooth = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
+    return plain, smooth + z_loss * wide.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
 
 
 def _own_columns(whole: Tensor, ranks: int, rank: int, behind: float) -> Tensor:
@@ -48,7 +48,7 @@ def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequen
         draw = torch.Generator().manual_seed(vocabulary)
         whole = (3 * torch.randn(TOKENS, vocabulary, generator=draw)).to(dtype)
         labels = torch.randint(0, vocabulary, (TOKENS,), generator=draw)
-        labels[:2], labels[::6] = vocabulary - 1, IGNORED
+        labels[:2], labels[::6] = vocabulary - 1, IGNORE_INDEX
         logits = whole.clone().requires_grad_()
         expected = _reference(logits, labels, smoothing, z_loss)
         (3 * expected[1]).backward()
@@ -62,7 +62,7 @@ def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequen
         exact = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
         torch.testing.assert_close(got.cross_entropy, expected[0].detach(), rtol=exact, atol=exact)
         torch.testing.assert_close(got.objective, expected[1].detach(), rtol=exact, atol=exact)
-        plain = F.cross_entropy(whole.to(got.per_token.dtype), labels, ignore_index=IGNORED, reduction="none")
+        plain = F.cross_entropy(whole.to(got.per_token.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
         torch.testing.assert_close(got.per_token, plain.view(2, -1), rtol=exact, atol=exact)
         exact = 8e-3 if dtype == torch.bfloat16 else 5 * exact
         torch.testing.assert_close(own.grad, wanted, rtol=exact, atol=exact)
@@ -106,7 +106,7 @@ def loss_agrees(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
             assert max(size for _, _, size in recorder.counts) <= (2 if smoothing else 1) * TOKENS * 4
             assert widest.tokens == (chunk or TOKENS)
             logits.grad = None
-            nothing = loss(logits, torch.full((TOKENS,), IGNORED))
+            nothing = loss(logits, torch.full((TOKENS,), IGNORE_INDEX))
             nothing.objective.backward()
             assert (float(nothing.cross_entropy), float(nothing.objective.detach())) == (0.0, 0.0)
             assert logits.grad is not None

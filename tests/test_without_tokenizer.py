@@ -28,9 +28,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.matrix)])
-def test_it_trains_on_token_ids_and_is_exported_without_one(
-    model_type: str, tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_run_without_tokenizer_trains_and_exports(model_type: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     """For gpt2, transformers makes an empty tokenizer of a folder without one."""
     model = AutoModelForCausalLM.from_config(tiny_family(model_type, vocab_size=VOCABULARY))
     model.save_pretrained(tmp_path / "model")
@@ -57,7 +55,7 @@ def test_it_trains_on_token_ids_and_is_exported_without_one(
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "gemma3_text", "mamba"])
-def test_no_empty_tokenizer_is_made_of_a_folder_without_one(model_type: str, tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(model_type: str, tmp_path: Path) -> None:
     tiny_family(model_type).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.path: no tokenizer can be loaded from .*set data.tokenizer"):
         load_tokenizer(str(tmp_path), "model.path")

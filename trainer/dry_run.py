@@ -16,7 +16,7 @@ from trainer.config.load import with_steps
 from trainer.config.rules import RULES, Draft
 from trainer.config.schema import SECTIONS
 from trainer.data import document_frame
-from trainer.data.epochs import steps_of
+from trainer.data.epochs import steps_for_epochs
 from trainer.data.inspection import DataReport, inspect_data
 from trainer.distributed import local_device
 from trainer.errors import Problem
@@ -265,7 +265,9 @@ def describe(loaded: LoadedConfig) -> str:
     directory = RunDirectory.examine(loaded)
     report = inspect_data(loaded)
     if loaded.config.training.epochs is not None and report.epoch_samples is not None:
-        loaded = with_steps(loaded, steps_of(loaded.config.training.epochs, report.epoch_samples, loaded.batch.train))
+        loaded = with_steps(
+            loaded, steps_for_epochs(loaded.config.training.epochs, report.epoch_samples, loaded.batch.train)
+        )
     device = _device_problems(loaded)
     where = ", but not on this machine" if device else ""
     model = build_model_shape(loaded)

@@ -63,7 +63,7 @@ def train(
         is_stopping = stop.is_due(step)
         is_save_due = is_stopping or checkpoints.is_due(step)
         if is_save_due or step in (1, last) or step % config.training.log_every_steps == 0:
-            row = meter.train_row(step, batches.train.epoch_after(step), result, batch.tokens)
+            row = meter.train_row(step, batches.train.epochs_after(step), result, batch.tokens)
             trackers.log(row)
             halt_on_nonfinite(row, result.applied)
             losses["train"] = row["loss"]

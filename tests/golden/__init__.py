@@ -102,7 +102,7 @@ def sample_orders() -> dict[str, Any]:
     for name, order in ORDERS.items():
         late = 9 * order.epoch_samples // 2
         positions = [*range(64), *range(late, late + 16)]
-        source, sample = order.at(positions)
+        source, sample = order.lookup(positions)
         orders[name] = {"positions": positions, "source": source.tolist(), "sample": sample.tolist()}
     return orders
 

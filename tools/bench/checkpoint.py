@@ -105,7 +105,7 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
     with joined_world(launch, place, seed=1) as world:
         run = assemble(loaded, world)
         engine, description = run.started.engine, describe_model(run.started.model)
-        engine.train_step(run.batches.train.at(1))
+        engine.train_step(run.batches.train.batch_at(1))
 
         def checkpoints(**values: Any) -> Checkpoints:
             section = loaded.config.checkpoint.model_copy(update=values)

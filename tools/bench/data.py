@@ -51,6 +51,6 @@ def _waiting(batches: Any, steps: int) -> float:
 def _cost(batches: Any, start: int, rounds: int = 30) -> float:
     times = [time.process_time()]
     for step in range(start + 1, start + 1 + rounds):
-        batches.at(step)
+        batches.batch_at(step)
         times.append(time.process_time())
     return min(after - before for before, after in pairwise(times))

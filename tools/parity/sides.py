@@ -30,7 +30,7 @@ from tools.parity.proof import NOISE, blocks_of
 from tools.parity.subject import STEPS, Layout, Raw
 from trainer.config.load import LoadedConfig, check
 from trainer.config.model_facts import model_config
-from trainer.data.batches import IGNORED, MicroBatch, StepBatch
+from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather
 from trainer.engine import start_engine
@@ -77,7 +77,7 @@ class Job:
         rows = self.micro_batches * self.samples
         ids = torch.randint(min(_FIRST_ID, vocabulary - 1), vocabulary, (rows, length + 1), generator=draw)
         predicted = torch.randint((length + 1) // 2, length + 1, (rows, 1), generator=draw)
-        labels = ids[:, 1:].masked_fill(torch.arange(length) >= predicted, IGNORED)
+        labels = ids[:, 1:].masked_fill(torch.arange(length) >= predicted, IGNORE_INDEX)
         pairs = zip(ids[:, :-1].split(self.samples), labels.split(self.samples), strict=True)
         return [MicroBatch(one.contiguous(), other.contiguous(), None) for one, other in pairs]
 
@@ -216,12 +216,12 @@ def bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig)
     options = loaded.config.training
     output = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT, use_cache=False)
     logits, labels = output.logits.float().flatten(0, 1), micro.labels_BT.flatten()
-    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     objective = F.cross_entropy(
-        logits, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=options.label_smoothing
+        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=options.label_smoothing
     )
     if options.z_loss:
-        objective = objective + options.z_loss * logits[labels != IGNORED].logsumexp(-1).square().sum()
+        objective = objective + options.z_loss * logits[labels != IGNORE_INDEX].logsumexp(-1).square().sum()
     auxiliary = getattr(output, "aux_loss", None)
     if not isinstance(auxiliary, Tensor):
         return cross_entropy.detach(), objective, torch.zeros(())
@@ -262,7 +262,7 @@ def _reference(job: Job) -> Reference:
     rate = clipping = floor = 0.0
     for step in range(1, STEPS + 1):
         micro_batches = job.batch(step, loaded)
-        tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+        tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
         loss = 0.0
         for micro in micro_batches:
             cross_entropy, objective, auxiliary = bare_losses(model, micro, loaded)
@@ -333,7 +333,7 @@ def _layout(job: Job, expected: Reference) -> Found:
         for step in range(1, STEPS + 1):
             micro_batches = job.batch(step, loaded)
             own = tuple(micro_batches[place.data_rank :: place.data])
-            tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+            tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
             result = engine.train_step(StepBatch(own, tokens, job.micro_batches * job.samples))
             total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)

@@ -30,7 +30,7 @@ from trainer.config.load import LoadedConfig, load_config
 from trainer.config.model_facts import model_config, model_facts, scrub
 from trainer.config.schema import ModelSection
 from trainer.data import open_batches, prepare_data
-from trainer.data.batches import IGNORED, MicroBatch
+from trainer.data.batches import IGNORE_INDEX, MicroBatch
 from trainer.data.indexed import IndexedWriter, id_type
 from trainer.errors import ConfigError
 from trainer.tensor_parallel import drops
@@ -166,7 +166,7 @@ def compare(name: str, path: str) -> Verdict:
     model, run = bare_model(loaded).train(), Path(loaded.config.run.output_dir)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for step in range(1, loaded.steps + 1):
-        _step(model, list(batches.train.at(step).micro_batches), loaded)
+        _step(model, list(batches.train.batch_at(step).micro_batches), loaded)
     transformers_logging.disable_progress_bar()
     exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(run / "final"), attn_implementation=loaded.attention, dtype=torch.float32, trust_remote_code=False
@@ -203,7 +203,7 @@ def _compare_weights(
 
 
 def _tokens(micro_batches: list[MicroBatch]) -> int:
-    return sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+    return sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
 
 
 def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: LoadedConfig) -> None:

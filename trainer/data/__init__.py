@@ -1,15 +1,15 @@
 """From sources of text to micro-batches: read, tokenise once, index, order, pack."""
 
-from trainer.data.appearance import prepared_facts, source_facts
-from trainer.data.batches import IGNORED, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
-from trainer.data.epochs import count_steps
-from trainer.data.frame import DocumentFrame, frame_of, prompt_prefix
+from trainer.data.batches import IGNORE_INDEX, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
+from trainer.data.epochs import resolve_steps
+from trainer.data.facts import prepared_facts, source_facts
 from trainer.data.open import Batches, open_batches
 from trainer.data.prepare import PreparedData, document_frame, prepare_data
+from trainer.data.special_tokens import DocumentFrame, resolve_frame, resolve_prompt_prefix
 from trainer.data.tokenizer import load_tokenizer
 
 __all__ = [
-    "IGNORED",
+    "IGNORE_INDEX",
     "Batches",
     "DocumentFrame",
     "EvaluationBatches",
@@ -17,13 +17,13 @@ __all__ = [
     "PreparedData",
     "StepBatch",
     "TrainBatches",
-    "count_steps",
     "document_frame",
-    "frame_of",
     "load_tokenizer",
     "open_batches",
     "prepare_data",
     "prepared_facts",
-    "prompt_prefix",
+    "resolve_frame",
+    "resolve_prompt_prefix",
+    "resolve_steps",
     "source_facts",
 ]

@@ -20,18 +20,18 @@ from torch import Tensor
 from trainer.data.order import Integers, SampleOrder
 from trainer.data.samples import CheckedSamples
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a position that predicts nothing (torch's and Hugging Face's convention)."""
 
-PAD_MULTIPLE = 8
+DEFAULT_PAD_MULTIPLE = 8
 """What the width of a padded micro-batch is a multiple of: it keeps kernels fast and shapes few."""
 
-_PREFETCHED = 4
+_PREFETCH_STEPS = 4
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of T tokens; labels are the inputs shifted by one, padding is `IGNORED`."""
+    """B rows of T tokens; labels are the inputs shifted by one, padding is `IGNORE_INDEX`."""
 
     input_ids_BT: Tensor
     labels_BT: Tensor
@@ -70,24 +70,24 @@ def pad(
     rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
     length: int,
     pad_id: int,
-    multiple: int = PAD_MULTIPLE,
+    pad_to_multiple_of: int = DEFAULT_PAD_MULTIPLE,
     *,
-    masks: bool = True,
+    mask_padding: bool = True,
 ) -> MicroBatch:
     """Rows of 2 to `length + 1` ids as one micro-batch, padded on the right to a common length: a multiple of
-    `multiple`, or `length`. See `BatchShape.masks`."""
+    `pad_to_multiple_of`, or `length`. See `BatchShape.masks`."""
     longest = max(len(row) for row in rows) - 1
-    width = min(length, -(-longest // multiple) * multiple)
+    width = min(length, -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
     inputs = np.full((len(rows), width), pad_id, np.int64)
-    labels = np.full((len(rows), width), IGNORED, np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
-    for place, row in enumerate(rows):
+    for row_index, row in enumerate(rows):
         count = len(row) - 1
-        inputs[place, :count] = row[:-1]
-        labels[place, :count] = row[1:]
-        mask[place, :count] = 1
-    shown = torch.from_numpy(mask) if masks and not mask.all() else None
-    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), shown)
+        inputs[row_index, :count] = row[:-1]
+        labels[row_index, :count] = row[1:]
+        mask[row_index, :count] = 1
+    attention_mask = torch.from_numpy(mask) if mask_padding and not mask.all() else None
+    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), attention_mask)
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,16 @@ class BatchShape:
     """`data.sequence_length`."""
 
     pad_id: int
-    multiple: int = PAD_MULTIPLE
+    pad_to_multiple_of: int = DEFAULT_PAD_MULTIPLE
     """What the width of a padded micro-batch is a multiple of, unless it is `length`."""
 
-    masks: bool = True
+    mask_padding: bool = True
     """Whether padding is masked out. Under a causal mask no token attends to the padding after it, so the loss and its
     gradients need no mask; a load-balancing loss, which counts all tokens, does."""
 
     def padded(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> MicroBatch:
         """The rows as one micro-batch of this shape."""
-        return pad(rows, self.length, self.pad_id, self.multiple, masks=self.masks)
+        return pad(rows, self.length, self.pad_id, self.pad_to_multiple_of, mask_padding=self.mask_padding)
 
 
 class TrainBatches:
@@ -123,49 +123,49 @@ class TrainBatches:
 
     def __init__(self, sources: list[CheckedSamples], order: SampleOrder, shape: BatchShape, pin: bool) -> None:
         self._sources, self._order, self._shape, self._pin = sources, order, shape, pin
-        self._ahead = 0
+        self._sample_offset = 0
         """Samples read in earlier steps beside those of this batch size."""
 
-    def go_on_after(self, step: int, samples: int) -> None:
+    def resume_from(self, step: int, samples: int) -> None:
         """Makes the step behind `step` begin with sample number `samples`, whatever the batch size was before."""
-        self._ahead = samples - step * self._shape.train
+        self._sample_offset = samples - step * self._shape.train
 
-    def epoch_after(self, step: int) -> float:
+    def epochs_after(self, step: int) -> float:
         """Epochs read after `step` steps."""
-        return self._order.epoch_of(step * self._shape.train + self._ahead)
+        return self._order.epochs_at(step * self._shape.train + self._sample_offset)
 
     def first_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """At most `length + 1` ids of the first source's first sample: the same on every rank."""
         return self._sources[0].ids(0)
 
-    def at(self, step: int) -> StepBatch:
+    def batch_at(self, step: int) -> StepBatch:
         """The batch of step `step`, counted from 1. A pure function: any step costs the same.
 
         Raises:
             DataError: an id outside the vocabulary.
         """
         shape = self._shape
-        first = (step - 1) * shape.train + self._ahead
-        source, sample = self._order.at(np.arange(first, first + shape.train))
+        first = (step - 1) * shape.train + self._sample_offset
+        source, sample = self._order.lookup(np.arange(first, first + shape.train))
         stride = shape.micro * shape.data_ranks
-        own = [
+        micro_batches = [
             self._micro_batch(source, sample, start)
             for start in range(shape.data_rank * shape.micro, shape.train, stride)
         ]
-        return StepBatch(tuple(own), self._targets(source, sample), shape.train)
+        return StepBatch(tuple(micro_batches), self._count_targets(source, sample), shape.train)
 
     def _micro_batch(self, source: Integers, sample: Integers, start: int) -> MicroBatch:
-        places = range(start, start + self._shape.micro)
-        rows = [self._sources[source[p]].ids(int(sample[p])) for p in places]
+        indices = range(start, start + self._shape.micro)
+        rows = [self._sources[source[p]].ids(int(sample[p])) for p in indices]
         batch = self._shape.padded(rows)
         return batch.pinned() if self._pin else batch
 
-    def _targets(self, source: Integers, sample: Integers) -> int:
-        return sum(found.targets(sample[source == number]) for number, found in enumerate(self._sources))
+    def _count_targets(self, source: Integers, sample: Integers) -> int:
+        return sum(samples.count_targets(sample[source == number]) for number, samples in enumerate(self._sources))
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch]:
         """The batches of steps `first` to `last`, read ahead by a thread. Errors of the thread are raised here."""
-        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(_PREFETCHED)
+        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(_PREFETCH_STEPS)
         stopped = threading.Event()
 
         def put(item: StepBatch | BaseException) -> bool:
@@ -177,15 +177,15 @@ class TrainBatches:
                 return True
             return False
 
-        def read() -> None:
+        def read_ahead() -> None:
             try:
                 for step in range(first, last + 1):
-                    if not put(self.at(step)):
+                    if not put(self.batch_at(step)):
                         return
             except BaseException as error:
                 put(error)
 
-        thread = threading.Thread(target=read, name="batches", daemon=True)
+        thread = threading.Thread(target=read_ahead, name="batches", daemon=True)
         thread.start()
         try:
             for _ in range(first, last + 1):
@@ -198,7 +198,7 @@ class TrainBatches:
             thread.join()
 
 
-def evaluated_samples(samples: Sequence[int], batch: int, max_batches: int | None) -> list[int]:
+def allocate_evaluation_samples(samples: Sequence[int], batch: int, max_batches: int | None) -> list[int]:
     """How many samples of each source are evaluated.
 
     Args:
@@ -211,17 +211,17 @@ def evaluated_samples(samples: Sequence[int], batch: int, max_batches: int | Non
     if max_batches is None or max_batches * batch >= sum(samples):
         return list(samples)
     shares = [min(count, batch) for count in samples]
-    larger = list(range(len(samples)))
+    proportional = list(range(len(samples)))
     while True:  # sources whose share in proportion is less than a batch keep that, and the others share the rest
-        rest = max_batches * batch - sum(shares[n] for n in range(len(samples)) if n not in larger)
-        total = sum(samples[n] for n in larger)
-        kept = [n for n in larger if rest * samples[n] >= shares[n] * total]
-        if kept == larger:
+        rest = max_batches * batch - sum(shares[n] for n in range(len(samples)) if n not in proportional)
+        total = sum(samples[n] for n in proportional)
+        kept = [n for n in proportional if rest * samples[n] >= shares[n] * total]
+        if kept == proportional:
             break
-        larger = kept
-    ends = [0, *accumulate(samples[n] for n in larger)]
-    rounded = [(2 * rest * end + total) // (2 * total) if larger else 0 for end in ends]
-    for n, (start, end) in zip(larger, pairwise(rounded), strict=True):
+        proportional = kept
+    ends = [0, *accumulate(samples[n] for n in proportional)]
+    rounded = [(2 * rest * end + total) // (2 * total) if proportional else 0 for end in ends]
+    for n, (start, end) in zip(proportional, pairwise(rounded), strict=True):
         shares[n] = end - start
     return shares
 
@@ -246,10 +246,10 @@ class EvaluationBatches:
         self._files, self._shape = files, shape
         sizes = iter([len(samples) for samples in files])
         sources = [list(islice(sizes, count)) for count in files_of_source or [1] * len(files)]
-        shares = evaluated_samples([sum(source) for source in sources], shape.train, max_batches)
+        shares = allocate_evaluation_samples([sum(source) for source in sources], shape.train, max_batches)
         ends = [min(end, share) for source, share in zip(sources, shares, strict=True) for end in accumulate(source)]
         firsts = np.repeat(np.cumsum([0, *shares[:-1]]), [len(source) for source in sources])
-        self._borders = np.asarray(ends) + firsts
+        self._file_ends = np.asarray(ends) + firsts
         """Of each file: evaluated samples up to its last one."""
 
         self.shares = tuple(shares)
@@ -257,9 +257,9 @@ class EvaluationBatches:
 
         self.samples = sum(shares)
 
-    def _ids(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        file = int(np.searchsorted(self._borders, number, side="right"))
-        first = int(self._borders[file - 1]) if file else 0
+    def _read_ids(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        file = int(np.searchsorted(self._file_ends, number, side="right"))
+        first = int(self._file_ends[file - 1]) if file else 0
         return self._files[file].ids(number - first)
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -267,9 +267,13 @@ class EvaluationBatches:
         rounds = -(-self.samples // (shape.micro * shape.data_ranks))
         for number in range(rounds):
             start = (number * shape.data_ranks + shape.data_rank) * shape.micro
-            rows = [self._ids(p) for p in range(start, min(start + shape.micro, self.samples))]
+            rows = [self._read_ids(p) for p in range(start, min(start + shape.micro, self.samples))]
             if rows:
                 yield shape.padded(rows)
             else:
-                idle = shape.padded([self._ids(0)])
-                yield MicroBatch(idle.input_ids_BT, torch.full_like(idle.labels_BT, IGNORED), idle.attention_mask_BT)
+                padding_batch = shape.padded([self._read_ids(0)])
+                yield MicroBatch(
+                    padding_batch.input_ids_BT,
+                    torch.full_like(padding_batch.labels_BT, IGNORE_INDEX),
+                    padding_batch.attention_mask_BT,
+                )

@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from trainer.data.integrity import COMPLETE, damage_of, read_record, record_times, seal
+from trainer.data.integrity import RECORD_FILE, find_damage, read_record, seal, update_mtimes
 from trainer.distributed import JOIN_TIMEOUT, Launch, Store, wait_for_keys
 from trainer.errors import ConfigError, DataError, Problem, RanksDifferError
 from trainer.files import replace_text, sync_directory
@@ -35,7 +35,7 @@ _PARTIAL = re.compile(r"\.(?P<entry>.+?)\.(?P<locked>locked-)?[0-9a-f]{8}\.parti
 _UNLOCKED_AGE_SECONDS = 24 * 3600.0
 """Earlier versions held no lock by which to tell whether an unfinished directory is still written."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SECONDS_BETWEEN_LINES = 30.0
 
 Check = Callable[[Path], None]
@@ -69,13 +69,13 @@ class Cache:
 
     def entry(
         self,
-        appearance: Any,
+        signature: Any,
         content: Callable[[], Any],
         prefix: str,
         build: Callable[[Path], None],
         *,
         check: Check | None = None,
-        adopts: bool = False,
+        adopt_unhashed: bool = False,
     ) -> Path:
         """The directory of what `content()` describes, verified, and built by `build(directory)` if it is not there.
 
@@ -91,15 +91,15 @@ class Cache:
         Raises:
             ConfigError: the cache cannot be written to; ranks of a host see different data.
         """
-        digest = _digest(appearance)
+        digest = _digest(signature)
         key = f"{self._key}/{self._entries}"
         self._entries += 1
         if not self.is_builder:
-            return self.root / self._awaited(key, digest)
+            return self.root / self._wait_for_entry(key, digest)
         if self.store is not None:
             self.store.set(f"{key}/appearance", digest)
-        with self._refusing_full_disk():
-            folder = _Entry(self, digest, check, adopts).open(content, prefix, build)
+        with self._refuse_full_disk():
+            folder = _Entry(self, digest, check, adopt_unhashed).open(content, prefix, build)
         if self.store is not None:
             self.store.set(f"{key}/entry", folder.name)
         return folder
@@ -107,14 +107,14 @@ class Cache:
     def sweep(self) -> None:
         """Delete what killed builders have left, but nothing that a living process is writing."""
         for partial in self.root.glob(".*.partial") if self.is_builder else ():
-            found = _PARTIAL.fullmatch(partial.name)
-            if found is None:
+            match = _PARTIAL.fullmatch(partial.name)
+            if match is None:
                 continue
-            if not found["locked"]:
-                if time.time() - _newest_change(partial) > _UNLOCKED_AGE_SECONDS:
+            if not match["locked"]:
+                if time.time() - _latest_mtime(partial) > _UNLOCKED_AGE_SECONDS:
                     shutil.rmtree(partial, ignore_errors=True)
                 continue
-            with contextlib.suppress(TimeoutError, OSError), FileLock(self.lock(found["entry"]), timeout=0):
+            with contextlib.suppress(TimeoutError, OSError), FileLock(self.lock(match["entry"]), timeout=0):
                 shutil.rmtree(partial, ignore_errors=True)
 
     def lock(self, name: str) -> str:
@@ -122,11 +122,11 @@ class Cache:
         return str(self.root / f".{name}.lock")
 
     @contextlib.contextmanager
-    def _refusing_full_disk(self) -> Iterator[None]:
+    def _refuse_full_disk(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not _is_of_disk(error, self.root):
+            if not _is_disk_error(error, self.root):
                 raise
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
@@ -134,17 +134,17 @@ class Cache:
                         "Free space on its disk, or set data.cache_dir to another one")
             ) from None  # fmt: skip
 
-    def _awaited(self, key: str, digest: str) -> str:
+    def _wait_for_entry(self, key: str, digest: str) -> str:
         builder = self.launch.rank - self.launch.local_rank
-        if self._value(f"{key}/appearance", builder) != digest:
+        if self._wait_for_key(f"{key}/appearance", builder) != digest:
             raise RanksDifferError(
                 Problem("data", f"rank {self.launch.rank} sees other files than rank {builder}, which prepares the "
                         "data of this host (names, sizes, modification times, or data and model keys differ)",
                         "Start all ranks with the same configuration and working directory")
             )  # fmt: skip
-        return self._value(f"{key}/entry", builder)
+        return self._wait_for_key(f"{key}/entry", builder)
 
-    def _value(self, key: str, builder: int) -> str:
+    def _wait_for_key(self, key: str, builder: int) -> str:
         """The value of a key, once the builder has set it."""
         if self.store is None:
             raise ValueError("only the builder can open a cache without a store")
@@ -161,16 +161,16 @@ class CacheView(Cache):
     """Finds entries, and neither builds nor verifies nor changes any."""
 
     def entry(
-        self, appearance: Any, content: Callable[[], Any], prefix: str, build: Callable[[Path], None],
-        *, check: Check | None = None, adopts: bool = False,
+        self, signature: Any, content: Callable[[], Any], prefix: str, build: Callable[[Path], None],
+        *, check: Check | None = None, adopt_unhashed: bool = False,
     ) -> Path:  # fmt: skip
         """See `Cache.entry`.
 
         Raises:
             NotCachedError: it is not there.
         """
-        folder = _Entry(self, _digest(appearance), check, adopts).followed()
-        if folder is None or not (folder / COMPLETE).is_file():
+        folder = _Entry(self, _digest(signature), check, adopt_unhashed).resolve_alias()
+        if folder is None or not (folder / RECORD_FILE).is_file():
             raise NotCachedError
         return folder
 
@@ -178,31 +178,31 @@ class CacheView(Cache):
 class _Entry:
     """One entry as its builder opens it."""
 
-    def __init__(self, cache: Cache, digest: str, check: Check | None, adopts: bool) -> None:
-        self._cache, self._check, self._adopts = cache, check, adopts
+    def __init__(self, cache: Cache, digest: str, check: Check | None, adopt_unhashed: bool) -> None:
+        self._cache, self._check, self._adopts = cache, check, adopt_unhashed
         self._alias = cache.root / "aliases" / f"{digest}.json"
         self._blocks = cache.blocks
-        self._damage = ""
+        self._last_damage = ""
 
     def open(self, content: Callable[[], Any], prefix: str, build: Callable[[Path], None]) -> Path:
         """See `Cache.entry`."""
-        if (folder := self.followed()) is not None and self._is_sound(folder):
+        if (folder := self.resolve_alias()) is not None and self._is_valid(folder):
             return folder
         root = self._cache.root
         self._alias.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self._cache.lock(self._alias.stem[:32])):
-            if (found := self.followed()) is not None and found != folder and self._is_sound(found):
-                return found  # another run has built it in the meantime
+        with _hold_lock(self._cache.lock(self._alias.stem[:32])):
+            if (other := self.resolve_alias()) is not None and other != folder and self._is_valid(other):
+                return other  # another run has built it in the meantime
             name = f"{prefix}-{_digest(content())[:32]}"
-            with _locked(self._cache.lock(name)):
-                if not self._is_sound(root / name, locked=True):
-                    if self._damage:
-                        log.warning("%s is built again: %s", root / name, self._damage)
+            with _hold_lock(self._cache.lock(name)):
+                if not self._is_valid(root / name, locked=True):
+                    if self._last_damage:
+                        log.warning("%s is built again: %s", root / name, self._last_damage)
                     self._build(root / name, build)
             replace_text(self._alias, json.dumps({"name": name}))
         return root / name
 
-    def followed(self) -> Path | None:
+    def resolve_alias(self) -> Path | None:
         """The directory that was found for this appearance earlier."""
         try:
             name = json.loads(self._alias.read_text())["name"]
@@ -210,37 +210,37 @@ class _Entry:
             return None
         return self._cache.root / name if isinstance(name, str) and "/" not in name else None
 
-    def _is_sound(self, folder: Path, *, locked: bool = False) -> bool:
-        if not (folder / COMPLETE).is_file():
+    def _is_valid(self, folder: Path, *, locked: bool = False) -> bool:
+        if not (folder / RECORD_FILE).is_file():
             return False
         try:
-            damage = self._verified(folder, locked)
+            damage = self._verify(folder, locked)
             if damage is None and self._check is not None:
                 self._check(folder)
         except (DataError, ValueError) as error:
             damage = str(error)
         if damage is not None:
-            self._damage, self._blocks = damage, None  # a second look must find it again
+            self._last_damage, self._blocks = damage, None  # a second look must find it again
             return False
         with contextlib.suppress(TimeoutError, OSError), FileLock(self._cache.lock(folder.name), timeout=0):
-            record_times(folder)
+            update_mtimes(folder)
         return True
 
-    def _verified(self, folder: Path, locked: bool) -> str | None:
+    def _verify(self, folder: Path, locked: bool) -> str | None:
         if read_record(folder) is None:
             if not (self._adopts and locked and self._cache.blocks is not None):
                 return "an earlier version wrote it, without hashes"
             seal(folder)
-        return damage_of(folder, blocks=self._blocks)
+        return find_damage(folder, blocks=self._blocks)
 
     def _build(self, folder: Path, build: Callable[[Path], None]) -> None:
-        partial = self._beside(folder)
+        partial = self._temporary_path(folder)
         partial.mkdir()
         try:
             build(partial)
             seal(partial)
             if folder.exists():
-                os.replace(folder, old := self._beside(folder))
+                os.replace(folder, old := self._temporary_path(folder))
                 os.replace(partial, folder)
                 shutil.rmtree(old, ignore_errors=True)
             else:
@@ -250,12 +250,12 @@ class _Entry:
             shutil.rmtree(partial, ignore_errors=True)
 
     @staticmethod
-    def _beside(folder: Path) -> Path:
+    def _temporary_path(folder: Path) -> Path:
         return folder.with_name(f".{folder.name}.locked-{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
+def _hold_lock(path: str) -> Iterator[None]:
     """Hold a lock; log while another process holds it."""
     lock, start = FileLock(path), time.monotonic()
     while True:
@@ -271,15 +271,15 @@ def _locked(path: str) -> Iterator[None]:
         lock.release()
 
 
-def _is_of_disk(error: Exception, root: Path) -> bool:
+def _is_disk_error(error: Exception, root: Path) -> bool:
     """Whether an error comes from writing the cache. Rust's tokenizers raise a plain Exception with the number."""
     if isinstance(error, OSError):
-        below = error.filename is not None and str(error.filename).startswith(str(root))
-        return below or error.errno in _FULL
-    return any(f"(os error {number})" in str(error) for number in _FULL)
+        is_in_cache = error.filename is not None and str(error.filename).startswith(str(root))
+        return is_in_cache or error.errno in _DISK_ERRNOS
+    return any(f"(os error {number})" in str(error) for number in _DISK_ERRNOS)
 
 
-def _newest_change(folder: Path) -> float:
+def _latest_mtime(folder: Path) -> float:
     times = []
     for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ _DECOMPRESSORS: Mapping[str, Callable[[BinaryIO], Any]] = {
 }
 
 
-class Decompressed(io.RawIOBase):
+class DecompressedFile(io.RawIOBase):
     """The decompressed bytes of a file. Frames that follow one another are read as one stream."""
 
     def __init__(self, path: Path, compression: str) -> None:
@@ -49,16 +49,16 @@ class Decompressed(io.RawIOBase):
             DataError: the file is damaged or truncated, with the line up to which it can be read.
         """
         try:
-            found = self._stream.read1(len(buffer))  # `read` would lose what it has when it fails
+            data = self._stream.read1(len(buffer))  # `read` would lose what it has when it fails
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"{self._path}: line {self._lines + 1}: cannot be decompressed: {first}. The file is damaged, "
                 "truncated, or not what its name says"
             ) from None
-        self._lines += found.count(b"\n")
-        buffer[: len(found)] = found
-        return len(found)
+        self._lines += data.count(b"\n")
+        buffer[: len(data)] = data
+        return len(data)
 
     @property
     def read_bytes(self) -> int:
@@ -71,9 +71,9 @@ class Decompressed(io.RawIOBase):
         super().close()
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_decompressed(path: Path) -> BinaryIO:
     """The content of a file, decompressed where its name says that it is compressed."""
     compression = compression_of(path)
     if not compression:
         return path.open("rb")
-    return io.BufferedReader(Decompressed(path, compression), _BUFFER_BYTES)
+    return io.BufferedReader(DecompressedFile(path, compression), _BUFFER_BYTES)

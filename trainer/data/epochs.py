@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.load import with_steps
 from trainer.data.order import SampleOrder
-from trainer.data.samples import samples_of
+from trainer.data.samples import build_samples
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def steps_of(epochs: float, epoch_samples: int, batch: int) -> int:
+def steps_for_epochs(epochs: float, epoch_samples: int, batch: int) -> int:
     """Optimizer steps that read `epochs` epochs; the last step's batch is completed from the next epoch.
 
     Args:
@@ -29,7 +29,7 @@ def steps_of(epochs: float, epoch_samples: int, batch: int) -> int:
     return max(1, math.ceil(Fraction(str(epochs)) * epoch_samples / batch))
 
 
-def sample_order(loaded: LoadedConfig, samples: Sequence[int], weights: Sequence[float]) -> SampleOrder:
+def build_sample_order(loaded: LoadedConfig, samples: Sequence[int], weights: Sequence[float]) -> SampleOrder:
     """The order in which the training data are read.
 
     Args:
@@ -38,7 +38,7 @@ def sample_order(loaded: LoadedConfig, samples: Sequence[int], weights: Sequence
     return SampleOrder(tuple(samples), tuple(weights), loaded.config.run.seed)
 
 
-def count_steps(loaded: LoadedConfig, prepared: PreparedData) -> LoadedConfig:
+def resolve_steps(loaded: LoadedConfig, prepared: PreparedData) -> LoadedConfig:
     """`loaded`, resolved with the number of optimizer steps that `training.epochs` comes to; `loaded` itself where
     `training.max_steps` gives it.
 
@@ -52,15 +52,15 @@ def count_steps(loaded: LoadedConfig, prepared: PreparedData) -> LoadedConfig:
     if epochs is None:
         return loaded
     samples = [
-        len(samples_of(tokens, data.packing, data.sequence_length, drop_last=data.drop_last))
+        len(build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last))
         for tokens in prepared.train
     ]
-    epoch = sample_order(loaded, samples, prepared.weights).epoch_samples
-    steps = steps_of(epochs, epoch, loaded.batch.train)
+    epoch = build_sample_order(loaded, samples, prepared.weights).epoch_samples
+    steps = steps_for_epochs(epochs, epoch, loaded.batch.train)
     log.info("training.epochs %g: %s steps of %d samples; an epoch has %s samples", epochs, f"{steps:,}",
              loaded.batch.train, f"{epoch:,}")  # fmt: skip
-    counted = with_steps(loaded, steps)
-    for problem in counted.warnings:
+    resolved = with_steps(loaded, steps)
+    for problem in resolved.warnings:
         if problem not in loaded.warnings:
             log.warning("%s", problem)
-    return counted
+    return resolved

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from trainer.data.documents import TextChunk
 from trainer.data.indexed import IndexedTokens
-from trainer.data.samples import samples_of
+from trainer.data.samples import build_samples
 from trainer.data.sources import Source
-from trainer.data.text import Piece
 from trainer.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ HASHES = "document_hashes.npy"
 Hashes = npt.NDArray[np.uint64]
 
 
-class TextHasher:
+class DocumentHasher:
     """Hashes documents that arrive in pieces."""
 
     def __init__(self) -> None:
-        self._open = xxhash.xxh3_64()
+        self._hasher = xxhash.xxh3_64()
         self._hashes: list[int] = []
 
     def update(self, text: str) -> None:
         """Append a piece to the open document."""
-        self._open.update(text.encode())
+        self._hasher.update(text.encode())
 
-    def end(self, *, counts: bool = True) -> int:
+    def end(self, *, is_written: bool = True) -> int:
         """End the open document.
 
         Args:
@@ -53,33 +53,33 @@ class TextHasher:
         Returns:
             The hash.
         """
-        found = self._open.intdigest()
-        self._open.reset()
-        if counts:
-            self._hashes.append(found)
-        return found
+        content_hash = self._hasher.intdigest()
+        self._hasher.reset()
+        if is_written:
+            self._hashes.append(content_hash)
+        return content_hash
 
     def save(self, folder: Path) -> None:
         """Write the hashes of all documents that count to `folder`."""
         np.save(folder / HASHES, np.asarray(self._hashes, np.uint64), allow_pickle=False)
 
 
-def without_held_out(pieces: Iterable[Piece], fraction: float, limit: int) -> Iterator[Piece]:
+def drop_held_out(chunks: Iterable[TextChunk], fraction: float, limit: int) -> Iterator[TextChunk]:
     """The pieces of those documents that are not held out. Of a document, pieces up to `limit` characters are kept in
     memory until its end, and the others are left out."""
-    hasher, kept, size = TextHasher(), list[Piece](), 0
-    for piece in pieces:
-        hasher.update(piece.text)
+    hasher, kept, size = DocumentHasher(), list[TextChunk](), 0
+    for chunk in chunks:
+        hasher.update(chunk.text)
         if size <= limit:
-            kept.append(piece)
-            size += len(piece.text)
-        if piece.ends:
-            if not is_held_out(hasher.end(counts=False), fraction):
+            kept.append(chunk)
+            size += len(chunk.text)
+        if chunk.is_last:
+            if not is_held_out(hasher.end(is_written=False), fraction):
                 yield from kept
             kept, size = [], 0
 
 
-def hash_ids(tokens: IndexedTokens, folder: Path) -> None:
+def write_id_hashes(tokens: IndexedTokens, folder: Path) -> None:
     """Write the hashes of token documents to `folder`: xxh3-64 of their ids as little-endian 32-bit integers, so that
     the id type of the file does not matter."""
     hashes = np.empty(len(tokens), np.uint64)
@@ -150,8 +150,8 @@ class DocumentSubset(IndexedTokens):
         segment = int(np.searchsorted(self._segment_positions, start, side="right")) - 1
         while start < end:
             position = int(self._segment_positions[segment])
-            is_last = segment + 1 == len(self._segment_positions)
-            stop = end if is_last else min(end, int(self._segment_positions[segment + 1]))
+            is_last_segment = segment + 1 == len(self._segment_positions)
+            stop = end if is_last_segment else min(end, int(self._segment_positions[segment + 1]))
             first = int(self._segment_starts[segment]) + start - position
             parts.append(self._ids[first : first + stop - start])
             start, segment = stop, segment + 1
@@ -163,7 +163,7 @@ class DocumentSubset(IndexedTokens):
         return True
 
 
-def hold_out(
+def split_held_out(
     data: DataSection, cache: Cache, sources: Sequence[Source], train: Sequence[Sequence[IndexedTokens]]
 ) -> tuple[list[list[IndexedTokens]], list[IndexedTokens]]:
     """Divide the training documents by `data.held_out_fraction`.
@@ -180,13 +180,13 @@ def hold_out(
     fraction = data.held_out_fraction
     assert fraction is not None
     key = f"data.validation.{next(n for n, s in enumerate(data.validation) if s.path is None)}.fraction"
-    left: list[list[IndexedTokens]] = []
+    train_parts: list[list[IndexedTokens]] = []
     held_out: list[IndexedTokens] = []
     for source, parts in zip(sources, train, strict=True):
         masks = [held_out_mask(_document_hashes(source, tokens, cache), fraction) for tokens in parts]
         held_out += [DocumentSubset(t, mask) for t, mask in zip(parts, masks, strict=True) if mask.any()]
-        left.append([DocumentSubset(t, ~mask) for t, mask in zip(parts, masks, strict=True) if not mask.all()])
-        if not left[-1]:
+        train_parts.append([DocumentSubset(t, ~mask) for t, mask in zip(parts, masks, strict=True) if not mask.all()])
+        if not train_parts[-1]:
             raise ConfigError(
                 Problem(key, f"{fraction:g} holds out all {sum(map(len, parts)):,} documents of '{source.path}'",
                         "Give files of their own to data.validation (a .txt file is one document)")
@@ -194,12 +194,12 @@ def hold_out(
     usable = [tokens for tokens in held_out if _has_samples(tokens, data)]
     if not usable:
         count = f"{sum(len(tokens) for parts in train for tokens in parts):,}"
-        found = "too little for one sample" if held_out else "none"
+        problem = "too little for one sample" if held_out else "none"
         raise ConfigError(
-            Problem(key, f"{fraction:g} of {count} training documents holds out {found}",
+            Problem(key, f"{fraction:g} of {count} training documents holds out {problem}",
                     "Raise it, or give files of their own to data.validation (a .txt file is one document)")
         )  # fmt: skip
-    return left, usable
+    return train_parts, usable
 
 
 def _document_hashes(source: Source, tokens: IndexedTokens, cache: Cache) -> Hashes:
@@ -207,13 +207,15 @@ def _document_hashes(source: Source, tokens: IndexedTokens, cache: Cache) -> Has
     if not source.is_indexed:
         return read_hashes(tokens.bin_path.parent, len(tokens))
     stats = [(path.resolve(), path.stat()) for path in (tokens.bin_path, tokens.idx_path)]
-    appearance = [HASHES, *([str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
-    return read_hashes(cache.entry(appearance, lambda: appearance, "hashes", partial(hash_ids, tokens)), len(tokens))
+    signature = [HASHES, *([str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
+    return read_hashes(
+        cache.entry(signature, lambda: signature, "hashes", partial(write_id_hashes, tokens)), len(tokens)
+    )
 
 
 def _has_samples(tokens: IndexedTokens, data: DataSection) -> bool:
     try:
-        samples_of(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
+        build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
     except DataError:
         return False
     return True

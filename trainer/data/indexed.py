@@ -22,10 +22,10 @@ import xxhash
 from trainer.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
-_CODES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DTYPE_CODES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _HEADER = struct.Struct("<QBQQ")
-_LONGEST = 2**31 - 1
-_SAMPLED = 1 << 16
+_MAX_DOCUMENT_TOKENS = 2**31 - 1
+_FINGERPRINT_SAMPLE = 1 << 16
 """Numbers read at each of the places of a fingerprint."""
 
 
@@ -52,8 +52,8 @@ class IndexedWriter:
             DataError: more ids than the index can express.
         """
         self.open_length += len(ids)
-        if self.open_length > _LONGEST:
-            raise DataError(f"{self._prefix}.bin: more than {_LONGEST:,} tokens in one document. Divide it")
+        if self.open_length > _MAX_DOCUMENT_TOKENS:
+            raise DataError(f"{self._prefix}.bin: more than {_MAX_DOCUMENT_TOKENS:,} tokens in one document. Divide it")
         self._bin.write(np.asarray(ids, dtype=self._dtype).tobytes())
 
     def end(self) -> None:
@@ -71,11 +71,11 @@ class IndexedWriter:
         lengths = np.asarray(self._lengths, dtype=np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
         offsets = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)]
-        code = next(code for code, kind in _CODES.items() if np.dtype(kind) == self._dtype)
+        code = next(code for code, dtype in _DTYPE_CODES.items() if np.dtype(dtype) == self._dtype)
         with self._prefix.with_suffix(".idx").open("wb") as index:
             index.write(_MAGIC + _HEADER.pack(1, code, len(lengths), len(lengths) + 1))
-            for part in (lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64)):
-                index.write(part.tobytes())
+            for array in (lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64)):
+                index.write(array.tobytes())
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -115,16 +115,16 @@ class IndexedTokens:
         if len(raw) < 9 + _HEADER.size:
             raise DataError(f"{self.idx_path}: truncated inside its header ({len(raw)} bytes)")
         version, code, sequences, borders = _HEADER.unpack_from(raw, 9)
-        if version != 1 or code not in _CODES:
+        if version != 1 or code not in _DTYPE_CODES:
             raise DataError(f"{self.idx_path}: version {version} with id type {code} is not known")
         expected = 9 + _HEADER.size + 12 * sequences + 8 * borders
         if len(raw) < expected:
             raise DataError(f"{self.idx_path}: truncated: {len(raw)} bytes of {expected}")
-        self._dtype = np.dtype(_CODES[code])
-        at = 9 + _HEADER.size
-        self.lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, at)
-        self._offsets: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
-        self._check_borders(np.frombuffer(raw, "<i8", borders, at + 12 * sequences))
+        self._dtype = np.dtype(_DTYPE_CODES[code])
+        offset = 9 + _HEADER.size
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, offset)
+        self._offsets: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, offset + 4 * sequences)
+        self._check_borders(np.frombuffer(raw, "<i8", borders, offset + 12 * sequences))
 
     def _check_borders(self, borders: npt.NDArray[np.int64]) -> None:
         """Documents begin and end at sequences, in order, from the first to the last."""
@@ -146,9 +146,9 @@ class IndexedTokens:
             return
         if int(self.lengths.min()) < 0 or int(self._offsets.min()) < 0 or (self._offsets % self._dtype.itemsize).any():
             raise DataError(f"{self.idx_path}: negative lengths, or offsets between two ids: damaged")
-        within = self._offsets <= size  # so that their sum with a length cannot overflow
-        last = int((self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize)[within].max(initial=0))
-        if not within.all() or last > size:
+        is_within = self._offsets <= size  # so that their sum with a length cannot overflow
+        last = int((self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize)[is_within].max(initial=0))
+        if not is_within.all() or last > size:
             largest = max(last, int(self._offsets.max()))
             raise DataError(
                 f"{self.bin_path}: {size} bytes, but {self.idx_path.name} points to byte {largest}: "
@@ -168,8 +168,8 @@ class IndexedTokens:
         lie, and cheap for any size."""
         hashed = xxhash.xxh3_128(f"{len(self)} {len(self._ids)} {self._dtype}".encode())
         for values in (self.lengths, self._ids):
-            for start in np.linspace(0, max(0, len(values) - _SAMPLED), num=16, dtype=np.int64):
-                hashed.update(values[start : start + _SAMPLED].tobytes())
+            for start in np.linspace(0, max(0, len(values) - _FINGERPRINT_SAMPLE), num=16, dtype=np.int64):
+                hashed.update(values[start : start + _FINGERPRINT_SAMPLE].tobytes())
         return hashed.hexdigest()
 
     @property

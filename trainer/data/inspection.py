@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from trainer.config.paths import HUB, compression_of, kind_of
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.cache import CacheView, NotCachedError
-from trainer.data.compressed import Decompressed
-from trainer.data.epochs import sample_order
+from trainer.data.compressed import DecompressedFile
+from trainer.data.epochs import build_sample_order
 from trainer.data.indexed import IndexedTokens
-from trainer.data.prepare import PreparedData, document_frame, named_tokenizer, open_prepared
-from trainer.data.samples import samples_of
+from trainer.data.prepare import PreparedData, document_frame, load_named_tokenizer, open_prepared
+from trainer.data.samples import build_samples
 from trainer.data.sources import Source
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import DataError
@@ -30,11 +30,11 @@ from trainer.errors import DataError
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
 
-LARGEST_FILES = 200
+MAX_INSPECTED_FILES = 200
 """Files of a source that are looked at."""
 
-FIRST_ROWS = 100
-FIRST_CHARACTERS = 100_000
+MAX_INSPECTED_ROWS = 100
+MAX_INSPECTED_CHARACTERS = 100_000
 """Of each file, whichever comes first."""
 
 _TOKENIZED_CHARACTERS = 200_000
@@ -55,7 +55,7 @@ class SourceReport:
 
     tokens: int | None
     is_exact: bool
-    looked_at: str
+    basis: str
     """What the counts follow from."""
 
     empty_files: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class SourceReport:
             "unknown number of documents" if self.documents is None else f"{about}{self.documents:,} documents",
             "unknown number of tokens" if self.tokens is None else f"{about}{self.tokens:,} tokens",
         ]
-        return f"{self.key} {self.name}: {', '.join(counts)} ({self.looked_at})"
+        return f"{self.key} {self.name}: {', '.join(counts)} ({self.basis})"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class DataReport:
 
 
 @dataclass
-class _Sample:
+class _SourceSample:
     """The beginning of the files of a source, extrapolated to all of it."""
 
     texts: list[str] = field(default_factory=list)
@@ -91,12 +91,12 @@ class _Sample:
     """That were looked at."""
 
     empty_files: list[str] = field(default_factory=list)
-    is_known: bool = True
+    has_known_size: bool = True
     """False where the size of the whole is unknown."""
 
 
 def inspect_data(loaded: LoadedConfig) -> DataReport:
-    """Look at the first rows of the files, at no more than `LARGEST_FILES` of a source, and count.
+    """Look at the first rows of the files, at no more than `MAX_INSPECTED_FILES` of a source, and count.
 
     Raises:
         DataError: as training would, for what is wrong in these rows. ConfigError: no usable tokenizer.
@@ -106,71 +106,73 @@ def inspect_data(loaded: LoadedConfig) -> DataReport:
     names = [(f"data.train.{n}", source.path) for n, source in enumerate(data.train)]
     names += [(f"data.validation.{n}", source.path or held_out) for n, source in enumerate(data.validation)]
     samples = {
-        f"data.train.{n}": _look(Source(s.path, "train", data.text_field, data.max_document_bytes))
+        f"data.train.{n}": _sample_source(Source(s.path, "train", data.text_field, data.max_document_bytes))
         for n, s in enumerate(data.train)
     }
     samples |= {
-        f"data.validation.{n}": _look(Source(source.path, "validation", data.text_field, data.max_document_bytes))
+        f"data.validation.{n}": _sample_source(
+            Source(source.path, "validation", data.text_field, data.max_document_bytes)
+        )
         for n, source in enumerate(data.validation)
         if source.path is not None
     }
-    prepared = _cached(loaded)
-    return _estimated(loaded, names, samples) if prepared is None else _exact(loaded, prepared, names)
+    prepared = _open_cached(loaded)
+    return _estimated_report(loaded, names, samples) if prepared is None else _exact_report(loaded, prepared, names)
 
 
-def _look(source: Source) -> _Sample:
+def _sample_source(source: Source) -> _SourceSample:
     """The first rows of each file, which raise what training would raise for them."""
-    sample = _Sample()
+    sample = _SourceSample()
     if source.is_indexed:
-        for file in source.files[:LARGEST_FILES]:
+        for file in source.files[:MAX_INSPECTED_FILES]:
             IndexedTokens(file)
         return sample
     files = source.files
-    for path in [source.path] if source.path.startswith(HUB) else map(str, files[:LARGEST_FILES]):
-        _look_at(Source(path, source.split, source.text_field, source.largest), sample)
+    for path in [source.path] if source.path.startswith(HUB) else map(str, files[:MAX_INSPECTED_FILES]):
+        _sample_file(Source(path, source.split, source.text_field, source.max_document_bytes), sample)
         sample.files += 1
-    if not sample.texts and len(files) <= LARGEST_FILES:
+    if not sample.texts and len(files) <= MAX_INSPECTED_FILES:
         raise DataError(f"{source.path}: no text in it")
-    if len(files) > LARGEST_FILES:
-        share = sum(map(_bytes_of, files)) / max(1, sum(map(_bytes_of, files[:LARGEST_FILES])))
-        are_documents = all(map(_is_one_document, files))
+    if len(files) > MAX_INSPECTED_FILES:
+        share = sum(map(_content_bytes, files)) / max(1, sum(map(_content_bytes, files[:MAX_INSPECTED_FILES])))
+        are_documents = all(map(_is_document_file, files))
         sample.documents = len(files) if are_documents else sample.documents * share
         sample.characters *= share
     return sample
 
 
-def _look_at(file: Source, sample: _Sample) -> None:
+def _sample_file(file: Source, sample: _SourceSample) -> None:
     texts: list[str] = []
-    opened = ""
+    document = ""
     characters = size = 0
-    is_whole = True
-    for piece in file.pieces():
-        if len(texts) >= FIRST_ROWS or characters >= FIRST_CHARACTERS:
-            is_whole = False
+    is_complete = True
+    for chunk in file.chunks():
+        if len(texts) >= MAX_INSPECTED_ROWS or characters >= MAX_INSPECTED_CHARACTERS:
+            is_complete = False
             break
-        opened += piece.text
-        characters, size = characters + len(piece.text), size + piece.size
-        if piece.ends:
-            texts += [opened] if opened else []
-            opened = ""
-    texts += [opened] if opened else []  # the beginning of a document
+        document += chunk.text
+        characters, size = characters + len(chunk.text), size + chunk.size
+        if chunk.is_last:
+            texts += [document] if document else []
+            document = ""
+    texts += [document] if document else []  # the beginning of a document
     if not texts:
         sample.empty_files.append(file.path)
         return
-    scale = 1.0 if is_whole else _scale(file, len(texts), size)
-    sample.is_known = sample.is_known and scale is not None
+    scale = 1.0 if is_complete else _extrapolation_factor(file, len(texts), size)
+    sample.has_known_size = sample.has_known_size and scale is not None
     sample.texts += texts
-    is_one = bool(file.files) and all(map(_is_one_document, file.files))
-    sample.documents += 1 if is_one else len(texts) * (scale or 1)
+    is_single_document = bool(file.files) and all(map(_is_document_file, file.files))
+    sample.documents += 1 if is_single_document else len(texts) * (scale or 1)
     sample.characters += characters * (scale or 1)
 
 
-def _is_one_document(path: Path) -> bool:
+def _is_document_file(path: Path) -> bool:
     """Whether the file is a text; .txt, and modules of the standard library."""
     return path.is_file() and kind_of(path) in (".txt", None)
 
 
-def _scale(file: Source, rows: int, size: int) -> float | None:
+def _extrapolation_factor(file: Source, rows: int, size: int) -> float | None:
     """How many times more there is in the file than was read of it; None where that is unknown."""
     if not file.files:
         return None
@@ -178,29 +180,29 @@ def _scale(file: Source, rows: int, size: int) -> float | None:
     if path.is_dir() or path.suffix == ".arrow":
         import datasets
 
-        found = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
-        found = found[file.split] if isinstance(found, datasets.DatasetDict) else found
-        return len(found) / rows
+        dataset = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
+        dataset = dataset[file.split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        return len(dataset) / rows
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         return float(pyarrow.parquet.ParquetFile(path).metadata.num_rows / rows)
-    return _bytes_of(path) / max(1, size)
+    return _content_bytes(path) / max(1, size)
 
 
-def _bytes_of(path: Path) -> float:
+def _content_bytes(path: Path) -> float:
     """Size of a file; of a compressed one about that of its content."""
     if path.is_dir():
         return float(sum(part.stat().st_size for part in path.rglob("*") if part.is_file()))
     size = path.stat().st_size
     if compression := compression_of(path):
-        with contextlib.closing(Decompressed(path, compression)) as stream:
+        with contextlib.closing(DecompressedFile(path, compression)) as stream:
             content = len(stream.read(_RATIO_BYTES) or b"")
             return size * content / max(1, stream.read_bytes)
     return float(size)
 
 
-def _cached(loaded: LoadedConfig) -> PreparedData | None:
+def _open_cached(loaded: LoadedConfig) -> PreparedData | None:
     """The token files, if all are there and need not be made; quiet about them."""
     root = Path(loaded.config.data.cache_dir or DEFAULT_CACHE).expanduser()
     log = logging.getLogger("trainer.data")
@@ -214,7 +216,7 @@ def _cached(loaded: LoadedConfig) -> PreparedData | None:
         log.setLevel(level)
 
 
-def _exact(loaded: LoadedConfig, prepared: PreparedData, names: list[tuple[str, str]]) -> DataReport:
+def _exact_report(loaded: LoadedConfig, prepared: PreparedData, names: list[tuple[str, str]]) -> DataReport:
     data = loaded.config.data
     files = iter([*prepared.train, *prepared.validation])
     counts = (*prepared.train_files, *prepared.validation_files)
@@ -224,23 +226,25 @@ def _exact(loaded: LoadedConfig, prepared: PreparedData, names: list[tuple[str, 
         documents, tokens = sum(map(len, parts)), sum(part.tokens for part in parts)
         reports.append(SourceReport(key, name, documents, tokens, True, "counted"))
     samples = [
-        len(samples_of(tokens, data.packing, data.sequence_length, drop_last=data.drop_last))
+        len(build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last))
         for tokens in prepared.train
     ]
-    return DataReport(tuple(reports), sample_order(loaded, samples, prepared.weights).epoch_samples, True)
+    return DataReport(tuple(reports), build_sample_order(loaded, samples, prepared.weights).epoch_samples, True)
 
 
-def _estimated(loaded: LoadedConfig, names: list[tuple[str, str]], samples: dict[str, _Sample]) -> DataReport:
+def _estimated_report(
+    loaded: LoadedConfig, names: list[tuple[str, str]], samples: dict[str, _SourceSample]
+) -> DataReport:
     data, fraction = loaded.config.data, loaded.config.data.held_out_fraction or 0.0
     rate = _tokens_per_character(loaded, [text for sample in samples.values() for text in sample.texts])
     frame = document_frame(loaded)
-    around = 0 if frame is None else len(frame.prefix) + len(frame.suffix)
+    frame_tokens = 0 if frame is None else len(frame.prefix) + len(frame.suffix)
     reports: list[SourceReport] = []
     for key, name in names:
         is_train = key.startswith("data.train")
         if key in samples:
             source = Source(name, "train" if is_train else "validation", data.text_field, data.max_document_bytes)
-            reports.append(_report(key, source, samples[key], rate, around, 1 - fraction if is_train else 1.0))
+            reports.append(_report(key, source, samples[key], rate, frame_tokens, 1 - fraction if is_train else 1.0))
         else:  # what is held out of the training documents
             train, share = reports[: len(data.train)], fraction / (1 - fraction)
             documents = _scaled(_sum([report.documents for report in train]), share)
@@ -253,34 +257,41 @@ def _estimated(loaded: LoadedConfig, names: list[tuple[str, str]], samples: dict
     return DataReport(tuple(reports), _sum(epoch), False)
 
 
-def _report(key: str, source: Source, sample: _Sample, rate: float, around: int, kept: float) -> SourceReport:
+def _report(
+    key: str, source: Source, sample: _SourceSample, rate: float, frame_tokens: int, train_fraction: float
+) -> SourceReport:
     if source.is_indexed:
         files = [IndexedTokens(file) for file in source.files]
-        documents, tokens = round(kept * sum(map(len, files))), round(kept * sum(file.tokens for file in files))
-        return SourceReport(key, source.path, documents, tokens, kept == 1, "counted" if kept == 1 else "estimated")
-    looked_at = f"estimated from up to {FIRST_ROWS} rows of {sample.files:,} of {max(1, len(source.files)):,} files"
-    documents, tokens = round(kept * sample.documents), round(kept * sample.characters * rate)
-    if not sample.is_known:
-        return SourceReport(key, source.path, None, None, False, looked_at, tuple(sample.empty_files))
-    tokens += around * documents
-    return SourceReport(key, source.path, documents, tokens, False, looked_at, tuple(sample.empty_files))
+        documents, tokens = (
+            round(train_fraction * sum(map(len, files))),
+            round(train_fraction * sum(file.tokens for file in files)),
+        )
+        return SourceReport(
+            key, source.path, documents, tokens, train_fraction == 1, "counted" if train_fraction == 1 else "estimated"
+        )
+    basis = f"estimated from up to {MAX_INSPECTED_ROWS} rows of {sample.files:,} of {max(1, len(source.files)):,} files"
+    documents, tokens = round(train_fraction * sample.documents), round(train_fraction * sample.characters * rate)
+    if not sample.has_known_size:
+        return SourceReport(key, source.path, None, None, False, basis, tuple(sample.empty_files))
+    tokens += frame_tokens * documents
+    return SourceReport(key, source.path, documents, tokens, False, basis, tuple(sample.empty_files))
 
 
 def _tokens_per_character(loaded: LoadedConfig, texts: list[str]) -> float:
     """Of these texts, under the tokenizer of the run, or one that is trained on them where the run would train one."""
-    shown = _beginning(texts, _TOKENIZED_CHARACTERS)
-    if not shown:
+    subsample = _subsample(texts, _TOKENIZED_CHARACTERS)
+    if not subsample:
         return 0.0
-    tokenizer = named_tokenizer(loaded)
+    tokenizer = load_named_tokenizer(loaded)
     if tokenizer is None:
         with tempfile.TemporaryDirectory() as folder:
-            train_tokenizer(iter(shown), loaded.facts.vocabulary, Path(folder))
+            train_tokenizer(iter(subsample), loaded.facts.vocabulary, Path(folder))
             tokenizer = load_tokenizer(folder, "data.tokenizer")
-    encoded = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
-    return sum(map(len, encoded)) / sum(map(len, shown))
+    encoded = tokenizer(subsample, add_special_tokens=False, verbose=False)["input_ids"]
+    return sum(map(len, encoded)) / sum(map(len, subsample))
 
 
-def _beginning(texts: list[str], characters: int) -> list[str]:
+def _subsample(texts: list[str], characters: int) -> list[str]:
     """Every n-th text, so that they are no more than so many characters."""
     step = max(1, -(-sum(map(len, texts)) // characters))
     return texts[::step]

@@ -20,7 +20,7 @@ import xxhash
 from trainer.data.progress import Progress
 from trainer.files import replace_text, sync_directory, sync_file
 
-COMPLETE = "complete.json"
+RECORD_FILE = "complete.json"
 BLOCK_BYTES = 4 << 20
 
 _FORMAT = 2
@@ -46,8 +46,8 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Replace `complete.json` of `folder`, durably."""
-        whole = {"format": _FORMAT, **asdict(self)}
-        replace_text(folder / COMPLETE, json.dumps(whole, separators=(",", ":")))
+        total_bytes = {"format": _FORMAT, **asdict(self)}
+        replace_text(folder / RECORD_FILE, json.dumps(total_bytes, separators=(",", ":")))
 
 
 def read_record(folder: Path) -> Record | None:
@@ -57,7 +57,7 @@ def read_record(folder: Path) -> Record | None:
         ValueError: `complete.json` is damaged. OSError: it cannot be read.
     """
     try:
-        raw: Any = json.loads((folder / COMPLETE).read_bytes())
+        raw: Any = json.loads((folder / RECORD_FILE).read_bytes())
         if raw["format"] == 1:
             return None
         files = {
@@ -66,9 +66,9 @@ def read_record(folder: Path) -> Record | None:
         }
         record = Record(int(raw["block_bytes"]), files)
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{COMPLETE} is damaged ({type(error).__name__})") from None
+        raise ValueError(f"{RECORD_FILE} is damaged ({type(error).__name__})") from None
     if raw["format"] != _FORMAT or record.block_bytes < 1 or any(_is_inconsistent(f, record) for f in files.values()):
-        raise ValueError(f"{COMPLETE} is damaged (its values do not fit together)")
+        raise ValueError(f"{RECORD_FILE} is damaged (its values do not fit together)")
     return record
 
 
@@ -82,7 +82,7 @@ def seal(folder: Path) -> None:
     Raises:
         OSError: the disk is full, fails, or does not return what was written.
     """
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE)
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != RECORD_FILE)
     files = {}
     for name in names:
         stat = (folder / name).stat()
@@ -93,12 +93,12 @@ def seal(folder: Path) -> None:
         _drop_cached_pages(folder / name)
     for directory in sorted(p for p in folder.rglob("*") if p.is_dir()):
         sync_directory(directory)
-    if (damage := _damage(folder, record, None)) is not None:
+    if (damage := _find_damage(folder, record, None)) is not None:
         raise OSError(errno.EIO, f"the disk does not return what was written: {damage}", str(folder))
     record.write(folder)
 
 
-def damage_of(folder: Path, *, blocks: int | None) -> str | None:
+def find_damage(folder: Path, *, blocks: int | None) -> str | None:
     """What is wrong with an entry that has hashes; None if nothing was found.
 
     Every file is there with its size. A file whose modification time has changed is verified in full; of the others
@@ -113,22 +113,22 @@ def damage_of(folder: Path, *, blocks: int | None) -> str | None:
     try:
         record = read_record(folder)
     except OSError as error:
-        return f"{COMPLETE} cannot be read: {error.strerror}"
+        return f"{RECORD_FILE} cannot be read: {error.strerror}"
     assert record is not None
-    return _damage(folder, record, blocks)
+    return _find_damage(folder, record, blocks)
 
 
-def _damage(folder: Path, record: Record, blocks: int | None) -> str | None:
-    whole = sum(file.size for file in record.files.values())
-    progress = Progress(f"verifying {folder.name}", whole if blocks is None else None)
+def _find_damage(folder: Path, record: Record, blocks: int | None) -> str | None:
+    total_bytes = sum(file.size for file in record.files.values())
+    progress = Progress(f"verifying {folder.name}", total_bytes if blocks is None else None)
     for name, file in record.files.items():
         try:
             stat = (folder / name).stat()
             if stat.st_size != file.size:
                 return f"{name} has {stat.st_size:,} bytes instead of {file.size:,}"
-            chosen = _chosen(len(file.hashes), blocks if stat.st_mtime_ns == file.mtime_ns else None)
-            for block, found in _hashes_of(folder / name, record.block_bytes, chosen):
-                if found != file.hashes[block]:
+            selected = _select_blocks(len(file.hashes), blocks if stat.st_mtime_ns == file.mtime_ns else None)
+            for block, block_hash in _hash_blocks(folder / name, record.block_bytes, selected):
+                if block_hash != file.hashes[block]:
                     return f"{name}: wrong hash of block {block} (from byte {block * record.block_bytes:,} on)"
                 progress.add(record.block_bytes)
         except OSError as error:
@@ -136,7 +136,7 @@ def _damage(folder: Path, record: Record, blocks: int | None) -> str | None:
     return None
 
 
-def _chosen(count: int, blocks: int | None) -> Iterable[int]:
+def _select_blocks(count: int, blocks: int | None) -> Iterable[int]:
     if blocks is None or count <= blocks:
         return range(count)
     return sorted({0, count - 1, *random.SystemRandom().sample(range(1, count - 1), max(0, blocks - 2))})
@@ -144,10 +144,10 @@ def _chosen(count: int, blocks: int | None) -> Iterable[int]:
 
 def _hashes(path: Path) -> Iterator[str]:
     count = -(-path.stat().st_size // BLOCK_BYTES)
-    return (found for _, found in _hashes_of(path, BLOCK_BYTES, range(count)))
+    return (block_hash for _, block_hash in _hash_blocks(path, BLOCK_BYTES, range(count)))
 
 
-def _hashes_of(path: Path, block_bytes: int, blocks: Iterable[int]) -> Iterator[tuple[int, str]]:
+def _hash_blocks(path: Path, block_bytes: int, blocks: Iterable[int]) -> Iterator[tuple[int, str]]:
     buffer = memoryview(bytearray(block_bytes))
     with path.open("rb", buffering=0) as file:
         for block in blocks:
@@ -164,7 +164,7 @@ def _drop_cached_pages(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def record_times(folder: Path) -> None:
+def update_mtimes(folder: Path) -> None:
     """Record new modification times, such as those of a copy, of files that have been verified in full.
 
     Only one process at a time may call it for an entry.

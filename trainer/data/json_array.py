@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.data.compressed import open_bytes
+from trainer.data.compressed import open_decompressed
 from trainer.errors import DataError
 from trainer.units import format_bytes
 
 _CHUNK_BYTES = 1 << 20
-_SPACE = " \t\r\n"
+_WHITESPACE = " \t\r\n"
 _decoder = json.JSONDecoder()
 
 
@@ -36,14 +36,14 @@ def is_array(file: Path) -> bool:
     Raises:
         DataError: it begins with neither an array nor an object.
     """
-    with open_bytes(file) as handle:
-        first = _Text(file, handle, _CHUNK_BYTES).peek()
+    with open_decompressed(file) as handle:
+        first = _Scanner(file, handle, _CHUNK_BYTES).peek()
     if first not in ("", "[", "{"):
         raise DataError(f"{file}: line 1: expected an array of objects, or one object a line (got {first!r})")
     return first == "["
 
 
-def elements(file: Path, largest: int) -> Iterator[Element]:
+def read_elements(file: Path, max_characters: int) -> Iterator[Element]:
     """The elements of the array in `file`. No more than one of them is in memory, and what has been read ahead.
 
     Args:
@@ -52,43 +52,45 @@ def elements(file: Path, largest: int) -> Iterator[Element]:
     Raises:
         DataError: naming file and line, for what is no JSON array.
     """
-    with open_bytes(file) as handle:
-        text = _Text(file, handle, largest)
+    with open_decompressed(file) as handle:
+        text = _Scanner(file, handle, max_characters)
         text.expect("[")
         number, separator = 0, text.peek()
         if separator == "]":
             text.expect("]")
         while separator != "]":
             number += 1
-            yield text.element(number)
+            yield text.read_element(number)
             separator = text.expect(",]")
         if rest := text.peek():
             raise DataError(f"{file}: line {text.line()}: {rest!r} after the end of the array")
 
 
-class _Text:
+class _Scanner:
     """Characters of a file, from the current position on."""
 
-    def __init__(self, file: Path, handle: BinaryIO, largest: int) -> None:
-        self._file, self._handle, self._largest = file, handle, largest
+    def __init__(self, file: Path, handle: BinaryIO, max_characters: int) -> None:
+        self._file, self._handle, self._max_characters = file, handle, max_characters
         self._decode = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at = "", 0
+        self._text, self._position = "", 0
         self._lines = self._counted = 0
         """Line ends before position `_counted` of `_text`."""
 
-    def line(self, at: int | None = None) -> int:
-        """Number of the line at the current position, or at position `at` of what is in memory; `at` is no smaller than
-        in the call before, so that each character is looked at once."""
-        at = self._at if at is None else at
-        self._lines += self._text.count("\n", self._counted, at)
-        self._counted = at
+    def line(self, position: int | None = None) -> int:
+        """Line number of the current position, or of `position` in the buffer.
+
+        Positions must not decrease between calls, so that each character is counted once.
+        """
+        position = self._position if position is None else position
+        self._lines += self._text.count("\n", self._counted, position)
+        self._counted = position
         return 1 + self._lines
 
     def _read(self, size: int) -> bool:
         """Read so many bytes more. False at the end of the file."""
         raw = self._handle.read(size)
         self.line()
-        self._text, self._at, self._counted = self._text[self._at :], 0, 0
+        self._text, self._position, self._counted = self._text[self._position :], 0, 0
         try:
             self._text += self._decode.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
@@ -102,34 +104,34 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in _SPACE:
-                self._at += 1
-            if self._at < len(self._text):
-                return self._text[self._at]
+            while self._position < len(self._text) and self._text[self._position] in _WHITESPACE:
+                self._position += 1
+            if self._position < len(self._text):
+                return self._text[self._position]
             if not self._read(_CHUNK_BYTES):
                 return ""
 
     def expect(self, characters: str) -> str:
         """Pass one of these characters, and return it."""
-        found = self.peek()
-        if not found or found not in characters:
+        next_character = self.peek()
+        if not next_character or next_character not in characters:
             wanted = " or ".join(repr(character) for character in characters)
-            shown = repr(found) if found else "the end of the file"
-            raise DataError(f"{self._file}: line {self.line()}: not a JSON array: expected {wanted} (got {shown})")
-        self._at += 1
-        return found
+            actual = repr(next_character) if next_character else "the end of the file"
+            raise DataError(f"{self._file}: line {self.line()}: not a JSON array: expected {wanted} (got {actual})")
+        self._position += 1
+        return next_character
 
-    def element(self, number: int) -> Element:
+    def read_element(self, number: int) -> Element:
         """Pass one value. Where it is incomplete, as much again is read as there is, so that the time is linear."""
         self.peek()
         while True:
             where = f"{self._file}: line {self.line()} (element {number})"
             try:
-                value, end = _decoder.raw_decode(self._text, self._at)
+                value, end = _decoder.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                if len(self._text) - self._at > self._largest:
-                    raise DataError(f"{where}: not JSON, or longer than {format_bytes(self._largest)}") from None
-                if not self._read(max(_CHUNK_BYTES, len(self._text) - self._at)):
+                if len(self._text) - self._position > self._max_characters:
+                    raise DataError(f"{where}: not JSON, or longer than {format_bytes(self._max_characters)}") from None
+                if not self._read(max(_CHUNK_BYTES, len(self._text) - self._position)):
                     line = self.line(error.pos)
                     raise DataError(f"{self._file}: line {line} (element {number}): not JSON: {error.msg}") from None
             except RecursionError:
@@ -137,5 +139,5 @@ class _Text:
             except ValueError as error:
                 raise DataError(f"{where}: not JSON: {error}") from None
             else:
-                size, self._at = end - self._at, end
+                size, self._position = end - self._position, end
                 return Element(where, value, size)

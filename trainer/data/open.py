@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.batches import PAD_MULTIPLE, BatchShape, EvaluationBatches, TrainBatches
-from trainer.data.epochs import sample_order
-from trainer.data.samples import CheckedSamples, DocumentSamples, samples_of
+from trainer.data.batches import DEFAULT_PAD_MULTIPLE, BatchShape, EvaluationBatches, TrainBatches
+from trainer.data.epochs import build_sample_order
+from trainer.data.samples import CheckedSamples, DocumentSamples, build_samples
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
@@ -44,15 +44,15 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     """
     data = loaded.config.data
 
-    def checked(tokens: IndexedTokens) -> CheckedSamples:
-        samples = samples_of(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
-        if isinstance(samples, DocumentSamples) and samples.cut:
+    def open_samples(tokens: IndexedTokens) -> CheckedSamples:
+        samples = build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
+        if isinstance(samples, DocumentSamples) and samples.num_truncated:
             log.warning("%s: %d of %d documents are longer than data.sequence_length + 1 = %d and are cut there",
-                        tokens.bin_path, samples.cut, len(tokens), data.sequence_length + 1)  # fmt: skip
+                        tokens.bin_path, samples.num_truncated, len(tokens), data.sequence_length + 1)  # fmt: skip
         return CheckedSamples(samples, tokens, loaded.facts.vocabulary)
 
-    train = [checked(tokens) for tokens in prepared.train]
-    validation = [checked(tokens) for tokens in prepared.validation]
+    train = [open_samples(tokens) for tokens in prepared.train]
+    validation = [open_samples(tokens) for tokens in prepared.validation]
     tokenizer = prepared.tokenizer
     pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
                    if i is not None), 0)  # fmt: skip
@@ -64,16 +64,16 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
         data_ranks=topology.data,
         length=data.sequence_length,
         pad_id=pad_id,
-        multiple=data.sequence_length
+        pad_to_multiple_of=data.sequence_length
         if is_concatenated  # all of one shape, as engines may rely on
-        else math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
-        masks=not is_concatenated or loaded.facts.balances_experts,
+        else math.lcm(DEFAULT_PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
+        mask_padding=not is_concatenated or loaded.facts.balances_experts,
     )
-    order = sample_order(loaded, [len(s) for s in train], prepared.weights)
+    order = build_sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)
     log.info("training reads %s samples of up to %d tokens: %.2f epochs",
-             f"{loaded.steps * shape.train:,}", data.sequence_length, batches.epoch_after(loaded.steps))  # fmt: skip
+             f"{loaded.steps * shape.train:,}", data.sequence_length, batches.epochs_after(loaded.steps))  # fmt: skip
     limit = loaded.config.evaluation.max_batches
-    held_out = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None
+    validation_batches = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None
     sources = [tokens.fingerprint() for tokens in prepared.train]
-    return Batches(batches, held_out, {"sources": sources, "weights": list(prepared.weights)})
+    return Batches(batches, validation_batches, {"sources": sources, "weights": list(prepared.weights)})

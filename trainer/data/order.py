@@ -31,7 +31,7 @@ def mix(*values: int) -> int:
     return state
 
 
-def _scramble(value: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+def _round_function(value: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
     value = (value + np.uint64(key)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(32))
@@ -41,17 +41,17 @@ def permute(positions: Integers, size: int, *key: int) -> Integers:
     """The images of `positions`, each in [0, size), under the permutation that `key` names."""
     if size <= 1:
         return np.zeros_like(positions)
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
     keys = [mix(*key, number) for number in range(_ROUNDS)]
     value = positions.astype(np.uint64)
     outside = np.ones(value.shape, dtype=bool)
     while outside.any():
         walking = value[outside]
-        left, right = walking >> half, walking & mask
+        left, right = walking >> half_bits, walking & mask
         for round_key in keys:
-            left, right = right, left ^ (_scramble(right, round_key) & mask)
-        value[outside] = (left << half) | right
+            left, right = right, left ^ (_round_function(right, round_key) & mask)
+        value[outside] = (left << half_bits) | right
         outside = value >= np.uint64(size)
     return value.astype(np.int64)
 
@@ -83,37 +83,41 @@ class SampleOrder:
     def epoch_samples(self) -> int:
         return sum(self.shares)
 
-    def epoch_of(self, position: int) -> float:
+    def epochs_at(self, position: int) -> float:
         """How many epochs lie before `position`, as a fraction."""
         return position / self.epoch_samples
 
-    def at(self, positions: Sequence[int] | Integers) -> tuple[Integers, Integers]:
+    def lookup(self, positions: Sequence[int] | Integers) -> tuple[Integers, Integers]:
         """(source, sample) at each global position, counted from the start of training.
 
         Args:
             positions: any global sample positions >= 0, in any order.
         """
-        places = np.asarray(positions, dtype=np.int64)
-        source, sample = np.empty_like(places), np.empty_like(places)
-        epochs = places // self.epoch_samples
+        global_positions = np.asarray(positions, dtype=np.int64)
+        source, sample = np.empty_like(global_positions), np.empty_like(global_positions)
+        epochs = global_positions // self.epoch_samples
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            drawn = permute(places[chosen] % self.epoch_samples, self.epoch_samples, self.seed, int(epoch), -1)
-            source[chosen], sample[chosen] = self._locate(drawn, int(epoch))
+            selected = epochs == epoch
+            epoch_positions = permute(
+                global_positions[selected] % self.epoch_samples, self.epoch_samples, self.seed, int(epoch), -1
+            )
+            source[selected], sample[selected] = self._locate(epoch_positions, int(epoch))
         return source, sample
 
-    def _locate(self, drawn: Integers, epoch: int) -> tuple[Integers, Integers]:
-        borders = np.cumsum(self.shares)
-        source = np.searchsorted(borders, drawn, side="right").astype(np.int64)
-        sample = np.empty_like(drawn)
+    def _locate(self, epoch_positions: Integers, epoch: int) -> tuple[Integers, Integers]:
+        source_ends = np.cumsum(self.shares)
+        source = np.searchsorted(source_ends, epoch_positions, side="right").astype(np.int64)
+        sample = np.empty_like(epoch_positions)
         for number in np.unique(source):
-            chosen = source == number
+            selected = source == number
             size, share = self.samples[number], self.shares[number]
             # Counted through all epochs, so that a source is read whole before any of it is read again.
-            running = drawn[chosen] - (borders[number] - share) + epoch * share
-            images = np.empty_like(running)
-            for lap in np.unique(running // size):
-                same = running // size == lap
-                images[same] = permute(running[same] % size, size, self.seed, int(lap), int(number))
-            sample[chosen] = images
+            source_positions = epoch_positions[selected] - (source_ends[number] - share) + epoch * share
+            permuted = np.empty_like(source_positions)
+            for pass_number in np.unique(source_positions // size):
+                is_in_pass = source_positions // size == pass_number
+                permuted[is_in_pass] = permute(
+                    source_positions[is_in_pass] % size, size, self.seed, int(pass_number), int(number)
+                )
+            sample[selected] = permuted
         return source, sample

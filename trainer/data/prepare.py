@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from trainer.checkpoint_format import is_checkpoint, run_tokenizer_folder
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.cache import Cache
-from trainer.data.frame import DocumentFrame, frame_of
-from trainer.data.holdout import HASHES, TextHasher, hold_out, without_held_out
+from trainer.data.documents import TextChunk
+from trainer.data.holdout import HASHES, DocumentHasher, drop_held_out, split_held_out
 from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
 from trainer.data.progress import Progress
 from trainer.data.sources import Source
-from trainer.data.text import Piece
+from trainer.data.special_tokens import DocumentFrame, resolve_frame
 from trainer.data.tokenizer import (
     END_OF_TEXT,
     TRAINING_BYTES,
@@ -73,12 +73,12 @@ class PreparedData:
         return None if self.frame is None else self.frame.as_json()
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batch_chunks(chunks: Iterator[TextChunk]) -> Iterator[list[TextChunk]]:
+    batch: list[TextChunk] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += piece.size
+    for chunk in chunks:
+        batch.append(chunk)
+        size += chunk.size
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -86,9 +86,9 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def tokenise(
+def tokenize_source(
     source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, frame: DocumentFrame, out: Path,
-    hasher: TextHasher | None = None,
+    hasher: DocumentHasher | None = None,
 ) -> None:  # fmt: skip
     """Writes the documents of `source`, each in its frame, as `out/tokens.bin` and `.idx`.
 
@@ -102,42 +102,42 @@ def tokenise(
     empty = 0
     with IndexedWriter(out / "tokens", id_type(vocabulary)) as writer:
         documents = 0
-        for batch in _batches(source.pieces()):
-            encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
-            for piece, ids in zip(batch, encoded, strict=True):
+        for batch in _batch_chunks(source.chunks()):
+            encoded = tokenizer([chunk.text for chunk in batch], add_special_tokens=False, verbose=False)["input_ids"]
+            for chunk, ids in zip(batch, encoded, strict=True):
                 if hasher is not None:
-                    hasher.update(piece.text)
-                if hasher is not None and piece.ends:
-                    hasher.end(counts=bool(ids or writer.open_length))
+                    hasher.update(chunk.text)
+                if hasher is not None and chunk.is_last:
+                    hasher.end(is_written=bool(ids or writer.open_length))
                 if ids:
                     writer.extend(ids if writer.open_length else [*frame.prefix, *ids])
-                progress.add(piece.size)
-                if piece.ends and writer.open_length == 0:
+                progress.add(chunk.size)
+                if chunk.is_last and writer.open_length == 0:
                     empty += 1
-                elif piece.ends:
+                elif chunk.is_last:
                     writer.extend(frame.suffix)
                     writer.end()
                     documents += 1
     if documents == 0:
         raise DataError(f"{source.path}: no text in it ({empty} empty documents)")
-    (out / _FINGERPRINT).write_text(_indexed(out / "tokens").fingerprint())
+    (out / _FINGERPRINT).write_text(_open_contiguous(out / "tokens").fingerprint())
     if empty:
         log.warning("%s: %d empty documents left out of %d", source.path, empty, empty + documents)
 
 
 def _training_text(sources: list[Source], fraction: float | None) -> Iterator[str]:
-    left = TRAINING_BYTES
+    remaining = TRAINING_BYTES
     for source in sources:
-        pieces = source.pieces()
-        for piece in pieces if fraction is None else without_held_out(pieces, fraction, TRAINING_BYTES):
-            if piece.text:
-                yield piece.text
-            left -= piece.size
-            if left <= 0:
+        chunks = source.chunks()
+        for chunk in chunks if fraction is None else drop_held_out(chunks, fraction, TRAINING_BYTES):
+            if chunk.text:
+                yield chunk.text
+            remaining -= chunk.size
+            if remaining <= 0:
                 return
 
 
-def named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
+def load_named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the configuration names; None where one is trained."""
     data, model = loaded.config.data, loaded.config.model
     if data.tokenizer is not None:
@@ -160,45 +160,47 @@ def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
     data = loaded.config.data
     if all(Source(path, "train", data.text_field).is_indexed for path in data.paths):
         return None
-    tokenizer = named_tokenizer(loaded)
+    tokenizer = load_named_tokenizer(loaded)
     if tokenizer is None:
         return DocumentFrame() if data.special_tokens == "none" else DocumentFrame((), (0,), (), (END_OF_TEXT,))
-    return frame_of(tokenizer, data.special_tokens)
+    return resolve_frame(tokenizer, data.special_tokens)
 
 
-def _refuse_changed(source: Source, before: Sequence[Sequence[Any]]) -> None:
+def _refuse_changed_source(source: Source, initial_signature: Sequence[Sequence[Any]]) -> None:
     """Refuse what was built from files that changed in the meantime: the cache would keep it under the hash of another
     content, for every later run.
 
     Raises:
-        DataError: names, sizes or modification times differ from `before`, the appearance that was hashed.
+        DataError: names, sizes or modification times differ from `initial_signature`, the appearance that was hashed.
     """
-    if source.appearance() != before:
+    if source.signature() != initial_signature:
         raise DataError(f"{source.path}: changed while it was read. Start again once nothing writes to it")
 
 
-def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
-    if (named := named_tokenizer(loaded)) is not None:
-        return named
+def _prepare_tokenizer(loaded: LoadedConfig, text_sources: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
+    if (configured := load_named_tokenizer(loaded)) is not None:
+        return configured
     data = loaded.config.data
 
-    before = [s.appearance() for s in texts]
+    initial_signature = [s.signature() for s in text_sources]
 
     def build(folder: Path) -> None:
-        log.info("training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in texts))
-        train_tokenizer(_training_text(texts, data.held_out_fraction), loaded.facts.vocabulary, folder)
-        for source, appearance in zip(texts, before, strict=True):
-            _refuse_changed(source, appearance)
+        log.info(
+            "training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in text_sources)
+        )
+        train_tokenizer(_training_text(text_sources, data.held_out_fraction), loaded.facts.vocabulary, folder)
+        for source, signature in zip(text_sources, initial_signature, strict=True):
+            _refuse_changed_source(source, signature)
 
     settings = ["byte-level BPE", _FORMAT, TRAINING_BYTES, data.text_field, loaded.facts.vocabulary]
     if data.held_out_fraction is not None:
         settings.append(data.held_out_fraction)
     folder = cache.entry(
-        [settings, before],
-        lambda: [settings, [s.content_hash() for s in texts]],
+        [settings, initial_signature],
+        lambda: [settings, [s.content_hash() for s in text_sources]],
         "tokenizer",
         build,
-        adopts=True,
+        adopt_unhashed=True,
     )
     return load_tokenizer(str(folder), "data.tokenizer")
 
@@ -206,7 +208,7 @@ def _tokenizer_of(loaded: LoadedConfig, texts: list[Source], cache: Cache) -> Pr
 def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the model, which no data needs; None if it has none."""
     try:
-        return named_tokenizer(loaded)
+        return load_named_tokenizer(loaded)
     except ConfigError as error:
         log.info("the trained model will be written without a tokenizer: %s", error.problems[0].reason)
         return None
@@ -214,51 +216,51 @@ def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | Non
 
 def _check_tokens(folder: Path) -> None:
     """Check the token files of a cache entry: their index, and the fingerprint that a run compares on resuming."""
-    found = _indexed(folder / "tokens").fingerprint()
-    if found != (expected := (folder / _FINGERPRINT).read_text()):
-        raise DataError(f"{folder}: its fingerprint is {found} instead of {expected}")
+    fingerprint = _open_contiguous(folder / "tokens").fingerprint()
+    if fingerprint != (expected := (folder / _FINGERPRINT).read_text()):
+        raise DataError(f"{folder}: its fingerprint is {fingerprint} instead of {expected}")
 
 
-def _indexed(path: Path) -> IndexedTokens:
+def _open_contiguous(path: Path) -> IndexedTokens:
     tokens = IndexedTokens(path)
     if not tokens.is_contiguous:
         raise DataError(f"{tokens.idx_path}: its documents do not lie one after the other in {tokens.bin_path.name}")
     return tokens
 
 
-def _tokens_of(
+def _open_source(
     source: Source, loaded: LoadedConfig, cache: Cache, tokenizer: PreTrainedTokenizerBase | None,
     frame: DocumentFrame | None,
 ) -> list[IndexedTokens]:  # fmt: skip
     """The token files of a source; of text, made unless they are in the cache."""
     data = loaded.config.data
     if source.is_indexed:
-        return [_indexed(file) for file in source.files]
+        return [_open_contiguous(file) for file in source.files]
     assert tokenizer is not None
     assert frame is not None
     settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, frame.cache_key,
                 id_type(loaded.facts.vocabulary).__name__]  # fmt: skip
-    is_divided = source.split == "train" and data.held_out_fraction is not None
-    if is_divided:
+    is_split = source.split == "train" and data.held_out_fraction is not None
+    if is_split:
         settings.append(HASHES)
 
-    before = source.appearance()
+    initial_signature = source.signature()
 
     def build(out: Path) -> None:
-        hasher = TextHasher() if is_divided else None
-        tokenise(source, tokenizer, loaded.facts.vocabulary, frame, out, hasher)
-        _refuse_changed(source, before)
+        hasher = DocumentHasher() if is_split else None
+        tokenize_source(source, tokenizer, loaded.facts.vocabulary, frame, out, hasher)
+        _refuse_changed_source(source, initial_signature)
         if hasher is not None:
             hasher.save(out)
 
     folder = cache.entry(
-        [settings, source.split, before],
+        [settings, source.split, initial_signature],
         lambda: [settings, source.content_hash()],
         "tokens",
         build,
         check=_check_tokens,
     )
-    return [_indexed(folder / "tokens")]
+    return [_open_contiguous(folder / "tokens")]
 
 
 def prepare_data(
@@ -288,39 +290,41 @@ def prepare_data(
 
 def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
     """Open the token files of every source, which `cache` builds where they are missing. See `prepare_data`."""
-    data, largest = loaded.config.data, loaded.config.data.max_document_bytes
+    data, max_document_bytes = loaded.config.data, loaded.config.data.max_document_bytes
     sources = {
-        "train": [Source(s.path, "train", data.text_field, largest) for s in data.train],
+        "train": [Source(s.path, "train", data.text_field, max_document_bytes) for s in data.train],
         "validation": [
-            Source(s.path, "validation", data.text_field, largest) for s in data.validation if s.path is not None
+            Source(s.path, "validation", data.text_field, max_document_bytes)
+            for s in data.validation
+            if s.path is not None
         ],
     }
-    texts = [s for s in sources["train"] if not s.is_indexed]
+    text_sources = [s for s in sources["train"] if not s.is_indexed]
     tokenizer: PreTrainedTokenizerBase | None = None
     frame: DocumentFrame | None = None
-    held_out_texts = [s for s in sources["validation"] if not s.is_indexed]
-    if texts or held_out_texts or data.tokenizer:
-        tokenizer = _tokenizer_of(loaded, texts, cache)
+    validation_texts = [s for s in sources["validation"] if not s.is_indexed]
+    if text_sources or validation_texts or data.tokenizer:
+        tokenizer = _prepare_tokenizer(loaded, text_sources, cache)
     elif loaded.config.model.path:
         tokenizer = _tokenizer_for_export(loaded)
     if tokenizer is not None:
         check_tokenizer(tokenizer, loaded.facts.vocabulary)
-        if texts or held_out_texts:
-            frame = frame_of(tokenizer, data.special_tokens)
+        if text_sources or validation_texts:
+            frame = resolve_frame(tokenizer, data.special_tokens)
             log.info('documents: %s (data.special_tokens "%s")', frame, data.special_tokens)
 
-    tokens_of = partial(_tokens_of, loaded=loaded, cache=cache, tokenizer=tokenizer, frame=frame)
-    train = [tokens_of(source) for source in sources["train"]]
+    open_source = partial(_open_source, loaded=loaded, cache=cache, tokenizer=tokenizer, frame=frame)
+    train = [open_source(source) for source in sources["train"]]
     held_out: list[IndexedTokens] = []
     if data.held_out_fraction is not None:
-        train, held_out = hold_out(data, cache, sources["train"], train)
-    of_files = iter([tokens_of(source) for source in sources["validation"]])
-    validation = [held_out if section.path is None else next(of_files) for section in data.validation]
+        train, held_out = split_held_out(data, cache, sources["train"], train)
+    validation_tokens = iter([open_source(source) for source in sources["validation"]])
+    validation = [held_out if section.path is None else next(validation_tokens) for section in data.validation]
     for source, parts in zip(sources["train"], train, strict=True):
-        _say_size(f"train data: {source.path}", parts)
+        _log_size(f"train data: {source.path}", parts)
     for section, parts in zip(data.validation, validation, strict=True):
         share = section.path or f"{section.fraction:g} of the training documents, which are not trained on"
-        _say_size(f"validation data: {share}", parts)
+        _log_size(f"validation data: {share}", parts)
     return PreparedData(
         [part for parts in train for part in parts],
         tuple(section.weight for section, parts in zip(data.train, train, strict=True) for _ in parts),
@@ -332,5 +336,5 @@ def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
     )
 
 
-def _say_size(what: str, parts: Sequence[IndexedTokens]) -> None:
+def _log_size(what: str, parts: Sequence[IndexedTokens]) -> None:
     log.info("%s: %s documents, %s tokens", what, f"{sum(map(len, parts)):,}", f"{sum(p.tokens for p in parts):,}")

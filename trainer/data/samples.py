@@ -21,7 +21,7 @@ class Samples(Protocol):
     def ids(self, number: int) -> Ids:
         """At most `sequence_length + 1` ids of sample `number`."""
 
-    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
+    def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
         """Predicted tokens in these samples together, without reading them."""
 
 
@@ -39,27 +39,27 @@ class ConcatenatedSamples:
             DataError: not one sample.
         """
         self._tokens, self._length = tokens, length
-        targets = max(0, tokens.tokens - 1)
-        self._count = targets // length if drop_last else -(-targets // length)
-        self._missing = max(0, self._count * length - targets)
+        count_targets = max(0, tokens.tokens - 1)
+        self._num_samples = count_targets // length if drop_last else -(-count_targets // length)
+        self._last_sample_deficit = max(0, self._num_samples * length - count_targets)
         """Targets that the last sample has fewer than `length`."""
 
-        if self._count < 1 and drop_last:
+        if self._num_samples < 1 and drop_last:
             raise DataError(
                 f"{tokens.bin_path}: {tokens.tokens} tokens, fewer than one sample of data.sequence_length + 1 = "
                 f"{length + 1}. Set data.drop_last to false, shorten the sequence or add text"
             )
-        if self._count < 1:
+        if self._num_samples < 1:
             raise DataError(f"{tokens.bin_path}: {tokens.tokens} tokens, and a sample has 2 at least. Add text")
 
     def __len__(self) -> int:
-        return self._count
+        return self._num_samples
 
     def ids(self, number: int) -> Ids:
         return self._tokens.stream(number * self._length, self._length + 1)
 
-    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
-        return len(numbers) * self._length - self._missing * int((numbers == self._count - 1).sum())
+    def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        return len(numbers) * self._length - self._last_sample_deficit * int((numbers == self._num_samples - 1).sum())
 
 
 class DocumentSamples:
@@ -67,27 +67,27 @@ class DocumentSamples:
 
     def __init__(self, tokens: IndexedTokens, length: int) -> None:
         self._tokens, self._length = tokens, length
-        self._usable = np.flatnonzero(tokens.lengths >= 2)
-        self._targets = np.minimum(tokens.lengths[self._usable], length + 1) - 1
-        if not len(self._usable):
+        self._usable_documents = np.flatnonzero(tokens.lengths >= 2)
+        self._targets = np.minimum(tokens.lengths[self._usable_documents], length + 1) - 1
+        if not len(self._usable_documents):
             raise DataError(f"{tokens.bin_path}: no document of two tokens or more")
 
     @property
-    def cut(self) -> int:
+    def num_truncated(self) -> int:
         """Documents longer than a sample, whose rest is not read."""
         return int((self._tokens.lengths > self._length + 1).sum())
 
     def __len__(self) -> int:
-        return len(self._usable)
+        return len(self._usable_documents)
 
     def ids(self, number: int) -> Ids:
-        return self._tokens.document(int(self._usable[number]), self._length + 1)
+        return self._tokens.document(int(self._usable_documents[number]), self._length + 1)
 
-    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
+    def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
         return int(self._targets[numbers].sum(dtype=np.int64))
 
 
-def samples_of(
+def build_samples(
     tokens: IndexedTokens, packing: Literal["concatenate", "none"], length: int, *, drop_last: bool
 ) -> Samples:
     """The samples of one token file under a way of packing."""
@@ -111,14 +111,14 @@ class CheckedSamples:
         Raises:
             DataError: naming file, sample and place of an id that the model has no embedding for.
         """
-        found = self._samples.ids(number).astype(np.int64)
-        if found.max() >= self._vocabulary or found.min() < 0:
-            place = int(np.flatnonzero((found >= self._vocabulary) | (found < 0))[0])
+        sample_ids = self._samples.ids(number).astype(np.int64)
+        if sample_ids.max() >= self._vocabulary or sample_ids.min() < 0:
+            index = int(np.flatnonzero((sample_ids >= self._vocabulary) | (sample_ids < 0))[0])
             raise DataError(
-                f"{self._tokens.bin_path}: sample {number}, id {place} is {found[place]}, outside the model's "
+                f"{self._tokens.bin_path}: sample {number}, id {index} is {sample_ids[index]}, outside the model's "
                 f"vocabulary of {self._vocabulary}. The file was made with another tokenizer, or is damaged"
             )
-        return found
+        return sample_ids
 
-    def targets(self, numbers: npt.NDArray[np.int64]) -> int:
-        return self._samples.targets(numbers)
+    def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        return self._samples.count_targets(numbers)

@@ -24,18 +24,26 @@ from trainer.config.paths import (
     matching_files,
     only_tokens,
 )
+from trainer.data.documents import (
+    TextChunk,
+    document_too_large,
+    read_json_array,
+    read_json_lines,
+    read_text_file,
+    split_document,
+    validate_text,
+)
 from trainer.data.json_array import is_array
-from trainer.data.tables import TABLES, table_rows
-from trainer.data.text import Piece, as_text, json_elements, json_lines, pieces_of, plain_text, too_large
+from trainer.data.tables import TABLES, read_table_rows
 from trainer.errors import ConfigError, DataError, Problem
 
 Split = Literal["train", "validation"]
 
-LARGEST_DOCUMENT = 64_000_000
+DEFAULT_MAX_DOCUMENT_BYTES = 64_000_000
 """Default of `data.max_document_bytes`."""
 
-_HELD_OUT_OF_100 = 5
-_LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo")
+_VALIDATION_PERCENT = 5
+_EXCLUDED_FOLDERS = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Source:
     path: str
     split: Split
     text_field: str
-    largest: int = LARGEST_DOCUMENT
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
     """Bytes of a document at most, where it is in memory as a whole."""
 
     @property
@@ -67,75 +75,75 @@ class Source:
             return None
         return sum(f.stat().st_size for f in files)
 
-    def appearance(self) -> list[list[Any]]:
+    def signature(self) -> list[list[Any]]:
         """What tells, without reading, whether the source is still the same: names, sizes, times."""
         if self.path.startswith(HUB):
             return [[self.path, self.split, _hub_revision(self.path)]]
-        found = []
+        file_signatures = []
         for file in self.files:
             parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
             for part in parts:
                 stat = part.stat()
-                found.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns])
-        return found
+                file_signatures.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns])
+        return file_signatures
 
     def content_hash(self) -> str:
         """A hash of what the source says, whatever its files are called."""
-        whole = hashlib.sha256(self.split.encode() if self.path.startswith(HUB) or self._is_saved else b"")
+        hasher = hashlib.sha256(self.split.encode() if self.path.startswith(HUB) or self._is_saved_dataset else b"")
         if self.path.startswith(HUB):
-            whole.update(json.dumps([self.path, _hub_revision(self.path)]).encode())
+            hasher.update(json.dumps([self.path, _hub_revision(self.path)]).encode())
         for file in self.files:
             parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
             for part in parts:
                 with part.open("rb") as handle:
-                    kind = f"{kind_of(part)}{compression_of(part)}" if compression_of(part) else part.suffix
-                    whole.update(kind.encode() + hashlib.file_digest(handle, "sha256").digest())
-        return whole.hexdigest()
+                    suffix = f"{kind_of(part)}{compression_of(part)}" if compression_of(part) else part.suffix
+                    hasher.update(suffix.encode() + hashlib.file_digest(handle, "sha256").digest())
+        return hasher.hexdigest()
 
     @property
-    def _is_saved(self) -> bool:
+    def _is_saved_dataset(self) -> bool:
         files = self.files
         return len(files) == 1 and files[0].is_dir()
 
-    def pieces(self) -> Iterator[Piece]:
+    def chunks(self) -> Iterator[TextChunk]:
         """The text, in order.
 
         Raises:
             DataError: naming the file and the line, row or byte, for anything that cannot be read as text.
         """
         if self.path.startswith(HUB):
-            yield from self._hub_rows()
+            yield from self._read_hub()
         for is_table, files in groupby(self.files, lambda file: file.is_dir() or file.suffix in TABLES):
             if is_table:
-                yield from self._table_rows([_of_split(file, self.split) for file in files])
+                yield from self._read_tables([_split_folder(file, self.split) for file in files])
             else:
                 for file in files:
-                    yield from self._text_pieces(file)
+                    yield from self._read_text_files(file)
 
-    def _text_pieces(self, file: Path) -> Iterator[Piece]:
+    def _read_text_files(self, file: Path) -> Iterator[TextChunk]:
         if kind_of(file) == ".json" and is_array(file):
-            yield from json_elements(file, self.text_field, self.largest)
+            yield from read_json_array(file, self.text_field, self.max_document_bytes)
         elif kind_of(file) in (".jsonl", ".json"):
-            yield from json_lines(file, self.text_field, self.largest)
+            yield from read_json_lines(file, self.text_field, self.max_document_bytes)
         else:
-            yield from plain_text(file)
+            yield from read_text_file(file)
 
-    def _table_rows(self, files: list[Path]) -> Iterator[Piece]:
-        for row in table_rows(files, self.text_field, self.largest):
-            text = as_text(row.text, row.where, self.text_field)
-            yield from pieces_of(text, len(text))
+    def _read_tables(self, files: list[Path]) -> Iterator[TextChunk]:
+        for row in read_table_rows(files, self.text_field, self.max_document_bytes):
+            text = validate_text(row.text, row.where, self.text_field)
+            yield from split_document(text, len(text))
 
-    def _hub_rows(self) -> Iterator[Piece]:
+    def _read_hub(self) -> Iterator[TextChunk]:
         try:
-            for number, row in enumerate(_from_hub(self.path, self.split), start=1):
+            for number, row in enumerate(_load_hub_dataset(self.path, self.split), start=1):
                 where = f"{self.path}: row {number}"
                 if self.text_field not in row:
-                    have = ", ".join(f"'{key}'" for key in row)
-                    raise DataError(f"{where} has no field '{self.text_field}', only {have}")
-                text = as_text(row[self.text_field], where, self.text_field)
-                if len(text) > self.largest:
-                    raise too_large(where, len(text.encode()), self.largest)
-                yield from pieces_of(text, len(text))
+                    available = ", ".join(f"'{key}'" for key in row)
+                    raise DataError(f"{where} has no field '{self.text_field}', only {available}")
+                text = validate_text(row[self.text_field], where, self.text_field)
+                if len(text) > self.max_document_bytes:
+                    raise document_too_large(where, len(text.encode()), self.max_document_bytes)
+                yield from split_document(text, len(text))
         except (DataError, ConfigError):
             raise
         except Exception as error:  # whatever pyarrow, pandas and fsspec raise on damaged files
@@ -149,17 +157,17 @@ def stdlib_files(split: Split) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     modules: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _LEFT_OUT]  # site-packages may hold 100,000 files
+        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]  # site-packages may hold 100,000 files
         modules += [Path(folder, name) for name in names if name.endswith(".py")]
     files = []
     for file in sorted(modules):
-        held_out = zlib.crc32(file.relative_to(root).as_posix().encode()) % 100 < _HELD_OUT_OF_100
+        held_out = zlib.crc32(file.relative_to(root).as_posix().encode()) % 100 < _VALIDATION_PERCENT
         if held_out == (split == "validation") and file.stat().st_size:
             files.append(file)
     return files
 
 
-def _of_split(file: Path, split: Split) -> Path:
+def _split_folder(file: Path, split: Split) -> Path:
     """Of a folder with several splits, saved by `datasets`, the folder of this one; any other file itself.
 
     Raises:
@@ -181,7 +189,7 @@ def _hub_name(path: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
-def _hub_problem(path: str, error: Exception) -> ConfigError:
+def _hub_error(path: str, error: Exception) -> ConfigError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConfigError(
         Problem(
@@ -200,10 +208,10 @@ def _hub_revision(path: str) -> str:
     try:
         return str(HfApi().dataset_info(_hub_name(path)[0], timeout=30).sha)
     except Exception as error:
-        raise _hub_problem(path, error) from None
+        raise _hub_error(path, error) from None
 
 
-def _from_hub(path: str, split: Split) -> Any:
+def _load_hub_dataset(path: str, split: Split) -> Any:
     import datasets
 
     name, configuration = _hub_name(path)
@@ -211,4 +219,4 @@ def _from_hub(path: str, split: Split) -> Any:
     try:
         return datasets.load_dataset(name, configuration, split=split, streaming=True, revision=revision)
     except Exception as error:
-        raise _hub_problem(path, error) from None
+        raise _hub_error(path, error) from None

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _BATCH_BYTES = 1 << 20
-_MOST_ROWS = 250
+_MAX_BATCH_ROWS = 250
 
 
 class _FieldMissingError(Exception):
@@ -29,7 +29,7 @@ class _FieldMissingError(Exception):
         self.fields = fields
 
 
-def _column(names: list[str], field: str) -> int:
+def _column_index(names: list[str], field: str) -> int:
     if field not in names:
         raise _FieldMissingError(list(names))
     return names.index(field)
@@ -40,7 +40,7 @@ def _parquet(path: str, field: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(path)
-    _column(schema.names, field)
+    _column_index(schema.names, field)
     with pq.ParquetFile(path, buffer_size=_BATCH_BYTES) as file:
         paths = [f"{file.metadata.schema.column(n).path}." for n in range(file.metadata.num_columns)]
         leaf = next(number for number, path in enumerate(paths) if path.startswith(f"{field}."))
@@ -48,8 +48,8 @@ def _parquet(path: str, field: str) -> Iterator[Any]:
             chunk = file.metadata.row_group(group).column(leaf)
             rows = max(1, file.metadata.row_group(group).num_rows)
             size = max(1, chunk.total_uncompressed_size // rows)
-            few = min(_MOST_ROWS, max(1, _BATCH_BYTES // size))
-            for batch in file.iter_batches(few, [group], columns=[field]):
+            rows_per_batch = min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES // size))
+            for batch in file.iter_batches(rows_per_batch, [group], columns=[field]):
                 yield batch.column(0)
 
 
@@ -59,7 +59,7 @@ def _arrow(path: str, field: str) -> Iterator[Any]:
     with pa.memory_map(path) as file:
         try:
             reader = pa.ipc.open_stream(file)
-            column = _column(reader.schema.names, field)
+            column = _column_index(reader.schema.names, field)
             for batch in reader:
                 batch.validate(full=True)
                 yield batch.column(column)
@@ -68,10 +68,10 @@ def _arrow(path: str, field: str) -> Iterator[Any]:
             if file.read(6) != b"ARROW1":
                 raise
             file.seek(0)
-            random_access = pa.ipc.open_file(file)
-            column = _column(random_access.schema.names, field)
-            for number in range(random_access.num_record_batches):
-                batch = random_access.get_batch(number)
+            file_reader = pa.ipc.open_file(file)
+            column = _column_index(file_reader.schema.names, field)
+            for number in range(file_reader.num_record_batches):
+                batch = file_reader.get_batch(number)
                 batch.validate(full=True)
                 yield batch.column(column)
 
@@ -80,77 +80,77 @@ def _csv(path: str, field: str) -> Iterator[Any]:
     import pandas as pd  # type: ignore[import-untyped]
     import pyarrow as pa
 
-    for frame in pd.read_csv(path, chunksize=_MOST_ROWS, dtype={field: str}):
-        column = _column([str(name) for name in frame.columns], field)
+    for frame in pd.read_csv(path, chunksize=_MAX_BATCH_ROWS, dtype={field: str}):
+        column = _column_index([str(name) for name in frame.columns], field)
         yield pa.Array.from_pandas(frame.iloc[:, column])
 
 
-def _saved(path: str, field: str) -> Iterator[Any]:
+def _saved_dataset(path: str, field: str) -> Iterator[Any]:
     import datasets
 
-    found = datasets.load_from_disk(path)
-    _column(found.column_names, field)
-    for table in found.select_columns([field]).with_format("arrow").iter(_MOST_ROWS):
+    dataset = datasets.load_from_disk(path)
+    _column_index(dataset.column_names, field)
+    for table in dataset.select_columns([field]).with_format("arrow").iter(_MAX_BATCH_ROWS):
         table.validate(full=True)
         yield table.column(0)
 
 
-_READERS = {".parquet": _parquet, ".arrow": _arrow, ".csv": _csv, "": _saved}
+_READERS = {".parquet": _parquet, ".arrow": _arrow, ".csv": _csv, "": _saved_dataset}
 
 
-def _say(**line: Any) -> None:
+def _write_line(**line: Any) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
 
 
-def _read(path: str, field: str, largest: int) -> bool:
+def _read_file(path: str, field: str, max_bytes: int) -> bool:
     """Say the rows of a file. False if something is wrong in it."""
     number, batch, size = 0, list[str | None](), 0
-    kind = "" if os.path.isdir(path) else os.path.splitext(path)[1]
-    for column in _READERS[kind](path, field):
+    suffix = "" if os.path.isdir(path) else os.path.splitext(path)[1]
+    for column in _READERS[suffix](path, field):
         for cell in column:
             number += 1
             value = cell.as_py()
             if value is not None and not isinstance(value, str):
-                _say(rows=batch)
-                _say(row=number, type=type(value).__name__)
+                _write_line(rows=batch)
+                _write_line(row=number, type=type(value).__name__)
                 return False
-            if value is not None and len(value) * 4 > largest:
+            if value is not None and len(value) * 4 > max_bytes:
                 length = len(value.encode("utf-8", "surrogatepass"))
-                if length > largest:
-                    _say(rows=batch)
-                    _say(row=number, bytes=length)
+                if length > max_bytes:
+                    _write_line(rows=batch)
+                    _write_line(row=number, bytes=length)
                     return False
             batch.append(value)
             size += len(value or "")
-            if size >= _BATCH_BYTES or len(batch) >= _MOST_ROWS:
-                _say(rows=batch)
+            if size >= _BATCH_BYTES or len(batch) >= _MAX_BATCH_ROWS:
+                _write_line(rows=batch)
                 batch, size = [], 0
-    _say(rows=batch)
+    _write_line(rows=batch)
     return True
 
 
 def main() -> None:
-    field, largest, memory, *files = sys.argv[1:]
+    field, max_bytes, memory, *files = sys.argv[1:]
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_IGN)  # the parent decides; without it, the pipe breaks
     resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number, path in enumerate(files):
-        _say(file=number)
+        _write_line(file=number)
         try:
-            if not _read(path, field, int(largest)):
+            if not _read_file(path, field, int(max_bytes)):
                 break
         except _FieldMissingError as error:
-            _say(fields=error.fields)
+            _write_line(fields=error.fields)
             break
         except MemoryError as error:
-            _say(memory=str(error))
+            _write_line(memory=str(error))
             break
         except Exception as error:  # whatever pyarrow and pandas raise on damaged files
-            _say(error=(str(error).strip().splitlines() or [type(error).__name__])[0])
+            _write_line(error=(str(error).strip().splitlines() or [type(error).__name__])[0])
             break
     else:
-        _say(end=True)
+        _write_line(end=True)
     sys.stdout.flush()
 
 

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.data.text import too_large
+from trainer.data.documents import document_too_large
 from trainer.errors import DataError
 from trainer.units import format_bytes
 
 TABLES = (".parquet", ".csv", ".arrow")
 
-_LEAST_MEMORY = 4 << 30
-_MEMORY_OF_BYTES = 16
+_MIN_MEMORY_BYTES = 4 << 30
+_DOCUMENT_COPIES = 16
 """Copies of the largest document that a reader may hold."""
 
-_FEW_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+_THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 """The limit is on address space, of which libraries reserve much for each core."""
 
 
@@ -38,7 +38,7 @@ class TableRow:
     text: str | None
 
 
-def table_rows(files: Sequence[Path], field: str, largest: int) -> Iterator[TableRow]:
+def read_table_rows(files: Sequence[Path], field: str, max_bytes: int) -> Iterator[TableRow]:
     """The rows of the files, one after the other.
 
     Args:
@@ -50,17 +50,17 @@ def table_rows(files: Sequence[Path], field: str, largest: int) -> Iterator[Tabl
     for file in files:
         if file.is_file() and file.stat().st_size == 0:
             raise DataError(f"{file}: the file is empty")
-    memory = _LEAST_MEMORY + _MEMORY_OF_BYTES * largest
+    memory = _MIN_MEMORY_BYTES + _DOCUMENT_COPIES * max_bytes
     addresses = memory + sum(map(_mapped_bytes, files))
     script = str(Path(__file__).with_name("table_reader.py"))
-    command = [sys.executable, "-P", script, field, str(largest), str(addresses), *map(str, files)]
-    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", **_FEW_THREADS}
-    with tempfile.TemporaryFile() as said, subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=environment
+    command = [sys.executable, "-P", script, field, str(max_bytes), str(addresses), *map(str, files)]
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", **_THREAD_LIMITS}
+    with tempfile.TemporaryFile() as stderr_file, subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr_file, env=environment
     ) as reader:  # fmt: skip
         assert reader.stdout is not None
         try:
-            yield from _rows(reader, said, files, field, largest, memory)
+            yield from _parse_output(reader, stderr_file, files, field, max_bytes, memory)
         finally:
             reader.kill()
 
@@ -72,8 +72,13 @@ def _mapped_bytes(file: Path) -> int:
     return file.stat().st_size if file.suffix == ".arrow" else 0
 
 
-def _rows(
-    reader: subprocess.Popen[bytes], said: IO[bytes], files: Sequence[Path], field: str, largest: int, memory: int
+def _parse_output(
+    reader: subprocess.Popen[bytes],
+    stderr_file: IO[bytes],
+    files: Sequence[Path],
+    field: str,
+    max_bytes: int,
+    memory: int,
 ) -> Iterator[TableRow]:
     assert reader.stdout is not None
     file, number = files[0], 0
@@ -88,27 +93,27 @@ def _rows(
         elif "end" in line:
             return
         else:
-            raise _error(line, file, field, largest, memory)
+            raise _reader_error(line, file, field, max_bytes, memory)
     status = reader.wait()
-    said.seek(0)
-    last = (said.read().decode(errors="replace").strip().splitlines() or [""])[-1][:200]
+    stderr_file.seek(0)
+    last_line = (stderr_file.read().decode(errors="replace").strip().splitlines() or [""])[-1][:200]
     name = f"status {status}"
     with contextlib.suppress(ValueError):
         name = signal.Signals(-status).name
     raise DataError(
         f"{file}: cannot be read: it ended the process that read it, after row {number} ({name}"
-        f"{last and ': ' + last}). The file is damaged, or takes more than {format_bytes(memory)} of memory"
+        f"{last_line and ': ' + last_line}). The file is damaged, or takes more than {format_bytes(memory)} of memory"
     )
 
 
-def _error(line: dict[str, Any], file: Path, field: str, largest: int, memory: int) -> DataError:
+def _reader_error(line: dict[str, Any], file: Path, field: str, max_bytes: int, memory: int) -> DataError:
     if "fields" in line:
-        have = ", ".join(f"'{key}'" for key in line["fields"]) or "nothing"
-        return DataError(f"{file}: no field '{field}', only {have}. Set data.text_field")
+        available = ", ".join(f"'{key}'" for key in line["fields"]) or "nothing"
+        return DataError(f"{file}: no field '{field}', only {available}. Set data.text_field")
     if "type" in line:
         return DataError(f"{file}: row {line['row']}: field '{field}' holds {line['type']}, not text")
     if "bytes" in line:
-        return too_large(f"{file}: row {line['row']}", line["bytes"], largest)
+        return document_too_large(f"{file}: row {line['row']}", line["bytes"], max_bytes)
     if "memory" in line:
         return DataError(
             f"{file}: cannot be read with {format_bytes(memory)} of memory: {line['memory']}. The file is damaged, or "

@@ -61,8 +61,8 @@ def _missing_files(name: str) -> str:
     if not folder.is_dir() or any((folder / file).exists() for file in _VOCABULARY_FILES):
         return ""
     others = sorted(file.name for file in folder.glob("*token*"))
-    found = f", only {', '.join(others)}" if others else ""
-    return f"the folder holds none of {', '.join(_VOCABULARY_FILES)}{found}"
+    listed = f", only {', '.join(others)}" if others else ""
+    return f"the folder holds none of {', '.join(_VOCABULARY_FILES)}{listed}"
 
 
 def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
@@ -83,11 +83,11 @@ def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
         show_progress=False,
     )
     backend.train_from_iterator(text, trainer)
-    whole = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    whole.save_pretrained(str(folder))
+    fast_tokenizer.save_pretrained(str(folder))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

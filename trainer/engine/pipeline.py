@@ -26,7 +26,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.data.batches import IGNORED, MicroBatch, StepBatch
+from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
 from trainer.distributed import World
 from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
@@ -196,7 +196,7 @@ class PipelineEngine(BaseEngine):
         remaining, count = iter(batches), EVALUATION_MICRO_BATCHES_PER_STAGE * self._world.topology.pipeline
         with self._dynamic_shapes():
             while micro_batches := tuple(islice(remaining, count)):
-                tokens += sum(int((micro.labels_BT != IGNORED).sum()) for micro in micro_batches)
+                tokens += sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
                 self._run_forward(micro_batches)
                 loss_sum = loss_sum + self._stages[-1].loss_sum
         return self._reduce_evaluation(loss_sum, tokens)
@@ -376,12 +376,12 @@ def _pad_to_common_shape(micro_batches: Sequence[MicroBatch], min_count: int) ->
     padded = [
         MicroBatch(
             pad(micro.input_ids_BT, 0),
-            pad(micro.labels_BT, IGNORED),
+            pad(micro.labels_BT, IGNORE_INDEX),
             None if micro.attention_mask_BT is None else pad(micro.attention_mask_BT, 1),
         )
         for micro in micro_batches
     ]
-    empty = replace(padded[0], labels_BT=torch.full_like(padded[0].labels_BT, IGNORED))
+    empty = replace(padded[0], labels_BT=torch.full_like(padded[0].labels_BT, IGNORE_INDEX))
     return (*padded, *[empty] * (min_count - len(padded)))
 
 

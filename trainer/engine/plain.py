@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
-from trainer.data.batches import IGNORED, MicroBatch, StepBatch
+from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
 from trainer.engine.base import BaseEngine
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.model import TaskLoss
@@ -68,7 +68,7 @@ class PlainEngine(BaseEngine):
         loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
         for micro in batches:
             self._world.phases.advance()
-            tokens += int((micro.labels_BT != IGNORED).sum())
+            tokens += int((micro.labels_BT != IGNORE_INDEX).sum())
             loss_sum = loss_sum + self._forward(micro).loss_sum
         self._engine.train()
         return self._reduce_evaluation(loss_sum, tokens)

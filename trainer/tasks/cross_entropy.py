@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.distributed.collectives import Group
 from trainer.errors import TesseraError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that is not predicted."""
 
 
@@ -95,7 +95,7 @@ class VocabularyCrossEntropy:
     def _local_labels(self, labels_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """(column of each label here, or 0; whether it is here)."""
         columns = labels_N - self.rank * width
-        here = (columns >= 0) & (columns < width) & (labels_N != IGNORED)
+        here = (columns >= 0) & (columns < width) & (labels_N != IGNORE_INDEX)
         return columns.masked_fill(~here, 0), here
 
 
@@ -119,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss._reduced(exponentials_N)
         loss._reduced(of_label if loss.label_smoothing else of_label[0])
         log_z_N = largest_N + exponentials_N.log()
-        predicted_N = labels_N != IGNORED
+        predicted_N = labels_N != IGNORE_INDEX
         vocabulary = loss.vocabulary or width
         cross_entropy_N = torch.where(predicted_N, log_z_N - of_label[0], 0)
         smoothed_N = torch.where(predicted_N, log_z_N - of_label[1] / vocabulary, 0)

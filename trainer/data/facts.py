@@ -30,11 +30,11 @@ def source_facts(loaded: LoadedConfig) -> Iterator[Fact]:
         for number, section in enumerate(getattr(data, split)):
             if section.path is None:
                 continue
-            files = Source(section.path, split, data.text_field).appearance()
-            yield Fact(f"data.{split}.{number}.path", _described(files), _SAME_FILES, is_per_host=True)
+            files = Source(section.path, split, data.text_field).signature()
+            yield Fact(f"data.{split}.{number}.path", _describe_files(files), _SAME_FILES, is_per_host=True)
 
 
-def _described(files: Sequence[Sequence[Any]]) -> str:
+def _describe_files(files: Sequence[Sequence[Any]]) -> str:
     """Names, sizes and times of files, shortened to a few words and a hash."""
     digest = xxhash.xxh3_64(repr(files).encode()).hexdigest()
     size = f", {sum(file[1] for file in files)} bytes" if all(isinstance(file[1], int) for file in files) else ""
@@ -49,11 +49,11 @@ def prepared_facts(loaded: LoadedConfig, prepared: PreparedData) -> Iterator[Fac
     yield Fact("special tokens", prepared.frame_json, _SAME_TOKENS)
     for split, files in (("train", prepared.train), ("validation", prepared.validation)):
         for number, tokens in enumerate(files):
-            yield Fact(f"data.{split}, token file {number}", _content(tokens, cache), _SAME_TOKENS)
+            yield Fact(f"data.{split}, token file {number}", _describe_tokens(tokens, cache), _SAME_TOKENS)
     yield Fact("steps", loaded.steps, _SAME_TOKENS)
 
 
-def _content(tokens: IndexedTokens, cache: Path) -> str:
+def _describe_tokens(tokens: IndexedTokens, cache: Path) -> str:
     """Sizes and a hash: of the fingerprint, and for an entry of the cache of its key, in which all content is."""
     entry = tokens.bin_path.parent
     content = f"{entry.name if entry.parent == cache else ''} {tokens.fingerprint()}"

@@ -46,14 +46,14 @@ class DocumentFrame:
         return {"prefix": list(self.prefix), "suffix": list(self.suffix)}
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens) -> DocumentFrame:
+def resolve_frame(tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens) -> DocumentFrame:
     """The frame that `data.special_tokens` asks of this tokenizer.
 
     Raises:
         ConfigError: the tokenizer has no end-of-text token where one is needed, or does not frame all texts alike.
     """
     end = tokenizer.eos_token_id
-    prefix, suffix = added_ids(tokenizer) if special_tokens == "tokenizer" else ((), ())
+    prefix, suffix = find_added_ids(tokenizer) if special_tokens == "tokenizer" else ((), ())
     if special_tokens != "none" and end is not None and end not in suffix:
         suffix = (*suffix, end)
     if special_tokens != "none" and not suffix:
@@ -61,10 +61,10 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens) 
             Problem("data.special_tokens", f'"{special_tokens}" needs an end-of-text token, and the tokenizer has none',
                     'Set it to "none"')
         )  # fmt: skip
-    return DocumentFrame(prefix, suffix, _tokens(tokenizer, prefix), _tokens(tokenizer, suffix))
+    return DocumentFrame(prefix, suffix, _token_texts(tokenizer, prefix), _token_texts(tokenizer, suffix))
 
 
-def prompt_prefix(tokenizer: PreTrainedTokenizerBase, run: StoredRun | None) -> tuple[int, ...]:
+def resolve_prompt_prefix(tokenizer: PreTrainedTokenizerBase, run: StoredRun | None) -> tuple[int, ...]:
     """Ids before each prompt: those before each document of the run that trained the model.
 
     Args:
@@ -76,12 +76,12 @@ def prompt_prefix(tokenizer: PreTrainedTokenizerBase, run: StoredRun | None) -> 
     if run is not None and run.written["data"].get("special_tokens") != "tokenizer":
         return ()  # nor do earlier versions, which do not know the key, put anything before a document
     try:
-        return added_ids(tokenizer)[0]
+        return find_added_ids(tokenizer)[0]
     except ConfigError:  # it does not add the same ids to every text
         return ()
 
 
-def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def find_added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(ids before, ids after) that the tokenizer adds to a single text.
 
     Raises:
@@ -103,5 +103,5 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tupl
     return common.pop()
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(str(token) for token in tokenizer.convert_ids_to_tokens(list(ids)))
