@@ -24,7 +24,7 @@ from trainer.config.earlier_versions import stored_run
 from trainer.config.plugins import import_named_plugins
 from trainer.data import load_tokenizer, resolve_prompt_prefix
 from trainer.errors import ConfigError, Problem
-from trainer.exit import Arguments, exit_on_errors, read_launch
+from trainer.exit import CommandLineParser, exit_on_errors, read_launch
 from trainer.model import generate_texts, load_model
 
 
@@ -63,7 +63,9 @@ def tokenizer_of(folder: str) -> Any:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", help="the run directory (run.output_dir)")
     source.add_argument("--path", metavar="HF_FOLDER", help="a Hugging Face folder, or a name on the hub")

@@ -31,9 +31,9 @@ prepare_environment()
 
 from trainer.config import LoadedConfig, load_config
 from trainer.config.earlier_versions import METADATA_KEY
-from trainer.exit import Arguments, exit_on_errors, read_launch
+from trainer.exit import CommandLineParser, exit_on_errors, read_launch
 from trainer.fault_tolerance import GuardedRun, StopAgreement, StopRequests, refuse_missing_hostfile
-from trainer.sanitize import displayable
+from trainer.sanitize import sanitize_text
 
 log = logging.getLogger("trainer.train")
 
@@ -52,8 +52,8 @@ def main() -> None:
             requests.install(loaded.config.training.max_seconds)
             train(loaded, launch, requests, verify_data=options.verify_data)
         elif launch.rank == 0:
-            if loaded.kept.message:
-                print(f"[tessera] {displayable(loaded.kept.message)}", file=sys.stderr)
+            if loaded.legacy_defaults.message:
+                print(f"[tessera] {sanitize_text(loaded.legacy_defaults.message)}", file=sys.stderr)
             print(json.dumps(resolved_json(loaded), indent=2) if options.print_config else dry_run_text(loaded))
 
 
@@ -100,8 +100,8 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     loaded = resolve_steps(loaded, prepared)
     compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), timeout=JOIN_TIMEOUT)
     configure_logging(launch.rank, run.directory.path / "logs")
-    if loaded.kept.message:
-        log.info("%s", loaded.kept.message)
+    if loaded.legacy_defaults.message:
+        log.info("%s", loaded.legacy_defaults.message)
     with joined_world(launch, topology, store, run.phases, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
@@ -144,11 +144,13 @@ def dry_run_text(loaded: LoadedConfig) -> str:
     """What would run."""
     from trainer.dry_run import describe
 
-    return displayable(describe(loaded))
+    return sanitize_text(describe(loaded))
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, metavar="X.json", help="the configuration; see ds_configs/")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c",

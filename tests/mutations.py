@@ -19,45 +19,45 @@ ODD_VALUES: tuple[Any, ...] = (
 """Values that replace a sound one."""
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def _json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _places(item, (*path, key))
+            yield from _json_paths(item, (*path, key))
 
 
 def mutated_json(value: Any, rng: random.Random) -> str:
     """The text of `value` with one to three mutations."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        places = [path for path in _places(value) if path]
-        if not places:
+        paths = [path for path in _json_paths(value) if path]
+        if not paths:
             break
-        *above, last = rng.choice(places)
+        *above, last = rng.choice(paths)
         holder = value
         for key in above:
             holder = holder[key]
-        how = rng.choice(("replace", "replace", "replace", "delete", "rename", "wrap", "add"))
-        if how == "replace":
+        mutation = rng.choice(("replace", "replace", "replace", "delete", "rename", "wrap", "add"))
+        if mutation == "replace":
             holder[last] = copy.deepcopy(rng.choice(ODD_VALUES))
-        elif how == "delete":
+        elif mutation == "delete":
             del holder[last]
-        elif how == "wrap":
+        elif mutation == "wrap":
             holder[last] = rng.choice(([holder[last]], {"value": holder[last]}, str(holder[last])))
         elif isinstance(holder, dict):
             name = rng.choice((f"{last}s", "", "\x1b]0;x\x07", "extends", "__class__", "a.b", str(last).upper()))
-            holder[name] = holder.pop(last) if how == "rename" else copy.deepcopy(rng.choice(ODD_VALUES))
+            holder[name] = holder.pop(last) if mutation == "rename" else copy.deepcopy(rng.choice(ODD_VALUES))
     text = json.dumps(value)
-    how = rng.choice(("keep",) * 8 + ("cut", "number", "nest", "bytes"))
-    if how == "cut":
+    mutation = rng.choice(("keep",) * 8 + ("cut", "number", "nest", "bytes"))
+    if mutation == "cut":
         return text[: rng.randrange(len(text) + 1)]
-    if how == "number":
+    if mutation == "number":
         return text.replace(": 1", f": {rng.choice(('1e999', 'NaN', '-Infinity', '1' * 400, '01', '1_0'))}", 1)
-    if how == "nest":
+    if mutation == "nest":
         return '{"a":' * _DEEP if rng.random() < 0.5 else "[" * 500 + text + "]" * 500
-    if how == "bytes":
-        at = rng.randrange(len(text) + 1)
-        return text[:at] + rng.choice(("\x00", "\ufeff", "//", "'", ",", "}", "\udcff")) + text[at:]
+    if mutation == "bytes":
+        offset = rng.randrange(len(text) + 1)
+        return text[:offset] + rng.choice(("\x00", "\ufeff", "//", "'", ",", "}", "\udcff")) + text[offset:]
     return text
 
 
@@ -67,24 +67,24 @@ def damage(file: Path, rng: random.Random) -> str:
         file.write_bytes(mutated_json(json.loads(file.read_text()), rng).encode(errors="surrogateescape"))
         return "JSON"
     data = bytearray(file.read_bytes())
-    how = rng.choice(("truncate", "flip", "empty", "zero", "append", "remove", "folder", "noise"))
-    if how == "truncate":
+    mutation = rng.choice(("truncate", "flip", "empty", "zero", "append", "remove", "folder", "noise"))
+    if mutation == "truncate":
         data = data[: rng.randrange(len(data) + 1)]
-    elif how == "flip" and data:
+    elif mutation == "flip" and data:
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif how == "empty":
+    elif mutation == "empty":
         data = bytearray()
-    elif how == "zero" and data:
-        at = rng.randrange(len(data))
-        data[at : at + 64] = bytes(len(data[at : at + 64]))
-    elif how == "append":
+    elif mutation == "zero" and data:
+        offset = rng.randrange(len(data))
+        data[offset : offset + 64] = bytes(len(data[offset : offset + 64]))
+    elif mutation == "append":
         data += rng.choice((b"\x00" * 64, b'{"a":' * _DEEP + b"\n", b"\xff\xfe\n", b"{}\n", b"[]\n", b"null\n"))
-    elif how == "noise":
+    elif mutation == "noise":
         data = bytearray(rng.randbytes(max(1, len(data) // 2)))
-    if how in ("remove", "folder"):
+    if mutation in ("remove", "folder"):
         file.unlink()
-        if how == "folder":
+        if mutation == "folder":
             file.mkdir()
     else:
         file.write_bytes(bytes(data))
-    return how
+    return mutation

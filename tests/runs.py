@@ -122,7 +122,7 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     config = {key: value for key, value in config.items() if key != "parallel"}
     loaded = _loaded(config, 1)
     prepared = prepare_data(loaded)
-    whole_batch = {**config["deepspeed"], "train_micro_batch_size_per_gpu": loaded.batch.train}
+    whole_batch = {**config["deepspeed"], "train_micro_batch_size_per_gpu": loaded.batch.batch_size}
     whole_batch.pop("gradient_accumulation_steps", None)
     loaded = _loaded({**config, "deepspeed": whole_batch}, 1)
     batches = open_batches(loaded, prepared, Topology.of(1, 0))

@@ -43,28 +43,28 @@ def write_files(bad: Bad, folder: Path) -> None:
             path.write_bytes(content)
 
 
-def place(value: Any, **names: Path) -> Any:
+def fill_placeholders(value: Any, **names: Path) -> Any:
     text = json.dumps(value)
     for name, path in names.items():
         text = text.replace("{" + name + "}", str(path))
     return json.loads(text)
 
 
-def test_the_table_is_long_enough() -> None:
+def test_bad_inputs_table_is_complete() -> None:
     assert len(BAD_INPUTS) >= 40
     assert max(Counter(bad.name for bad in BAD_INPUTS).values()) == 1
 
 
-def test_every_rule_has_a_failing_example() -> None:
+def test_every_rule_has_failing_example() -> None:
     assert {rule.name for rule in RULES} == {bad.rule for bad in BAD_INPUTS if bad.rule}
 
 
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
-def test_bad_input(bad: Bad, tiny: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
+def test_bad_input_is_refused(bad: Bad, tiny: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
     folder = tmp_path / "input"
     folder.mkdir()
     write_files(bad, folder)
-    config = place(with_values(tiny, **bad.values), tmp=folder, tokenizer=tokenizer)
+    config = fill_placeholders(with_values(tiny, **bad.values), tmp=folder, tokenizer=tokenizer)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config) if bad.text is None else bad.text, encoding="utf-8")
     ended = run_command(TRAIN, "--config", str(path))
@@ -85,7 +85,7 @@ def test_bad_input(bad: Bad, tiny: dict[str, Any], tmp_path: Path, tokenizer: Pa
         (["--config", "x.json"], "x.json: no such file"),
     ],
 )
-def test_bad_command_lines(arguments: list[str], words: str) -> None:
+def test_invalid_command_line_is_refused(arguments: list[str], words: str) -> None:
     ended = run_command(TRAIN, *arguments)
     assert ended.status == 2
     assert words in ended.err

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.configs import with_values
 from tests.harness import Finished, run_command
 from trainer.checkpoint_format import read_manifest
-from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_run, upgraded, value_at
+from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_run, upgrade_config, value_at
 from trainer.config.load import LoadedConfig, load_config
 from trainer.errors import ConfigError
 from trainer.run_directory import RunDirectory, refuse_identity_change
@@ -26,7 +26,9 @@ CONFIG = str(BEGUN / "config.json")
 STEPS = 12
 STORED_STEPS = 3
 
-BEFORE = {row.key: row.meaning_in({}) for row in ADDED_KEYS if row.meaning_in({}) not in (ABSENT, row.new_default)}
+BEFORE = {
+    row.key: row.legacy_value_in({}) for row in ADDED_KEYS if row.legacy_value_in({}) not in (ABSENT, row.new_default)
+}
 """What a configuration of that version meant by the keys that it lacks, where new runs differ."""
 
 Weights = dict[str, torch.Tensor]
@@ -123,7 +125,7 @@ def test_begun_run_resumes_twice(upload: bool, tmp_path: Path) -> None:
     assert found["train", steps] == pytest.approx(STORED[0]["train", steps], rel=1e-5)
 
 
-def test_new_run_has_the_new_defaults(tmp_path: Path) -> None:
+def test_new_run_uses_new_defaults(tmp_path: Path) -> None:
     """The negative control: without the run directory the same command computes something else."""
     ended = train(tmp_path / "run", **{"training.max_steps": STORED_STEPS})
     assert ended.status == 0, ended.err
@@ -143,11 +145,11 @@ def test_resumed_run_keeps_earlier_defaults(tmp_path: Path) -> None:
     for settings in ([f"run.output_dir={run}"], *([elsewhere, resume] for resume in resumes)):
         loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
         assert {key: value_at(loaded.resolved(), key) for key in BEFORE} == BEFORE
-        assert loaded.kept.message.count(str(tmp_path)) == 1
+        assert loaded.legacy_defaults.message.count(str(tmp_path)) == 1
     for settings in ([f"run.output_dir={run}", "checkpoint.resume=never"], [elsewhere]):
         loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
         assert all(value_at(loaded.resolved(), key) != before for key, before in BEFORE.items())
-        assert not loaded.kept.message
+        assert not loaded.legacy_defaults.message
 
 
 @pytest.mark.fast
@@ -163,16 +165,18 @@ def test_dry_run_reports_kept_defaults(tmp_path: Path) -> None:
 @pytest.mark.fast
 def test_upgraded_configuration_has_every_added_key() -> None:
     old = json.loads((BEGUN / "run" / "config.json").read_text())
-    new = upgraded(old)
+    new = upgrade_config(old)
     assert {key: value_at(new, key) for key in BEFORE} == BEFORE
     assert value_at(new, "data.append_end_of_text") is ABSENT
     assert value_at(old, "data.special_tokens") is ABSENT, "what is passed in stays as it is"
-    assert upgraded(new) == new
+    assert upgrade_config(new) == new
     without = with_values(old, data__append_end_of_text=False)
-    assert value_at(upgraded(without), "data.special_tokens") == "none"
-    assert value_at(upgraded(with_values(old, data__packing="none")), "data.drop_last") is False, "as it must be there"
+    assert value_at(upgrade_config(without), "data.special_tokens") == "none"
+    assert value_at(upgrade_config(with_values(old, data__packing="none")), "data.drop_last") is False, (
+        "as it must be there"
+    )
     explicit = with_values(old, data__special_tokens="none")
-    assert value_at(upgraded(explicit), "data.special_tokens") == "none", "what is set stays"
+    assert value_at(upgrade_config(explicit), "data.special_tokens") == "none", "what is set stays"
 
 
 @pytest.mark.fast
@@ -196,9 +200,9 @@ def test_added_key_may_depend_on_model_family(monkeypatch: pytest.MonkeyPatch, t
 
     row = AddedKey("model.config.is_decoder", is_decoder, default=True)
     monkeypatch.setattr("trainer.config.earlier_versions.ADDED_KEYS", (row,))
-    assert upgraded({"model": {"config": {"model_type": "llama"}}})["model"]["config"]["is_decoder"] is False
-    assert "is_decoder" not in upgraded({"model": {"config": {"model_type": "gpt2"}}})["model"]["config"]
-    assert upgraded({"model": {"path": "x", "config": None}}) == {"model": {"path": "x", "config": None}}
+    assert upgrade_config({"model": {"config": {"model_type": "llama"}}})["model"]["config"]["is_decoder"] is False
+    assert "is_decoder" not in upgrade_config({"model": {"config": {"model_type": "gpt2"}}})["model"]["config"]
+    assert upgrade_config({"model": {"path": "x", "config": None}}) == {"model": {"path": "x", "config": None}}
 
 
 @pytest.mark.fast
@@ -226,8 +230,8 @@ def test_explicit_values_are_not_kept(key: str, value: Any, tmp_path: Path) -> N
     """Deleting the key again is another value, as with every key that identifies a run."""
     run, settings = with_new_configuration(tmp_path / "run", **{key: value})
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
-    assert not loaded.kept.message
-    assert not loaded.kept.keys
+    assert not loaded.legacy_defaults.message
+    assert not loaded.legacy_defaults.keys
     old = json.loads((run / "config.json").read_text())
     with pytest.raises(ConfigError) as refused:
         refuse_identity_change(old, loaded, "the run directory")
@@ -249,9 +253,9 @@ def test_kept_defaults_survive_further_attempts(tmp_path: Path) -> None:
     for arguments in ((), ("data.special_tokens=end",), ()):
         loaded = attempt(*arguments)
         assert loaded.config.data.special_tokens == "end"
-        assert set(BEFORE) <= set(loaded.kept.keys)
+        assert set(BEFORE) <= set(loaded.legacy_defaults.keys)
     changed = attempt("data.special_tokens=none", 'checkpoint.allow_changed=["data.special_tokens"]')
-    assert "data.special_tokens" not in changed.kept.keys
+    assert "data.special_tokens" not in changed.legacy_defaults.keys
     assert attempt().config.data.special_tokens == "tokenizer", "and refused where it is compared"
 
 
@@ -267,12 +271,12 @@ def test_kept_defaults_respect_changed_packing(tmp_path: Path) -> None:
     ]
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
     assert loaded.config.data.drop_last is False
-    assert "data.drop_last" not in loaded.kept.message
-    assert "data.special_tokens" in loaded.kept.message
+    assert "data.drop_last" not in loaded.legacy_defaults.message
+    assert "data.special_tokens" in loaded.legacy_defaults.message
 
 
 @pytest.mark.fast
-def test_other_explicit_values_are_refused(tmp_path: Path) -> None:
+def test_conflicting_explicit_value_is_refused(tmp_path: Path) -> None:
     run = copy_begun_run(tmp_path / "run")
     settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}", "data.special_tokens=none"]
     loaded = load_config(CONFIG, settings, world=1, device="cpu")
@@ -285,7 +289,7 @@ def test_other_explicit_values_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_begun_run_keeps_its_checkpoint_defaults(tmp_path: Path) -> None:
+def test_resumed_run_keeps_checkpoint_defaults(tmp_path: Path) -> None:
     """The new default of keep_last would delete what the earlier version kept. A key that is set counts."""
     run, keys = copy_begun_run(tmp_path / "run"), ("every_steps", "keep_last")
     stored = json.loads((run / "config.json").read_text())
@@ -303,7 +307,10 @@ def test_begun_run_keeps_its_checkpoint_defaults(tmp_path: Path) -> None:
     for _ in range(2):
         loaded = attempt()
         assert [getattr(loaded.config.checkpoint, key) for key in keys] == [None, None]
-        assert 'checkpoint.every_steps = null (new runs: "auto"), checkpoint.keep_last = null' in loaded.kept.message
+        assert (
+            'checkpoint.every_steps = null (new runs: "auto"), checkpoint.keep_last = null'
+            in loaded.legacy_defaults.message
+        )
     loaded = attempt("checkpoint.keep_last=3")
     assert [getattr(loaded.config.checkpoint, key) for key in keys] == [None, 3]
     loaded = attempt()

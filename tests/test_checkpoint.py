@@ -55,7 +55,7 @@ from trainer.checkpoint_format import (
 )
 from trainer.compat.deepspeed import nvme
 from trainer.compat.deepspeed.optimizer_layouts import _map_file
-from trainer.config.deepspeed import nvme_can_be_read
+from trainer.config.deepspeed import is_async_io_available
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
 from trainer.engine import ScalarState, TrainingState
@@ -215,7 +215,7 @@ def test_nvme_state_equals_state_in_memory(
     offload: dict[str, Any], values: dict[str, Any], base: dict[str, Any], unbroken: Any, tmp_path: Path
 ) -> None:
     """All as with offload to memory, bit for bit; also from one to the other, and back."""
-    if not nvme_can_be_read():
+    if not is_async_io_available():
         pytest.skip("needs libaio-dev")
     (tmp_path / "nvme").mkdir()
     there = {"device": "nvme", "nvme_path": str(tmp_path / "nvme"), "buffer_count": 12, **offload}

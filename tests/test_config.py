@@ -17,17 +17,17 @@ from tests.harness import run_command
 from tools.parity.shrink import tiny as tiny_family
 from trainer.config import rules
 from trainer.config.deepspeed import (
-    REFUSED,
     RESOLVED_AUTOS,
+    UNSUPPORTED,
     Batch,
     DeepSpeedSection,
     batch_arithmetic,
-    clips_itself,
-    extensions_of,
-    for_engine,
+    deepspeed_clips_gradients,
+    engine_settings,
+    required_extensions,
 )
 from trainer.config.load import check, load_config
-from trainer.config.model_facts import config_from, model_facts, scrub
+from trainer.config.model_facts import model_facts, parse_model_config, scrub
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.config.read import apply_override, merge, read_config_file
 from trainer.data.inspection import DataReport
@@ -51,7 +51,7 @@ def test_extends_merges_objects_and_replaces_lists(tmp_path: Path) -> None:
     assert read_config_file(tmp_path / "top.json") == {"a": {"x": 1, "y": 3}, "b": [9]}
 
 
-def test_a_deepspeed_file_that_people_already_have(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_deepspeed_file_is_merged_into_section(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(tiny["deepspeed"]))
     (tmp_path / "config.json").write_text(json.dumps({**tiny, "deepspeed": "ds.json"}))
     inline = check(tiny, world=1, device="cpu")
@@ -69,14 +69,14 @@ def test_a_deepspeed_file_that_people_already_have(tiny: dict[str, Any], tmp_pat
         ("list.0.path=z", {"list": [{"path": "z"}]}),
     ],
 )
-def test_overrides(assignment: str, expected: dict[str, Any]) -> None:
+def test_override_sets_value(assignment: str, expected: dict[str, Any]) -> None:
     raw: dict[str, Any] = {"list": [{"path": "a"}]} if "list" in expected else {}
     apply_override(raw, assignment)
     assert raw == expected
 
 
 @pytest.mark.parametrize("assignment", ["nothing", "=1", "list.5=1", "number.x=1", "extends=x.json"])
-def test_bad_overrides(assignment: str) -> None:
+def test_malformed_override_is_refused(assignment: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_override({"list": [1], "number": 3}, assignment)
 
@@ -91,39 +91,39 @@ def test_bad_overrides(assignment: str) -> None:
         ('model.config={"sizes": [1, {"rope_theta": 1e400}]}', "model.config.sizes.1.rope_theta", "1e400"),
     ],
 )
-def test_overrides_that_are_not_finite(assignment: str, key: str, written: str) -> None:
+def test_non_finite_override_is_refused(assignment: str, key: str, written: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--set {key}: must be a finite number \(got {written}"):
         apply_override({}, assignment)
 
 
 @pytest.mark.parametrize("text", ["1e308", "123456789012345678901234567890", "-0.0", '"NaN"', "nan"])
-def test_overrides_that_look_infinite(text: str) -> None:
+def test_override_with_infinite_looking_text_is_string(text: str) -> None:
     raw: dict[str, Any] = {}
     apply_override(raw, f"a={text}")
     assert json.dumps(raw["a"]) in (text.replace("1e308", "1e+308"), '"nan"')
 
 
-def test_every_bad_override_is_named(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_every_malformed_override_is_reported(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "config.json", ["nothing", "=1", "run.seed=3"])
     assert len(caught.value.problems) == 2
 
 
-def test_a_deepspeed_file_by_override(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_override_reads_deepspeed_file(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({**tiny["deepspeed"], "gradient_clipping": 0.125}))
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     loaded = load_config(tmp_path / "config.json", [f"deepspeed={tmp_path / 'ds.json'}"], world=1)
     assert loaded.config.deepspeed.clipping == 0.125
 
 
-def test_merge_leaves_its_arguments_alone() -> None:
+def test_merge_does_not_change_arguments() -> None:
     base = {"a": {"x": 1}}
     assert merge(base, {"a": {"y": 2}}) == {"a": {"x": 1, "y": 2}}
     assert base == {"a": {"x": 1}}
 
 
-def test_mistakes_of_every_kind_in_one_pass(tiny: dict[str, Any]) -> None:
+def test_all_problems_are_reported_in_one_pass(tiny: dict[str, Any]) -> None:
     config = with_values(
         tiny,
         parallel__tensr=1,
@@ -141,7 +141,7 @@ def test_mistakes_of_every_kind_in_one_pass(tiny: dict[str, Any]) -> None:
     assert len(found) == 7
 
 
-def test_a_wrong_value_does_not_bring_wrong_consequences(tiny: dict[str, Any]) -> None:
+def test_invalid_value_skips_dependent_rules(tiny: dict[str, Any]) -> None:
     assert problems(with_values(tiny, deepspeed__train_batch_size="many")) == [
         "deepspeed.train_batch_size: expected whole number or 'auto', got \"many\""
     ]
@@ -164,7 +164,9 @@ def section(**keys: Any) -> DeepSpeedSection:
         (None, None, 8, 1, None),
     ],
 )
-def test_batch_arithmetic(train: Any, micro: Any, steps: Any, ranks: int, expected: Batch | None) -> None:
+def test_batch_arithmetic_derives_third_key(
+    train: Any, micro: Any, steps: Any, ranks: int, expected: Batch | None
+) -> None:
     given = {"train_batch_size": train, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": steps}
     found = batch_arithmetic(section(**{k: v for k, v in given.items() if v is not None}), ranks)
     assert (found if isinstance(found, Batch) else None) == expected
@@ -206,14 +208,14 @@ def _refused_everywhere() -> list[str]:
 
 
 @pytest.mark.parametrize("path", _refused_everywhere())
-def test_auto_is_refused_where_nothing_resolves_it(path: str, tiny: dict[str, Any]) -> None:
+def test_unresolvable_auto_is_refused(path: str, tiny: dict[str, Any]) -> None:
     assert path not in RESOLVED_AUTOS
     found = problems(with_values(tiny, **{f"deepspeed__{path.replace('.', '__')}": "auto"}))
     assert [line for line in found if line.startswith(f'deepspeed.{path}: "auto" cannot be resolved')]
 
 
-def test_refused_keys_say_why(tiny: dict[str, Any]) -> None:
-    for key, (reason, _) in REFUSED.items():
+def test_unsupported_deepspeed_key_has_reason(tiny: dict[str, Any]) -> None:
+    for key, (reason, _) in UNSUPPORTED.items():
         values = {f"deepspeed__{key.replace('.', '__')}": {}}
         if key.startswith("zero_optimization."):
             values["deepspeed__zero_optimization__stage"] = 1
@@ -221,26 +223,26 @@ def test_refused_keys_say_why(tiny: dict[str, Any]) -> None:
         assert any(line.startswith(f"deepspeed.{key}: {reason}") for line in found), (key, found)
 
 
-def test_clipping_is_the_engines_only_at_zero_0_in_fp32(tiny: dict[str, Any]) -> None:
+def test_engine_clips_only_at_zero_0_in_fp32(tiny: dict[str, Any]) -> None:
     for stage, bf16, theirs in ((0, False, False), (0, True, True), (1, False, True), (3, False, True)):
         config = with_values(tiny, deepspeed__zero_optimization={"stage": stage}, deepspeed__bf16={"enabled": bf16})
         resolved = check(config, world=1, device="cpu").deepspeed_json
-        assert clips_itself(resolved) is theirs
-        assert for_engine(resolved)["gradient_clipping"] == (0.5 if theirs else 0.0)
+        assert deepspeed_clips_gradients(resolved) is theirs
+        assert engine_settings(resolved)["gradient_clipping"] == (0.5 if theirs else 0.0)
 
 
-def test_code_in_a_models_configuration_is_dropped_at_every_depth() -> None:
+def test_model_config_code_keys_are_dropped_at_every_depth() -> None:
     raw = {"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "evil/repo",
            "text_config": {"trust_remote_code": True, "hidden_size": 3}}  # fmt: skip
     assert scrub(raw) == {"model_type": "llama", "text_config": {"hidden_size": 3}}
 
 
-def test_the_resolved_configuration_is_a_configuration(tiny: dict[str, Any]) -> None:
+def test_resolved_configuration_is_valid_input(tiny: dict[str, Any]) -> None:
     resolved = check(tiny, world=2, device="cpu").resolved()
     assert check(resolved, world=2, device="cpu").resolved() == resolved
 
 
-def test_print_config(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_print_config_prints_resolved_configuration(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--print_config", "--set", "run.seed=5")
     assert ended.status == 0, ended.err
@@ -255,7 +257,7 @@ def test_print_config(tiny: dict[str, Any], tmp_path: Path) -> None:
     (["--world", "4"], ["processes    4 = pipeline 1 x data 4 x tensor 1", "2 a micro-batch x 1 accumulated x 4"]),
     (["--set", "deepspeed.gradient_accumulation_steps=2"], ["processes    2 =", "x 2 data ranks"]),
 ])  # fmt: skip
-def test_dry_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_describes_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run", *extra)
     assert ended.status == 0, ended.err
@@ -270,7 +272,7 @@ def test_dry_run(extra: list[str], expected: list[str], tiny: dict[str, Any], tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_world_in_a_dry_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_refuses_indivisible_world_size(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run", "--world", "3")
     assert ended.status == 2
@@ -284,7 +286,7 @@ def test_schema_file_is_current() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
-def test_shipped_configurations(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_configuration_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.name == "schema.json":
         return
     if path.name != "quickstart.json":  # all read the same text, which takes seconds
@@ -297,7 +299,7 @@ def test_shipped_configurations(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "checkpoint   " in said
 
 
-def test_a_bad_configuration_costs_less_than_five_cpu_seconds(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_configuration_is_refused_within_five_cpu_seconds(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, parallel__tensr=2)))
     measured = (
         "import resource, subprocess, sys\n"
@@ -317,17 +319,17 @@ def test_a_bad_configuration_costs_less_than_five_cpu_seconds(tiny: dict[str, An
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_nvme_needs_its_extension(
+def test_nvme_offload_requires_async_io(
     there: bool, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules.offload, "nvme_can_be_read", lambda: there)
+    monkeypatch.setattr(rules.offload, "is_async_io_available", lambda: there)
     offload = {"device": "nvme", "nvme_path": str(tmp_path)}
     values = with_values(tiny, deepspeed__zero_optimization={"stage": 3, "offload_optimizer": offload})
     if there:
         values["checkpoint"] = {"asynchronous": True}
         loaded = check(values, world=1, device="cpu")
         assert [problem.path for problem in loaded.warnings] == ["checkpoint.asynchronous"]
-        assert extensions_of(loaded.deepspeed_json) == ["CPUAdamBuilder", "AsyncIOBuilder"]
+        assert required_extensions(loaded.deepspeed_json) == ["CPUAdamBuilder", "AsyncIOBuilder"]
     else:
         with pytest.raises(ConfigError, match=r"async_io cannot be compiled here.*Install libaio-dev"):
             check(values, world=1, device="cpu")
@@ -338,7 +340,7 @@ def test_nvme_needs_its_extension(
 
 def sizes_refused(model_type: str, **values: Any) -> str:
     with pytest.raises(ConfigError) as raised:
-        config_from({"model_type": model_type, **values}, "model.config")
+        parse_model_config({"model_type": model_type, **values}, "model.config")
     return str(raised.value)
 
 
@@ -361,7 +363,7 @@ def sizes_refused(model_type: str, **values: Any) -> str:
         ("llama", {"vocab_size": -5}, "model.config.vocab_size: must be a whole number of at least 1 (got -5)"),
     ],
 )  # fmt: skip
-def test_sizes_that_no_model_has(model_type: str, values: dict[str, Any], expected: str) -> None:
+def test_impossible_model_size_is_refused(model_type: str, values: dict[str, Any], expected: str) -> None:
     assert expected in sizes_refused(model_type, **values)
 
 
@@ -379,11 +381,11 @@ def test_sizes_that_no_model_has(model_type: str, values: dict[str, Any], expect
         ("llama", {"num_key_value_heads": None, "pad_token_id": -1}),
     ],
 )
-def test_sizes_that_look_strange(model_type: str, values: dict[str, Any]) -> None:
-    config_from({"model_type": model_type, **values}, "model.config")
+def test_unusual_model_size_is_accepted(model_type: str, values: dict[str, Any]) -> None:
+    parse_model_config({"model_type": model_type, **values}, "model.config")
 
 
-def test_the_sizes_of_every_family_are_accepted() -> None:
+def test_default_sizes_of_every_family_are_accepted() -> None:
     """Its defaults, written whole as a folder has them."""
     count = 0
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -398,8 +400,8 @@ def test_the_sizes_of_every_family_are_accepted() -> None:
     assert count > 150
 
 
-def test_heads_of_layers_that_differ() -> None:
+def test_per_layer_attention_heads_use_common_divisor() -> None:
     """What every layer can be sharded into: 16 heads in two layers, 8 in the others."""
-    assert model_facts(tiny_family("dots3_note_text")).heads == 8
-    assert model_facts(tiny_family("llama")).heads == 8
-    assert model_facts(tiny_family("mamba")).heads is None
+    assert model_facts(tiny_family("dots3_note_text")).attention_heads == 8
+    assert model_facts(tiny_family("llama")).attention_heads == 8
+    assert model_facts(tiny_family("mamba")).attention_heads is None

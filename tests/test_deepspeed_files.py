@@ -11,7 +11,7 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from tests.configs import with_values
-from trainer.config.deepspeed import REFUSED, normalize, normalized
+from trainer.config.deepspeed import UNSUPPORTED, normalize, normalize_section
 from trainer.config.load import LoadedConfig, check, load_config
 from trainer.errors import ConfigError
 
@@ -40,14 +40,14 @@ def completed(message: str) -> Any:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_file_is_asked_once_and_the_answer_can_be_copied(file: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_missing_values_are_one_problem_with_usable_remedy(file: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     (message,) = refusal(write(tmp_path, tiny, str(file)))
     assert "train_batch_size" in message
     assert "optimizer" in message
     assert ("warmup_num_steps" in message) is file.stem.startswith("huggingface")
     loaded = load_config(write(tmp_path, tiny, completed(message)), world=1, device="cpu")
     assert '"auto"' not in json.dumps(loaded.deepspeed_json)
-    assert loaded.batch.train == 32
+    assert loaded.batch.batch_size == 32
     assert loaded.config.deepspeed.precision == "bf16"
     assert (
         loaded.deepspeed_json["zero_optimization"]["stage"]
@@ -55,7 +55,7 @@ def test_file_is_asked_once_and_the_answer_can_be_copied(file: Path, tiny: dict[
     )
 
 
-def test_names_of_huggingface_documentation_get_huggingface_meanings(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_auto_values_have_hugging_face_meanings(tiny: dict[str, Any], tmp_path: Path) -> None:
     file = next(file for file in FILES if file.stem == "huggingface_zero3")
     over = {**BATCH, "optimizer": {"params": {"lr": 0.002}}, "scheduler": {"params": {"warmup_num_steps": 2}}}
     resolved = load_config(write(tmp_path, tiny, {"extends": str(file), **over}), world=1, device="cpu").deepspeed_json
@@ -70,7 +70,7 @@ def test_names_of_huggingface_documentation_get_huggingface_meanings(tiny: dict[
 # --- extends ---------------------------------------------------------------------------------------------------------
 
 
-def test_section_extends_a_file(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_section_extends_file(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "base.json").write_text(json.dumps({**tiny["deepspeed"], "gradient_clipping": 0.25}))
     (tmp_path / "below" / "ds.json").write_text(
@@ -83,7 +83,7 @@ def test_section_extends_a_file(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert "extends" not in section
 
 
-def test_override_of_the_file_and_of_its_keys(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_override_replaces_file_and_its_keys(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(tiny["deepspeed"]))
     path = write(tmp_path, tiny, {"train_batch_size": 2})
     overrides = [f"deepspeed={tmp_path / 'ds.json'}", "deepspeed.gradient_clipping=0.75"]
@@ -101,7 +101,7 @@ def test_override_of_the_file_and_of_its_keys(tiny: dict[str, Any], tmp_path: Pa
         ("list.json", "list.json: expected a JSON object, got list"),
     ],
 )
-def test_bad_extends(section: Any, expected: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_extends_is_refused(section: Any, expected: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "circle.json").write_text('{"extends": "circle.json"}')
     (tmp_path / "list.json").write_text("[]")
     (problem,) = refusal(write(tmp_path, tiny, section))
@@ -142,12 +142,12 @@ def asked(tiny: dict[str, Any], **values: Any) -> list[str]:
         ),
     ],
 )
-def test_missing_values_are_one_problem(values: dict[str, Any], expected: str, tiny: dict[str, Any]) -> None:
+def test_missing_values_are_reported_together(values: dict[str, Any], expected: str, tiny: dict[str, Any]) -> None:
     (problem,) = asked(tiny, **values)
     assert problem.startswith(expected)
 
 
-def test_misspelt_argument_is_not_asked_for(tiny: dict[str, Any]) -> None:
+def test_misspelt_argument_is_not_reported_as_missing(tiny: dict[str, Any]) -> None:
     (problem,) = asked(tiny, optimizer__params__weight_decy="auto")
     assert problem.startswith("deepspeed.optimizer.params.weight_decy: unknown key; did you mean 'weight_decay'?")
 
@@ -166,7 +166,7 @@ def test_misspelt_argument_is_not_asked_for(tiny: dict[str, Any]) -> None:
         ("auto", True, True, "fp16"),
     ],
 )
-def test_automatic_precision(
+def test_auto_precision_follows_device(
     bf16: Any, fp16: Any, has_bf16: bool, expected: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(normalize, "has_bf16", lambda device: has_bf16)
@@ -209,14 +209,14 @@ NEUTRAL_ZERO = {
 }
 
 
-def test_neutral_legacy_keys_pass_and_change_nothing(tiny: dict[str, Any]) -> None:
+def test_disabled_unsupported_keys_are_ignored(tiny: dict[str, Any]) -> None:
     plain = loaded(tiny, zero_optimization={"stage": 2})
     with_leftovers = loaded(tiny, zero_optimization={"stage": 2, **NEUTRAL_ZERO}, **NEUTRAL)
     assert with_leftovers.resolved() == plain.resolved()
 
 
 @pytest.mark.parametrize("key", [*NEUTRAL, *(f"zero_optimization.{key}" for key in NEUTRAL_ZERO)])
-def test_legacy_keys_that_ask_for_something_are_refused(key: str, tiny: dict[str, Any]) -> None:
+def test_enabled_unsupported_keys_are_refused(key: str, tiny: dict[str, Any]) -> None:
     on: Any = {
         "sequence_parallel_size": 2,
         "activation_checkpointing": {"partition_activations": True},
@@ -227,14 +227,14 @@ def test_legacy_keys_that_ask_for_something_are_refused(key: str, tiny: dict[str
     assert problem.startswith(f"deepspeed.{key}: ")
 
 
-def test_every_refused_switch_may_be_off() -> None:
-    for key in REFUSED:
+def test_every_unsupported_switch_may_be_disabled() -> None:
+    for key in UNSUPPORTED:
         *parents, name = key.split(".")
         section = {parents[0]: {name: False}} if parents else {name: False}
-        assert normalized(section, None) == ({parents[0]: {}} if parents else {}), key
+        assert normalize_section(section, None) == ({parents[0]: {}} if parents else {}), key
 
 
-def test_both_names_of_zero_keys(tiny: dict[str, Any]) -> None:
+def test_zero_key_aliases_are_equivalent(tiny: dict[str, Any]) -> None:
     """DeepSpeed takes `prefetch_bucket_size` for `stage3_prefetch_bucket_size`, as in files of Axolotl."""
     for name, alias in normalize.ZERO_ALIASES.items():
         value = DeepSpeedZeroConfig.model_fields[name].default

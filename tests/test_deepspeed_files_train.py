@@ -15,7 +15,7 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
 
 @pytest.mark.parametrize("name", ["huggingface_zero2", "huggingface_zero3", "axolotl_zero1"])
-def test_file_trains(name: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_deepspeed_file_trains(name: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     file = next(file for file in FILES if file.stem == name)
     over: dict[str, Any] = {**BATCH, "optimizer": {"type": "AdamW", "params": {"lr": 0.002}}}
     if name.startswith("huggingface"):

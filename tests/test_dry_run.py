@@ -29,14 +29,14 @@ pytestmark = pytest.mark.fast
 
 
 @pytest.fixture
-def anew(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def fresh(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A configuration whose data are not in the cache."""
     return with_values(tiny, data__cache_dir=str(tmp_path / "cache"))
 
 
-def dry_run(config: dict[str, Any], place: Path, *arguments: str) -> Finished:
-    (place / "config.json").write_text(json.dumps(config))
-    return run_command(TRAIN, "--config", str(place / "config.json"), "--dry_run", *arguments)
+def dry_run(config: dict[str, Any], target: Path, *arguments: str) -> Finished:
+    (target / "config.json").write_text(json.dumps(config))
+    return run_command(TRAIN, "--config", str(target / "config.json"), "--dry_run", *arguments)
 
 
 def refusal(status: int, words: str, ended: Finished) -> None:
@@ -58,76 +58,78 @@ def refusal(status: int, words: str, ended: Finished) -> None:
         ("a.parquet", b"PAR1 and nothing", "a.parquet"),
     ],
 )
-def test_wrong_rows_are_found(name: str, content: bytes, words: str, anew: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_reports_invalid_rows(
+    name: str, content: bytes, words: str, fresh: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
-    refusal(3, words, dry_run(with_values(anew, data__train=[{"path": str(tmp_path / name)}]), tmp_path))
+    refusal(3, words, dry_run(with_values(fresh, data__train=[{"path": str(tmp_path / name)}]), tmp_path))
     assert not (tmp_path / "cache").exists(), "nothing was prepared"
 
 
 @pytest.mark.parametrize(("free", "warns"), [(1000, True), (10**12, False)])
-def test_a_disk_that_holds_no_checkpoint_is_a_warning(
-    free: int, warns: bool, anew: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_dry_run_warns_of_full_disk(
+    free: int, warns: bool, fresh: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[Path] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: seen.append(path) or SimpleNamespace(free=free))
-    config = with_values(anew, run__output_dir=str(tmp_path / "runs" / "later"))
+    config = with_values(fresh, run__output_dir=str(tmp_path / "runs" / "later"))
     text = describe(check(config, world=1, device=None))
     assert ("warning: run.output_dir: 0.0 MiB free in " in text) == warns
     assert seen == [tmp_path], "the run directory is not there yet"
 
 
-def test_control_characters_of_names_are_written_out(anew: dict[str, Any], tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(fresh: dict[str, Any], tmp_path: Path) -> None:
     name = "a\x1b[31m.jsonl"
     (tmp_path / name).write_bytes(SOUND_LINE)
-    ended = dry_run(with_values(anew, data__train=[{"path": str(tmp_path / name)}]), tmp_path)
+    ended = dry_run(with_values(fresh, data__train=[{"path": str(tmp_path / name)}]), tmp_path)
     assert ended.status == 0, ended.err
     assert r"a\x1b[31m.jsonl" in ended.out
     assert "\x1b" not in ended.out
 
 
-def test_every_file_is_looked_at(anew: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_inspects_every_file(fresh: dict[str, Any], tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number:02}.jsonl").write_bytes(SOUND_LINE * 3 if number != 29 else b'{"body": ""}\n')
     refusal(
-        3, "29.jsonl: line 1: no field", dry_run(with_values(anew, data__train=[{"path": str(tmp_path)}]), tmp_path)
+        3, "29.jsonl: line 1: no field", dry_run(with_values(fresh, data__train=[{"path": str(tmp_path)}]), tmp_path)
     )
     (tmp_path / "29.jsonl").write_bytes(b"")
-    ended = dry_run(with_values(anew, data__train=[{"path": str(tmp_path)}]), tmp_path)
+    ended = dry_run(with_values(fresh, data__train=[{"path": str(tmp_path)}]), tmp_path)
     assert ended.status == 0, ended.err
     assert "warning: data.train.0: no text in 1 files: " in ended.out
 
 
-def test_truncated_weights_are_found(anew: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+def test_dry_run_reports_truncated_weights(fresh: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     import numpy as np
 
     for name, content in folder({"model.norm.weight": np.ones(32, np.float32)}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     train_tokenizer((json.loads(line)["text"] for line in (corpus / "train.jsonl").open()), 320, tmp_path / "model")
-    config = with_values(anew, model={"path": str(tmp_path / "model")})
+    config = with_values(fresh, model={"path": str(tmp_path / "model")})
     assert dry_run(config, tmp_path).status == 0
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(save({"model.norm.weight": np.ones(32, np.float32)}, metadata={"format": "pt"})[:-8])
     refusal(2, "model.path", dry_run(config, tmp_path))
 
 
-def test_fp16_on_this_machine_is_named(anew: dict[str, Any], tmp_path: Path) -> None:
+def test_dry_run_reports_unsupported_fp16(fresh: dict[str, Any], tmp_path: Path) -> None:
     """Not refused: the machine that will train may have GPUs."""
-    half = with_values(anew, deepspeed__fp16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
+    half = with_values(fresh, deepspeed__fp16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
     ended = dry_run(half, tmp_path)
     assert ended.status == 0, ended.err
     assert "the configuration is sound, but not on this machine" in ended.out
     assert "warning: on this machine it would be refused: deepspeed.fp16.enabled: DeepSpeed has no fp16" in ended.out
-    assert "not on this machine" not in dry_run(anew, tmp_path).out
+    assert "not on this machine" not in dry_run(fresh, tmp_path).out
 
 
-def test_checkpoint_to_resume_from_is_looked_at(anew: dict[str, Any], tmp_path: Path) -> None:
-    refusal(4, "nowhere is not there", dry_run(anew, tmp_path, "--resume", str(tmp_path / "nowhere")))
+def test_dry_run_inspects_checkpoint_to_resume_from(fresh: dict[str, Any], tmp_path: Path) -> None:
+    refusal(4, "nowhere is not there", dry_run(fresh, tmp_path, "--resume", str(tmp_path / "nowhere")))
     run = tmp_path / "run"
-    (tmp_path / "config.json").write_text(json.dumps(anew))
+    (tmp_path / "config.json").write_text(json.dumps(fresh))
     assert run_command(TRAIN, "--config", str(tmp_path / "config.json")).status == 0
-    assert "finished     at step 4" in dry_run(anew, tmp_path).out
-    more = with_values(anew, training__max_steps=6)
+    assert "finished     at step 4" in dry_run(fresh, tmp_path).out
+    more = with_values(fresh, training__max_steps=6)
     assert "resume       from step 4" in dry_run(more, tmp_path).out
     other = with_values(more, run__output_dir=str(tmp_path / "other"))
     assert "resume       from step 4" in dry_run(other, tmp_path, "--resume", str(run)).out
@@ -145,39 +147,39 @@ def texts(corpus: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (corpus / "train.jsonl").open()] * 8
 
 
-def as_jsonl(place: Path, rows: list[str]) -> str:
-    (place / "a.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in rows))
-    return str(place / "a.jsonl")
+def as_jsonl(target: Path, rows: list[str]) -> str:
+    (target / "a.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in rows))
+    return str(target / "a.jsonl")
 
 
-def as_gzip(place: Path, rows: list[str]) -> str:
-    as_jsonl(place, rows)
-    (place / "a.jsonl.gz").write_bytes(gzip.compress((place / "a.jsonl").read_bytes()))
-    return str(place / "a.jsonl.gz")
+def as_gzip(target: Path, rows: list[str]) -> str:
+    as_jsonl(target, rows)
+    (target / "a.jsonl.gz").write_bytes(gzip.compress((target / "a.jsonl").read_bytes()))
+    return str(target / "a.jsonl.gz")
 
 
-def as_array(place: Path, rows: list[str]) -> str:
-    (place / "a.json").write_text(json.dumps([{"text": text, "n": 1} for text in rows]))
-    return str(place / "a.json")
+def as_array(target: Path, rows: list[str]) -> str:
+    (target / "a.json").write_text(json.dumps([{"text": text, "n": 1} for text in rows]))
+    return str(target / "a.json")
 
 
-def as_parquet(place: Path, rows: list[str]) -> str:
+def as_parquet(target: Path, rows: list[str]) -> str:
     import datasets
 
-    datasets.Dataset.from_dict({"text": rows}).to_parquet(str(place / "a.parquet"))
-    return str(place / "a.parquet")
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(str(target / "a.parquet"))
+    return str(target / "a.parquet")
 
 
 @pytest.mark.parametrize("write", [as_jsonl, as_gzip, as_array, as_parquet])
 @pytest.mark.parametrize("fraction", [None, 0.25])
-def test_estimates_are_near_the_exact_counts(
-    write: Callable[[Path, list[str]], str], fraction: float | None, anew: dict[str, Any], corpus: Path, tmp_path: Path
+def test_sample_estimates_are_near_exact_counts(
+    write: Callable[[Path, list[str]], str], fraction: float | None, fresh: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     """Of documents and tokens, from the first rows; and exact ones once the data are prepared."""
     folder_of_tokenizer, rows = tmp_path / "tokenizer", texts(corpus)
     train_tokenizer(iter(rows), 320, folder_of_tokenizer)
     path = write(tmp_path, rows)
-    config = with_values(anew, data__train=[{"path": path}], data__tokenizer=str(folder_of_tokenizer),
+    config = with_values(fresh, data__train=[{"path": path}], data__tokenizer=str(folder_of_tokenizer),
                          data__validation=[{"fraction": fraction}] if fraction else [],
                          training={"epochs": 2})  # fmt: skip
     loaded = check(config, world=1, device="cpu")

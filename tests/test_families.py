@@ -15,7 +15,7 @@ from tools.parity.results import Results
 from tools.parity.shapes import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WIDTH, variations
 from tools.parity.subject import parse_layout
 from tools.parity.training import prove_training, tiny_model
-from trainer.config.model_facts import NEVER_CAUSAL
+from trainer.config.model_facts import NON_CAUSAL_FAMILIES
 from trainer.tensor_parallel import TensorMapper, collectives, layers
 from trainer.tensor_parallel.families import FAMILIES as PLANS
 
@@ -276,7 +276,7 @@ def test_causality_of_families(model_type: str, outcome: str) -> None:
     """Those that see later tokens are refused by name; the long test looks whether there are others."""
     verdict = prove_causality(Family(model_type))
     assert verdict.outcome == outcome, describe(verdict)
-    assert (model_type in NEVER_CAUSAL) == (outcome == "wrong")
+    assert (model_type in NON_CAUSAL_FAMILIES) == (outcome == "wrong")
 
 
 @pytest.mark.matrix

@@ -13,7 +13,7 @@ from trainer.config.deepspeed.section import OptimizerSection, SchedulerSection
 from trainer.config.hints import TARGETS, hint
 from trainer.config.load import check
 from trainer.config.schema import SECTIONS
-from trainer.config.validate import _keys_at
+from trainer.config.validate import _known_keys_at
 from trainer.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -26,15 +26,15 @@ def exists(key: str) -> bool:
     if path[:2] == ["scheduler", "params"]:
         kinds = (scheduler_keys(SchedulerSection(type=kind)) or frozenset() for kind in ("WarmupCosineLR", "WSD"))
         return path[2] in frozenset().union(*kinds)
-    return path[-1] in _keys_at(SECTIONS[section], path[:-1])
+    return path[-1] in _known_keys_at(SECTIONS[section], path[:-1])
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS.values())))
-def test_every_target_exists(target: str) -> None:
+def test_hint_target_exists(target: str) -> None:
     assert exists(target)
 
 
-def test_exists_can_fail() -> None:
+def test_exists_is_false_for_unknown_key() -> None:
     assert not any(map(exists, ("training.steps", "deepspeed.optimizer.params.learning_rate", "data.nowhere")))
 
 
@@ -67,26 +67,26 @@ def problems(config: dict[str, Any]) -> list[str]:
         ("optimizer.lr", "deepspeed.optimizer.params.lr"),
     ],
 )
-def test_known_names(key: str, target: str, tiny: dict[str, Any]) -> None:
+def test_foreign_key_is_translated(key: str, target: str, tiny: dict[str, Any]) -> None:
     assert problems(with_values(tiny, **{key.replace(".", "__"): 3})) == [f"{key}: unknown key; that is {target} here"]
 
 
-def test_what_does_not_exist_here(tiny: dict[str, Any]) -> None:
+def test_unsupported_feature_has_reason(tiny: dict[str, Any]) -> None:
     (problem,) = problems(with_values(tiny, model__lora_r=8))
     assert problem == "model.lora_r: unknown key; adapters are not supported: all weights are trained. Remove it"
 
 
-def test_no_hint_names_the_key_itself() -> None:
+def test_hint_never_names_the_key_itself() -> None:
     assert all(hint(target) is None or target not in str(hint(target)).split(": ", 1)[1] for target in TARGETS.values())
 
 
-def test_misspelling_is_still_a_misspelling(tiny: dict[str, Any]) -> None:
+def test_misspelling_is_suggested_before_hint(tiny: dict[str, Any]) -> None:
     assert problems(with_values(tiny, training__max_stps=4, training__max_steps=None)) == [
         "training.max_stps: unknown key; did you mean 'max_steps'?"
     ]
 
 
-def test_changed_values(tiny: dict[str, Any]) -> None:
+def test_changes_lists_differing_values(tiny: dict[str, Any]) -> None:
     old = check(tiny, world=1, device="cpu").resolved()
     new = with_values(
         tiny,

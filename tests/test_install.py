@@ -15,7 +15,7 @@ import pytest
 
 from tools import extensions
 from trainer.config import load_config
-from trainer.config.deepspeed import extensions_of
+from trainer.config.deepspeed import required_extensions
 
 pytestmark = pytest.mark.fast
 
@@ -35,7 +35,7 @@ def compiled(lines: list[str]) -> set[str]:
 
 
 def test_what_the_quickstart_needs_is_compiled_and_nothing_else() -> None:
-    needs = {name: set(extensions_of(load_config(ROOT / "ds_configs" / f"{name}.json").deepspeed_json))
+    needs = {name: set(required_extensions(load_config(ROOT / "ds_configs" / f"{name}.json").deepspeed_json))
              for name in ("quickstart", "quickstart-offload")}  # fmt: skip
     assert compiled(recipe("install")) == JOINING | needs["quickstart"]
     later = compiled(recipe("test")) - compiled(recipe("install"))

@@ -37,7 +37,7 @@ def end_of(config: Path, *arguments: str) -> str:
     return "" if seconds < SECONDS else f"{seconds:.0f} s"
 
 
-def test_a_traceback_would_be_found(tmp_path: Path) -> None:
+def test_traceback_is_detected(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise SystemError\n")
     ended = run_command(str(tmp_path / "broken.py"))
     assert ended.status not in STATUSES
@@ -90,19 +90,19 @@ def damaged_runs(trained: Path, folder: Path, seeds: range) -> list[str]:
     return wrong
 
 
-def test_mutated_configurations(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_mutated_configuration_ends_without_traceback(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert not (wrong := mutated_configurations(tiny, tmp_path, range(40))), "\n".join(wrong)
 
 
-def test_damaged_runs(trained: Path, tmp_path: Path) -> None:
+def test_damaged_run_ends_without_traceback(trained: Path, tmp_path: Path) -> None:
     assert not (wrong := damaged_runs(trained, tmp_path, range(8))), "\n".join(wrong)
 
 
 @pytest.mark.matrix
-def test_many_mutated_configurations(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_many_mutated_configurations_end_without_traceback(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert not (wrong := mutated_configurations(tiny, tmp_path, range(40, 200))), "\n".join(wrong)
 
 
 @pytest.mark.matrix
-def test_many_damaged_runs(trained: Path, tmp_path: Path) -> None:
+def test_many_damaged_runs_end_without_traceback(trained: Path, tmp_path: Path) -> None:
     assert not (wrong := damaged_runs(trained, tmp_path, range(8, 148))), "\n".join(wrong)

@@ -155,7 +155,7 @@ def test_bad_layouts(text: str) -> None:
         ["--config", "x.json", "--layouts", "tensor=2", "--fresh"],
     ],
 )
-def test_bad_command_lines(arguments: list[str]) -> None:
+def test_invalid_command_line_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError):
         main(arguments)
 

@@ -45,7 +45,7 @@ def resumed(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathF
     return folder / "run"
 
 
-def test_a_registered_model_trains_like_one_process_in_every_layout(
+def test_plugin_model_matches_single_process_in_every_layout(
     resumed: Path, corpus: Path, shared_cache: Path, tmp_path: Path
 ) -> None:
     alone = train(wizard(corpus, shared_cache, tmp_path / "run"), tmp_path)
@@ -60,7 +60,7 @@ def test_a_registered_model_trains_like_one_process_in_every_layout(
 
 
 @pytest.mark.parametrize("script", ["launch/generate.py", "tools/checkpoint.py"])
-def test_the_code_of_a_run_is_named_by_the_user_or_does_not_run(script: str, resumed: Path, tmp_path: Path) -> None:
+def test_recorded_plugin_runs_only_when_named(script: str, resumed: Path, tmp_path: Path) -> None:
     """A run directory may come from somebody else: it alone makes nothing be imported."""
     arguments = ["--run", str(resumed), "--prompt", "the quick", "--tokens", "3"]
     if script == "tools/checkpoint.py":
@@ -73,14 +73,14 @@ def test_the_code_of_a_run_is_named_by_the_user_or_does_not_run(script: str, res
     assert ("the quick" if script == "launch/generate.py" else "check passed") in named.out
 
 
-def test_a_plan_without_a_row_names_the_weight(corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
+def test_incomplete_tensor_plan_names_weight(corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
     config = wizard(corpus, shared_cache, tmp_path / "run", parallel__tensor=2)
     ended = train(with_values(config, parallel__tensor_plan={}), tmp_path, "--dry_run")
     assert ended.status == 2
     assert "mlp.raise_it" in ended.err
 
 
-def test_another_plugin_is_another_run(resumed: Path, corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
+def test_changed_plugin_is_refused_on_resume(resumed: Path, corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
     config = wizard(corpus, shared_cache, resumed, training__max_steps=5)
     ended = train(with_values(config, run__plugins=["wizard", "json"]), tmp_path)
     assert ended.status == 2
@@ -100,9 +100,7 @@ def test_another_plugin_is_another_run(resumed: Path, corpus: Path, shared_cache
         ),
     ],
 )
-def test_a_plugin_that_fails_is_a_mistake_with_its_name(
-    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_plugin_is_named(text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     (problem,) = import_plugins(["json", "bad"])
@@ -115,6 +113,6 @@ def test_a_plugin_that_fails_is_a_mistake_with_its_name(
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name", ["", "a b", "a-b", "a..b", ".a", "a.", "1a", "a/b", "a:b", "a;b", "ä", "a.b\n"])
-def test_only_module_names_are_allowed(name: str, tiny: dict[str, Any]) -> None:
+def test_plugin_name_must_be_module_name(name: str, tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"run\.plugins\.0: expected"):
         check(with_values(tiny, run__plugins=[name]), world=1, device="cpu")

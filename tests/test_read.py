@@ -25,7 +25,7 @@ from tests.configs import with_values
 from tools.parity.families import FAMILIES, Family
 from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check
-from trainer.config.model_facts import config_at
+from trainer.config.model_facts import load_model_config
 from trainer.errors import ConfigError
 from trainer.model import build_model, build_model_shape, give_weights
 from trainer.model.read import check_weight_headers, read_weights
@@ -179,9 +179,9 @@ def differences(family: Family, folder: Path) -> list[str]:
     """Tensors in which our reading of a saved tiny model differs from `from_pretrained`."""
     randomized(family).save_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_at(str(folder)))
+        model = AutoModelForCausalLM.from_config(load_model_config(str(folder)))
     read_weights(model, str(folder))
-    expected = type(model).from_pretrained(folder, config=config_at(str(folder)), dtype=torch.float32)
+    expected = type(model).from_pretrained(folder, config=load_model_config(str(folder)), dtype=torch.float32)
     if family.model_type == "zaya":  # transformers 5.23 sets the last of these to -1 whatever the file says
         for name, buffer in (*model.named_buffers(), *expected.named_buffers()):
             if name.endswith("balancing_biases"):
@@ -363,7 +363,7 @@ def test_keys_of_other_classes_are_skipped_with_one_log_line(
     make, *keys = SKIPPED[kind]
     folder = make(tmp_path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_at(str(folder)))
+        model = AutoModelForCausalLM.from_config(load_model_config(str(folder)))
     with caplog.at_level(logging.INFO, "trainer.model.read"):
         check_weight_headers(model, str(folder))
         read_weights(model, str(folder))
@@ -375,7 +375,7 @@ def test_keys_of_other_classes_are_skipped_with_one_log_line(
 def test_mask_and_bias_of_same_name_are_distinguished(tmp_path: Path) -> None:
     folder, key = family_folder("gptj", tmp_path), "transformer.h.0.attn.bias"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_at(str(folder)))
+        model = AutoModelForCausalLM.from_config(load_model_config(str(folder)))
     change_weights(folder, **{key: torch.ones(1, 1, 8, 8, dtype=torch.uint8)})
     check_weight_headers(model, str(folder))
     change_weights(folder, **{key: torch.ones(64)})
@@ -408,7 +408,7 @@ def false_errors(family: Family, folder: Path) -> tuple[int, list[str]]:
         try:
             kind(model.config).save_pretrained(folder / kind.__name__)
             with torch.device("meta"):
-                causal = AutoModelForCausalLM.from_config(config_at(str(folder / kind.__name__)))
+                causal = AutoModelForCausalLM.from_config(load_model_config(str(folder / kind.__name__)))
         except Exception:  # a class that wants more than its configuration; emu3's text model has no causal class
             continue
         count += 1
@@ -441,7 +441,7 @@ def test_differing_tied_weights_are_refused(folder: Path, same: bool) -> None:
     change_config(folder, tie_word_embeddings=True)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     change_weights(folder, **{"lm_head.weight": embedding.clone() if same else embedding + 0.001})
-    config = config_at(str(folder))
+    config = load_model_config(str(folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if same:

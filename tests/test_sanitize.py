@@ -15,7 +15,7 @@ from trainer.config.load import check
 from trainer.distributed import configure_logging
 from trainer.errors import ConfigError
 from trainer.run_directory import refuse_identity_change
-from trainer.sanitize import SafeFormatter, displayable, redact
+from trainer.sanitize import SafeFormatter, redact, sanitize_text
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
@@ -36,14 +36,14 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
         ("someone@example.org", "someone@example.org"),
     ],
 )  # fmt: skip
-def test_redaction(text: str, expected: str) -> None:
+def test_redact_removes_secrets(text: str, expected: str) -> None:
     assert redact(text) == expected
     assert redact(expected) == expected
 
 
 @pytest.mark.fast
-def test_control_characters_are_written_out() -> None:
-    assert displayable("a\x1b[2Jb\x07\x9b\r\u202e\udcff\tc\nd") == r"a\x1b[2Jb\x07\x9b\x0d\u202e\udcff" + "\tc\nd"
+def test_control_characters_are_escaped() -> None:
+    assert sanitize_text("a\x1b[2Jb\x07\x9b\r\u202e\udcff\tc\nd") == r"a\x1b[2Jb\x07\x9b\x0d\u202e\udcff" + "\tc\nd"
     record = logging.LogRecord("trainer", logging.INFO, "x", 1, "%s", ("a\n2026 ERROR forged\x1b",), None)
     assert SafeFormatter("%(message)s").format(record) == "a\n    2026 ERROR forged" + r"\x1b"
 
@@ -59,7 +59,7 @@ def test_console_and_log_files_are_safe(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.fast
-def test_begun_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
+def test_resumed_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
     def loaded(secret: str) -> Any:
         config = with_values(tiny, checkpoint__upload=f"memory://user:{secret}@host/run")
         return check(config, world=1, device="cpu")
@@ -72,7 +72,7 @@ def test_begun_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
         check(first.resolved(), world=1, device="cpu")
 
 
-def test_no_file_of_a_run_has_the_secret(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_run_files_do_not_contain_secret(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(tiny, checkpoint__upload="memory://user:pa55w0rd@host/run?sig=s1gn", checkpoint__every_steps=2,
                          tracking__wandb={"mode": "offline"}, training__max_steps=2)  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -97,7 +97,7 @@ def test_no_file_of_a_run_has_the_secret(tiny: dict[str, Any], tmp_path: Path) -
     ],
     ids=lambda override: ascii(override[:24]),
 )  # fmt: skip
-def test_absurd_overrides(override: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_absurd_override_ends_without_traceback(override: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--set", override)
     assert ended.status == 2, ended.err

@@ -12,7 +12,7 @@ import pytest
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
 from tests.runs import rates
-from trainer.config.deepspeed import first_rates, for_engine
+from trainer.config.deepspeed import engine_settings, first_learning_rates
 from trainer.config.load import check
 
 TRAIN = "launch/train.py"
@@ -47,10 +47,10 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 def test_wsd_matches_formula(decay_type: str, base: dict[str, Any]) -> None:
     config = with_values(base, deepspeed__scheduler__params__decay_type=decay_type)
     loaded = check(config, world=1, device="cpu")
-    assert first_rates(loaded.deepspeed_json, 12) == pytest.approx(expected(12, 10, decay_type))
+    assert first_learning_rates(loaded.deepspeed_json, 12) == pytest.approx(expected(12, 10, decay_type))
     resolved = loaded.resolved()
     assert check(resolved, world=1, device="cpu").resolved() == resolved
-    assert "scheduler" not in for_engine(loaded.deepspeed_json)
+    assert "scheduler" not in engine_settings(loaded.deepspeed_json)
 
 
 @pytest.mark.fast
@@ -62,7 +62,7 @@ def test_wsd_matches_formula(decay_type: str, base: dict[str, Any]) -> None:
 def test_wsd_allows_missing_phases(changes: dict[str, Any], highest: list[float], base: dict[str, Any]) -> None:
     config = with_values(base, **{f"deepspeed__scheduler__params__{key}": value for key, value in changes.items()})
     resolved = check(config, world=1, device="cpu").deepspeed_json
-    assert first_rates(resolved, len(highest)) == pytest.approx(highest)
+    assert first_learning_rates(resolved, len(highest)) == pytest.approx(highest)
 
 
 def test_wsd_matches_in_every_engine(base: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def test_single_rate_list_becomes_scalar(kind: str, params: dict[str, Any], key:
 def test_zero_rate_steps_match_documentation(scheduler: dict[str, Any], zero: list[int], tiny: dict[str, Any]) -> None:
     """As README says."""
     resolved = check(with_values(tiny, deepspeed__scheduler=scheduler), world=1, device="cpu").deepspeed_json
-    assert [step for step, rate in enumerate(first_rates(resolved, 6), start=1) if rate == 0] == zero
+    assert [step for step, rate in enumerate(first_learning_rates(resolved, 6), start=1) if rate == 0] == zero
 
 
 def test_dry_run_lists_zero_rate_steps(tiny: dict[str, Any], tmp_path: Path) -> None:

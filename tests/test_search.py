@@ -13,10 +13,10 @@ import pytest
 
 from tests.configs import with_values
 from tests.harness import run_command
-from trainer.config import search
+from trainer.config import file_search
+from trainer.config.file_search import search_folder, search_glob
 from trainer.config.load import check, load_config
-from trainer.config.paths import matching_files, problems_of_path
-from trainer.config.search import search_folder, search_glob
+from trainer.config.paths import matching_files, path_problems
 from trainer.data import load_tokenizer
 from trainer.errors import ConfigError
 
@@ -39,14 +39,14 @@ def tree(tmp_path: Path) -> Path:
     ["*.jsonl", "*/*.jsonl", "**/*.jsonl", "**", "b/**", "**/d/*", "b/**/e.jsonl", "**/**/*.txt", "?.jsonl", "*/d/e.*",
      ".hidden/*", "b/.*", "x[[]1].jsonl", "nowhere/*", "**/nothing", "link/*.jsonl", "[ab].jsonl"],
 )  # fmt: skip
-def test_globs_are_pythons(pattern: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glob_matches_like_python(pattern: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     for start in ("", f"{tree}/"):
         expected = sorted({Path(p) for p in glob.glob(start + pattern, recursive=True) if os.path.isfile(p)})
         assert search_glob(Path(start + pattern)) == expected
 
 
-def test_loop_of_links_is_passed_once(tree: Path) -> None:
+def test_symlink_loop_is_visited_once(tree: Path) -> None:
     (tree / "b" / "up").symlink_to("..")
     found = search_glob(tree / "**" / "e.jsonl")
     assert tree / "b" / "d" / "e.jsonl" in found
@@ -55,24 +55,24 @@ def test_loop_of_links_is_passed_once(tree: Path) -> None:
 
 
 def test_search_is_bounded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "MOST_ENTRIES", 3)
+    monkeypatch.setattr(file_search, "MAX_SEARCHED_ENTRIES", 3)
     for path in (str(tree), f"{tree}/**"):
-        (problem,) = problems_of_path("data.train.0.path", path)
+        (problem,) = path_problems("data.train.0.path", path)
         assert "searches more than" in problem.reason
         assert matching_files(path) == []
 
 
 @pytest.mark.parametrize("path", ["/proc/**", "/proc/**/*.jsonl", "/proc", "/proc/self/status", "/sys/**/*.txt"])
-def test_virtual_file_systems_are_refused(path: str) -> None:
-    (problem,) = problems_of_path("data.train.0.path", path)
+def test_virtual_file_system_is_refused(path: str) -> None:
+    (problem,) = path_problems("data.train.0.path", path)
     assert "is in a virtual file system" in problem.reason
 
 
-def test_search_leaves_virtual_file_systems_out() -> None:
+def test_search_skips_virtual_file_systems() -> None:
     assert search_glob(Path("/pro[c]/*")) == []
 
 
-def test_special_files_as_data_end_with_2(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_special_file_as_data_exits_with_2(tiny: dict[str, Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     os.mkfifo(tmp_path / "t.idx")
     (tmp_path / "t.bin").write_bytes(b"xx")
@@ -85,7 +85,7 @@ def test_special_files_as_data_end_with_2(tiny: dict[str, Any], tmp_path: Path) 
     assert [f.name for f in matching_files(f"{tmp_path}/*.*")] == ["a.txt", "t.bin"], "a glob leaves them out"
 
 
-def test_named_pipe_ends_the_command(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_named_pipe_as_data_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     config = with_values(tiny, data__train=[{"path": str(tmp_path / "pipe.jsonl")}], data__validation=[])
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -93,7 +93,7 @@ def test_named_pipe_ends_the_command(tiny: dict[str, Any], tmp_path: Path) -> No
     assert (ended.status, "is a named pipe" in ended.err) == (2, True), ended.err
 
 
-def test_special_files_as_configuration(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_special_file_as_configuration_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "config.json").write_text(json.dumps({**tiny, "deepspeed": "pipe.json"}))
     (tmp_path / "child.json").write_text(json.dumps({"extends": "pipe.json"}))
@@ -105,7 +105,9 @@ def test_special_files_as_configuration(tiny: dict[str, Any], tmp_path: Path) ->
             load_config(path)
 
 
-def test_special_files_in_a_model_folder(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_file_in_model_folder_is_refused(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny["model"]["config"]))

@@ -49,8 +49,8 @@ from trainer.checkpoint_format import (
 from trainer.config import load_config
 from trainer.config.plugins import import_named_plugins
 from trainer.errors import CheckpointError, ConfigError, Problem
-from trainer.exit import Arguments, exit_on_errors
-from trainer.sanitize import displayable
+from trainer.exit import CommandLineParser, exit_on_errors
+from trainer.sanitize import sanitize_text
 from trainer.topology import Topology
 from trainer.units import format_bytes
 
@@ -68,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _say(line: str) -> None:
     """Print; names in a manifest may be anybody's."""
-    print(displayable(line))
+    print(sanitize_text(line))
 
 
-def _parser() -> Arguments:
-    parser = Arguments(prog="python -m tools.checkpoint", description=__doc__, allow_abbrev=False,
+def _parser() -> CommandLineParser:
+    parser = CommandLineParser(prog="python -m tools.checkpoint", description=__doc__, allow_abbrev=False,
                        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Arguments)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandLineParser)
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
         found: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
@@ -221,7 +221,7 @@ def _diff(options: argparse.Namespace) -> int:
     rows.sort(reverse=True)
     table = Table("tensor", "kind", "largest difference", "of a largest value of")
     for most, largest, name, role in rows[: options.top]:
-        table.add_row(escape(displayable(name)), role, f"{most:.3g}", f"{largest:.3g}")
+        table.add_row(escape(sanitize_text(name)), role, f"{most:.3g}", f"{largest:.3g}")
     if rows:
         _console().print(table)
     alone = told.tensors.keys() ^ other.tensors.keys()

@@ -93,7 +93,7 @@ def verify_causality(loaded: LoadedConfig, world: World, engine: Engine, batches
 
 def _sample(loaded: LoadedConfig, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
     """One more id than inputs: of the training data's first sample, or random ones where that is short."""
-    blocks = loaded.facts.shortest_blocks
+    blocks = loaded.facts.min_block_sparse_length
     longest = min(loaded.config.data.sequence_length, max(LONGEST, blocks))
     sample = torch.from_numpy(ids[: longest + 1])
     if len(sample) - 1 < min(longest, max(SHORTEST, blocks)):
@@ -105,8 +105,8 @@ def _sample(loaded: LoadedConfig, ids: np.ndarray[tuple[int], np.dtype[np.int64]
 
 def _ordinary_ids(loaded: LoadedConfig, count: int) -> Tensor:
     """Random ids of the vocabulary without special ones, the same on every rank."""
-    is_ordinary = torch.ones(loaded.facts.vocabulary, dtype=torch.bool)
-    is_ordinary[[n for n in loaded.facts.special_ids if 0 <= n < len(is_ordinary)]] = False
+    is_ordinary = torch.ones(loaded.facts.vocabulary_size, dtype=torch.bool)
+    is_ordinary[[n for n in loaded.facts.special_token_ids if 0 <= n < len(is_ordinary)]] = False
     ordinary = is_ordinary.nonzero().flatten() if is_ordinary.any() else torch.arange(len(is_ordinary))
     draw = torch.Generator().manual_seed(loaded.config.run.seed)
     return ordinary[torch.randint(len(ordinary), (count,), generator=draw)]
@@ -120,7 +120,7 @@ def _replaced_from(inputs: int) -> int:
 def _micro_batches(loaded: LoadedConfig, ids: Tensor, first: int) -> tuple[MicroBatch, MicroBatch]:
     """The sample in two rows; and the same with other inputs from `first` on in the probed row. Labels stay."""
     other = _ordinary_ids(loaded, len(ids))
-    other = torch.where(other == ids, (other + 1) % loaded.facts.vocabulary, other)
+    other = torch.where(other == ids, (other + 1) % loaded.facts.vocabulary_size, other)
     inputs, labels = torch.stack([ids[:-1]] * 2), torch.stack([ids[1:]] * 2)
     changed = inputs.clone()
     changed[PROBED, first:] = other[first:-1]

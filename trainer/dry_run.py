@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.checkpoint import preview_resume
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import extensions_of, first_rates, weight_decay
+from trainer.config.deepspeed import first_learning_rates, required_extensions, weight_decay
 from trainer.config.load import with_steps
 from trainer.config.rules import RULES, Draft
 from trainer.config.schema import SECTIONS
@@ -29,7 +29,7 @@ from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
 _SHOWN_RANKS = 16
-_WALKED_STEPS = 1000
+_INSPECTED_STEPS = 1000
 """In how many steps a schedule's zeros are looked for."""
 
 
@@ -41,7 +41,7 @@ def _moments(loaded: LoadedConfig) -> int:
     return 1 if name in _ONE_MOMENT else 2
 
 
-def _gib(size: float) -> str:
+def _format_bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -57,49 +57,51 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
     if parallel.tensor == 1:
         return
     plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
-    whole: dict[str, str] = {}
+    replicated: dict[str, str] = {}
     for placement in plan.placements:
         if len(placement.shape) > 1 and not placement.is_cut:
-            whole[starred(placement.name)] = placement.style.argument or str(placement.style)
+            replicated[starred(placement.name)] = placement.style.argument or str(placement.style)
     share = 100 * plan.share_cut()
     exchange = "all-gathers and reduce-scatters" if parallel.sequence_parallel else "all-reduces"
     yield f"tensor       {parallel.tensor} ranks share {share:.1f} % of the matrices' elements; {exchange} between them"
-    for name, reason in whole.items():
+    for name, reason in replicated.items():
         yield f"  whole: {name} ({reason})"
-    if any(style.word == "parallel_residual" for at in plan.modules for style in at.styles) and drops(model):
+    if any(style.word == "parallel_residual" for target in plan.modules for style in target.styles) and drops(model):
         yield "  attention and MLP are summed apart, because dropout is active between them"
 
 
 def _pipeline_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> Iterator[str]:
     if assignment.dataflow is None:
         return
-    parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation
+    parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation_steps
     size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
-    waits = parallel.bubble(micro_batches)
+    bubble = parallel.bubble(micro_batches)
     yield (f"pipeline     {assignment.stages} stages on {assignment.ranks} ranks ({parallel.pipeline_schedule}), "
-           f"{micro_batches} micro-batches: a rank waits for {waits:.1%} of the time")  # fmt: skip
+           f"{micro_batches} micro-batches: a rank waits for {bubble:.1%} of the time")  # fmt: skip
     yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent of each micro-batch"
-    held = _held_by_rank(loaded, model, assignment)
+    rank_parameters = _parameters_by_rank(loaded, model, assignment)
     ranks = parallel.tensor if parallel.sequence_parallel else 1
     length = loaded.config.data.sequence_length
-    for stage, first, end, share, sent in assignment.table(loaded.batch.micro, length, size, ranks):
-        said = ", ".join(f"{_gib(count)} ({name})" for name, count in sent.items()) or "-"
+    for stage, first, end, share, boundary_bytes in assignment.table(
+        loaded.batch.micro_batch_size, length, size, ranks
+    ):
+        traffic = ", ".join(f"{_format_bytes(count)} ({name})" for name, count in boundary_bytes.items()) or "-"
         rank = assignment.rank_of_stage(stage)
-        yield f"  {stage:5}  {rank:4}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {held[rank]:22,}  {said}"
+        yield f"  {stage:5}  {rank:4}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {rank_parameters[rank]:22,}  {traffic}"
 
 
-def _held_by_rank(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> list[int]:
+def _parameters_by_rank(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> list[int]:
     """Parameters that each rank of the pipeline holds; the first tensor rank's, padding included."""
     parallel = loaded.config.parallel
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         sizes = {p.name: sum(prod(piece.local_shape()) for piece in p.pieces) for p in plan.placements}
-    held = [0] * assignment.ranks
+    rank_parameters = [0] * assignment.ranks
     for name, ranks in assignment.parameter_ranks(model).items():
         for rank in ranks:
-            held[rank] += sizes[name]
-    return held
+            rank_parameters[rank] += sizes[name]
+    return rank_parameters
 
 
 def _group_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
@@ -124,11 +126,11 @@ def _schedule_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield f"schedule     {section['type']} {section['params']}"
     if steps is None:
         return
-    rates = first_rates(loaded.deepspeed_json, min(steps, _WALKED_STEPS))
-    still = [step for step, rate in enumerate(rates, start=1) if rate == 0]
-    if still:
-        plural = "s" if len(still) > 1 else ""
-        yield f"  the rate is 0 in step{plural} {_ranges(still)}: nothing is learned there"
+    rates = first_learning_rates(loaded.deepspeed_json, min(steps, _INSPECTED_STEPS))
+    zero_rate_steps = [step for step, rate in enumerate(rates, start=1) if rate == 0]
+    if zero_rate_steps:
+        plural = "s" if len(zero_rate_steps) > 1 else ""
+        yield f"  the rate is 0 in step{plural} {_ranges(zero_rate_steps)}: nothing is learned there"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -142,23 +144,24 @@ def _ranges(numbers: list[int]) -> str:
 
 def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     batch, config = loaded.batch, loaded.config
-    tokens = batch.train * config.data.sequence_length
-    yield (f"batch        {batch.train} samples a step = {batch.micro} a micro-batch x {batch.accumulation} "
+    tokens = batch.batch_size * config.data.sequence_length
+    yield (f"batch        {batch.batch_size} samples a step = {batch.micro_batch_size} a micro-batch x "
+           f"{batch.accumulation_steps} "
            f"accumulated x {loaded.data_ranks} data ranks")  # fmt: skip
-    most = "" if config.data.packing == "concatenate" and config.data.drop_last else "at most "
+    at_most = "" if config.data.packing == "concatenate" and config.data.drop_last else "at most "
     steps = loaded.known_steps
     frame = document_frame(loaded)
     shown = f'{frame} (data.special_tokens "{config.data.special_tokens}")' if frame else "as the token files hold them"
     yield f"documents    {shown}"
-    total = "" if steps is None else f", {most}{tokens * steps:,} in {steps:,} steps"
-    yield f"tokens       {most}{tokens:,} a step{total}"
+    total = "" if steps is None else f", {at_most}{tokens * steps:,} in {steps:,} steps"
+    yield f"tokens       {at_most}{tokens:,} a step{total}"
 
 
 def _memory_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> Iterator[str]:
     section = loaded.config.deepspeed
-    held = _held_by_rank(loaded, model, assignment)
+    rank_parameters = _parameters_by_rank(loaded, model, assignment)
     states = state_bytes(
-        max(held),
+        max(rank_parameters),
         stage=section.zero_stage,
         data_ranks=loaded.data_ranks,
         half=section.precision != "fp32",
@@ -168,12 +171,14 @@ def _memory_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment)
     offloaded: tuple[str, ...] = ("master weights", "optimizer moments") if section.offload_device != "none" else ()
     offloaded += ("weights",) if parameters != "none" else ()
     on_device = sum(size for name, size in states.items() if name not in offloaded)
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in states.items() if size)
+    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in states.items() if size)
     yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
     whose = (
-        "each rank's device" if len(held) == 1 else f"the devices of pipeline rank {held.index(max(held))}, the most"
+        "each rank's device"
+        if len(rank_parameters) == 1
+        else f"the devices of pipeline rank {rank_parameters.index(max(rank_parameters))}, the most"
     )
-    yield f"memory       {_gib(on_device)} of model states on {whose} ({parts}); activations come on top"
+    yield f"memory       {_format_bytes(on_device)} of model states on {whose} ({parts}); activations come on top"
     if offloaded:
         yield f"offloaded    {', '.join(offloaded)}"
 
@@ -185,7 +190,7 @@ def _data_lines(loaded: LoadedConfig, report: DataReport) -> Iterator[str]:
     if report.epoch_samples is None or loaded.known_steps is None:
         yield "  the number of samples is not known before the data are prepared"
         return
-    read = loaded.known_steps * loaded.batch.train
+    read = loaded.known_steps * loaded.batch.batch_size
     yield (f"epochs       {loaded.known_steps:,} steps read {read:,} samples: {about}{read / report.epoch_samples:.2f} "
            f"epochs of {about}{report.epoch_samples:,} samples")  # fmt: skip
 
@@ -194,7 +199,7 @@ def _device_problems(loaded: LoadedConfig) -> list[Problem]:
     """What keeps this configuration from running on this machine; another one may have other devices."""
     sections = {name: getattr(loaded.config, name) for name in SECTIONS}
     draft = Draft(**sections, facts=loaded.facts, world=loaded.world, device=local_device())
-    return [problem for rule in RULES if rule.name == "device_can" for problem in rule.check(draft)]
+    return [problem for rule in RULES if rule.name == "device_supported" for problem in rule.check(draft)]
 
 
 def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -> Iterator[str]:
@@ -222,7 +227,7 @@ def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
         if section.keep_last is None
         else f"the newest {section.keep_last} and the best {section.keep_best} kept"
     )
-    return f"checkpoint   {every}at the end; {_gib(_checkpoint_bytes(loaded, cost))} each, {kept}"
+    return f"checkpoint   {every}at the end; {_format_bytes(_checkpoint_bytes(loaded, cost))} each, {kept}"
 
 
 def _checkpoint_bytes(loaded: LoadedConfig, cost: ModelCost) -> int:
@@ -236,7 +241,8 @@ def _disk_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
     free, size = shutil.disk_usage(place).free, _checkpoint_bytes(loaded, cost)
     if free < size:
         yield (
-            f"warning: run.output_dir: {_gib(free)} free in {place}, and a checkpoint takes {_gib(size)}. Free space, "
+            f"warning: run.output_dir: {_format_bytes(free)} free in {place}, and a checkpoint takes "
+            f"{_format_bytes(size)}. Free space, "
             "or take another folder"
         )
 
@@ -266,13 +272,13 @@ def describe(loaded: LoadedConfig) -> str:
     report = inspect_data(loaded)
     if loaded.config.training.epochs is not None and report.epoch_samples is not None:
         loaded = with_steps(
-            loaded, steps_for_epochs(loaded.config.training.epochs, report.epoch_samples, loaded.batch.train)
+            loaded, steps_for_epochs(loaded.config.training.epochs, report.epoch_samples, loaded.batch.batch_size)
         )
     device = _device_problems(loaded)
     where = ", but not on this machine" if device else ""
     model = build_model_shape(loaded)
     cost, assignment = model_cost(model), assign_stages(model, loaded)
-    optimizer, extensions = loaded.deepspeed_json["optimizer"], extensions_of(loaded.deepspeed_json)
+    optimizer, extensions = loaded.deepspeed_json["optimizer"], required_extensions(loaded.deepspeed_json)
     lines = [
         f"{loaded.name}: the configuration is sound{where}; nothing was started",
         *(

@@ -79,12 +79,12 @@ class RankLost(TesseraError):
 
     exit_status = 6
 
-    def __init__(self, message: str, *, speaks: bool = False, patience: float = 0.0) -> None:
+    def __init__(self, message: str, *, reports_first: bool = False, patience: float = 0.0) -> None:
         """Args:
         speaks: this rank is the one that reports it first. patience: seconds to wait before leaving, because a
             launcher takes the status of the first rank that leaves, and the lost one may have a better one.
         """
-        self.speaks, self.patience = speaks, patience
+        self.reports_first, self.patience = reports_first, patience
         super().__init__(message)
 
 

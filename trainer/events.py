@@ -14,8 +14,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from trainer.files import no_follow
-from trainer.sanitize import redacted
+from trainer.files import open_without_following_links
+from trainer.sanitize import redact_json
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def append_event(run: Path, event: Event, *, attempt: int, step: int, **details:
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     row = {"time": time, "attempt": attempt, "step": step, "event": event, **details}
     try:
-        with open(run / EVENTS, "a+b", buffering=0, opener=no_follow) as file:
-            _append(file, json.dumps(redacted(row), allow_nan=False).encode() + b"\n")
+        with open(run / EVENTS, "a+b", buffering=0, opener=open_without_following_links) as file:
+            _append(file, json.dumps(redact_json(row), allow_nan=False).encode() + b"\n")
     except OSError as error:
         log.warning("%s: event '%s' not written: %s", run / EVENTS, event, error)
 

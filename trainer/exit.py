@@ -15,13 +15,13 @@ from typing import NoReturn
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted, Problem, RankLost, RanksDifferError, TesseraError
 from trainer.fault_tolerance import StopRequests
-from trainer.sanitize import displayable
+from trainer.sanitize import sanitize_text
 
-_CONFIG_PATIENCE_SECONDS = 120.0
-_OTHER_PATIENCE_SECONDS = 10.0
+_CONFIG_ERROR_DELAY_SECONDS = 120.0
+_OTHER_ERROR_DELAY_SECONDS = 10.0
 
 
-class Arguments(argparse.ArgumentParser):
+class CommandLineParser(argparse.ArgumentParser):
     """A parser whose complaints are configuration errors, so that many ranks make one of them."""
 
     def error(self, message: str) -> NoReturn:
@@ -33,8 +33,8 @@ def read_launch() -> Launch:
     try:
         return Launch.from_environment()
     except ConfigError as error:
-        _say(error, Launch())
-        _leave(error.exit_status)
+        _print_error(error, Launch())
+        _end_process(error.exit_status)
 
 
 @contextlib.contextmanager
@@ -49,31 +49,31 @@ def exit_on_errors(launch: Launch, requests: StopRequests | None = None) -> Iter
     requests = requests or StopRequests()
     try:
         yield
-        _leave(0)
-    except Preempted as stopped:
+        _end_process(0)
+    except Preempted as preempted:
         if launch.rank == 0:
-            _print(f"[tessera] {stopped}")
-        _leave(stopped.exit_status)
+            _print(f"[tessera] {preempted}")
+        _end_process(preempted.exit_status)
     except RankLost as error:
         requests.release()
-        if error.speaks:
-            _say(error, launch)
+        if error.reports_first:
+            _print_error(error, launch)
         time.sleep(error.patience if requests.request is None else 0)
-        if not error.speaks:
-            _say(error, launch)
-        _leave(error.exit_status)
+        if not error.reports_first:
+            _print_error(error, launch)
+        _end_process(error.exit_status)
     except TesseraError as error:
         requests.release()
         if launch.rank != 0 and requests.request is None:
-            everywhere = isinstance(error, ConfigError) and not isinstance(error, RanksDifferError)
-            time.sleep(_CONFIG_PATIENCE_SECONDS if everywhere else _OTHER_PATIENCE_SECONDS)
-        _say(error, launch)
-        _leave(error.exit_status)
+            is_on_all_ranks = isinstance(error, ConfigError) and not isinstance(error, RanksDifferError)
+            time.sleep(_CONFIG_ERROR_DELAY_SECONDS if is_on_all_ranks else _OTHER_ERROR_DELAY_SECONDS)
+        _print_error(error, launch)
+        _end_process(error.exit_status)
     except Exception:
         requests.release()
         # Maybe only another rank's end, on which this one's collective has failed: that one's status is the run's.
         if launch.world_size > 1 and requests.request is None:
-            time.sleep(_OTHER_PATIENCE_SECONDS)
+            time.sleep(_OTHER_ERROR_DELAY_SECONDS)
         raise
 
 
@@ -83,16 +83,16 @@ def _print(*lines: str) -> None:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
-def _say(error: TesseraError, launch: Launch) -> None:
-    who = f" (rank {launch.rank} on {socket.gethostname()})" if launch.rank else ""
-    lines = displayable(str(error)).split("\n")
+def _print_error(error: TesseraError, launch: Launch) -> None:
+    origin = f" (rank {launch.rank} on {socket.gethostname()})" if launch.rank else ""
+    lines = sanitize_text(str(error)).split("\n")
     if isinstance(error, ConfigError) and len(lines) > 1:
-        _print(f"error{who}: {len(lines)} mistakes", *(f"  {line}" for line in lines))
+        _print(f"error{origin}: {len(lines)} mistakes", *(f"  {line}" for line in lines))
     else:
-        _print(f"error{who}: {lines[0]}", *lines[1:])
+        _print(f"error{origin}: {lines[0]}", *lines[1:])
 
 
-def _leave(status: int) -> NoReturn:
+def _end_process(status: int) -> NoReturn:
     """Ends the process at once: collectives of a world that broke, or a tracker that hangs, would hold it up."""
     for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(OSError):

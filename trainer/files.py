@@ -30,7 +30,7 @@ def replace_text(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", opener=no_follow) as file:
+        with open(partial, "w", encoding="utf-8", opener=open_without_following_links) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -41,7 +41,7 @@ def replace_text(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
-def no_follow(path: str, flags: int) -> int:
+def open_without_following_links(path: str, flags: int) -> int:
     """An `opener` for `open` that refuses a symbolic link, so that nothing outside its folder is ever written to."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -59,7 +59,7 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def bare_exceptions_as_os_errors() -> Iterator[None]:
+def convert_bare_exceptions_to_os_errors() -> Iterator[None]:
     """Turn exceptions of the class `Exception` itself, by which Rust's packages tell of a full disk, into OSError."""
     try:
         yield

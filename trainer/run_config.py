@@ -13,7 +13,7 @@ from trainer.errors import ConfigError, Problem
 log = logging.getLogger(__name__)
 
 
-def is_count(value: Any) -> TypeGuard[int]:
+def is_non_negative_int(value: Any) -> TypeGuard[int]:
     """Whether a value that was read is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

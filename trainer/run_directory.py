@@ -18,13 +18,13 @@ from typing import Any
 
 from trainer.checkpoint_format import TOKENIZER, FileRecord
 from trainer.config import LoadedConfig
-from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgraded, value_at
+from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgrade_config, value_at
 from trainer.errors import ConfigError, Problem
 from trainer.events import Event, append_event, read_events
-from trainer.files import bare_exceptions_as_os_errors, remove, replace_folder, replace_text
+from trainer.files import convert_bare_exceptions_to_os_errors, remove, replace_folder, replace_text
 from trainer.final_model import find_damage
-from trainer.run_config import is_count, read_run_config
-from trainer.sanitize import redacted
+from trainer.run_config import is_non_negative_int, read_run_config
+from trainer.sanitize import redact_json
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def refuse_identity_change(old: Mapping[str, Any], loaded: LoadedConfig, where: 
     Raises:
         ConfigError: naming each key that makes it another run, unless `checkpoint.allow_changed` names it.
     """
-    found, old, new = [], redacted(upgraded(old)), loaded.resolved()
+    found, old, new = [], redact_json(upgrade_config(old)), loaded.resolved()
     allowed = tuple(loaded.config.checkpoint.allow_changed)
     for path in (*_IDENTITY_KEYS, *(row.key for row in ADDED_KEYS if not is_within(row.key, _IDENTITY_KEYS))):
         before, now = _leaves(_value(old, path), path), _leaves(_value(new, path), path)
@@ -142,7 +142,7 @@ def run_metadata(loaded: LoadedConfig) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
         "steps": loaded.known_steps,
-        "kept_meanings": list(loaded.kept.keys),
+        "kept_meanings": list(loaded.legacy_defaults.keys),
     }
 
 
@@ -229,7 +229,7 @@ class RunDirectory:
         if tokenizer is None:
             return
         partial = self.path / f".{TOKENIZER}.partial"
-        with self._disk_errors_as_config_errors(self.path / TOKENIZER), bare_exceptions_as_os_errors():
+        with self._disk_errors_as_config_errors(self.path / TOKENIZER), convert_bare_exceptions_to_os_errors():
             remove(partial)
             tokenizer.save_pretrained(str(partial))
             replace_folder(partial, self.path / TOKENIZER)
@@ -264,16 +264,16 @@ class RunDirectory:
         path = Path(loaded.config.run.output_dir).expanduser()
         _refuse_unwritable(path)
         events = read_events(path)
-        attempt = 1 + max((row["attempt"] for row in events if is_count(row.get("attempt"))), default=0)
+        attempt = 1 + max((row["attempt"] for row in events if is_non_negative_int(row.get("attempt"))), default=0)
         old = read_run_config(path)
         if old is None:
             return cls(path, attempt, None)
         refuse_identity_change(old, loaded, "the run directory")
         about = old.get(METADATA_KEY)
         about = about if isinstance(about, dict) else {}
-        if is_count(about.get("attempt")):
+        if is_non_negative_int(about.get("attempt")):
             attempt = max(attempt, about["attempt"] + 1)
-        if not is_count(finished := about.get("finished_step")):
+        if not is_non_negative_int(finished := about.get("finished_step")):
             return cls(path, attempt, None)
         epochs = value_at(old, "training.epochs")
         epochs = float(epochs) if isinstance(epochs, int | float) else None

@@ -28,13 +28,13 @@ def redact(text: str) -> str:
     return _QUERY.sub(rf"\1={REDACTED}", _CREDENTIALS.sub(f"{REDACTED}@", text))
 
 
-def redacted(value: Any) -> Any:
+def redact_json(value: Any) -> Any:
     """A JSON value with `redact` applied to each string, names of keys included."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {redact(key) if isinstance(key, str) else key: redacted(item) for key, item in value.items()}
-    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+        return {redact(key) if isinstance(key, str) else key: redact_json(item) for key, item in value.items()}
+    return [redact_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def is_redacted(text: str) -> bool:
@@ -52,13 +52,13 @@ def _written(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def displayable(text: str) -> str:
+def sanitize_text(text: str) -> str:
     """`text` as a console or a log may show it."""
     return escape(redact(text))
 
 
 class SafeFormatter(logging.Formatter):
-    """Formats records as `displayable`, each line after the first indented, so that no file name can forge a record."""
+    """Formats records as `sanitize_text`; later lines are indented, so that no file name can forge a record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return displayable(super().format(record)).replace("\n", "\n    ")
+        return sanitize_text(super().format(record)).replace("\n", "\n    ")

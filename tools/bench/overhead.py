@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tools.bench.common import LENGTH, assemble, configuration, rank_environment, table, write_tokens
-from trainer.config.deepspeed import for_engine
+from trainer.config.deepspeed import engine_settings
 from trainer.config.load import LoadedConfig
 from trainer.data.indexed import IndexedTokens
 from trainer.distributed import Launch, World, get_free_port, joined_world
@@ -97,7 +97,7 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 def _forever(loaded: LoadedConfig) -> Iterator[dict[str, torch.Tensor]]:
     dataset = Samples(Path(loaded.config.data.train[0].path))
     while True:
-        yield from DataLoader(dataset, batch_size=loaded.batch.micro, shuffle=True, drop_last=True)
+        yield from DataLoader(dataset, batch_size=loaded.batch.micro_batch_size, shuffle=True, drop_last=True)
 
 
 def _model(loaded: LoadedConfig) -> Any:
@@ -129,7 +129,7 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
 
 def plain_deepspeed(loaded: LoadedConfig) -> Contestant:
     """What DeepSpeed's own tutorial does, with DeepSpeed's clipping."""
-    settings = {**for_engine(loaded.deepspeed_json), "gradient_clipping": loaded.config.deepspeed.clipping}
+    settings = {**engine_settings(loaded.deepspeed_json), "gradient_clipping": loaded.config.deepspeed.clipping}
     model = _model(loaded)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
 
@@ -170,7 +170,7 @@ def hf_trainer(loaded: LoadedConfig, folder: Path) -> Contestant:
     model = _model(loaded)
     arguments = TrainingArguments(
         output_dir=str(folder / "hf"),
-        per_device_train_batch_size=loaded.batch.micro,
+        per_device_train_batch_size=loaded.batch.micro_batch_size,
         max_steps=100_000,
         learning_rate=1e-4,
         weight_decay=0.0,
@@ -231,7 +231,7 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
     medians = {name: statistics.median(measured) for name, measured in seconds.items()}
     parameters = model_cost(build_model(loaded)).parameters
     stage = loaded.deepspeed_json["zero_optimization"]["stage"]
-    tokens = loaded.batch.train * LENGTH
+    tokens = loaded.batch.batch_size * LENGTH
     print(f"\n{parameters / 1e6:.1f} M parameters, ZeRO {stage}, {tokens} tokens a step, {rounds} steps")
     rows = [
         (name, f"{1e3 * medians[name]:.1f}", _ratio(measured, seconds["plain DeepSpeed"]),

@@ -132,7 +132,7 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     if case.sleeps:
         _sleep_in(engine.models, [name for unit in assignment.dataflow.units for name in unit])
     stage = world.topology.stage
-    batch = _batch(case, loaded.facts.vocabulary)
+    batch = _batch(case, loaded.facts.vocabulary_size)
     engine.train_step(batch)
     sent: Counter[tuple[int, int]] = Counter()
     send = deepspeed_pipe.p2p.send

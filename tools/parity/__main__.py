@@ -24,7 +24,7 @@ from trainer.distributed import Launch, prepare_environment
 prepare_environment()
 
 from tools.parity import layouts, matrix, page, results, subject
-from trainer.exit import Arguments, exit_on_errors
+from trainer.exit import CommandLineParser, exit_on_errors
 
 _LAYOUTS = """layouts:
   Each is a list of key=value: tensor (ranks that share each weight), pipeline (stages), data (ranks that share the
@@ -40,7 +40,7 @@ what is compared:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Arguments(
+    parser = CommandLineParser(
         prog="python -m tools.parity", description=__doc__, epilog=_LAYOUTS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _check(parser: Arguments, options: argparse.Namespace) -> None:
+def _check(parser: CommandLineParser, options: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
     if (options.config is None) == (options.families is None):
         parser.error("give either --config with --layouts, or --families")

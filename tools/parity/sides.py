@@ -72,7 +72,7 @@ class Job:
 
     def batch(self, step: int, loaded: LoadedConfig) -> list[MicroBatch]:
         """The micro-batches of one step: random ids, of rows that predict unequal numbers of tokens."""
-        length, vocabulary = loaded.config.data.sequence_length, loaded.facts.vocabulary
+        length, vocabulary = loaded.config.data.sequence_length, loaded.facts.vocabulary_size
         draw = torch.Generator().manual_seed(_SEED + step)
         rows = self.micro_batches * self.samples
         ids = torch.randint(min(_FIRST_ID, vocabulary - 1), vocabulary, (rows, length + 1), generator=draw)

@@ -223,7 +223,7 @@ def deepspeed_section(zero: Raw, micro_batches: int, accumulation: int, samples:
 def _shrink(raw: Raw, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
     """Puts a small model in the place of the user's, and says what it did."""
     own, kind = sum(p.numel() for p in shape.parameters()), shape.config.model_type
-    raw["data"]["sequence_length"] = min(SHORT, loaded.facts.positions or SHORT)
+    raw["data"]["sequence_length"] = min(SHORT, loaded.facts.max_positions or SHORT)
     raw["model"]["initialize"] = "random"
     if own <= SMALL:
         return f"shrink: {kind} with {own:,} parameters is small already"
@@ -238,7 +238,7 @@ def _fails(model: PreTrainedModel, loaded: LoadedConfig) -> str:
     initialize_weights(model, loaded.config.run.seed)
     try:
         with torch.no_grad():
-            model(input_ids=torch.arange(SHORT).unsqueeze(0) % loaded.facts.vocabulary, use_cache=False)
+            model(input_ids=torch.arange(SHORT).unsqueeze(0) % loaded.facts.vocabulary_size, use_cache=False)
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are families
         return f"{type(error).__name__}: {error}"
     return ""

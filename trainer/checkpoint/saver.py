@@ -41,7 +41,7 @@ from trainer.checkpoint.writer import PARTIAL, CheckpointWriter, Staging, checkp
 from trainer.checkpoint_format import MANIFEST, Manifest, WriteItem, is_checkpoint, read_manifest, verify_files
 from trainer.config import LoadedConfig
 from trainer.config.changes import changes
-from trainer.config.earlier_versions import upgraded, value_at
+from trainer.config.earlier_versions import upgrade_config, value_at
 from trainer.distributed import World, agree
 from trainer.engine import Engine, Scalars, ScalarState, merge_scalars
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
@@ -53,7 +53,7 @@ from trainer.run_directory import (
     refuse_identity_change,
     run_metadata,
 )
-from trainer.sanitize import redacted
+from trainer.sanitize import redact_json
 from trainer.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Checkpoints:
             self._on_first(lambda: self._directory.keep_wandb_run(manifest.wandb_run))
         log.info("going on behind step %d, from %s (%s%s), read in %.1f s", manifest.step, folder,
                  format_bytes(manifest.bytes), _written_by(manifest), time.perf_counter() - start)  # fmt: skip
-        for change in changes(redacted(upgraded(manifest.config)), self._loaded.resolved()):
+        for change in changes(redact_json(upgrade_config(manifest.config)), self._loaded.resolved()):
             log.info("changed since the last attempt: %s", change)
         return Progress(manifest.step, manifest.tokens, manifest.samples)
 
@@ -279,7 +279,7 @@ class Checkpoints:
                         "Take the same files, or --allow_change data.train to go on with other ones")
             )  # fmt: skip
         refuse_checkpoint_past_end(self._loaded, found.manifest.step, str(found.folder))
-        samples, epochs = found.manifest.step * self._loaded.batch.train, self._loaded.config.training.epochs
+        samples, epochs = found.manifest.step * self._loaded.batch.batch_size, self._loaded.config.training.epochs
         if epochs is not None and found.manifest.samples != samples:
             raise ConfigError(
                 Problem("training.epochs", f"{epochs:g}, and {found.folder} was trained with another train_batch_size "

@@ -33,7 +33,7 @@ METADATA_KEY = "tessera"
 """What a run directory's config.json says about the run itself stands under it; ignored when it is run again."""
 
 
-def _listed_default(dotted: str) -> Any:
+def _schema_default(dotted: str) -> Any:
     """The schema's default of a key; `ABSENT` if the schema does not list it."""
     section, _, key = dotted.partition(".")
     field = SECTIONS[section].model_fields.get(key)
@@ -47,7 +47,7 @@ class AddedKey:
     key: str
     """Dotted."""
 
-    meaning: Any
+    legacy_value: Any
     """The value with which a configuration that lacks the key ran; or a function of that configuration, which returns
     `ABSENT` where the key does not apply to it: then a key of the schema has its default, and one of `model.config`,
     whose keys are each family's own, is not set."""
@@ -61,19 +61,19 @@ class AddedKey:
     replacement: str = ""
     """What to write instead of `replaces`."""
 
-    def meaning_in(self, stored: Mapping[str, Any]) -> Any:
+    def legacy_value_in(self, stored: Mapping[str, Any]) -> Any:
         """The value for a stored configuration that lacks the key."""
-        return self.meaning(stored) if callable(self.meaning) else copy.deepcopy(self.meaning)
+        return self.legacy_value(stored) if callable(self.legacy_value) else copy.deepcopy(self.legacy_value)
 
     @property
-    def listed_default(self) -> Any:
+    def schema_default(self) -> Any:
         """The schema's default; `ABSENT` if it does not list the key."""
-        return _listed_default(self.key)
+        return _schema_default(self.key)
 
     @property
     def new_default(self) -> Any:
         """What a run that begins now uses where the key is not set."""
-        return self.default if self.listed_default is ABSENT else self.listed_default
+        return self.default if self.schema_default is ABSENT else self.schema_default
 
 
 def _end_of_text(stored: Mapping[str, Any]) -> str:
@@ -87,10 +87,10 @@ def _unexpected_keys(stored: Mapping[str, Any]) -> Any:
 def _bidirectional(switch: str) -> Callable[[Mapping[str, Any]], Any]:
     """Models with random weights were built without the switch that makes the attention of their family causal."""
 
-    def meaning(stored: Mapping[str, Any]) -> Any:
+    def legacy_value(stored: Mapping[str, Any]) -> Any:
         return False if causal_switch(value_at(stored, "model.config.model_type")) == switch else ABSENT
 
-    return meaning
+    return legacy_value
 
 
 def _drop_last(stored: Mapping[str, Any]) -> Any:
@@ -161,25 +161,25 @@ def _remove(config: Raw, key: str) -> None:
         holder.pop(last, None)
 
 
-def upgraded(stored: Mapping[str, Any]) -> Raw:
+def upgrade_config(stored: Mapping[str, Any]) -> Raw:
     """A stored configuration with today's keys: those added since have the meaning that it had without them."""
     config: Raw = copy.deepcopy(dict(stored))
-    for row in ADDED_KEYS:
-        if value_at(stored, row.key) is ABSENT:
-            meaning = row.meaning_in(stored)
-            meaning = row.listed_default if meaning is ABSENT else meaning
-            if meaning is not ABSENT:
-                _set(config, row.key, meaning)
-        if row.replaces:
-            _remove(config, row.replaces)
+    for added in ADDED_KEYS:
+        if value_at(stored, added.key) is ABSENT:
+            legacy_value = added.legacy_value_in(stored)
+            legacy_value = added.schema_default if legacy_value is ABSENT else legacy_value
+            if legacy_value is not ABSENT:
+                _set(config, added.key, legacy_value)
+        if added.replaces:
+            _remove(config, added.replaces)
     return config
 
 
-def replaced_key(key: str) -> Problem | None:
+def replaced_key_problem(key: str) -> Problem | None:
     """What to answer to a key of earlier versions that another one has replaced."""
-    for row in ADDED_KEYS:
-        if row.replaces == key:
-            return Problem(key, f"replaced by '{row.key}'", row.replacement)
+    for added in ADDED_KEYS:
+        if added.replaces == key:
+            return Problem(key, f"replaced by '{added.key}'", added.replacement)
     return None
 
 
@@ -199,9 +199,9 @@ class StoredRun:
     @property
     def config(self) -> Raw:
         """The upgraded configuration."""
-        return upgraded(self.written)
+        return upgrade_config(self.written)
 
-    def keeps_meaning(self, key: str) -> bool:
+    def uses_legacy_default(self, key: str) -> bool:
         """Whether an earlier version began the run without `key`, so that no user has chosen its value."""
         return value_at(self.written, key) is ABSENT or key in (self.about.get("kept_meanings") or ())
 
@@ -220,8 +220,10 @@ def stored_run(folder: Path) -> StoredRun | None:
     try:
         if (folder / "config.json").is_file():
             stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            is_ours = isinstance(stored, dict) and all(isinstance(stored.get(name), dict) for name in ("run", "data"))
-            if is_ours:
+            is_run_config = isinstance(stored, dict) and all(
+                isinstance(stored.get(name), dict) for name in ("run", "data")
+            )
+            if is_run_config:
                 about = stored.get(METADATA_KEY)
                 return StoredRun(folder, stored, about if isinstance(about, dict) else {})
     except (OSError, ValueError, RecursionError):
@@ -255,7 +257,7 @@ def _resumed_run(raw: Raw) -> StoredRun | None:
 
 
 @dataclass(frozen=True)
-class KeptMeanings:
+class LegacyDefaults:
     """What a resumed run keeps of an earlier version."""
 
     keys: tuple[str, ...] = ()
@@ -265,11 +267,11 @@ class KeptMeanings:
     """One line about values that a new run would not have; empty if there are none."""
 
 
-NOTHING_KEPT = KeptMeanings()
+NO_LEGACY_DEFAULTS = LegacyDefaults()
 """Of a run that begins now, or that this version began."""
 
 
-def keep_stored_meanings(raw: Raw) -> KeptMeanings:
+def apply_legacy_defaults(raw: Raw) -> LegacyDefaults:
     """Sets those added keys that `raw` leaves out to their meaning in the run that it resumes.
 
     Only keys that an earlier version did not know: a value that this version stored is compared like any other.
@@ -279,20 +281,20 @@ def keep_stored_meanings(raw: Raw) -> KeptMeanings:
     """
     run = _resumed_run(raw)
     if run is None:
-        return NOTHING_KEPT
+        return NO_LEGACY_DEFAULTS
     stored, keys, changes = run.config, [], []
-    for row in ADDED_KEYS:
-        meaning, current = value_at(stored, row.key), value_at(raw, row.key)
-        applies = meaning is not ABSENT and row.meaning_in(raw) is not ABSENT
-        if not applies or not run.keeps_meaning(row.key) or current not in (ABSENT, meaning):
+    for added in ADDED_KEYS:
+        legacy_value, current = value_at(stored, added.key), value_at(raw, added.key)
+        applies = legacy_value is not ABSENT and added.legacy_value_in(raw) is not ABSENT
+        if not applies or not run.uses_legacy_default(added.key) or current not in (ABSENT, legacy_value):
             continue
-        keys.append(row.key)
+        keys.append(added.key)
         if current is not ABSENT:
             continue
-        _set(raw, row.key, meaning)
-        if meaning != row.new_default:
-            new = "unset" if row.new_default is ABSENT else json.dumps(row.new_default)
-            changes.append(f"{row.key} = {json.dumps(meaning)} (new runs: {new})")
+        _set(raw, added.key, legacy_value)
+        if legacy_value != added.new_default:
+            new = "unset" if added.new_default is ABSENT else json.dumps(added.new_default)
+            changes.append(f"{added.key} = {json.dumps(legacy_value)} (new runs: {new})")
     for change in CHANGED_DEFAULTS:
         is_kept = value_at(run.written, change.since) is ABSENT or change.key in (run.about.get("kept_meanings") or ())
         current = value_at(raw, change.key)
@@ -301,7 +303,7 @@ def keep_stored_meanings(raw: Raw) -> KeptMeanings:
         keys.append(change.key)
         if current is ABSENT:
             _set(raw, change.key, change.before)
-            new = json.dumps(_listed_default(change.key))
+            new = json.dumps(_schema_default(change.key))
             changes.append(f"{change.key} = {json.dumps(change.before)} (new runs: {new})")
     message = f"resuming with the values that the run in {run.folder} began with: {', '.join(changes)}"
-    return KeptMeanings(tuple(keys), message if changes else "")
+    return LegacyDefaults(tuple(keys), message if changes else "")

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import rules as cross_section
-from trainer.config.deepspeed import Batch, batch_arithmetic, fp32_instead_of_bf16, missing_values, normalized, resolve
+from trainer.config.deepspeed import (
+    Batch,
+    batch_arithmetic,
+    fp32_fallback_warnings,
+    missing_values,
+    normalize_section,
+    resolve,
+)
 from trainer.config.earlier_versions import (
-    NOTHING_KEPT,
-    KeptMeanings,
-    keep_stored_meanings,
+    NO_LEGACY_DEFAULTS,
+    LegacyDefaults,
+    apply_legacy_defaults,
 )
 from trainer.config.model_facts import (
     ModelFacts,
@@ -24,12 +31,12 @@ from trainer.config.model_facts import (
     with_causal_attention,
 )
 from trainer.config.plugins import import_plugins
-from trainer.config.read import apply_override, deepspeed_file_of, read_config_file
-from trainer.config.rules import Device, Draft, warnings_of
+from trainer.config.read import apply_override, named_deepspeed_file, read_config_file
+from trainer.config.rules import Device, Draft, configuration_warnings
 from trainer.config.schema import SECTIONS, Config
-from trainer.config.validate import build_section, unknown_sections
+from trainer.config.validate import unknown_sections, validate_section
 from trainer.errors import ConfigError, Problem
-from trainer.sanitize import redacted
+from trainer.sanitize import redact_json
 
 Raw = dict[str, Any]
 
@@ -49,7 +56,7 @@ class LoadedConfig:
     """Optimizer steps of `training.epochs`; None while they have not been counted (`with_steps`)."""
 
     warnings: tuple[Problem, ...] = ()
-    kept: KeptMeanings = NOTHING_KEPT
+    legacy_defaults: LegacyDefaults = NO_LEGACY_DEFAULTS
     """What a resumed run keeps of the earlier version that began it."""
 
     @property
@@ -86,7 +93,7 @@ class LoadedConfig:
         whole["run"]["name"] = self.name
         whole["model"]["initialize"] = self.initialize
         whole["model"]["attention"] = self.attention
-        resolved: Raw = redacted({**whole, "deepspeed": self.deepspeed_json})
+        resolved: Raw = redact_json({**whole, "deepspeed": self.deepspeed_json})
         return resolved
 
     @cached_property
@@ -103,14 +110,14 @@ class LoadedConfig:
         return self.config.model.initialize or ("pretrained" if self.config.model.path else "random")
 
 
-def _skipped(needs: Iterable[str], wrong: set[str]) -> bool:
+def _skipped(needs: Iterable[str], invalid: set[str]) -> bool:
     def touches(a: str, b: str) -> bool:
         return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
-    return any(touches(need, path) for need in needs for path in wrong)
+    return any(touches(need, path) for need in needs for path in invalid)
 
 
-def _look_at_model(draft: Draft) -> list[Problem]:
+def _inspect_model(draft: Draft) -> list[Problem]:
     section = draft.model
     if section is None or (section.path is None) == (section.config is None):
         return []
@@ -143,36 +150,36 @@ def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file:
     raw = json.loads(json.dumps(raw))
     problems = unknown_sections(raw)
     draft = Draft(world=world, device=device)
-    wrong: set[str] = set()
+    invalid: set[str] = set()
     given: Any = raw.get("deepspeed")
     if isinstance(given, dict):
-        raw["deepspeed"] = normalized(given, device)
+        raw["deepspeed"] = normalize_section(given, device)
     for name, field in Config.model_fields.items():
         if name not in raw:
             if field.is_required():
                 problems.append(Problem(name, "required, but missing"))
-                wrong.add(name)
+                invalid.add(name)
                 continue
             raw[name] = {}
-        found = build_section(name, raw[name], draft)
+        found = validate_section(name, raw[name], draft)
         problems += found.problems
         if name == "deepspeed" and isinstance(given, dict):
-            problems += missing_values(raw[name], found.autos, deepspeed_file)
-        wrong |= found.wrong
+            problems += missing_values(raw[name], found.unresolved_autos, deepspeed_file)
+        invalid |= found.invalid
         if getattr(draft, name) is None:
-            wrong.add(name)
+            invalid.add(name)
     if draft.run is not None and (unusable := list(import_plugins(draft.run.plugins))):
         problems += unusable
-        wrong.add("model")  # whose class may be theirs
-    if not _skipped(("model",), wrong):
-        problems += _look_at_model(draft)
+        invalid.add("model")  # whose class may be theirs
+    if not _skipped(("model",), invalid):
+        problems += _inspect_model(draft)
     for rule in cross_section.RULES:
-        if not _skipped(rule.needs, wrong):
+        if not _skipped(rule.needs, invalid):
             problems += _checked(rule, draft)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     loaded = _finish(draft)
-    return replace(loaded, warnings=(*fp32_instead_of_bf16(given, raw["deepspeed"]), *loaded.warnings))
+    return replace(loaded, warnings=(*fp32_fallback_warnings(given, raw["deepspeed"]), *loaded.warnings))
 
 
 def _finish(draft: Draft) -> LoadedConfig:
@@ -194,7 +201,7 @@ def _finish(draft: Draft) -> LoadedConfig:
             hidden_size=draft.facts.hidden_size,
         ),
         derived_steps=draft.derived_steps,
-        warnings=tuple(warnings_of(draft)),
+        warnings=tuple(configuration_warnings(draft)),
     )
 
 
@@ -209,7 +216,7 @@ def with_steps(loaded: LoadedConfig, steps: int) -> LoadedConfig:
     rules = [rule for rule in cross_section.RULES if "training.max_steps" in rule.needs]
     if problems := [problem for rule in rules for problem in rule.check(draft)]:
         raise ConfigError(problems)
-    return replace(_finish(draft), kept=loaded.kept)
+    return replace(_finish(draft), legacy_defaults=loaded.legacy_defaults)
 
 
 def load_config(
@@ -222,7 +229,7 @@ def load_config(
     Raises:
         ConfigError: with every problem that was found.
     """
-    raw, deepspeed_file = read_config_file(Path(path)), deepspeed_file_of(Path(path))
+    raw, deepspeed_file = read_config_file(Path(path)), named_deepspeed_file(Path(path))
     problems = []
     for assignment in overrides:
         try:
@@ -233,5 +240,7 @@ def load_config(
         raise ConfigError(problems)
     if any(assignment.partition("=")[0].strip() == "deepspeed" for assignment in overrides):
         deepspeed_file = None
-    kept = keep_stored_meanings(raw)
-    return replace(check(raw, world=world, device=device, deepspeed_file=deepspeed_file), kept=kept)
+    legacy_defaults = apply_legacy_defaults(raw)
+    return replace(
+        check(raw, world=world, device=device, deepspeed_file=deepspeed_file), legacy_defaults=legacy_defaults
+    )

@@ -44,30 +44,30 @@ class ModelFacts:
     """What rules ask of a model."""
 
     model_type: str
-    vocabulary: int
+    vocabulary_size: int
     hidden_size: int | None
     """None for the few families that have no single one."""
 
-    positions: int | None
+    max_positions: int | None
     """Longest sequence the model was made for; None where it has no such bound."""
 
-    heads: int | None
+    attention_heads: int | None
     """Attention heads, of layers that differ the greatest common divisor; None where the configuration says none."""
 
-    only_length: int | None = None
+    required_length: int | None = None
     """The one sequence length that the model can be trained on; None for nearly all families."""
 
-    special_ids: frozenset[int] = frozenset()
+    special_token_ids: frozenset[int] = frozenset()
     """Token ids that the configuration names: end of text, padding, an image's place."""
 
     causal_setting: tuple[str, Any] | None = None
     """The configuration key that is not set for causal attention, and the value that it should have; None where the
     family has no such key, or it is set."""
 
-    shortest_blocks: int = 0
+    min_block_sparse_length: int = 0
     """Sequences shorter than this turn off block-sparse attention for good (BigBird)."""
 
-    balances_experts: bool = False
+    has_load_balancing_loss: bool = False
     """Whether the family adds a load-balancing loss of its mixture, which counts tokens."""
 
 
@@ -83,23 +83,30 @@ def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         remedy = "" if hint else "If a package of yours registers it, name the package in run.plugins (its code runs)"
         raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}", remedy))
-    kind: type[PreTrainedConfig] = CONFIG_MAPPING[name]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[name]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
             Problem(f"{where}.model_type", f"'{name}' has no causal language model in transformers", "Take a decoder")
         )
-    return kind
+    return config_class
 
 
-def _unknown_keys(raw: Mapping[str, Any], kind: type[PreTrainedConfig], where: str) -> Iterator[Problem]:
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    known = fields | set(kind().to_dict()) | set(kind.attribute_map) | {"model_type", "architectures", "dtype"}
+def _unknown_keys(raw: Mapping[str, Any], config_class: type[PreTrainedConfig], where: str) -> Iterator[Problem]:
+    fields = (
+        {field.name for field in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else set()
+    )
+    known = (
+        fields
+        | set(config_class().to_dict())
+        | set(config_class.attribute_map)
+        | {"model_type", "architectures", "dtype"}
+    )
     known |= {"output_router_logits", "rope_theta", "rope_scaling", "partial_rotary_factor", "initializer_range"}
     for key in raw:
         if key not in known:
             near = get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield Problem(f"{where}.{key}", f"unknown key for model type '{kind.model_type}'{hint}")
+            yield Problem(f"{where}.{key}", f"unknown key for model type '{config_class.model_type}'{hint}")
 
 
 def _inline_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
@@ -107,28 +114,30 @@ def _inline_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     dangerous = sorted(set(raw) - set(scrub(raw)))
     if dangerous:
         raise ConfigError(Problem(f"{where}.{key}", "not taken from a configuration", "Remove it") for key in dangerous)
-    kind = _config_class(raw, where)
+    config_class = _config_class(raw, where)
     try:
-        problems = list(_unknown_keys(raw, kind, where))
+        problems = list(_unknown_keys(raw, config_class, where))
     except Exception:  # a family whose configuration has no defaults: its constructor says what is missing
         problems = []
     if problems:
         raise ConfigError(problems)
-    return _construct(kind, raw, where)
+    return _construct(config_class, raw, where)
 
 
-def _construct(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def _construct(config_class: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
     if problems := list(size_problems(raw, where)):
         raise ConfigError(problems)
-    config = _constructed(kind, raw, where)
+    config = _constructed(config_class, raw, where)
     if problems := list(relation_problems(config, raw, where)):
         raise ConfigError(problems)
     return config
 
 
-def _constructed(kind: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def _constructed(config_class: type[PreTrainedConfig], raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
-        return kind.from_dict(kind._decode_special_floats(dict(raw)))  # infinity, which JSON has no number for
+        return config_class.from_dict(
+            config_class._decode_special_floats(dict(raw))
+        )  # infinity, which JSON has no number for
     except Exception as error:  # the families' own validators raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         field = next((line.split("'")[1] for line in lines if line.startswith("Validation error for field")), "")
@@ -145,7 +154,7 @@ def _recipe_in(folder: Path) -> Mapping[str, Any]:
     return recipe
 
 
-def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
+def load_model_config(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
     """The configuration in a model folder, a checkpoint, or a repository on the hub.
 
     Args:
@@ -163,7 +172,7 @@ def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
         raise ConfigError(Problem("model.path", f"'{path}' does not exist", "Give a folder or a name on the hub"))
     refuse_special_files(folder, "model.path")
     if is_checkpoint(folder):
-        return config_from(_recipe_in(folder), f"{path}/{MANIFEST}")
+        return parse_model_config(_recipe_in(folder), f"{path}/{MANIFEST}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(
             Problem("model.path", f"'{path}' holds no config.json", "Give a Hugging Face model folder or a checkpoint")
@@ -179,7 +188,7 @@ def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
                 "model.path", f"'{path}' {place}cannot be read: {cause}", "Check the name, the network, or the folder"
             )
         ) from None
-    if weights_are_read and (found := _quantization(raw)) is not None:
+    if weights_are_read and (found := _quantization_method(raw)) is not None:
         where, method = found
         raise ConfigError(
             Problem(
@@ -190,22 +199,22 @@ def config_at(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
                 "model.initialize 'random' only the sizes are used",
             )
         )
-    return config_from(raw, f"{path}/config.json")
+    return parse_model_config(raw, f"{path}/config.json")
 
 
-def _quantization(raw: Mapping[str, Any], where: str = "") -> tuple[str, str] | None:
+def _quantization_method(raw: Mapping[str, Any], where: str = "") -> tuple[str, str] | None:
     """(key, method) by which a configuration says at any depth that its weights are quantized; None if it does not."""
     for key, value in raw.items():
         path = f"{where}.{key}" if where else key
         if key in QUANTIZATION_KEYS and value:
             method = value.get("quant_method", value.get("quant_algo")) if isinstance(value, Mapping) else value
             return path, f"quant_method {method!r}" if method else "no quant_method"
-        if isinstance(value, Mapping) and (found := _quantization(value, path)) is not None:
+        if isinstance(value, Mapping) and (found := _quantization_method(value, path)) is not None:
             return found
     return None
 
 
-def config_from(raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def parse_model_config(raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """The configuration in a stored model, without what could run code.
 
     Args:
@@ -228,12 +237,12 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
         config = _inline_config(section.config)
     else:
         assert section.path is not None
-        config = config_at(section.path, weights_are_read=section.initialize != "random")
+        config = load_model_config(section.path, weights_are_read=section.initialize != "random")
     config.use_cache = False
     return config
 
 
-NEVER_CAUSAL: dict[str, str] = {
+NON_CAUSAL_FAMILIES: dict[str, str] = {
     "cpmant": "takes all tokens of a sample for context, which is seen in both directions",
     "prophetnet": "mixes positions in its n-gram attention, by a reshape",
     "xlnet": "attends in both directions unless it is given a permutation",
@@ -291,7 +300,7 @@ def _causal_setting(config: PreTrainedConfig) -> tuple[str, Any] | None:
     return None
 
 
-def _special_ids(config: PreTrainedConfig) -> frozenset[int]:
+def _special_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     ids: set[int] = set()
     for key, value in {**config.to_dict(), **config.get_text_config(decoder=True).to_dict()}.items():
         if key.endswith(("_token_id", "_token_ids", "_token_index")):
@@ -299,7 +308,7 @@ def _special_ids(config: PreTrainedConfig) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _shortest_blocks(config: PreTrainedConfig) -> int:
+def _min_block_sparse_length(config: PreTrainedConfig) -> int:
     if config.model_type != "big_bird" or getattr(config, "attention_type", None) != "block_sparse":
         return 0
     return int((5 + 2 * config.num_random_blocks) * config.block_size) + 1
@@ -309,8 +318,8 @@ def default_attention(config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
     """`sdpa` where the family has it. Imports the family's code, so it is asked for a run and not for a check."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if kind._supports_sdpa else "eager"
+    config_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if config_class._supports_sdpa else "eager"
 
 
 def _heads(config: PreTrainedConfig) -> list[int]:
@@ -340,13 +349,13 @@ def model_facts(config: PreTrainedConfig) -> ModelFacts:
     axes = getattr(text, "axial_pos_shape", None) if getattr(text, "axial_pos_embds", False) else None
     return ModelFacts(
         model_type=str(config.model_type),
-        vocabulary=vocabulary,
+        vocabulary_size=vocabulary,
         hidden_size=hidden if isinstance(hidden, int) else None,
-        positions=positions if isinstance(positions, int) and positions > 0 else None,
-        heads=math.gcd(*_heads(text)) or None,
-        only_length=math.prod(axes) if axes else None,
-        special_ids=_special_ids(config),
+        max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        attention_heads=math.gcd(*_heads(text)) or None,
+        required_length=math.prod(axes) if axes else None,
+        special_token_ids=_special_token_ids(config),
         causal_setting=_causal_setting(config),
-        shortest_blocks=_shortest_blocks(config),
-        balances_experts=bool(getattr(text, "output_router_logits", False)),
+        min_block_sparse_length=_min_block_sparse_length(config),
+        has_load_balancing_loss=bool(getattr(text, "output_router_logits", False)),
     )

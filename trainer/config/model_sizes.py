@@ -18,7 +18,7 @@ _POSITIVE = re.compile(
 )
 """Sizes that are at least 1 in every family."""
 
-_NOT_NEGATIVE = re.compile(
+_NON_NEGATIVE = re.compile(
     r"num_\w*layers|encoder_layers|\w*heads|\w*head_dim|\w*hidden_size|\w*intermediate_size|\w*ffn_dim|\w*vocab_size"
     r"|\w*experts|\w*experts_per_tok(en)?|(moe_)?top_?k"
 )
@@ -27,11 +27,11 @@ _NOT_NEGATIVE = re.compile(
 _LAYERS = re.compile(r"(num_\w*layers|n_layers?|encoder_layers|decoder_layers)")
 """Numbers of layers, each of which is built as objects before anything else is known of the model."""
 
-_MOST_LAYERS = 10_000
+_MAX_LAYERS = 10_000
 _MOST = 2**31
 """Of every other size."""
 
-_NOT_TRAINED = ("vision", "audio", "image", "speech")
+_UNTRAINED_PARTS = ("vision", "audio", "image", "speech")
 """Parts of a larger model that a language model is not made of."""
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -43,7 +43,7 @@ EXPERTS_PER_TOKEN = (
 """What they call the number of those that a token is routed to."""
 
 
-def key_in(where: str, key: str) -> str:
+def qualified_key(where: str, key: str) -> str:
     """A key of the configuration found at `where`: a file, or a dotted key."""
     return f"{where}: {key}" if where.endswith(".json") else f"{where}.{key}"
 
@@ -57,19 +57,19 @@ def size_problems(raw: Mapping[str, Any], where: str, above: str = "") -> Iterat
     for name, value in ((str(name), value) for name, value in raw.items()):
         key = f"{above}.{name}" if above else name
         if isinstance(value, Mapping):
-            if not any(part in name for part in _NOT_TRAINED):
+            if not any(part in name for part in _UNTRAINED_PARTS):
                 yield from size_problems(value, where, key)
             continue
-        least = 1 if _POSITIVE.fullmatch(name) else 0 if _NOT_NEGATIVE.fullmatch(name) else None
+        least = 1 if _POSITIVE.fullmatch(name) else 0 if _NON_NEGATIVE.fullmatch(name) else None
         if least is None or value is None:
             continue
         values = value if isinstance(value, list) and value else [value]
         if not all(_is_whole(number) and number >= least for number in values):
-            yield Problem(key_in(where, key), f"must be a whole number of at least {least} (got {value!r})")
+            yield Problem(qualified_key(where, key), f"must be a whole number of at least {least} (got {value!r})")
             continue
-        most = _MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST
+        most = _MAX_LAYERS if _LAYERS.fullmatch(name) else _MOST
         if max(values) > most:
-            yield Problem(key_in(where, key), f"must be at most {most} (got {max(values):.3g})")
+            yield Problem(qualified_key(where, key), f"must be at most {most} (got {max(values):.3g})")
 
 
 def _is_whole(value: Any) -> bool:
@@ -90,7 +90,7 @@ def relation_problems(config: Any, raw: Mapping[str, Any], where: str) -> Iterat
         names = (name, *(alias for alias, real in text.attribute_map.items() if real == name))
         real = text.attribute_map.get(name, name)
         found = next((each for each in (*names, real) if each in given), name)
-        return key_in(where, f"{nested}.{found}" if nested and found not in raw else found)
+        return qualified_key(where, f"{nested}.{found}" if nested and found not in raw else found)
 
     hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
     key_value = _size(text, "num_key_value_heads")

@@ -6,14 +6,14 @@ import glob
 import os
 from pathlib import Path
 
-from trainer.config.search import (
-    MOST_ENTRIES,
+from trainer.config.file_search import (
+    MAX_SEARCHED_ENTRIES,
     SearchTooLargeError,
-    fixed_part,
+    fixed_prefix,
     search_folder,
     search_glob,
+    special_file_type,
     special_files,
-    special_kind,
 )
 from trainer.errors import ConfigError, Problem
 
@@ -36,7 +36,7 @@ def compression_of(path: Path) -> str:
     return path.suffix if is_compressed else ""
 
 
-def kind_of(path: Path) -> str | None:
+def data_suffix(path: Path) -> str | None:
     """The suffix that says what is in a data file, such as `.jsonl` of `a.jsonl.gz`; None for an unknown one."""
     suffix = path.with_suffix("").suffix if compression_of(path) else path.suffix
     return suffix if suffix in TEXT_SUFFIXES else None
@@ -54,20 +54,20 @@ def matching_files(path: str) -> list[Path]:
     only where there is nothing else, because they often describe the others, and a compressed file only where its
     decompressed twin is not there.
     """
-    whole = Path(os.path.expanduser(path))
-    if whole.is_dir():
-        if is_saved_dataset(whole):
-            return [whole]
-        found = {f for f in _searched(whole) if kind_of(f)}
-        found = {f for f in found if kind_of(f) != ".json"} or found
+    expanded = Path(os.path.expanduser(path))
+    if expanded.is_dir():
+        if is_saved_dataset(expanded):
+            return [expanded]
+        found = {f for f in _searched(expanded) if data_suffix(f)}
+        found = {f for f in found if data_suffix(f) != ".json"} or found
         return sorted(f for f in found if not (compression_of(f) and f.with_suffix("") in found))
-    if whole.exists():
-        return [whole]
-    return _searched(whole)
+    if expanded.exists():
+        return [expanded]
+    return _searched(expanded)
 
 
 def _searched(path: Path) -> list[Path]:
-    """The files that a folder or a glob stands for; none where `problems_of_path` says that there are too many."""
+    """The files that a folder or a glob stands for; none where `path_problems` says that there are too many."""
     try:
         return search_folder(path) if path.is_dir() else search_glob(path)
     except SearchTooLargeError:
@@ -75,9 +75,9 @@ def _searched(path: Path) -> list[Path]:
 
 
 def _is_search_too_large(path: str) -> bool:
-    whole = Path(os.path.expanduser(path))
+    expanded = Path(os.path.expanduser(path))
     try:
-        search_folder(whole) if whole.is_dir() else search_glob(whole)
+        search_folder(expanded) if expanded.is_dir() else search_glob(expanded)
     except SearchTooLargeError:
         return True
     return False
@@ -88,16 +88,16 @@ def _special_files(path: Path) -> list[tuple[Path, str]]:
     if path.is_dir():
         return special_files(path, recursive=True)
     pair = (path, path.with_suffix(".idx")) if path.suffix == ".bin" else (path,)
-    return [(file, kind) for file in pair if (kind := special_kind(file)) is not None]
+    return [(file, file_type) for file in pair if (file_type := special_file_type(file)) is not None]
 
 
-def only_tokens(path: str) -> bool:
+def has_only_token_files(path: str) -> bool:
     """Whether the local `path` stands for token files alone, so that no tokenizer is needed."""
     files = matching_files(path) if is_local(path) else []
     return bool(files) and all(f.suffix == ".bin" for f in files)
 
 
-def has_splits(folder: Path) -> bool:
+def has_dataset_splits(folder: Path) -> bool:
     """Whether `folder` holds a saved dataset of several splits, of which each use takes its own."""
     return (folder / "dataset_dict.json").is_file()
 
@@ -109,21 +109,25 @@ def refuse_special_files(folder: Path, key: str) -> None:
         ConfigError: at `key`.
     """
     if found := special_files(folder):
-        raise ConfigError(Problem(key, f"'{path}' is {kind}", "Give a folder of regular files") for path, kind in found)
+        raise ConfigError(
+            Problem(key, f"'{path}' is {file_type}", "Give a folder of regular files") for path, file_type in found
+        )
 
 
-def problems_of_path(key: str, path: str) -> list[Problem]:
+def path_problems(key: str, path: str) -> list[Problem]:
     """What is wrong with the data path `path`, given at the key `key`; empty when it can be opened."""
     if path.startswith("builtin:"):
         known = [] if path == BUILTIN else [f"unknown built-in corpus '{path}'"]
         return [Problem(key, reason, f"There is one: '{BUILTIN}'") for reason in known]
     if path.startswith(HUB):
         return [] if path != HUB else [Problem(key, f"'{path}' names no dataset", "Write hf://OWNER/NAME")]
-    if (kind := special_kind(fixed_part(path))) is not None:
-        return [Problem(key, f"'{path}' is {kind}", "Give a regular file, or a folder or glob of regular files")]
+    if (file_type := special_file_type(fixed_prefix(path))) is not None:
+        return [Problem(key, f"'{path}' is {file_type}", "Give a regular file, or a folder or glob of regular files")]
     files = matching_files(path)
     if not files and _is_search_too_large(path):
-        return [Problem(key, f"'{path}' searches more than {MOST_ENTRIES:,} files", "Name a folder deeper down")]
+        return [
+            Problem(key, f"'{path}' searches more than {MAX_SEARCHED_ENTRIES:,} files", "Name a folder deeper down")
+        ]
     if not files:
         what = "matches no file" if glob.has_magic(path) else "does not exist"
         if Path(os.path.expanduser(path)).is_dir():
@@ -131,16 +135,16 @@ def problems_of_path(key: str, path: str) -> list[Problem]:
         return [Problem(key, f"'{path}' {what}", f"Paths are relative to the working folder, {os.getcwd()}")]
     problems = [Problem(key, f"'{f}' cannot be read: no permission") for f in files if not os.access(f, os.R_OK)]
     problems += [
-        Problem(key, f"'{special}' is {kind}", "Give regular files")
+        Problem(key, f"'{special}' is {file_type}", "Give regular files")
         for f in files
-        for special, kind in _special_files(f)
+        for special, file_type in _special_files(f)
     ]
     if len({f.suffix == ".bin" for f in files}) == 2:
         problems.append(Problem(key, f"'{path}' holds both text and token files (.bin)", "Name them as two sources"))
     problems += [
         Problem(key, f"'{f}' is of no kind that can be read", f"Known: {_KNOWN}")
         for f in files
-        if not f.is_dir() and kind_of(f) is None
+        if not f.is_dir() and data_suffix(f) is None
     ]
     problems += [
         Problem(key, f"'{f}' has no index '{f.with_suffix('.idx').name}' beside it", "Copy both files")

@@ -27,16 +27,16 @@ def import_plugins(names: Sequence[str], key: str = "run.plugins") -> Iterator[P
 def _problem(name: str, error: BaseException, key: str) -> Problem:
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is not None and (name == missing or name.startswith(f"{missing}.")):
-        of = "" if name == missing else f" (no module '{missing}')"
-        return Problem(key, f"there is no module '{name}'{of}", "Install its package in this environment, or put its "
-                       "folder on PYTHONPATH, on every host")  # fmt: skip
-    first = (str(error).strip().splitlines() or [""])[0]
+        detail = "" if name == missing else f" (no module '{missing}')"
+        return Problem(key, f"there is no module '{name}'{detail}", "Install its package in this environment, or "
+                       "put its folder on PYTHONPATH, on every host")  # fmt: skip
+    cause = (str(error).strip().splitlines() or [""])[0]
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"'{name}' cannot be imported: {type(error).__name__}: {first} ({frame.filename}, line {frame.lineno})"
+    reason = f"'{name}' cannot be imported: {type(error).__name__}: {cause} ({frame.filename}, line {frame.lineno})"
     return Problem(key, reason, "Correct the module, or leave it out")
 
 
-def import_named_plugins(recorded: Collection[str], named: Sequence[str]) -> None:
+def import_named_plugins(recorded: Collection[str], allowed: Sequence[str]) -> None:
     """Import the plugins that a model needs, if the user has named each on the command line.
 
     A folder may come from somebody else, so nothing runs because the folder says so.
@@ -47,9 +47,9 @@ def import_named_plugins(recorded: Collection[str], named: Sequence[str]) -> Non
     Raises:
         ConfigError: for a recorded plugin that is not named, and for one that cannot be imported.
     """
-    if unnamed := [name for name in recorded if name not in named]:
+    if unnamed := [name for name in recorded if name not in allowed]:
         options = " ".join(f"--plugin {name}" for name in unnamed)
         raise ConfigError(Problem("--plugin", f"the run was trained with the code of {', '.join(unnamed)}, which runs "
                                   "only where you name it", f"Add {options}"))  # fmt: skip
-    if problems := list(import_plugins(named, "--plugin")):
+    if problems := list(import_plugins(allowed, "--plugin")):
         raise ConfigError(problems)

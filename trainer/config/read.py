@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import strict_json
-from trainer.config.earlier_versions import METADATA_KEY, upgraded
+from trainer.config.earlier_versions import METADATA_KEY, upgrade_config
 from trainer.errors import ConfigError, Problem
 
 Raw = dict[str, Any]
@@ -35,7 +35,7 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
     raw = strict_json.read(path)
     raw.pop("$schema", None)
     if raw.pop(METADATA_KEY, None) is not None:  # a run directory's, perhaps of an earlier version
-        raw = upgraded(raw)
+        raw = upgrade_config(raw)
     if "deepspeed" in raw:
         raw["deepspeed"] = read_deepspeed(raw["deepspeed"], path.parent)
     base = raw.pop("extends", None)
@@ -66,7 +66,7 @@ def read_deepspeed(section: Any, folder: Path, seen: tuple[Path, ...] = ()) -> A
     return merge(below, over)
 
 
-def deepspeed_file_of(path: Path) -> str | None:
+def named_deepspeed_file(path: Path) -> str | None:
     """The DeepSpeed file that the configuration file `path` itself names, as it is written there."""
     section = strict_json.read(path.expanduser()).get("deepspeed")
     named = section.get("extends") if isinstance(section, dict) else section
@@ -118,9 +118,9 @@ def _parsed(assignment: str) -> tuple[str, Any]:
         value = strict_json.loads(text)
     except json.JSONDecodeError:
         value = text
-    except strict_json.TooDeep as error:
+    except strict_json.TooDeepError as error:
         raise ConfigError(Problem(f"--set {path}", str(error))) from None
-    if problems := list(strict_json.not_finite(value, f"--set {path}")):
+    if problems := list(strict_json.unrepresentable_values(value, f"--set {path}")):
         raise ConfigError(problems)
     return path, read_deepspeed(value, Path()) if path == "deepspeed" else value
 

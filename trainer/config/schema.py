@@ -136,7 +136,7 @@ class ValidationSourceSection(Section):
     """An evaluation reads everything once: 1.0."""
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in dump(self).items() if value is not None}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.search import special_kind
+from trainer.config.file_search import special_file_type
 from trainer.errors import ConfigError, Problem
 
 MAX_DEPTH = 100
@@ -20,7 +20,7 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 """Characters that no file name and no UTF-8 file can hold."""
 
 
-class TooDeep(ValueError):
+class TooDeepError(ValueError):
     """Text that is nested deeper than `MAX_DEPTH`."""
 
     def __init__(self) -> None:
@@ -30,14 +30,14 @@ class TooDeep(ValueError):
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:]')
 
 
-def _place(text: str, offset: int) -> str:
+def _position(text: str, offset: int) -> str:
     line = text.count("\n", 0, offset) + 1
     return f"line {line}, column {offset - text.rfind(chr(10), 0, offset)}"
 
 
 def _duplicates(text: str) -> list[tuple[str, int]]:
     """Keys that stand twice in one object, with the offset of the second. `text` is known to be valid JSON."""
-    found: list[tuple[str, int]] = []
+    duplicates: list[tuple[str, int]] = []
     objects: list[set[str] | None] = []
     last: tuple[str, int] | None = None
     for match in _TOKEN.finditer(text):
@@ -52,10 +52,10 @@ def _duplicates(text: str) -> list[tuple[str, int]]:
             key, keys = json.loads(last[0]), objects[-1]
             assert keys is not None
             if key in keys:
-                found.append((key, last[1]))
+                duplicates.append((key, last[1]))
             keys.add(key)
         last = (token, match.start()) if token.startswith('"') else None
-    return found
+    return duplicates
 
 
 def _reason(text: str, error: json.JSONDecodeError) -> str:
@@ -74,39 +74,39 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
 class _NotFinite(float):
     """A number as it was written that is infinite or none: 1e999, Infinity, NaN."""
 
-    def __new__(cls, written: str) -> _NotFinite:
-        number = super().__new__(cls, written)
-        number.written = written
+    def __new__(cls, literal: str) -> _NotFinite:
+        number = super().__new__(cls, literal)
+        number.literal = literal
         return number
 
-    written: str
+    literal: str
 
 
-def _float(written: str) -> float:
-    value = float(written)
-    return value if math.isfinite(value) else _NotFinite(written)
+def _float(literal: str) -> float:
+    value = float(literal)
+    return value if math.isfinite(value) else _NotFinite(literal)
 
 
-def _int(written: str) -> int | float:
+def _int(literal: str) -> int | float:
     """An integer, unless it is too large for a floating-point number, which it may have to become."""
-    return int(written) if math.isfinite(float(written)) else _NotFinite(written)
+    return int(literal) if math.isfinite(float(literal)) else _NotFinite(literal)
 
 
 def loads(text: str) -> Any:
-    """`json.loads`, but for numbers that are not finite, which `not_finite` finds in what is returned.
+    """`json.loads`, but for numbers that are not finite, which `unrepresentable_values` finds in what is returned.
 
     Raises:
-        TooDeep: if it is nested deeper than `MAX_DEPTH`. json.JSONDecodeError: if it is not JSON.
+        TooDeepError: if it is nested deeper than `MAX_DEPTH`. json.JSONDecodeError: if it is not JSON.
     """
     try:
         value = json.loads(text, parse_constant=_NotFinite, parse_float=_float, parse_int=_int)
     except RecursionError:
-        raise TooDeep from None
+        raise TooDeepError from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [item for node in level if isinstance(node, dict | list) for item in _items(node)]
     if any(isinstance(node, dict | list) for node in level):
-        raise TooDeep
+        raise TooDeepError
     return value
 
 
@@ -114,7 +114,7 @@ def _items(node: dict[str, Any] | list[Any]) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node
 
 
-def not_finite(value: Any, key: str = "") -> Iterator[Problem]:
+def unrepresentable_values(value: Any, key: str = "") -> Iterator[Problem]:
     """Problems of the numbers in `value`, which `loads` returned, that are infinite or NaN, and of strings that are no
     text.
 
@@ -122,13 +122,13 @@ def not_finite(value: Any, key: str = "") -> Iterator[Problem]:
         key: dotted, of `value` itself.
     """
     if isinstance(value, _NotFinite):
-        written = value.written if len(value.written) <= 40 else value.written[:37] + "..."
-        yield Problem(key, f"must be a finite number (got {written})")
+        literal = value.literal if len(value.literal) <= 40 else value.literal[:37] + "..."
+        yield Problem(key, f"must be a finite number (got {literal})")
     elif isinstance(value, str) and _NO_TEXT.search(value):
         yield Problem(key, f"must be text without null characters and in valid Unicode (got {value[:40]!a})")
     elif isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from not_finite(item, f"{key}.{name}" if key else str(name))
+            yield from unrepresentable_values(item, f"{key}.{name}" if key else str(name))
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
@@ -143,16 +143,17 @@ def parse(text: str, where: str) -> dict[str, Any]:
     try:
         value = loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(Problem(where, f"{_place(text, error.pos)}: {_reason(text, error)}")) from None
+        raise ConfigError(Problem(where, f"{_position(text, error.pos)}: {_reason(text, error)}")) from None
     except ValueError as error:
         raise ConfigError(Problem(where, str(error))) from None
-    twice = _duplicates(text)
-    if twice:
+    duplicates = _duplicates(text)
+    if duplicates:
         raise ConfigError(
-            Problem(where, f"{_place(text, offset)}: key '{key}' stands twice in one object") for key, offset in twice
+            Problem(where, f"{_position(text, offset)}: key '{key}' stands twice in one object")
+            for key, offset in duplicates
         )
-    if problems := list(not_finite(value)):
-        raise ConfigError(Problem(f"{where}: {each.path}", each.reason) for each in problems)
+    if problems := list(unrepresentable_values(value)):
+        raise ConfigError(Problem(f"{where}: {problem.path}", problem.reason) for problem in problems)
     if not isinstance(value, dict):
         raise ConfigError(Problem(where, f"expected a JSON object, got {type(value).__name__}"))
     return value
@@ -160,8 +161,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`; see `parse`."""
-    if (kind := special_kind(path)) is not None:
-        raise ConfigError(Problem(str(path), f"is {kind}", "Give a regular file"))
+    if (file_type := special_file_type(path)) is not None:
+        raise ConfigError(Problem(str(path), f"is {file_type}", "Give a regular file"))
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.config.deepspeed import REFUSED
-from trainer.config.earlier_versions import replaced_key
+from trainer.config.deepspeed import UNSUPPORTED
+from trainer.config.earlier_versions import replaced_key_problem
 from trainer.config.hints import hint
 from trainer.config.rules import Draft
 from trainer.config.schema import SECTIONS
@@ -21,7 +21,7 @@ from trainer.errors import Problem
 Raw = dict[str, Any]
 
 
-def _true_path(loc: Sequence[str | int], raw: Any) -> tuple[str | int, ...]:
+def _path_in_json(loc: Sequence[str | int], raw: Any) -> tuple[str | int, ...]:
     """`loc` of a pydantic error without the names of union members, which stand in it like keys."""
     path: list[str | int] = []
     for part in loc:
@@ -36,23 +36,27 @@ def _true_path(loc: Sequence[str | int], raw: Any) -> tuple[str | int, ...]:
     return tuple(path)
 
 
-def _keys_at(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+def _known_keys_at(section: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """The keys that the object at `path` below `section` may hold."""
-    kind: Any = section
+    section_class: Any = section
     for part in path:
-        if isinstance(part, str) and isinstance(kind, type) and issubclass(kind, BaseModel):
-            field = kind.model_fields.get(part)
-            kind = field.annotation if field else None
-        kind = _model_in(kind)
-    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+        if isinstance(part, str) and isinstance(section_class, type) and issubclass(section_class, BaseModel):
+            field = section_class.model_fields.get(part)
+            section_class = field.annotation if field else None
+        section_class = _section_class_in(section_class)
+    return (
+        sorted(section_class.model_fields)
+        if isinstance(section_class, type) and issubclass(section_class, BaseModel)
+        else []
+    )
 
 
-def _model_in(annotation: Any) -> Any:
+def _section_class_in(annotation: Any) -> Any:
     """The pydantic class inside `annotation` (optional, list or annotated), if there is one."""
     if isinstance(annotation, type) and not getattr(annotation, "__args__", ()):
         return annotation
     for member in getattr(annotation, "__args__", ()):
-        found = _model_in(member)
+        found = _section_class_in(member)
         if isinstance(found, type) and issubclass(found, BaseModel):
             return found
     return None
@@ -74,43 +78,43 @@ def _expected(messages: Iterable[str]) -> str:
 
 
 @dataclass
-class Findings:
+class SectionResult:
     """What validating one section said: problems, and the data without what caused them."""
 
     problems: list[Problem]
-    wrong: set[str]
+    invalid: set[str]
     """Dotted paths whose value is wrong or missing; rules that read them are skipped."""
 
     repaired: Raw
-    autos: list[str] = field(default_factory=list)
+    unresolved_autos: list[str] = field(default_factory=list)
     """Keys of the `deepspeed` section, dotted below it, that are "auto" where only the user can give the value."""
 
 
-def _examine(name: str, raw: Raw, error: ValidationError) -> Findings:
+def _examine(name: str, raw: Raw, error: ValidationError) -> SectionResult:
     grouped: dict[tuple[str | int, ...], list[Any]] = {}
     for item in error.errors(include_url=False):
-        grouped.setdefault(_true_path(item["loc"], raw), []).append(item)
-    findings = Findings([], set(), json.loads(json.dumps(raw)))
+        grouped.setdefault(_path_in_json(item["loc"], raw), []).append(item)
+    result = SectionResult([], set(), json.loads(json.dumps(raw)))
     for path, items in grouped.items():
         dotted = ".".join(str(part) for part in (name, *path))
         first = items[0]
         if first["type"] == "extra_forbidden":
-            findings.problems.append(_unknown_key(name, raw, path, findings.repaired))
+            result.problems.append(_unknown_key(name, raw, path, result.repaired))
             continue
-        findings.wrong.add(dotted)
+        result.invalid.add(dotted)
         if first["type"] == "missing":
-            findings.problems.append(Problem(dotted, "required, but missing"))
+            result.problems.append(Problem(dotted, "required, but missing"))
             continue
         value = _at(raw, path)
         kinds = _expected(item["msg"] for item in items)
         if name == "deepspeed" and value == "auto":
-            findings.autos.append(".".join(map(str, path)))
+            result.unresolved_autos.append(".".join(map(str, path)))
         else:
-            findings.problems.append(Problem(dotted, f"expected {kinds}, got {_shown(value)}"))
-        holder = _at(findings.repaired, path[:-1])
+            result.problems.append(Problem(dotted, f"expected {kinds}, got {_shown(value)}"))
+        holder = _at(result.repaired, path[:-1])
         if path and isinstance(holder, dict):
             holder.pop(path[-1], None)
-    return findings
+    return result
 
 
 def _at(raw: Any, path: Sequence[str | int]) -> Any:
@@ -125,40 +129,40 @@ def _unknown_key(name: str, raw: Raw, path: tuple[str | int, ...], repaired: Raw
     below = ".".join(str(part) for part in path)
     holder = _at(repaired, path[:-1])
     value = holder.pop(path[-1])
-    if name == "deepspeed" and below in REFUSED:
-        reason, remedy = REFUSED[below]
+    if name == "deepspeed" and below in UNSUPPORTED:
+        reason, remedy = UNSUPPORTED[below]
         return Problem(dotted, reason, remedy)
-    if replaced := replaced_key(dotted):
+    if replaced := replaced_key_problem(dotted):
         return replaced
     if hinted := hint(dotted):
         return hinted
     key = str(path[-1])
-    candidates = _keys_at(SECTIONS[name], path[:-1])
+    candidates = _known_keys_at(SECTIONS[name], path[:-1])
     near = get_close_matches(key, candidates, n=1)
     if near:
         holder.setdefault(near[0], value)
         return Problem(dotted, f"unknown key; did you mean '{near[0]}'?")
-    elsewhere = [s for s, kind in SECTIONS.items() if key in kind.model_fields]
+    elsewhere = [s for s, section_class in SECTIONS.items() if key in section_class.model_fields]
     if elsewhere:
         return Problem(dotted, f"unknown key; there is '{elsewhere[0]}.{key}'")
     return Problem(dotted, "unknown key", f"Known: {', '.join(candidates)}" if candidates else "")
 
 
-def build_section(name: str, raw: Any, draft: Draft) -> Findings:
-    kind = SECTIONS[name]
+def validate_section(name: str, raw: Any, draft: Draft) -> SectionResult:
+    section_class = SECTIONS[name]
     if not isinstance(raw, dict):
-        return Findings([Problem(name, f"expected an object, got {_shown(raw)}")], {name}, {})
-    total = Findings([], set(), raw)
+        return SectionResult([Problem(name, f"expected an object, got {_shown(raw)}")], {name}, {})
+    total = SectionResult([], set(), raw)
     for _ in range(2):  # the second time on what is left, so that rules still see the sound part
         try:
-            setattr(draft, name, kind.model_validate_json(json.dumps(total.repaired)))
+            setattr(draft, name, section_class.model_validate_json(json.dumps(total.repaired)))
             return total
         except ValidationError as error:
             found = _examine(name, total.repaired, error)
         if not total.problems:
             total = found
         else:
-            total.wrong |= found.wrong
+            total.invalid |= found.invalid
     return total
 
 
@@ -174,7 +178,7 @@ def unknown_sections(raw: Raw) -> list[Problem]:
     problems = []
     for name in [key for key in raw if key not in SECTIONS]:
         near = get_close_matches(name, [*SECTIONS, "extends"], n=1)
-        owner = [s for s, kind in SECTIONS.items() if name in kind.model_fields]
+        owner = [s for s, section_class in SECTIONS.items() if name in section_class.model_fields]
         hinted = _hints(name, raw[name], below_only=bool(owner))
         if hinted:
             problems += hinted

@@ -56,9 +56,9 @@ def resolve_steps(loaded: LoadedConfig, prepared: PreparedData) -> LoadedConfig:
         for tokens in prepared.train
     ]
     epoch = build_sample_order(loaded, samples, prepared.weights).epoch_samples
-    steps = steps_for_epochs(epochs, epoch, loaded.batch.train)
+    steps = steps_for_epochs(epochs, epoch, loaded.batch.batch_size)
     log.info("training.epochs %g: %s steps of %d samples; an epoch has %s samples", epochs, f"{steps:,}",
-             loaded.batch.train, f"{epoch:,}")  # fmt: skip
+             loaded.batch.batch_size, f"{epoch:,}")  # fmt: skip
     resolved = with_steps(loaded, steps)
     for problem in resolved.warnings:
         if problem not in loaded.warnings:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config.paths import HUB, compression_of, kind_of
+from trainer.config.paths import HUB, compression_of, data_suffix
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.cache import CacheView, NotCachedError
 from trainer.data.compressed import DecompressedFile
@@ -169,7 +169,7 @@ def _sample_file(file: Source, sample: _SourceSample) -> None:
 
 def _is_document_file(path: Path) -> bool:
     """Whether the file is a text; .txt, and modules of the standard library."""
-    return path.is_file() and kind_of(path) in (".txt", None)
+    return path.is_file() and data_suffix(path) in (".txt", None)
 
 
 def _extrapolation_factor(file: Source, rows: int, size: int) -> float | None:
@@ -285,7 +285,7 @@ def _tokens_per_character(loaded: LoadedConfig, texts: list[str]) -> float:
     tokenizer = load_named_tokenizer(loaded)
     if tokenizer is None:
         with tempfile.TemporaryDirectory() as folder:
-            train_tokenizer(iter(subsample), loaded.facts.vocabulary, Path(folder))
+            train_tokenizer(iter(subsample), loaded.facts.vocabulary_size, Path(folder))
             tokenizer = load_tokenizer(folder, "data.tokenizer")
     encoded = tokenizer(subsample, add_special_tokens=False, verbose=False)["input_ids"]
     return sum(map(len, encoded)) / sum(map(len, subsample))

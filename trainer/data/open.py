@@ -49,7 +49,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
         if isinstance(samples, DocumentSamples) and samples.num_truncated:
             log.warning("%s: %d of %d documents are longer than data.sequence_length + 1 = %d and are cut there",
                         tokens.bin_path, samples.num_truncated, len(tokens), data.sequence_length + 1)  # fmt: skip
-        return CheckedSamples(samples, tokens, loaded.facts.vocabulary)
+        return CheckedSamples(samples, tokens, loaded.facts.vocabulary_size)
 
     train = [open_samples(tokens) for tokens in prepared.train]
     validation = [open_samples(tokens) for tokens in prepared.validation]
@@ -58,8 +58,8 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
                    if i is not None), 0)  # fmt: skip
     parallel, is_concatenated = loaded.config.parallel, data.packing == "concatenate"
     shape = BatchShape(
-        train=loaded.batch.train,
-        micro=loaded.batch.micro,
+        train=loaded.batch.batch_size,
+        micro=loaded.batch.micro_batch_size,
         data_rank=topology.data_rank,
         data_ranks=topology.data,
         length=data.sequence_length,
@@ -67,7 +67,7 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
         pad_to_multiple_of=data.sequence_length
         if is_concatenated  # all of one shape, as engines may rely on
         else math.lcm(DEFAULT_PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
-        mask_padding=not is_concatenated or loaded.facts.balances_experts,
+        mask_padding=not is_concatenated or loaded.facts.has_load_balancing_loss,
     )
     order = build_sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)

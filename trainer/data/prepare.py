@@ -186,13 +186,15 @@ def _prepare_tokenizer(loaded: LoadedConfig, text_sources: list[Source], cache: 
 
     def build(folder: Path) -> None:
         log.info(
-            "training a tokenizer of %d entries on %s", loaded.facts.vocabulary, ", ".join(s.path for s in text_sources)
+            "training a tokenizer of %d entries on %s",
+            loaded.facts.vocabulary_size,
+            ", ".join(s.path for s in text_sources),
         )
-        train_tokenizer(_training_text(text_sources, data.held_out_fraction), loaded.facts.vocabulary, folder)
+        train_tokenizer(_training_text(text_sources, data.held_out_fraction), loaded.facts.vocabulary_size, folder)
         for source, signature in zip(text_sources, initial_signature, strict=True):
             _refuse_changed_source(source, signature)
 
-    settings = ["byte-level BPE", _FORMAT, TRAINING_BYTES, data.text_field, loaded.facts.vocabulary]
+    settings = ["byte-level BPE", _FORMAT, TRAINING_BYTES, data.text_field, loaded.facts.vocabulary_size]
     if data.held_out_fraction is not None:
         settings.append(data.held_out_fraction)
     folder = cache.entry(
@@ -239,7 +241,7 @@ def _open_source(
     assert tokenizer is not None
     assert frame is not None
     settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, frame.cache_key,
-                id_type(loaded.facts.vocabulary).__name__]  # fmt: skip
+                id_type(loaded.facts.vocabulary_size).__name__]  # fmt: skip
     is_split = source.split == "train" and data.held_out_fraction is not None
     if is_split:
         settings.append(HASHES)
@@ -248,7 +250,7 @@ def _open_source(
 
     def build(out: Path) -> None:
         hasher = DocumentHasher() if is_split else None
-        tokenize_source(source, tokenizer, loaded.facts.vocabulary, frame, out, hasher)
+        tokenize_source(source, tokenizer, loaded.facts.vocabulary_size, frame, out, hasher)
         _refuse_changed_source(source, initial_signature)
         if hasher is not None:
             hasher.save(out)
@@ -268,7 +270,7 @@ def prepare_data(
 ) -> PreparedData:
     """Build and verify the token files of every source on this host, and open them. All ranks must call it.
 
-    A source is either text or token files, never both (`problems_of_path` refuses the mixture). Users' own token files
+    A source is either text or token files, never both (`path_problems` refuses the mixture). Users' own token files
     have no hashes; their index is checked.
 
     Args:
@@ -308,7 +310,7 @@ def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
     elif loaded.config.model.path:
         tokenizer = _tokenizer_for_export(loaded)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, loaded.facts.vocabulary)
+        check_tokenizer(tokenizer, loaded.facts.vocabulary_size)
         if text_sources or validation_texts:
             frame = resolve_frame(tokenizer, data.special_tokens)
             log.info('documents: %s (data.special_tokens "%s")', frame, data.special_tokens)

@@ -19,10 +19,10 @@ from trainer.config.paths import (
     BUILTIN,
     HUB,
     compression_of,
-    has_splits,
-    kind_of,
+    data_suffix,
+    has_dataset_splits,
+    has_only_token_files,
     matching_files,
-    only_tokens,
 )
 from trainer.data.documents import (
     TextChunk,
@@ -65,7 +65,7 @@ class Source:
     @property
     def is_indexed(self) -> bool:
         """Whether the tokens are there already, as .bin and .idx."""
-        return only_tokens(self.path)
+        return has_only_token_files(self.path)
 
     @property
     def total_bytes(self) -> int | None:
@@ -96,7 +96,7 @@ class Source:
             parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
             for part in parts:
                 with part.open("rb") as handle:
-                    suffix = f"{kind_of(part)}{compression_of(part)}" if compression_of(part) else part.suffix
+                    suffix = f"{data_suffix(part)}{compression_of(part)}" if compression_of(part) else part.suffix
                     hasher.update(suffix.encode() + hashlib.file_digest(handle, "sha256").digest())
         return hasher.hexdigest()
 
@@ -121,9 +121,9 @@ class Source:
                     yield from self._read_text_files(file)
 
     def _read_text_files(self, file: Path) -> Iterator[TextChunk]:
-        if kind_of(file) == ".json" and is_array(file):
+        if data_suffix(file) == ".json" and is_array(file):
             yield from read_json_array(file, self.text_field, self.max_document_bytes)
-        elif kind_of(file) in (".jsonl", ".json"):
+        elif data_suffix(file) in (".jsonl", ".json"):
             yield from read_json_lines(file, self.text_field, self.max_document_bytes)
         else:
             yield from read_text_file(file)
@@ -173,7 +173,7 @@ def _split_folder(file: Path, split: Split) -> Path:
     Raises:
         ConfigError: it has no such split.
     """
-    if not file.is_dir() or not has_splits(file):
+    if not file.is_dir() or not has_dataset_splits(file):
         return file
     try:
         splits = [str(name) for name in strict_json.read(file / "dataset_dict.json")["splits"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer.errors import ConfigError, Problem
-from trainer.files import no_follow
+from trainer.files import open_without_following_links
 from trainer.sanitize import SafeFormatter
 
 
@@ -43,7 +43,7 @@ class _RankFileHandler(logging.FileHandler):
         super().__init__(path, encoding="utf-8")
 
     def _open(self) -> TextIOWrapper:
-        return TextIOWrapper(open(self.baseFilename, "ab", opener=no_follow), encoding=self.encoding)
+        return TextIOWrapper(open(self.baseFilename, "ab", opener=open_without_following_links), encoding=self.encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         error = sys.exc_info()[1]

@@ -14,7 +14,13 @@ from torch import nn
 
 from trainer.compat.deepspeed.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.config import LoadedConfig
-from trainer.config.deepspeed import clips_itself, extensions_of, for_engine, own_schedule, weight_decay
+from trainer.config.deepspeed import (
+    custom_schedule,
+    deepspeed_clips_gradients,
+    engine_settings,
+    required_extensions,
+    weight_decay,
+)
 from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
 from trainer.engine.optimizer_setup import OptimizerSetup
@@ -58,13 +64,13 @@ def start_engine(
         model: from `build_model`, on the meta device. division: its layers over the stages, from `assign_stages`.
         blank: the weights are zeros, for a checkpoint to replace.
     """
-    settings = for_engine(loaded.deepspeed_json)
-    for extension in extensions_of(settings):
+    settings = engine_settings(loaded.deepspeed_json)
+    for extension in required_extensions(settings):
         load_extension(extension)
     prepare_nvme(settings, loaded.config.run.output_dir)
     assert assignment.ranks == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
-    optimizer_setup = OptimizerSetup(ParameterGroups(options), own_schedule(loaded.deepspeed_json))
+    optimizer_setup = OptimizerSetup(ParameterGroups(options), custom_schedule(loaded.deepspeed_json))
     start = _start_plain if assignment.ranks == 1 else _start_pipeline
     return start(model, assignment, loaded, world, settings, optimizer_setup, blank)
 
@@ -82,7 +88,7 @@ def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:
 
 
 def _max_grad_norm(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
-    return None if clips_itself(settings) else float(loaded.deepspeed_json["gradient_clipping"])
+    return None if deepspeed_clips_gradients(settings) else float(loaded.deepspeed_json["gradient_clipping"])
 
 
 def _start_plain(

@@ -283,16 +283,18 @@ class Watchdog:
         cause = cause_of(error)
         if is_timeout(cause):
             self._dump()
-            message, speaks = self._timeout_message(mark, limit), self._reports_first(mark)
+            message, reports_first = self._timeout_message(mark, limit), self._reports_first(mark)
             self._post_failure(cause)
-            return RankLost(message, speaks=speaks, patience=0.0 if speaks else MESSAGE_SECONDS)
+            return RankLost(message, reports_first=reports_first, patience=0.0 if reports_first else MESSAGE_SECONDS)
         self._post_failure(cause)
         self._wait_until(lambda: self._first_lost() or self._is_store_silent())
         lost_ranks = self._first_lost() or self._find_missing(mark)[0]
         describe = self._reporter.peers.describe(lost_ranks, lost_ranks) or "a rank that still reports"
         is_certain = any("died" in reason for reason in lost_ranks.values())
-        speaks = is_certain and self._reports_first(mark)
-        return RankLost(f"{mark.name}: lost {describe}; {cause}", speaks=speaks, patience=DEATH_DELAY_SECONDS)
+        reports_first = is_certain and self._reports_first(mark)
+        return RankLost(
+            f"{mark.name}: lost {describe}; {cause}", reports_first=reports_first, patience=DEATH_DELAY_SECONDS
+        )
 
     def _first_lost(self) -> dict[int, str]:
         """Lost ranks but those which have failed only because another one was lost before."""

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trainer.checkpoint_format import is_checkpoint
-from trainer.config.model_facts import config_at, config_from, model_config
+from trainer.config.model_facts import load_model_config, model_config, parse_model_config
 from trainer.config.schema import ModelSection
 from trainer.distributed import agree
 from trainer.errors import ConfigError, Problem
@@ -80,7 +80,7 @@ def build_from_description(description: Mapping[str, Any]) -> PreTrainedModel:
         ConfigError: if transformers refuses it.
     """
     section = ModelSection(config={})
-    config = config_from(description["config"], "the checkpoint")
+    config = parse_model_config(description["config"], "the checkpoint")
     model = _on_meta(section, config, {"dtype": torch.float32})
     if description["generation"]:
         model.generation_config = GenerationConfig.from_dict(dict(description["generation"]))
@@ -98,7 +98,7 @@ def load_model(path: str, key: str = "model.path") -> PreTrainedModel:
         ConfigError: as for a `model.path` of the configuration.
     """
     try:
-        config = config_at(path, weights_are_read=True)
+        config = load_model_config(path, weights_are_read=True)
         config.use_cache = True
         dtype = torch.float32 if is_checkpoint(Path(path).expanduser()) else config.dtype or torch.float32
         model = _on_meta(ModelSection(path=path), config, {"dtype": dtype})

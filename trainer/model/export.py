@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.checkpoint_format import FileRecord, write_safetensors
 from trainer.errors import ConfigError, Problem
-from trainer.files import bare_exceptions_as_os_errors, hash_file, remove, replace_folder, sync_tree
+from trainer.files import convert_bare_exceptions_to_os_errors, hash_file, remove, replace_folder, sync_tree
 from trainer.sharding import all_parameters
 from trainer.tensor_parallel import choose_experts_implementation
 from trainer.units import format_bytes
@@ -229,7 +229,7 @@ def _write_text(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        with bare_exceptions_as_os_errors():
+        with convert_bare_exceptions_to_os_errors():
             tokenizer.save_pretrained(str(folder))
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")

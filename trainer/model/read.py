@@ -43,7 +43,7 @@ from trainer.checkpoint_format import (
     read_manifest,
     verify_sizes,
 )
-from trainer.config.model_facts import config_at
+from trainer.config.model_facts import load_model_config
 from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.model.unexpected_keys import SHOWN, Leftovers, classify, refuse_quantized, shown
@@ -295,7 +295,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 def _config_of(path: str) -> PreTrainedConfig | None:
     """The whole configuration beside the weights, which may be of a larger model; None where there is none."""
     try:
-        return config_at(path)
+        return load_model_config(path)
     except ConfigError:
         return None
 

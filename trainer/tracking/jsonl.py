@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from trainer.errors import ConfigError, Problem
-from trainer.files import no_follow
+from trainer.files import open_without_following_links
 from trainer.tracking.interface import Row
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def json_safe(row: Row) -> Row:
 
 def _truncate_torn_line(path: Path) -> None:
     """Cuts off the line that a killed process has not ended."""
-    with open(path, "rb+", opener=no_follow) as file:
+    with open(path, "rb+", opener=open_without_following_links) as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
@@ -44,7 +44,7 @@ class JsonLines:
         try:
             if path.exists():
                 _truncate_torn_line(path)
-            self._file = open(path, "ab", buffering=0, opener=no_follow)  # noqa: SIM115
+            self._file = open(path, "ab", buffering=0, opener=open_without_following_links)  # noqa: SIM115
         except OSError as error:
             reason = f"{path} cannot be opened: {error.strerror}"
             raise ConfigError(Problem("run.output_dir", reason, "Free some space, or take another folder")) from None

@@ -6,44 +6,49 @@ classes are mirrored with our strictness, every key of an optimizer or scheduler
 arguments of its class, and every "auto" is resolved exactly or refused.
 """
 
-from trainer.config.deepspeed.missing import missing_values
-from trainer.config.deepspeed.normalize import fp32_instead_of_bf16, normalized
-from trainer.config.deepspeed.optimizers import first_rates, optimizer_problems, scheduler_problems, weight_decay
-from trainer.config.deepspeed.refused import REFUSED
+from trainer.config.deepspeed.missing_values import missing_values
+from trainer.config.deepspeed.normalize import fp32_fallback_warnings, normalize_section
+from trainer.config.deepspeed.optimizers import (
+    first_learning_rates,
+    optimizer_problems,
+    scheduler_problems,
+    weight_decay,
+)
 from trainer.config.deepspeed.resolve import (
     AUTO_BUCKETS,
     Batch,
     batch_arithmetic,
-    clips_itself,
-    extensions_of,
-    for_engine,
-    nvme_can_be_read,
-    own_schedule,
+    custom_schedule,
+    deepspeed_clips_gradients,
+    engine_settings,
+    is_async_io_available,
+    min_data_ranks,
+    required_extensions,
     resolve,
-    smallest_data_ranks,
 )
-from trainer.config.deepspeed.section import RESOLVED_AUTOS, DeepSpeedSection, class_problems
+from trainer.config.deepspeed.section import RESOLVED_AUTOS, DeepSpeedSection, deepspeed_class_problems
+from trainer.config.deepspeed.unsupported import UNSUPPORTED
 
 __all__ = [
     "AUTO_BUCKETS",
-    "REFUSED",
     "RESOLVED_AUTOS",
+    "UNSUPPORTED",
     "Batch",
     "DeepSpeedSection",
     "batch_arithmetic",
-    "class_problems",
-    "clips_itself",
-    "extensions_of",
-    "first_rates",
-    "for_engine",
-    "fp32_instead_of_bf16",
+    "custom_schedule",
+    "deepspeed_class_problems",
+    "deepspeed_clips_gradients",
+    "engine_settings",
+    "first_learning_rates",
+    "fp32_fallback_warnings",
+    "is_async_io_available",
+    "min_data_ranks",
     "missing_values",
-    "normalized",
-    "nvme_can_be_read",
+    "normalize_section",
     "optimizer_problems",
-    "own_schedule",
+    "required_extensions",
     "resolve",
     "scheduler_problems",
-    "smallest_data_ranks",
     "weight_decay",
 ]

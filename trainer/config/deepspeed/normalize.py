@@ -12,7 +12,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from trainer.config.deepspeed.refused import REFUSED
+from trainer.config.deepspeed.unsupported import UNSUPPORTED
 from trainer.errors import Problem
 
 Raw = dict[str, Any]
@@ -32,28 +32,28 @@ def _is_disabled(value: Any) -> bool:
     return _is_off(value) or (isinstance(value, Mapping) and value.get("enabled", True) in (False, "auto"))
 
 
-def _has_nothing_on(value: Any) -> bool:
+def _enables_nothing(value: Any) -> bool:
     """Whether no leaf of a non-empty object turns something on."""
     return _is_off(value) or (isinstance(value, Mapping) and bool(value) and all(map(_is_off, value.values())))
 
 
-def _monitors_nothing(value: Any) -> bool:
+def _enables_no_monitor(value: Any) -> bool:
     """`monitor_config` of LLaMA-Factory's files, which DeepSpeed does not read: no tracker in it is enabled."""
     parts = [part for part in value.values() if isinstance(part, Mapping)] if isinstance(value, Mapping) else []
     return _is_off(value) or (bool(parts) and all(map(_is_disabled, parts)))
 
 
 _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
-    "activation_checkpointing": _has_nothing_on,
-    "comms_config": _has_nothing_on,
-    "monitor_config": _monitors_nothing,
+    "activation_checkpointing": _enables_nothing,
+    "comms_config": _enables_nothing,
+    "monitor_config": _enables_no_monitor,
     "sequence_parallel_size": lambda value: _is_off(value) or (value == 1 and value is not True),
     "tensor_parallel": lambda value: _is_disabled(value) or value in ({"autotp_size": 0}, {"autotp_size": 1}),
 }
 """Keys that are unknown or refused here, and whether a value asks for nothing. Other refused keys: `_is_disabled`."""
 
 
-def normalized(section: Mapping[str, Any], device: str | None) -> Raw:
+def normalize_section(section: Mapping[str, Any], device: str | None) -> Raw:
     """The section with equivalent keys and values that the schema has.
 
     Args:
@@ -74,7 +74,7 @@ def normalized(section: Mapping[str, Any], device: str | None) -> Raw:
 def _is_neutral(key: str, value: Any) -> bool:
     if key in _NEUTRAL:
         return _NEUTRAL[key](value)
-    return key in REFUSED and _is_disabled(value)
+    return key in UNSUPPORTED and _is_disabled(value)
 
 
 def _resolve_precision(section: Raw, device: str | None) -> None:
@@ -87,8 +87,8 @@ def _resolve_precision(section: Raw, device: str | None) -> None:
             section[name] = {**part, "enabled": value}
 
 
-def fp32_instead_of_bf16(section: Mapping[str, Any], normal: Mapping[str, Any]) -> list[Problem]:
-    """A warning where `"auto"` became false for want of bf16; `normal` is what `normalized` made of `section`."""
+def fp32_fallback_warnings(section: Mapping[str, Any], normal: Mapping[str, Any]) -> list[Problem]:
+    """Warn where `"auto"` became false because the device lacks bf16; `normal` is `normalize_section(section)`."""
 
     def enabled(part: Any) -> Any:
         return part.get("enabled") if isinstance(part, Mapping) else None

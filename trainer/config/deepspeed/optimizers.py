@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime import lr_schedules
 
 from trainer.config.deepspeed.section import (
-    PER_GROUP,
+    PER_GROUP_ARGUMENTS,
     DeepSpeedSection,
     OptimizerSection,
     SchedulerSection,
@@ -23,9 +23,9 @@ from trainer.config.hints import hint
 from trainer.errors import Problem
 
 _TORCH_OPTIMIZERS = {
-    name: kind
-    for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 }
 ELEMENTWISE = frozenset(
     ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -43,8 +43,8 @@ _DEEPSPEED_NAMES = {
 _MUP = {"muadam": "Adam", "muadamw": "AdamW", "musgd": "SGD"}
 
 
-def _arguments(kind: type) -> dict[str, inspect.Parameter]:
-    parameters = dict(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
     return {n: p for n, p in parameters.items() if n not in ("self", "params", "model_params", "optimizer")}
 
 
@@ -59,8 +59,8 @@ def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] |
         switches = {"torch_adam", "adam_w_mode"}
         if section.params.get("torch_adam") is True:
             return frozenset(_arguments(torch.optim.AdamW)) | switches
-        kind = DeepSpeedCPUAdam if offload else FusedAdam
-        return (frozenset(_arguments(kind)) | switches) - {"adamw_mode"}
+        cls = DeepSpeedCPUAdam if offload else FusedAdam
+        return (frozenset(_arguments(cls)) | switches) - {"adamw_mode"}
     if name == "muon":
         return _MUON_KEYS | {"adam_w_mode", "torch_adam"}
     if name == "lion":
@@ -80,10 +80,10 @@ def weight_decay(resolved: Mapping[str, Any]) -> float:
     if "weight_decay" in params:
         return float(params["weight_decay"])
     name = optimizer["type"].lower()
-    kind = None if name in _DEEPSPEED_NAMES else _TORCH_OPTIMIZERS.get(_MUP.get(name, optimizer["type"]))
+    cls = None if name in _DEEPSPEED_NAMES else _TORCH_OPTIMIZERS.get(_MUP.get(name, optimizer["type"]))
     if name in ("adam", "adamw") and params.get("torch_adam"):
-        kind = torch.optim.AdamW if name == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
-    default = None if kind is None else _arguments(kind).get("weight_decay")
+        cls = torch.optim.AdamW if name == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
+    default = None if cls is None else _arguments(cls).get("weight_decay")
     return 0.0 if default is None else float(default.default)
 
 
@@ -100,7 +100,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(value: object, least: int) -> bool:
+def _is_int_of_at_least(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -117,8 +117,8 @@ _PARAM_CHECKS: Checks = {
         lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
         "two numbers in [0, 1)",
     ),
-    "warmup_num_steps": (lambda v: _is_count(v, 1), "a whole number >= 1"),
-    "total_num_steps": (lambda v: _is_count(v, 1), "a whole number >= 1"),
+    "warmup_num_steps": (lambda v: _is_int_of_at_least(v, 1), "a whole number >= 1"),
+    "total_num_steps": (lambda v: _is_int_of_at_least(v, 1), "a whole number >= 1"),
     "warmup_type": (lambda v: v in ("log", "linear"), "'log' or 'linear'"),
     "warmup_min_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "warmup_max_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
@@ -129,8 +129,8 @@ _PARAM_CHECKS: Checks = {
 
 _WSD_CHECKS: Checks = {
     **_PARAM_CHECKS,
-    "warmup_num_steps": (lambda v: _is_count(v, 0), "a whole number >= 0"),
-    "decay_num_steps": (lambda v: _is_count(v, 0), "a whole number >= 0"),
+    "warmup_num_steps": (lambda v: _is_int_of_at_least(v, 0), "a whole number >= 0"),
+    "decay_num_steps": (lambda v: _is_int_of_at_least(v, 0), "a whole number >= 0"),
     "decay_min_lr": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "decay_type": (lambda v: isinstance(v, str) and v in DECAYS, "'linear', 'cosine' or '1-sqrt'"),
 }
@@ -151,7 +151,7 @@ def _param_problems(
             yield Problem(path, f"unknown key{meant}", "" if near else f"Known: {', '.join(sorted(known))}")
         elif value == "auto":
             continue  # resolved, or asked for by `missing_values`
-        elif where == "scheduler" and key in PER_GROUP and isinstance(value, list):
+        elif where == "scheduler" and key in PER_GROUP_ARGUMENTS and isinstance(value, list):
             remedy = "For weights with other rates set training.learning_rate_scales"
             yield Problem(path, f"must be a number, which all parameter groups get (got {value!r})", remedy)
         elif key in checks and not checks[key][0](value):
@@ -213,27 +213,27 @@ def _optimizer_refusal(section: OptimizerSection) -> str | None:
     name, params = section.type.lower(), {k: v for k, v in section.params.items() if v != "auto"}
     if name in ("adam", "adamw") and not params.get("torch_adam"):
         return "DeepSpeed's Adam has no amsgrad" if params.get("amsgrad") else None
-    kind = torch.optim.AdamW if name in ("adam", "adamw") else _TORCH_OPTIMIZERS.get(section.type)
+    cls = torch.optim.AdamW if name in ("adam", "adamw") else _TORCH_OPTIMIZERS.get(section.type)
     params = {k: v for k, v in params.items() if k not in ("torch_adam", "adam_w_mode")}
-    known = kind is not None and params.keys() <= _arguments(kind).keys()
-    if kind is None or not known:
+    known = cls is not None and params.keys() <= _arguments(cls).keys()
+    if cls is None or not known:
         return None
-    return _trial(lambda: kind([torch.nn.Parameter(torch.zeros(2, 2))], **params))
+    return _trial(lambda: cls([torch.nn.Parameter(torch.zeros(2, 2))], **params))
 
 
-def _scheduler_refusal(kind: type, section: SchedulerSection) -> str | None:
+def _scheduler_refusal(cls: type, section: SchedulerSection) -> str | None:
     params = {
         k: 1 if k in ("total_num_steps", "warmup_max_lr") and v == "auto" else v for k, v in section.params.items()
     }
     params = {k: v for k, v in params.items() if v != "auto"}
 
-    return _trial(lambda: _walk(kind, params, 1e-3, 3))
+    return _trial(lambda: _walk(cls, params, 1e-3, 3))
 
 
-def _walk(kind: type, params: Mapping[str, Any], rate: float, steps: int) -> list[float]:
+def _walk(cls: type, params: Mapping[str, Any], rate: float, steps: int) -> list[float]:
     """The rates of the first steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    schedule: Any = kind(optimizer, **params)
+    schedule: Any = cls(optimizer, **params)
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch misses the optimizer's steps in between
@@ -243,16 +243,16 @@ def _walk(kind: type, params: Mapping[str, Any], rate: float, steps: int) -> lis
     return rates
 
 
-def first_rates(resolved: Mapping[str, Any], steps: int) -> list[float]:
+def first_learning_rates(resolved: Mapping[str, Any], steps: int) -> list[float]:
     """The learning rates of the first steps under a resolved configuration, of Muon's two groups the matrices'."""
     optimizer, section = resolved["optimizer"], resolved.get("scheduler")
     params = optimizer.get("params", {})
     rate = float(params.get("muon_lr", params.get("lr", 1e-3)))
     if section is None:
         return [rate] * steps
-    kind = _scheduler_class(section["type"])
-    assert kind is not None
-    return _walk(kind, section["params"], rate, steps)
+    cls = _scheduler_class(section["type"])
+    assert cls is not None
+    return _walk(cls, section["params"], rate, steps)
 
 
 def _scheduler_class(name: str) -> type | None:
@@ -260,18 +260,18 @@ def _scheduler_class(name: str) -> type | None:
         return WSD
     if name in lr_schedules.VALID_LR_SCHEDULES:
         return getattr(lr_schedules, name)  # type: ignore[no-any-return]
-    kind = getattr(torch.optim.lr_scheduler, name, None)
+    cls = getattr(torch.optim.lr_scheduler, name, None)
     base = torch.optim.lr_scheduler.LRScheduler
     # A scheduler that takes other schedulers or functions cannot be written in JSON; one that steps on a metric
     # would need the validation loss inside the optimizer step.
     unfit = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "ReduceLROnPlateau")
-    return kind if isinstance(kind, type) and issubclass(kind, base) and name not in unfit else None
+    return cls if isinstance(cls, type) and issubclass(cls, base) and name not in unfit else None
 
 
 def scheduler_keys(section: SchedulerSection) -> frozenset[str] | None:
     """The keys that `params` may hold for this scheduler; None for one that does not exist."""
-    kind = _scheduler_class(section.type)
-    return None if kind is None else frozenset(_arguments(kind)) - {"last_batch_iteration"}
+    cls = _scheduler_class(section.type)
+    return None if cls is None else frozenset(_arguments(cls)) - {"last_batch_iteration"}
 
 
 def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
@@ -279,18 +279,18 @@ def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
     if section.scheduler is None:
         return
     path = "deepspeed.scheduler"
-    kind, known = _scheduler_class(section.scheduler.type), scheduler_keys(section.scheduler)
-    if kind is None or known is None:
+    cls, known = _scheduler_class(section.scheduler.type), scheduler_keys(section.scheduler)
+    if cls is None or known is None:
         names = [*lr_schedules.VALID_LR_SCHEDULES, WSD.__name__]
         yield _unknown(f"{path}.type", "scheduler", section.scheduler.type, names)
         return
-    arguments = _arguments(kind)
-    checks = _WSD_CHECKS if kind is WSD else _PARAM_CHECKS
+    arguments = _arguments(cls)
+    checks = _WSD_CHECKS if cls is WSD else _PARAM_CHECKS
     found = list(_param_problems("scheduler", section.scheduler.params, known, checks))
     for name, parameter in arguments.items():
         if parameter.default is inspect.Parameter.empty and name not in section.scheduler.params:
             found.append(Problem(f"{path}.params.{name}", "required, but missing"))
     yield from found
-    refusal = None if found else _scheduler_refusal(kind, section.scheduler)
+    refusal = None if found else _scheduler_refusal(cls, section.scheduler)
     if refusal:
         yield Problem(f"{path}.params", refusal)

@@ -17,11 +17,11 @@ from trainer.errors import Problem
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one optimizer step: `train` = `micro` x `accumulation` x data ranks."""
+    """Samples of one optimizer step: `batch_size` = `micro_batch_size` x `accumulation_steps` x data ranks."""
 
-    train: int
-    micro: int
-    accumulation: int
+    batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
 
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -62,7 +62,7 @@ def batch_arithmetic(section: DeepSpeedSection, data_ranks: int) -> Batch | Prob
     return Batch(train, micro, train // micro // data_ranks)
 
 
-def smallest_data_ranks(section: DeepSpeedSection) -> int:
+def min_data_ranks(section: DeepSpeedSection) -> int:
     """The fewest data ranks for which the batch arithmetic comes out; 1 where that is open."""
     given = [getattr(section, key) for key in BATCH_KEYS]
     if all(isinstance(value, int) for value in given):
@@ -92,7 +92,7 @@ def resolve(
     batch = batch_arithmetic(section, data_ranks)
     assert isinstance(batch, Batch)
     result = section.model_dump(mode="json", exclude_none=True)
-    result.update(zip(BATCH_KEYS, (batch.train, batch.micro, batch.accumulation), strict=True))
+    result.update(zip(BATCH_KEYS, (batch.batch_size, batch.micro_batch_size, batch.accumulation_steps), strict=True))
     result["gradient_clipping"] = section.clipping
     optimizer = result["optimizer"]["params"]
     for key, value in (("betas", [0.9, 0.999]), ("eps", 1e-8), ("weight_decay", 0.0)):
@@ -107,7 +107,7 @@ def resolve(
     zero.setdefault("stage", 0)
     for key, of_size in AUTO_BUCKETS.items():
         if zero.get(key) == "auto":
-            assert hidden_size is not None, "the rule automatic_buckets_have_a_size refuses it"
+            assert hidden_size is not None, "the rule auto_buckets_require_hidden_size refuses it"
             zero[key] = of_size(hidden_size)
     if result["optimizer"]["type"] in ELEMENTWISE:
         result["zero_allow_untested_optimizer"] = True
@@ -117,7 +117,7 @@ def resolve(
     return result
 
 
-def clips_itself(resolved: Mapping[str, Any]) -> bool:
+def deepspeed_clips_gradients(resolved: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed clips gradients and reports their norm itself under this resolved configuration.
 
     At ZeRO 0 in fp32 it clips with a function that keeps no norm (and that counts a pipeline's parameters
@@ -127,16 +127,16 @@ def clips_itself(resolved: Mapping[str, Any]) -> bool:
     return bool(resolved["zero_optimization"]["stage"] or half)
 
 
-def for_engine(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def engine_settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved section as `deepspeed.initialize` gets it: clipping is 0 where the engine clips, and a schedule of
     ours, which DeepSpeed does not know, is left out."""
-    settings = dict(resolved) if clips_itself(resolved) else {**resolved, "gradient_clipping": 0.0}
-    if own_schedule(resolved) is not None:
+    settings = dict(resolved) if deepspeed_clips_gradients(resolved) else {**resolved, "gradient_clipping": 0.0}
+    if custom_schedule(resolved) is not None:
         del settings["scheduler"]
     return settings
 
 
-def own_schedule(resolved: Mapping[str, Any]) -> Callable[[Any], WSD] | None:
+def custom_schedule(resolved: Mapping[str, Any]) -> Callable[[Any], WSD] | None:
     """What makes the schedule for an optimizer, where it is none of DeepSpeed's or torch's."""
     section = resolved.get("scheduler")
     if section is None or section["type"] != WSD.__name__:
@@ -161,7 +161,7 @@ EXTENSIONS: Mapping[tuple[str, bool], str] = {
 _NVME = "AsyncIOBuilder"
 
 
-def extensions_of(resolved: Mapping[str, Any]) -> list[str]:
+def required_extensions(resolved: Mapping[str, Any]) -> list[str]:
     """The extensions that the optimizer of a resolved configuration loads."""
     optimizer = resolved["optimizer"]
     device = (resolved["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
@@ -170,7 +170,7 @@ def extensions_of(resolved: Mapping[str, Any]) -> list[str]:
     return found if own is None or optimizer.get("params", {}).get("torch_adam") else [own, *found]
 
 
-def nvme_can_be_read() -> bool:
+def is_async_io_available() -> bool:
     """Whether DeepSpeed's extension for NVMe can be compiled here."""
     builder = get_accelerator().create_op_builder(_NVME)
     return builder is not None and bool(builder.is_compatible(verbose=False))

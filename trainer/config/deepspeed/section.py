@@ -29,8 +29,8 @@ Integer = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
 
 
-_LEFT_OUT = ("zero_optimization.legacy_stage1", "zero_optimization.elastic_checkpoint")
-"""Keys that DeepSpeed's classes still have and that do nothing, or nothing here; see `REFUSED`."""
+_OMITTED_KEYS = ("zero_optimization.legacy_stage1", "zero_optimization.elastic_checkpoint")
+"""Keys that DeepSpeed's classes still have and that do nothing, or nothing here; see `UNSUPPORTED`."""
 
 
 def _strict(annotation: Any, path: str, auto: frozenset[str]) -> Any:
@@ -47,13 +47,13 @@ def _strict(annotation: Any, path: str, auto: frozenset[str]) -> Any:
 def mirror(source: type[BaseModel], path: str, auto: frozenset[str] = frozenset()) -> type[Section]:
     """A strict section with the keys, types and bounds of DeepSpeed's own class `source`.
 
-    `auto` holds the dotted paths at which "auto" may stand. Deprecated keys are left out, and those of `_LEFT_OUT`.
+    `auto` holds the dotted paths at which "auto" may stand. Deprecated keys are left out, and those of `_OMITTED_KEYS`.
     """
     fields: dict[str, Any] = {}
     for name, field in source.model_fields.items():
         extra = field.json_schema_extra
         key = field.alias or name
-        if (isinstance(extra, Mapping) and extra.get("deprecated")) or f"{path}.{key}" in _LEFT_OUT:
+        if (isinstance(extra, Mapping) and extra.get("deprecated")) or f"{path}.{key}" in _OMITTED_KEYS:
             continue
         kind = _strict(field.annotation, f"{path}.{key}", auto)
         if field.metadata:
@@ -82,14 +82,14 @@ RESOLVED_AUTOS: Mapping[str, str] = {
     "scheduler.params.total_num_steps": "training.max_steps",
 }
 """Where "auto" may stand and what it becomes: the meaning that Hugging Face's Trainer gives it. Those of `enabled` are
-resolved by `normalized`, before the section is built."""
+resolved by `normalize_section`, before the section is built."""
 
 _AUTO = frozenset(RESOLVED_AUTOS)
 _ZeroSection = mirror(DeepSpeedZeroConfig, "zero_optimization", _AUTO)
 _Dtype = Literal["fp32", "fp16", "bf16"]
 
 
-PER_GROUP = frozenset((
+PER_GROUP_ARGUMENTS = frozenset((
     "base_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_range_test_min_lr",
     "cycle_min_lr", "cycle_max_lr", "cycle_min_mom", "cycle_max_mom", "warmup_min_lr", "warmup_max_lr",
 ))  # fmt: skip
@@ -121,7 +121,7 @@ class SchedulerSection(Section):
         """A list of one is its number, however many parameter groups a rank has."""
 
         def single(key: str, value: Any) -> Any:
-            return value[0] if key in PER_GROUP and isinstance(value, list) and len(value) == 1 else value
+            return value[0] if key in PER_GROUP_ARGUMENTS and isinstance(value, list) and len(value) == 1 else value
 
         return {key: single(key, value) for key, value in params.items()}
 
@@ -223,7 +223,7 @@ class DeepSpeedSection(Section):
         return 1.0 if self.gradient_clipping in (None, "auto") else float(self.gradient_clipping)
 
 
-def class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
+def deepspeed_class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
     """What DeepSpeed's own classes say about the combination of keys inside one of their sections."""
     for name, kind in (
         ("zero_optimization", DeepSpeedZeroConfig),

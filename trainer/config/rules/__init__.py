@@ -4,14 +4,15 @@ A module for each theme adds its rules to the table when it is imported here.
 """
 
 from trainer.config.rules import data, layout, model, offload, optimizer, schedule, secrets
-from trainer.config.rules.table import RULES, Device, Draft, Rule
-from trainer.config.rules.warnings import warnings_of
+from trainer.config.rules.registry import RULES, Device, Draft, Rule
+from trainer.config.rules.warnings import configuration_warnings
 
 __all__ = [
     "RULES",
     "Device",
     "Draft",
     "Rule",
+    "configuration_warnings",
     "data",
     "layout",
     "model",
@@ -19,5 +20,4 @@ __all__ = [
     "optimizer",
     "schedule",
     "secrets",
-    "warnings_of",
 ]

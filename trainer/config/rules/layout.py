@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 
 from trainer.config.deepspeed import Batch, batch_arithmetic
-from trainer.config.rules.table import Draft, rule
+from trainer.config.rules.registry import Draft, rule
 from trainer.errors import Problem
 
 
 @rule("parallel", "deepspeed.zero_optimization.stage")
-def pipeline_keeps_gradients(draft: Draft) -> Iterator[Problem]:
+def pipeline_excludes_gradient_partitioning(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     assert draft.deepspeed is not None
     stage = draft.deepspeed.zero_stage
@@ -25,22 +25,22 @@ def pipeline_keeps_gradients(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("parallel", "deepspeed")
-def profilers_know_no_stages(draft: Draft) -> Iterator[Problem]:
+def pipeline_excludes_deepspeed_profilers(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     assert draft.deepspeed is not None
-    given = draft.deepspeed.model_dump(exclude_unset=True)
-    profiler = given.get("flops_profiler")
-    for key, on in (
-        ("wall_clock_breakdown", given.get("wall_clock_breakdown")),
+    settings = draft.deepspeed.model_dump(exclude_unset=True)
+    profiler = settings.get("flops_profiler")
+    for key, is_enabled in (
+        ("wall_clock_breakdown", settings.get("wall_clock_breakdown")),
         ("flops_profiler.enabled", isinstance(profiler, dict) and profiler.get("enabled")),
     ):
-        if draft.parallel.pipeline > 1 and on:
+        if draft.parallel.pipeline > 1 and is_enabled:
             yield Problem(f"deepspeed.{key}", "true, and DeepSpeed's timers fail on the stages of a pipeline",
                           "Set it to false; metrics.jsonl has pipeline_bubble and step_seconds")  # fmt: skip
 
 
 @rule("parallel")
-def stages_are_described_once(draft: Draft) -> Iterator[Problem]:
+def pipeline_stages_consistent(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     parallel = draft.parallel
     layers, weights = parallel.pipeline_layers, parallel.pipeline_weights
@@ -57,7 +57,7 @@ def stages_are_described_once(draft: Draft) -> Iterator[Problem]:
 
 @rule("parallel", "data.packing", "deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu",
       "deepspeed.gradient_accumulation_steps")  # fmt: skip
-def two_ways_need_micro_batches(draft: Draft) -> Iterator[Problem]:
+def dualpipev_requirements_met(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     assert draft.data is not None
     assert draft.deepspeed is not None
@@ -71,9 +71,9 @@ def two_ways_need_micro_batches(draft: Draft) -> Iterator[Problem]:
         yield Problem("parallel.pipeline_schedule", "'dualpipev' sends micro-batches of one shape, and with "
                       "data.packing 'none' they have many", "Set packing to 'concatenate', or take '1f1b'")  # fmt: skip
     batch = batch_arithmetic(draft.deepspeed, draft.data_ranks) if draft.data_ranks else None
-    if isinstance(batch, Batch) and batch.accumulation < 2 * stages:
+    if isinstance(batch, Batch) and batch.accumulation_steps < 2 * stages:
         reason = f"'dualpipev' on {stages} ranks takes at least {2 * stages} micro-batches"
-        reason += f", and there are {batch.accumulation}"
+        reason += f", and there are {batch.accumulation_steps}"
         yield Problem("parallel.pipeline_schedule", reason, "Make them smaller, or take '1f1b'")
 
 
@@ -84,9 +84,9 @@ def _largest_divisor_below(number: int, bound: int) -> int:
 
 
 @rule("parallel", "model")
-def heads_divide(draft: Draft) -> Iterator[Problem]:
+def attention_heads_divisible_by_tensor(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
-    heads = draft.facts.heads if draft.facts else None
+    heads = draft.facts.attention_heads if draft.facts else None
     ranks = draft.parallel.tensor
     if draft.facts and heads and heads % ranks:
         fits = _largest_divisor_below(heads, ranks)
@@ -98,7 +98,7 @@ def heads_divide(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("parallel", "deepspeed.optimizer")
-def optimizer_sees_parts(draft: Draft) -> Iterator[Problem]:
+def optimizer_supports_tensor_parallel(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     assert draft.deepspeed is not None
     section = draft.deepspeed.optimizer
@@ -112,7 +112,7 @@ def optimizer_sees_parts(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.optimizer", "parallel.tensor")
-def legacy_fusion_sees_all_ranks(draft: Draft) -> Iterator[Problem]:
+def legacy_fusion_excludes_tensor_parallel(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     assert draft.parallel is not None
     optimizer = draft.deepspeed.optimizer
@@ -125,7 +125,7 @@ def legacy_fusion_sees_all_ranks(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("parallel", "data.sequence_length")
-def sequence_divides(draft: Draft) -> Iterator[Problem]:
+def sequence_length_divisible_by_tensor(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     assert draft.data is not None
     if not draft.parallel.sequence_parallel:
@@ -140,7 +140,7 @@ def sequence_divides(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("parallel")
-def world_divides(draft: Draft) -> Iterator[Problem]:
+def world_size_divisible_by_model_parallel_size(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     replica = draft.parallel.tensor * draft.parallel.pipeline
     if draft.world is not None and draft.world % replica:
@@ -149,7 +149,7 @@ def world_divides(draft: Draft) -> Iterator[Problem]:
 
 @rule("parallel", "deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu",
       "deepspeed.gradient_accumulation_steps")  # fmt: skip
-def batch_comes_out(draft: Draft) -> Iterator[Problem]:
+def batch_sizes_consistent(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     if draft.data_ranks is not None:
         batch = batch_arithmetic(draft.deepspeed, draft.data_ranks)

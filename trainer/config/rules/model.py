@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.model_facts import NEVER_CAUSAL
-from trainer.config.rules.table import Draft, rule
+from trainer.config.model_facts import NON_CAUSAL_FAMILIES
+from trainer.config.rules.registry import Draft, rule
 from trainer.errors import Problem
 
 
 @rule("model")
-def model_is_named_once(draft: Draft) -> Iterator[Problem]:
+def model_is_path_or_config(draft: Draft) -> Iterator[Problem]:
     assert draft.model is not None
     if (draft.model.path is None) == (draft.model.config is None):
         found = "neither" if draft.model.path is None else "both"
@@ -25,23 +25,23 @@ def model_is_named_once(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("model")
-def family_is_causal(draft: Draft) -> Iterator[Problem]:
+def model_family_is_causal(draft: Draft) -> Iterator[Problem]:
     assert draft.model is not None
-    kind = draft.facts.model_type if draft.facts else None
-    if kind in NEVER_CAUSAL:
+    family = draft.facts.model_type if draft.facts else None
+    if family in NON_CAUSAL_FAMILIES:
         where = "model.config.model_type" if draft.model.path is None else "model.path"
-        yield Problem(where, f"'{kind}' sees later tokens, so it cannot be trained as a causal language model: it "
-                      f"{NEVER_CAUSAL[kind]}", "Take another family")  # fmt: skip
+        yield Problem(where, f"'{family}' sees later tokens, so it cannot be trained as a causal language model: it "
+                      f"{NON_CAUSAL_FAMILIES[family]}", "Take another family")  # fmt: skip
 
 
 @rule("model")
-def weights_cannot_run_code(draft: Draft) -> Iterator[Problem]:
+def weights_are_safetensors(draft: Draft) -> Iterator[Problem]:
     assert draft.model is not None
     folder = Path(draft.model.path or "").expanduser()
     if draft.model.path is None or draft.model.initialize == "random" or not (folder / "config.json").is_file():
         return
     if not list(folder.glob("*.safetensors")):
-        others = sorted(f.name for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind))
+        others = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
         found = f"only {', '.join(others)}, which can run code when read" if others else "no weights"
         yield Problem(
             "model.path",
@@ -51,19 +51,19 @@ def weights_cannot_run_code(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("model", "data.sequence_length")
-def sequence_fits_the_model(draft: Draft) -> Iterator[Problem]:
+def sequence_length_fits_model(draft: Draft) -> Iterator[Problem]:
     assert draft.data is not None
-    if draft.facts and draft.facts.positions and draft.data.sequence_length > draft.facts.positions:
+    if draft.facts and draft.facts.max_positions and draft.data.sequence_length > draft.facts.max_positions:
         yield Problem(
             "data.sequence_length",
-            f"{draft.data.sequence_length} is longer than the {draft.facts.positions} positions of the model",
+            f"{draft.data.sequence_length} is longer than the {draft.facts.max_positions} positions of the model",
             "Shorten it, or raise max_position_embeddings in model.config",
         )
-    only = draft.facts.only_length if draft.facts else None
-    if draft.facts and only and draft.data.sequence_length != only:
+    required_length = draft.facts.required_length if draft.facts else None
+    if draft.facts and required_length and draft.data.sequence_length != required_length:
         yield Problem(
             "data.sequence_length",
-            f"must be {only}, the product of axial_pos_shape, which {draft.facts.model_type} is trained on "
+            f"must be {required_length}, the product of axial_pos_shape, which {draft.facts.model_type} is trained on "
             f"(got {draft.data.sequence_length})",
             "Change one of them, or set axial_pos_embds in model.config to false",
         )

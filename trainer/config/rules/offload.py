@@ -6,29 +6,29 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.deepspeed import nvme_can_be_read
-from trainer.config.rules.table import Draft, rule
+from trainer.config.deepspeed import is_async_io_available
+from trainer.config.rules.registry import Draft, rule
 from trainer.errors import Problem
 
 
 @rule("deepspeed.zero_optimization")
-def offload_fits_the_stage(draft: Draft) -> Iterator[Problem]:
+def offload_requires_zero_stage(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     zero = draft.deepspeed.zero_optimization
     stage = draft.deepspeed.zero_stage
-    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        part = getattr(zero, key, None)
-        device = getattr(part, "device", None) or "none"
+    for key, minimum in (("offload_optimizer", 1), ("offload_param", 3)):
+        offload = getattr(zero, key, None)
+        device = getattr(offload, "device", None) or "none"
         path = f"deepspeed.zero_optimization.{key}"
-        if device != "none" and stage < least:
-            yield Problem(path, f"needs stage {least} or more, and the stage is {stage}")
+        if device != "none" and stage < minimum:
+            yield Problem(path, f"needs stage {minimum} or more, and the stage is {stage}")
         elif device == "nvme" and key == "offload_param":
             reason = "'nvme': DeepSpeed 0.19 reads a parameter from there again that it already has, and ends"
             yield Problem(f"{path}.device", reason, "Take 'cpu' here, and 'nvme' for offload_optimizer")
 
 
 @rule("deepspeed.zero_optimization")
-def state_can_be_saved(draft: Draft) -> Iterator[Problem]:
+def optimizer_state_checkpointable(draft: Draft) -> Iterator[Problem]:
     """What no checkpoint could hold is told now, not at the first one."""
     assert draft.deepspeed is not None
     zero = draft.deepspeed.zero_optimization
@@ -49,29 +49,32 @@ _NVME_BUFFERS = 4
 
 
 @rule("deepspeed.zero_optimization", "deepspeed.optimizer")
-def nvme_is_there(draft: Draft) -> Iterator[Problem]:
+def nvme_offload_available(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
-    part = getattr(draft.deepspeed.zero_optimization, "offload_optimizer", None)
+    offload = getattr(draft.deepspeed.zero_optimization, "offload_optimizer", None)
     path = "deepspeed.zero_optimization.offload_optimizer"
-    if part is None or part.device != "nvme":
+    if offload is None or offload.device != "nvme":
         return
-    folder, here = part.nvme_path, draft.device is not None
+    folder, is_local = offload.nvme_path, draft.device is not None
     if draft.deepspeed.zero_stage != 3:
         yield Problem(f"{path}.device", "'nvme' needs stage 3", "Take 'cpu', or stage 3")
     elif folder is None:
         yield Problem(f"{path}.nvme_path", "missing", "Name a folder on the NVMe disk")
-    elif here and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+    elif is_local and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         yield Problem(f"{path}.nvme_path", f"{folder} is no folder that can be written to", "Make it, or name another")
-    elif here and not nvme_can_be_read():
+    elif is_local and not is_async_io_available():
         yield Problem(
             f"{path}.device", "'nvme': DeepSpeed's async_io cannot be compiled here, for want of libaio's headers",
             "Install libaio-dev (on Red Hat libaio-devel), or take 'cpu'",
         )  # fmt: skip
-    ways, buffers = 1 + bool(part.pipeline_read) + bool(part.pipeline_write), part.buffer_count or _NVME_BUFFERS
-    states = 1 if draft.deepspeed.optimizer and draft.deepspeed.optimizer.type.lower() in ("adagrad", "lion") else 2
-    if buffers < (least := (states + 2) * ways):
+    sub_groups, buffers = (
+        1 + bool(offload.pipeline_read) + bool(offload.pipeline_write),
+        offload.buffer_count or _NVME_BUFFERS,
+    )
+    moments = 1 if draft.deepspeed.optimizer and draft.deepspeed.optimizer.type.lower() in ("adagrad", "lion") else 2
+    if buffers < (minimum := (moments + 2) * sub_groups):
         yield Problem(
             f"{path}.buffer_count",
-            f"{buffers}: weights, gradients and {states} moments of {ways} sub-groups are in memory at a time",
-            f"Take at least {least}",
+            f"{buffers}: weights, gradients and {moments} moments of {sub_groups} sub-groups are in memory at a time",
+            f"Take at least {minimum}",
         )

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.config.deepspeed import AUTO_BUCKETS, class_problems, optimizer_problems
-from trainer.config.rules.table import Draft, rule
+from trainer.config.deepspeed import AUTO_BUCKETS, deepspeed_class_problems, optimizer_problems
+from trainer.config.rules.registry import Draft, rule
 from trainer.errors import Problem
 
 
 @rule("deepspeed.optimizer", "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.offload_optimizer")
-def optimizer_exists(draft: Draft) -> Iterator[Problem]:
+def optimizer_valid(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     yield from optimizer_problems(draft.deepspeed)
 
 
 @rule("deepspeed")
-def deepspeed_classes_agree(draft: Draft) -> Iterator[Problem]:
+def deepspeed_sections_valid(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
-    yield from class_problems(draft.deepspeed)
+    yield from deepspeed_class_problems(draft.deepspeed)
 
 
 @rule("deepspeed.zero_optimization", "model")
-def automatic_buckets_have_a_size(draft: Draft) -> Iterator[Problem]:
+def auto_buckets_require_hidden_size(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     for key in AUTO_BUCKETS:
         automatic = getattr(draft.deepspeed.zero_optimization, key, None) == "auto"
@@ -35,7 +35,7 @@ def automatic_buckets_have_a_size(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.zero_optimization", "deepspeed.gradient_clipping")
-def clipping_needs_the_norm(draft: Draft) -> Iterator[Problem]:
+def clipping_requires_grad_norm(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     computed = getattr(draft.deepspeed.zero_optimization, "compute_grad_norm", None)
     if computed is False and draft.deepspeed.clipping > 0:
@@ -50,7 +50,7 @@ def clipping_needs_the_norm(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed", "parallel")
-def muon_has_its_gradients(draft: Draft) -> Iterator[Problem]:
+def muon_supported(draft: Draft) -> Iterator[Problem]:
     section, parallel = draft.deepspeed, draft.parallel
     assert section is not None
     assert parallel is not None
@@ -70,7 +70,7 @@ def muon_has_its_gradients(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.bf16", "deepspeed.fp16")
-def one_precision(draft: Draft) -> Iterator[Problem]:
+def bf16_excludes_fp16(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
     if section.bf16 is not None and section.bf16.enabled and section.fp16 is not None and section.fp16.enabled:
@@ -78,7 +78,7 @@ def one_precision(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.bf16", "deepspeed.zero_optimization.stage")
-def half_precision_states_need_zero(draft: Draft) -> Iterator[Problem]:
+def half_precision_states_require_zero(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
     for name in ("bf16", "fp16"):
@@ -92,7 +92,7 @@ def half_precision_states_need_zero(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.data_types", "deepspeed.bf16", "deepspeed.fp16", "deepspeed.zero_optimization.stage")
-def data_types_agree(draft: Draft) -> Iterator[Problem]:
+def data_types_match_precision(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
     types = section.data_types
@@ -113,7 +113,7 @@ def data_types_agree(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.optimizer", "deepspeed.zero_optimization.offload_optimizer", "deepspeed.fp16")
-def device_can(draft: Draft) -> Iterator[Problem]:
+def device_supported(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
     if draft.device != "cpu":
@@ -130,7 +130,7 @@ def device_can(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.fp16", "deepspeed.zero_optimization.stage")
-def fp16_needs_zero(draft: Draft) -> Iterator[Problem]:
+def fp16_requires_zero(draft: Draft) -> Iterator[Problem]:
     section = draft.deepspeed
     assert section is not None
     if section.precision == "fp16" and section.zero_stage == 0:

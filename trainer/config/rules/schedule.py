@@ -7,18 +7,18 @@ from typing import Any
 
 from trainer.config.deepspeed import scheduler_problems
 from trainer.config.deepspeed.section import OptimizerSection
-from trainer.config.rules.table import Draft, rule
+from trainer.config.rules.registry import Draft, rule
 from trainer.errors import Problem
 
 
 @rule("deepspeed.scheduler")
-def scheduler_exists(draft: Draft) -> Iterator[Problem]:
+def scheduler_valid(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     yield from scheduler_problems(draft.deepspeed)
 
 
 @rule("deepspeed.scheduler", "deepspeed.optimizer")
-def automatic_peak_has_a_rate(draft: Draft) -> Iterator[Problem]:
+def auto_warmup_max_lr_requires_lr(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     if draft.deepspeed.scheduler is None or draft.deepspeed.optimizer is None:
         return
@@ -32,7 +32,7 @@ def automatic_peak_has_a_rate(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("training.max_steps", "training.epochs")
-def training_has_one_length(draft: Draft) -> Iterator[Problem]:
+def training_length_is_steps_or_epochs(draft: Draft) -> Iterator[Problem]:
     assert draft.training is not None
     steps, epochs = draft.training.max_steps, draft.training.epochs
     if steps is None and epochs is None:
@@ -43,7 +43,7 @@ def training_has_one_length(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.scheduler", "training.max_steps")
-def schedule_is_long_enough(draft: Draft) -> Iterator[Problem]:
+def one_cycle_covers_all_steps(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     assert draft.training is not None
     section = draft.deepspeed.scheduler
@@ -57,7 +57,7 @@ def schedule_is_long_enough(draft: Draft) -> Iterator[Problem]:
 
 
 @rule("deepspeed.scheduler", "deepspeed.optimizer", "training.max_steps")
-def wsd_has_its_phases(draft: Draft) -> Iterator[Problem]:
+def wsd_phases_fit(draft: Draft) -> Iterator[Problem]:
     assert draft.deepspeed is not None
     assert draft.training is not None
     section, optimizer = draft.deepspeed.scheduler, draft.deepspeed.optimizer
@@ -78,9 +78,9 @@ def wsd_has_its_phases(draft: Draft) -> Iterator[Problem]:
         return
     source = min(peaks, key=peaks.__getitem__)
     for key in ("warmup_min_lr", "decay_min_lr"):
-        least = params.get(key)
-        if isinstance(least, int | float) and least > peaks[source]:
-            problem = f"{least} is higher than the highest rate, {peaks[source]} ({source})"
+        minimum = params.get(key)
+        if isinstance(minimum, int | float) and minimum > peaks[source]:
+            problem = f"{minimum} is higher than the highest rate, {peaks[source]} ({source})"
             yield Problem(f"{path}.{key}", problem, "Lower it")
 
 
@@ -88,9 +88,9 @@ def _peaks(params: Mapping[str, Any], optimizer: OptimizerSection) -> dict[str, 
     """The highest rates of a `WSD`, by the key that sets them: one of all groups, or without it each group's own."""
     peak = params.get("warmup_max_lr")
     if peak is not None and peak != "auto":
-        found = {"warmup_max_lr": peak}
+        rates = {"warmup_max_lr": peak}
     else:
         keys = ("muon_lr", "adam_lr") if optimizer.type.lower() == "muon" and peak is None else ("lr",)
         sources = [key if key in optimizer.params else "lr" for key in keys]
-        found = {f"optimizer.params.{key}": optimizer.params.get(key) for key in sources}
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+        rates = {f"optimizer.params.{key}": optimizer.params.get(key) for key in sources}
+    return {key: value for key, value in rates.items() if isinstance(value, int | float)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.config.deepspeed import Batch, batch_arithmetic
-from trainer.config.rules.table import Draft
+from trainer.config.rules.registry import Draft
 from trainer.errors import Problem
 
 
-def warnings_of(draft: Draft) -> Iterator[Problem]:
+def configuration_warnings(draft: Draft) -> Iterator[Problem]:
     """What is allowed and probably not meant."""
     section, training = draft.deepspeed, draft.training
     if section is not None and training is not None and section.scheduler is not None:
@@ -20,8 +20,8 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
                 f"{total} is less than {draft.steps_in_words}: the last steps have the lowest rate",
                 'Write "auto"',
             )
-    yield from _pipeline_waits(draft)
-    yield from _verifies_little(draft)
+    yield from _pipeline_bubble_warning(draft)
+    yield from _verification_warning(draft)
     if section is not None and section.offload_device == "nvme" and draft.checkpoint and draft.checkpoint.asynchronous:
         yield Problem(
             "checkpoint.asynchronous", "true: it copies to host memory what offload_optimizer keeps on NVMe",
@@ -29,20 +29,21 @@ def warnings_of(draft: Draft) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _pipeline_waits(draft: Draft) -> Iterator[Problem]:
+def _pipeline_bubble_warning(draft: Draft) -> Iterator[Problem]:
     if draft.parallel is None or draft.deepspeed is None or draft.data_ranks is None:
         return
     batch, stages = batch_arithmetic(draft.deepspeed, draft.data_ranks), draft.parallel.pipeline
-    if isinstance(batch, Batch) and batch.accumulation < stages:
-        share = draft.parallel.bubble(batch.accumulation)
+    if isinstance(batch, Batch) and batch.accumulation_steps < stages:
+        share = draft.parallel.bubble(batch.accumulation_steps)
         yield Problem(
             "deepspeed.gradient_accumulation_steps",
-            f"{batch.accumulation} micro-batches on {stages} stages: each stage waits for {share:.0%} of the time",
+            f"{batch.accumulation_steps} micro-batches on {stages} stages: each stage waits for {share:.0%} "
+            "of the time",
             "Make micro-batches smaller, so that there are at least 4 for each stage",
         )
 
 
-def _verifies_little(draft: Draft) -> Iterator[Problem]:
+def _verification_warning(draft: Draft) -> Iterator[Problem]:
     training, parallel, section = draft.training, draft.parallel, draft.deepspeed
     if training is None or parallel is None or section is None or not training.verify_every_steps:
         return

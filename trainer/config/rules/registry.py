@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.deepspeed import DeepSpeedSection, smallest_data_ranks
+from trainer.config.deepspeed import DeepSpeedSection, min_data_ranks
 from trainer.config.model_facts import ModelFacts
 from trainer.config.schema import (
     CheckpointSection,
@@ -67,7 +67,7 @@ class Draft:
         assert self.deepspeed is not None
         replica = self.parallel.tensor * self.parallel.pipeline
         if self.world is None:
-            return smallest_data_ranks(self.deepspeed)
+            return min_data_ranks(self.deepspeed)
         return self.world // replica if self.world % replica == 0 else None
 
 

@@ -8,7 +8,7 @@ from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 _OURS = "Remove it"
-REFUSED: Mapping[str, tuple[str, str]] = {
+UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "tensor_parallel": ("tensor parallelism is ours here", "Set parallel.tensor"),
     "pipeline": ("pipeline parallelism is ours here", "Set parallel.pipeline"),
     "expert_parallel": ("DeepSpeed's expert parallelism is not used here", _OURS),

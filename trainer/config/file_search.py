@@ -10,20 +10,20 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-MOST_ENTRIES = 1_000_000
+MAX_SEARCHED_ENTRIES = 1_000_000
 """Directory entries that a search looks at."""
 
 _VIRTUAL = ("/proc", "/sys")
 
-_KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+_SPECIAL_FILE_TYPES = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
           (stat.S_ISSOCK, "a socket"))  # fmt: skip
 
 
 class SearchTooLargeError(Exception):
-    """More than `MOST_ENTRIES` directory entries."""
+    """More than `MAX_SEARCHED_ENTRIES` directory entries."""
 
 
-def special_kind(path: Path) -> str | None:
+def special_file_type(path: Path) -> str | None:
     """What `path` is, such as "a named pipe", if it is neither a regular file nor a directory on a disk; None if it is,
     or does not exist. Nothing is opened."""
     try:
@@ -32,16 +32,16 @@ def special_kind(path: Path) -> str | None:
         return None
     if found.st_dev in _virtual_devices():
         return "in a virtual file system"
-    return next((kind for is_kind, kind in _KINDS if is_kind(found.st_mode)), None)
+    return next((file_type for is_type, file_type in _SPECIAL_FILE_TYPES if is_type(found.st_mode)), None)
 
 
 def special_files(folder: Path, *, recursive: bool = False) -> list[tuple[Path, str]]:
     """Files of a folder that are no regular ones, with what they are."""
     entries = (folder.rglob("*") if recursive else folder.iterdir()) if folder.is_dir() else ()
-    return [(path, kind) for path in sorted(entries) if (kind := special_kind(path)) is not None]
+    return [(path, file_type) for path in sorted(entries) if (file_type := special_file_type(path)) is not None]
 
 
-def fixed_part(pattern: str) -> Path:
+def fixed_prefix(pattern: str) -> Path:
     """The deepest directory above everything that a glob can match, or the path itself where it is no glob."""
     parts = Path(os.path.expanduser(pattern)).parts
     count = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
@@ -69,11 +69,11 @@ def search_folder(folder: Path) -> list[Path]:
     Raises:
         SearchTooLargeError: too much to look at.
     """
-    search, found, left = _Search(), list[Path](), [str(folder)]
-    while left:
-        for entry in search.entries(left.pop()):
+    search, found, pending = _Search(), list[Path](), [str(folder)]
+    while pending:
+        for entry in search.entries(pending.pop()):
             if entry.is_dir(follow_symlinks=False):
-                left.append(entry.path)
+                pending.append(entry.path)
             elif os.path.isfile(entry.path):
                 found.append(Path(entry.path))
     return sorted(found)
@@ -93,11 +93,11 @@ class _Search:
         except OSError:
             return []
         self._seen += len(found)
-        if self._seen > MOST_ENTRIES:
+        if self._seen > MAX_SEARCHED_ENTRIES:
             raise SearchTooLargeError
         return found
 
-    def matches(self, folder: str, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    def matches(self, folder: str, parts: list[str], visited: tuple[tuple[int, int], ...]) -> Iterator[str]:
         """Paths below `folder` that match `parts`.
 
         Args:
@@ -117,9 +117,9 @@ class _Search:
             path = os.path.join(folder, entry.name)
             if entry.name.startswith(".") and not head.startswith("."):
                 continue
-            if head == "**" and (here := _identity(path)) is not None:
-                if here not in above:
-                    yield from self.matches(path, parts, (*above, here))
+            if head == "**" and (identity := _identity(path)) is not None:
+                if identity not in visited:
+                    yield from self.matches(path, parts, (*visited, identity))
             elif head != "**" and fnmatch.fnmatchcase(entry.name, head):
                 if not rest:
                     yield path
