@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from launch.train import train
-from tests.runs import _loaded, _place
+from tests.runs import job_topology, load_job
 from trainer import checkpoint_format
 from trainer.checkpoint import Checkpoints, Progress, writer
 from trainer.checkpoint_format import ChunkReader, read_manifest
@@ -47,7 +47,7 @@ def train_and_save(
         kill: at this event of writing a checkpoint, counted from 1, dies a rank of `victims`; see `kill_at_event`.
     """
     launch = Launch.from_environment()
-    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+    with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
         return _train_and_save(launch, world, config, last, saves, kill, victims, frozen)
 
 
@@ -56,7 +56,7 @@ def run_jobs(jobs: list[tuple[Any, ...]]) -> list[Any]:
     launch = Launch.from_environment()
     config = jobs[0][0]
     found: list[Any] = []
-    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+    with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
         for job in jobs:
             try:
                 found.append(_train_and_save(launch, world, *job))
@@ -69,7 +69,7 @@ def _train_and_save(
     launch: Launch, world: World, config: dict[str, Any], last: int, saves: tuple[int, ...] = (),
     kill: int | None = None, victims: Any = (), frozen: str = "",
 ) -> Losses:  # fmt: skip
-    loaded = _loaded(config, launch.world_size)
+    loaded = load_job(config, launch.world_size)
     directory = RunDirectory.examine(loaded)
     prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, world.topology)
@@ -109,7 +109,7 @@ def train_until_halted(config: dict[str, Any]) -> list[str]:
     writer.write_items_file = slowly
     launch = Launch.from_environment()
     try:
-        train(_loaded(config, launch.world_size), launch, StopRequests(launch.rank))
+        train(load_job(config, launch.world_size), launch, StopRequests(launch.rank))
     except TrainingHalted:
         return sorted(path.name for path in (Path(config["run"]["output_dir"]) / "checkpoints").iterdir())
     raise AssertionError("it did not halt")

@@ -6,26 +6,33 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from tools.ranks import Finished, Started, Variant, context, run_command, run_ranks, started_command
+from tools.ranks import CommandResult, RankOverride, RunningCommand, context, run_command, run_ranks, running_command
 from trainer.distributed import get_free_port
 
 __all__ = [
-    "Finished", "Started", "Variant", "context", "get_free_port", "messages_of", "run_command", "run_ranks",
-    "started_command",
+    "CommandResult",
+    "RankOverride",
+    "RunningCommand",
+    "captured_messages",
+    "context",
+    "get_free_port",
+    "run_command",
+    "run_ranks",
+    "running_command",
 ]  # fmt: skip
 
 
 @contextlib.contextmanager
-def messages_of(name: str) -> Iterator[list[str]]:
+def captured_messages(name: str) -> Iterator[list[str]]:
     """Within, the messages of one logger, whatever other tests have done to its parents."""
-    found: list[str] = []
+    messages: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger(name)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield found
+        yield messages
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -32,11 +32,11 @@ Curve = list[tuple[float, float]]
 Weights = dict[str, torch.Tensor]
 
 
-def _loaded(config: dict[str, Any], world: int) -> LoadedConfig:
+def load_job(config: dict[str, Any], world: int) -> LoadedConfig:
     return check(config, world=world, device=local_device())
 
 
-def _place(config: dict[str, Any], launch: Launch) -> Topology:
+def job_topology(config: dict[str, Any], launch: Launch) -> Topology:
     parallel = config.get("parallel", {})
     tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", 1)
     return Topology.of(launch.world_size, launch.rank, tensor=tensor, pipeline=pipeline)
@@ -49,7 +49,7 @@ Outcome = tuple[Curve, Weights, float | None]
 def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Outcome]:
     """Our engine in this rank's world, once for each (configuration, steps)."""
     launch = Launch.from_environment()
-    topology = _place(jobs[0][0], launch)
+    topology = job_topology(jobs[0][0], launch)
     with joined_world(launch, topology, seed=jobs[0][0]["run"]["seed"]) as world:
         return [_train(config, steps, launch, topology, world, sabotage) for config, steps in jobs]
 
@@ -57,7 +57,7 @@ def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Ou
 def _train(
     config: dict[str, Any], steps: int, launch: Launch, topology: Topology, world: World, sabotage: str
 ) -> Outcome:
-    loaded = _loaded(config, launch.world_size)
+    loaded = load_job(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, topology)
     assignment = assign_stages(build_model_shape(loaded), loaded)
@@ -75,7 +75,7 @@ def _train(
     return curve, weights, before
 
 
-def _sabotage(engine: PlainEngine, how: str) -> None:
+def _sabotage(engine: PlainEngine, fault: str) -> None:
     """Breaks what the layout tests claim to prove; they must go red."""
     forward = engine._forward
 
@@ -90,7 +90,7 @@ def _sabotage(engine: PlainEngine, how: str) -> None:
         engine._seen = getattr(engine, "_seen", 0) + 1
         return loss if engine._seen % 2 else loss._replace(objective=0 * loss.objective)
 
-    if how == "mean of means":
+    if fault == "mean of means":
         step = engine.train_step
 
         def remember(batch: Any) -> Any:
@@ -99,18 +99,18 @@ def _sabotage(engine: PlainEngine, how: str) -> None:
 
         engine.train_step = remember  # type: ignore[method-assign]
         engine._forward = mean_of_means  # type: ignore[method-assign]
-    elif how == "drop a micro-batch":
+    elif fault == "drop a micro-batch":
         engine._forward = first_micro_batch_only  # type: ignore[method-assign]
-    elif how == "other samples":
+    elif fault == "other samples":
         refuse = engine._check_same_samples
         rank = engine._world.topology.rank
         engine._check_same_samples = lambda micro: refuse(  # type: ignore[method-assign]
             replace(micro, input_ids_BT=micro.input_ids_BT + rank)
         )
-    elif how == "no clipping":
+    elif fault == "no clipping":
         engine._max_grad_norm = 0.0
     else:
-        raise ValueError(how)
+        raise ValueError(fault)
 
 
 def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
@@ -120,18 +120,18 @@ def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
 
 def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     config = {key: value for key, value in config.items() if key != "parallel"}
-    loaded = _loaded(config, 1)
+    loaded = load_job(config, 1)
     prepared = prepare_data(loaded)
     whole_batch = {**config["deepspeed"], "train_micro_batch_size_per_gpu": loaded.batch.batch_size}
     whole_batch.pop("gradient_accumulation_steps", None)
-    loaded = _loaded({**config, "deepspeed": whole_batch}, 1)
+    loaded = load_job({**config, "deepspeed": whole_batch}, 1)
     batches = open_batches(loaded, prepared, Topology.of(1, 0))
     model = build_model(loaded, prepared.tokenizer)
     model.set_experts_implementation("eager")
     initialize_weights(model, loaded.config.run.seed)
     model.train()
     optimizer = _torch_optimizer(config, model)
-    schedule = scheduled_rates(config, steps)
+    schedule = scheduled_learning_rates(config, steps)
     curve = []
     for step in range(1, steps + 1):
         for group in optimizer.param_groups if schedule else ():
@@ -151,13 +151,13 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
 def _torch_optimizer(config: dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
     section = config["deepspeed"]["optimizer"]
     params = dict(section["params"])
-    kind = {"Lion": Lion, "Muon": Muon}.get(section["type"]) or getattr(torch.optim, section["type"])
-    if kind is torch.optim.AdamW:
+    optimizer_class = {"Lion": Lion, "Muon": Muon}.get(section["type"]) or getattr(torch.optim, section["type"])
+    if optimizer_class is torch.optim.AdamW:
         params.setdefault("weight_decay", 0.0)  # DeepSpeed's default; torch's is 0.01
-    return kind(_torch_groups(config, model), **params)
+    return optimizer_class(_torch_groups(config, model), **params)
 
 
-def scheduled_rates(config: dict[str, Any], steps: int) -> list[float]:
+def scheduled_learning_rates(config: dict[str, Any], steps: int) -> list[float]:
     """The unscaled rates of the configuration's schedule, from its class alone; none without a schedule."""
     section = config["deepspeed"].get("scheduler")
     if section is None:
@@ -165,12 +165,12 @@ def scheduled_rates(config: dict[str, Any], steps: int) -> list[float]:
     alone = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config["deepspeed"]["optimizer"]["params"]["lr"])
     source = lr_schedules if hasattr(lr_schedules, section["type"]) else torch.optim.lr_scheduler
     schedule = getattr(source, section["type"])(alone, **section["params"])
-    rates = []
+    learning_rates = []
     for _ in range(steps):
-        rates.append(alone.param_groups[0]["lr"])
+        learning_rates.append(alone.param_groups[0]["lr"])
         alone.step()
         schedule.step()
-    return rates
+    return learning_rates
 
 
 def _torch_groups(config: dict[str, Any], model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
-    loaded = _loaded(config, launch.world_size)
+    loaded = load_job(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     cost = model_cost(model)
@@ -255,21 +255,21 @@ def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainB
     return open_batches(loaded, prepared, world.topology).train, engine, meter
 
 
-def rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
+def learning_rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
     """The learning rate that each step used."""
     launch = Launch.from_environment()
-    found = []
-    with joined_world(launch, _place(jobs[0][0], launch), seed=1) as world:
+    rates_of_jobs = []
+    with joined_world(launch, job_topology(jobs[0][0], launch), seed=1) as world:
         for config, steps in jobs:
             batches, engine, _ = _start(config, launch, world)
-            found.append([engine.train_step(b).learning_rate for b in batches.steps(1, steps)])
-    return found
+            rates_of_jobs.append([engine.train_step(b).learning_rate for b in batches.steps(1, steps)])
+    return rates_of_jobs
 
 
-def auxiliary(config: dict[str, Any]) -> float:
+def auxiliary_loss(config: dict[str, Any]) -> float:
     """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
     launch = Launch.from_environment()
-    with joined_world(launch, _place(config, launch), seed=1) as world:
+    with joined_world(launch, job_topology(config, launch), seed=1) as world:
         batches, engine, meter = _start(config, launch, world)
         batch = batches.batch_at(1)
         result = engine.train_step(batch)
@@ -278,7 +278,7 @@ def auxiliary(config: dict[str, Any]) -> float:
 
 
 @dataclass
-class Counted:
+class EventCounts:
     """What happened during one step: host synchronisations and collectives, by whose frame issued them."""
 
     ours: Counter[str]
@@ -305,10 +305,10 @@ def _owner() -> str:
     return "other"
 
 
-class _HostReads(TorchDispatchMode):
+class _HostReadCounter(TorchDispatchMode):
     """Counts reads of device values by the host."""
 
-    def __init__(self, counted: Counted) -> None:
+    def __init__(self, counted: EventCounts) -> None:
         super().__init__()
         self._counted = counted
 
@@ -319,7 +319,7 @@ class _HostReads(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _counting(counted: Counted) -> Iterator[None]:
+def _counting(counted: EventCounts) -> Iterator[None]:
     originals = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
 
     def wrap(name: str, function: Any) -> Any:
@@ -332,17 +332,17 @@ def _counting(counted: Counted) -> Iterator[None]:
     for name, function in originals.items():
         setattr(dist, name, wrap(name, function))
     try:
-        with _HostReads(counted):
+        with _HostReadCounter(counted):
             yield
     finally:
         for name, function in originals.items():
             setattr(dist, name, function)
 
 
-def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
+def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, EventCounts]:
     """Events of a step that does not log, of one that does, and of the same step in a plain DeepSpeed loop."""
     launch = Launch.from_environment()
-    quiet, logging, plain = (Counted(Counter(), Counter()) for _ in range(3))
+    quiet, logging, plain = (EventCounts(Counter(), Counter()) for _ in range(3))
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         batches, engine, meter = _start(config, launch, world)
         steps = meter.timed(batches.steps(1, 4))
@@ -366,7 +366,7 @@ def count_events(config: dict[str, Any]) -> tuple[Counted, Counted, Counted]:
 def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
     """What this rank's stage holds, after some steps, of the weights that several stages hold."""
     launch = Launch.from_environment()
-    with joined_world(launch, _place(config, launch), seed=1) as world:
+    with joined_world(launch, job_topology(config, launch), seed=1) as world:
         batches, engine, _ = _start(config, launch, world)
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
@@ -375,9 +375,9 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
         return {name: parameter.detach().float().numpy() for name, parameter in held if name in shared}
 
 
-def dropping_losses(config: dict[str, Any], steps: int) -> list[float]:
+def losses_with_dropout(config: dict[str, Any], steps: int) -> list[float]:
     """This rank's sums of the loss."""
     launch = Launch.from_environment()
-    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+    with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
         batches, engine, _ = _start(config, launch, world)
         return [float(engine.train_step(batch).loss_sum) for batch in batches.steps(1, steps)]

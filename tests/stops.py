@@ -17,7 +17,7 @@ from typing import Any
 from torch.distributed import PrefixStore
 
 from tests.configs import with_values
-from tests.runs import _loaded, _place
+from tests.runs import job_topology, load_job
 from tests.test_tracking import read_rows
 from tools.bench.common import assemble
 from trainer.checkpoint import writer
@@ -63,12 +63,12 @@ def stop_and_resume(config: dict[str, Any], signals: list[Signal], seed: int) ->
     """
     launch = Launch.from_environment()
     folder = Path(config["run"]["output_dir"])
-    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+    with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
         _attempt(config, folder / "unbroken", world, "unbroken", None, seed)
         found = []
-        for number, sent in enumerate(signals):
+        for number, signal_plan in enumerate(signals):
             run = folder / str(number)
-            step, message, evaluated = _attempt(config, run, world, f"{number}/stopped", sent, seed + number)
+            step, message, evaluated = _attempt(config, run, world, f"{number}/stopped", signal_plan, seed + number)
             saved = tuple(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
             _attempt(config, run, world, f"{number}/resumed", None, seed)
             events = tuple(read_events(run))
@@ -81,10 +81,10 @@ def _losses(run: Path) -> dict[int, float]:
 
 
 def _attempt(
-    config: dict[str, Any], run: Path, world: World, name: str, sent: Signal | None, seed: int
+    config: dict[str, Any], run: Path, world: World, name: str, signal_plan: Signal | None, seed: int
 ) -> tuple[int, str, tuple[int, ...]]:
     """One start of a run: the step after which it was stopped, the message, and the steps after which it evaluated."""
-    loaded = _loaded(with_values(config, run__output_dir=str(run)), world.topology.world_size)
+    loaded = load_job(with_values(config, run__output_dir=str(run)), world.topology.world_size)
     world = replace(world, store=PrefixStore(name, world.store))
     parts = assemble(loaded, world)
     progress = parts.checkpoints.restore(parts.started.engine)
@@ -95,10 +95,12 @@ def _attempt(
     requests.install()
     requests.begin_run(parts.checkpoints.directory, RunLock())
     draw = random.Random(seed * 1000 + world.topology.rank)
-    stop = _Dawdling(requests, world, parts.checkpoints.directory, loaded.steps, draw)
-    trackers = _Evaluations([JsonLines(parts.checkpoints.directory.metrics)] if world.is_rank_zero else [])
+    stop = _DelayedAgreement(requests, world, parts.checkpoints.directory, loaded.steps, draw)
+    trackers = _EvaluationCounter([JsonLines(parts.checkpoints.directory.metrics)] if world.is_rank_zero else [])
     stopped, message = -1, ""
-    with _sending(sent if sent and sent.rank == world.topology.rank else None, parts.started.engine, draw):
+    with _sending(
+        signal_plan if signal_plan and signal_plan.rank == world.topology.rank else None, parts.started.engine, draw
+    ):
         try:
             fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, meter, trackers, stop)
         except Preempted as error:
@@ -107,7 +109,7 @@ def _attempt(
     return stopped, message, tuple(trackers.steps)
 
 
-class _Dawdling(StopAgreement):
+class _DelayedAgreement(StopAgreement):
     """Sleeps before each step."""
 
     def __init__(self, requests: StopRequests, world: World, directory: Any, final_step: int, draw: Any) -> None:
@@ -119,7 +121,7 @@ class _Dawdling(StopAgreement):
         super().announce(step)
 
 
-class _Evaluations(Trackers):
+class _EvaluationCounter(Trackers):
     """Counts evaluations on every rank."""
 
     def __init__(self, trackers: list[Any]) -> None:
@@ -133,21 +135,21 @@ class _Evaluations(Trackers):
 
 
 @contextmanager
-def _sending(sent: Signal | None, engine: Any, draw: random.Random) -> Iterator[None]:
+def _sending(signal_plan: Signal | None, engine: Any, draw: random.Random) -> Iterator[None]:
     """Sends the signal at its moment."""
-    if sent is None:
+    if signal_plan is None:
         yield
         return
-    kill: Callable[[], None] = lambda: os.kill(os.getpid(), sent.number)  # noqa: E731
+    kill: Callable[[], None] = lambda: os.kill(os.getpid(), signal_plan.number)  # noqa: E731
     train_step, evaluate, write_items_file = engine.train_step, engine.evaluate, writer.write_items_file
     begun, steps = threading.Event(), itertools.count(1)
 
     def first_step(batch: Any, **values: Any) -> Any:
         if not begun.is_set():
             begun.set()
-            if sent.during == "training":
+            if signal_plan.during == "training":
                 threading.Timer(draw.random() * 0.2, kill).start()
-        if sent.during == f"step {next(steps)}":
+        if signal_plan.during == f"step {next(steps)}":
             kill()
             time.sleep(0.1)
         return train_step(batch, **values)
@@ -162,9 +164,9 @@ def _sending(sent: Signal | None, engine: Any, draw: random.Random) -> Iterator[
         return calls
 
     engine.train_step = first_step
-    if sent.during == "evaluation":
+    if signal_plan.during == "evaluation":
         engine.evaluate = during(evaluate)
-    elif sent.during == "save":
+    elif signal_plan.during == "save":
         writer.write_items_file = during(write_items_file)
     yield
     writer.write_items_file = write_items_file

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.configs import with_values
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 from trainer.checkpoint_format import read_manifest
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_run, upgrade_config, value_at
 from trainer.config.load import LoadedConfig, load_config
@@ -34,7 +34,7 @@ BEFORE = {
 Weights = dict[str, torch.Tensor]
 
 
-def train(run: Path, *arguments: str, **values: Any) -> Finished:
+def train(run: Path, *arguments: str, **values: Any) -> CommandResult:
     """The user's command, with the cache beside the run directory."""
     paths = {"run.output_dir": str(run), "data.cache_dir": str(run.parent / "cache"), "training.max_steps": STEPS}
     settings = [f"{key}={json.dumps(value)}" for key, value in {**paths, **values}.items()]

@@ -55,12 +55,12 @@ def numbers(figures: Any) -> Iterator[float]:
         yield figures
 
 
-def test_every_benchmark_has_a_short_round() -> None:
+def test_every_benchmark_has_quick_options() -> None:
     assert set(ROWS) == set(BENCHMARKS)
 
 
 @pytest.mark.fast
-def test_ranks_of_a_launch_are_found_while_they_live(tmp_path: Path) -> None:
+def test_launch_ranks_are_found_while_alive(tmp_path: Path) -> None:
     script, config = tmp_path / "train.py", tmp_path / "config.json"
     script.write_text("import time; time.sleep(60)")
     rank = subprocess.Popen([sys.executable, str(script), "--config", str(config)])
@@ -82,7 +82,7 @@ def test_ranks_of_a_launch_are_found_while_they_live(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.matrix] if name in LONG else []) for name in ROWS]
 )
-def test_short_round(name: str, tmp_path: Path) -> None:
+def test_quick_benchmark_runs(name: str, tmp_path: Path) -> None:
     written = tmp_path / "figures.json"
     folder = ["--folder", str(tmp_path)] if name == "checkpoint" else []
     ended = run_command("tools/bench/__main__.py", name, "--quick", "--json", str(written), *folder)

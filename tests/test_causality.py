@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 from launch.train import train as train_command
 from tests.configs import LENGTH, VOCABULARY, tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import _loaded, _place
+from tests.runs import job_topology, load_job
 from tests.test_model import GPT2, MIXTRAL
 from trainer import causality
 from trainer.causality import CONTROL, PROBED, Finding, verify_causality
@@ -74,7 +74,7 @@ def examine(jobs: list[Job]) -> list[Any]:
     A job is (how, configuration); `maskless` drops Llama's causal mask, `curve` trains.
     """
     launch = Launch.from_environment()
-    with joined_world(launch, _place(jobs[0][1], launch), seed=jobs[0][1]["run"]["seed"]) as world:
+    with joined_world(launch, job_topology(jobs[0][1], launch), seed=jobs[0][1]["run"]["seed"]) as world:
         return [
             [_curve(config, launch, world, probed=probed) for probed in (False, True)]
             if how == "curve"
@@ -84,7 +84,7 @@ def examine(jobs: list[Job]) -> list[Any]:
 
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, Any, Any]:
-    loaded = _loaded(config, launch.world_size)
+    loaded = load_job(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     model = build_model(loaded, prepared.tokenizer)
     engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
@@ -142,7 +142,7 @@ def counted_run(config: dict[str, Any]) -> int:
 
     PlainEngine.token_losses = count  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train_command(_loaded(config, launch.world_size), launch, StopRequests(launch.rank))
+    train_command(load_job(config, launch.world_size), launch, StopRequests(launch.rank))
     return len(asked)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.configs import tiny_config, with_values
-from tests.harness import Variant, messages_of, run_command, run_ranks
+from tests.harness import RankOverride, captured_messages, run_command, run_ranks
 from trainer.config.load import check
 from trainer.distributed import Launch, open_store, waiting
 from trainer.distributed.store import HashStore
@@ -30,7 +30,7 @@ def config(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
     return with_values(tiny_config(corpus, shared_cache, tmp_path / "run"), evaluation={"max_batches": 1})
 
 
-def launched(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **variants: Variant) -> Any:
+def launched(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **variants: RankOverride) -> Any:
     """How the command ends where the ranks named `r1`, ... are started as their variants say."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     ranks = {int(name[1:]): variant for name, variant in variants.items()}
@@ -53,7 +53,7 @@ def launched(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **varian
 def test_different_configuration_is_refused(
     setting: str, key: str, values: tuple[str, str], config: dict[str, Any], tmp_path: Path
 ) -> None:
-    ended = launched(tmp_path, config, r1=Variant(("--set", setting)))
+    ended = launched(tmp_path, config, r1=RankOverride(("--set", setting)))
     assert ended.status == 2, ended.err
     own, other = values
     expected = (
@@ -66,7 +66,9 @@ def test_different_configuration_is_refused(
 
 def test_difference_names_the_minority(config: dict[str, Any], tmp_path: Path) -> None:
     values = with_values(config, deepspeed__train_batch_size=12)
-    ended = launched(tmp_path, values, world=3, r0=Variant(("--set", "run.seed=12", "--set", "training.z_loss=0.1")))
+    ended = launched(
+        tmp_path, values, world=3, r0=RankOverride(("--set", "run.seed=12", "--set", "training.z_loss=0.1"))
+    )
     assert ended.status == 2, ended.err
     assert "error: 2 mistakes" in ended.err
     assert f"run.seed: ranks differ (rank 0 on {HOST}: 12; ranks 1, 2 on {HOST}: 11)" in ended.err
@@ -81,7 +83,7 @@ def test_different_data_is_refused_before_reading(config: dict[str, Any], corpus
     with (tmp_path / "at-1" / "train.jsonl").open("a") as file:
         file.write('{"text": "one more document"}\n')
     values = with_values(config, data__train=[{"path": "train.jsonl"}], data__cache_dir=str(tmp_path / "cache"))
-    places = {f"r{rank}": Variant(working_folder=tmp_path / f"at-{rank}") for rank in range(2)}
+    places = {f"r{rank}": RankOverride(working_folder=tmp_path / f"at-{rank}") for rank in range(2)}
     ended = launched(tmp_path, values, **places)
     assert ended.status == 2, ended.err
     assert f"data.train.0.path: ranks differ (rank 1 on {HOST}: " in ended.err
@@ -90,11 +92,11 @@ def test_different_data_is_refused_before_reading(config: dict[str, Any], corpus
     assert not (tmp_path / "cache").exists()
 
 
-def on_hosts(**variants: Variant) -> dict[str, Variant]:
+def on_hosts(**variants: RankOverride) -> dict[str, RankOverride]:
     """The same ranks, each alone on its host."""
     alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return {
-        name: Variant(variant.arguments, variant.working_folder, {**alone, **variant.environment})
+        name: RankOverride(variant.arguments, variant.working_folder, {**alone, **variant.environment})
         for name, variant in variants.items()
     }
 
@@ -109,7 +111,7 @@ def test_different_data_on_another_host_is_refused_after_preparation(
         place.mkdir()
         text = (corpus / "train.jsonl").read_text()
         (place / "train.jsonl").write_text(text.replace("wizards", "witches", rank))
-        variants[f"r{rank}"] = Variant(("--set", f"data.cache_dir={place}/cache"), place)
+        variants[f"r{rank}"] = RankOverride(("--set", f"data.cache_dir={place}/cache"), place)
     values = with_values(config, data__train=[{"path": "train.jsonl"}], data__validation=[])
     ended = launched(tmp_path, values, **on_hosts(**variants))
     assert ended.status == 2, ended.err
@@ -124,7 +126,7 @@ def test_legal_differences_between_hosts_are_accepted(config: dict[str, Any], co
         place = tmp_path / f"at-{rank}"
         place.mkdir()
         shutil.copyfile(corpus / "train.jsonl", place / "train.jsonl")
-        variants[f"r{rank}"] = Variant(
+        variants[f"r{rank}"] = RankOverride(
             ("--set", f"data.cache_dir={place}/cache"), place, {"HOME": str(place), "HOSTNAME": f"host-{rank}"}
         )
     values = with_values(config, data__train=[{"path": "~/train.jsonl"}], data__validation=[], training__max_steps=1)
@@ -245,7 +247,7 @@ def test_excess_differences_are_counted() -> None:
 @pytest.mark.fast
 def test_missing_rank_is_named_during_and_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "LOG_INTERVAL_SECONDS", 0.2)
-    with messages_of("trainer.distributed.waiting") as lines:
+    with captured_messages("trainer.distributed.waiting") as lines:
         messages = compared([(0, []), (1, []), (3, [])], 4, timeout=0.7)
     assert messages[0] == "rank 2 did not arrive within 0.7 s. Look at what its process says"
     assert set(messages[1:]) <= {messages[0], "rank 0 did not arrive within 0.7 s. Look at what its process says"}

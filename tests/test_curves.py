@@ -19,27 +19,29 @@ STEPS = 20
 VOCABULARY = 323
 """Divisible by no number of ranks."""
 
-UNWANTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "time_step_limit")
+IGNORED_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "time_step_limit")
 
-IN_TEST = [
+FEW_FAMILIES = [
     ("llama", {"tensor": 2}),
     pytest.param("mixtral", {"tensor": 2, "sequence_parallel": True}, marks=pytest.mark.matrix),
     ("gpt2", {"pipeline": 2}),
     pytest.param("gpt2", {"pipeline": 2, "pipeline_schedule": "dualpipev"}, marks=pytest.mark.matrix),
 ]
-IN_MATRIX = [
+TENSOR_FAMILIES = [
     "gpt2", "bloom", "opt", "gpt_neox", "gptj", "falcon", "phi", "phi3", "cohere", "gemma2", "gemma3_text",
     "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "mistral", "starcoder2", "stablelm", "mpt",
     "gpt_bigcode", "deepseek_v3", "mamba", "mamba2", "granite",
 ]  # fmt: skip
-IN_STAGES = ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba2", "falcon", "qwen3_next"]
+PIPELINE_FAMILIES = ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba2", "falcon", "qwen3_next"]
 
 
 def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> list[float]:
     """The losses that `launch/train.py` writes down, those of evaluation among them."""
-    whole = tiny_model(model_type, vocab_size=VOCABULARY)
-    model = whole.to_diff_dict() | {key: 0.0 for key, v in vars(whole).items() if "drop" in key and v and v is not True}
-    model = {key: value for key, value in model.items() if value is not None and key not in UNWANTED}
+    tiny_config_of_family = tiny_model(model_type, vocab_size=VOCABULARY)
+    model = tiny_config_of_family.to_diff_dict() | {
+        key: 0.0 for key, v in vars(tiny_config_of_family).items() if "drop" in key and v and v is not True
+    }
+    model = {key: value for key, value in model.items() if value is not None and key not in IGNORED_FIELDS}
     config = json.loads(json.dumps(base))
     config["model"] = {"config": model | {"model_type": model_type}}
     config["run"]["output_dir"] = str(folder)
@@ -55,11 +57,11 @@ def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, A
 
 
 def compare(model_type: str, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
-    alone = run(model_type, 1, {}, base, folder / "one")
+    reference_losses = run(model_type, 1, {}, base, folder / "one")
     ranks = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-    cut = run(model_type, ranks, parallel, base, folder / "two")
-    assert len(alone) == len(cut) == STEPS + 2
-    assert cut == pytest.approx(alone, rel=1e-4)
+    parallel_losses = run(model_type, ranks, parallel, base, folder / "two")
+    assert len(reference_losses) == len(parallel_losses) == STEPS + 2
+    assert parallel_losses == pytest.approx(reference_losses, rel=1e-4)
     models = [AutoModelForCausalLM.from_pretrained(folder / name / "final").eval() for name in ("one", "two")]
     ids = torch.arange(5, 29)[None]
     with torch.no_grad():
@@ -73,19 +75,23 @@ def base(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
     return tiny_config(corpus, shared_cache, tmp_path)
 
 
-@pytest.mark.parametrize(("model_type", "parallel"), IN_TEST, ids=str)
-def test_same_curve(model_type: str, parallel: dict[str, Any], base: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "parallel"), FEW_FAMILIES, ids=str)
+def test_curve_of_few_families_equals_one_process(
+    model_type: str, parallel: dict[str, Any], base: dict[str, Any], tmp_path: Path
+) -> None:
     compare(model_type, parallel, base, tmp_path)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("model_type", IN_MATRIX)
-def test_same_curve_for_more_families(model_type: str, base: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", TENSOR_FAMILIES)
+def test_tensor_parallel_curve_equals_one_process(model_type: str, base: dict[str, Any], tmp_path: Path) -> None:
     compare(model_type, {"tensor": 2}, base, tmp_path)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
-@pytest.mark.parametrize("model_type", IN_STAGES)
-def test_same_curve_in_stages(model_type: str, parallel: dict[str, Any], base: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", PIPELINE_FAMILIES)
+def test_pipeline_curve_equals_one_process(
+    model_type: str, parallel: dict[str, Any], base: dict[str, Any], tmp_path: Path
+) -> None:
     compare(model_type, parallel, base, tmp_path)

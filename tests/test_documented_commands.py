@@ -23,7 +23,7 @@ from tests.documented_commands import (
     documented_commands,
     make_targets,
 )
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def documented() -> set[str]:
     return documented_commands()
 
 
-def run(command: str, row: Run, clone: Path) -> Finished:
+def run(command: str, row: Run, clone: Path) -> CommandResult:
     """`command` without its launcher, in processes forked for it."""
     words = shlex.split(command)
     script = next(word for word in words if word.startswith(("launch/", "tools.")))
@@ -64,7 +64,7 @@ def clone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quickstart(clone: Path) -> Finished:
+def quickstart(clone: Path) -> CommandResult:
     ended = run(QUICKSTART, COMMANDS[QUICKSTART], clone)
     trained = clone / "runs" / "quickstart"
     if trained.is_dir():
@@ -88,7 +88,7 @@ def test_every_documented_command_has_a_row(documented: set[str]) -> None:
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=[pytest.mark.matrix] * row.matrix) for name, row in COMMANDS.items()]
 )
-def test_documented_command(command: str, clone: Path, quickstart: Finished) -> None:
+def test_documented_command(command: str, clone: Path, quickstart: CommandResult) -> None:
     row = COMMANDS[command]
     ended = quickstart if command == QUICKSTART else run(command, row, clone)
     assert ended.status == row.status, ended.out + ended.err
@@ -97,7 +97,7 @@ def test_documented_command(command: str, clone: Path, quickstart: Finished) -> 
         assert words in ended.out + ended.err
 
 
-def test_the_pages_example_of_mistakes(clone: Path, quickstart: Finished) -> None:
+def test_documented_error_example_is_current(clone: Path, quickstart: CommandResult) -> None:
     """The README shows what the command prints, word for word."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     block = page.partition("--config mine.json\n")[2].partition("\n\n")[0]
@@ -109,7 +109,7 @@ def test_the_pages_example_of_mistakes(clone: Path, quickstart: Finished) -> Non
     assert sorted(line.strip() for line in ended.err.splitlines()) == sorted(shown)
 
 
-def test_what_the_schema_command_writes_is_what_is_in_the_repository(clone: Path, quickstart: Finished) -> None:
+def test_schema_in_repository_is_current(clone: Path, quickstart: CommandResult) -> None:
     (clone / "ds_configs" / "schema.json").unlink()
     assert run("python -m tools.schema", Run(), clone).status == 0
     assert (clone / "ds_configs" / "schema.json").read_text() == (ROOT / "ds_configs" / "schema.json").read_text()
@@ -130,7 +130,7 @@ def test_documented_targets_and_markers_exist(documented: set[str]) -> None:
 
 
 @pytest.mark.fast
-def test_commands_are_found_wherever_a_page_has_them() -> None:
+def test_commands_are_found_in_every_page() -> None:
     page = """
 Type `python -m tools.bench
 traffic` or `make test`; the `deepspeed` section is no command, and deepspeed launch/x.py in a sentence is none.

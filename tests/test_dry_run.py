@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from tests.bad_inputs import SOUND_LINE, folder
 from tests.configs import with_values
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 from trainer.config.load import check
 from trainer.data import prepare_data, resolve_steps
 from trainer.data.inspection import MAX_INSPECTED_ROWS, inspect_data
@@ -34,12 +34,12 @@ def fresh(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return with_values(tiny, data__cache_dir=str(tmp_path / "cache"))
 
 
-def dry_run(config: dict[str, Any], target: Path, *arguments: str) -> Finished:
+def dry_run(config: dict[str, Any], target: Path, *arguments: str) -> CommandResult:
     (target / "config.json").write_text(json.dumps(config))
     return run_command(TRAIN, "--config", str(target / "config.json"), "--dry_run", *arguments)
 
 
-def refusal(status: int, words: str, ended: Finished) -> None:
+def refusal(status: int, words: str, ended: CommandResult) -> None:
     assert ended.status == status, ended.out + ended.err
     assert words in ended.err
     assert "Traceback" not in ended.err

@@ -10,7 +10,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
-from tests.runs import auxiliary, count_events, rates, scheduled_rates, train, train_bare
+from tests.runs import auxiliary_loss, count_events, learning_rates, scheduled_learning_rates, train, train_bare
 from tests.test_model import GPT2, MIXTRAL
 
 STEPS = 4
@@ -102,9 +102,9 @@ def test_schedulers_match_their_class(base: dict[str, Any]) -> None:
         (with_values(base, deepspeed__scheduler={"type": optimizer_config, "params": params}), 6)
         for optimizer_config, params in SCHEDULERS
     ]
-    results = run_ranks(rates, 1, jobs)[0]
+    results = run_ranks(learning_rates, 1, jobs)[0]
     for (config, steps), measured in zip(jobs, results, strict=True):
-        assert measured == pytest.approx(scheduled_rates(config, steps)), config["deepspeed"]["scheduler"]
+        assert measured == pytest.approx(scheduled_learning_rates(config, steps)), config["deepspeed"]["scheduler"]
 
 
 def test_bf16_tracks_fp32(base: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def test_mixture_matches_with_tensor_parallelism(base: dict[str, Any]) -> None:
     config = with_values(base, model={"config": {**MIXTRAL, "router_aux_loss_coef": 0.5, "vocab_size": 323}},
                          deepspeed__optimizer=optimizer("SGD", lr=1.0))  # fmt: skip
     cut = with_values(config, parallel__tensor=2)
-    assert run_ranks(auxiliary, 2, cut)[0] == pytest.approx(run_ranks(auxiliary, 1, config)[0], rel=1e-6)
+    assert run_ranks(auxiliary_loss, 2, cut)[0] == pytest.approx(run_ranks(auxiliary_loss, 1, config)[0], rel=1e-6)
     (_, alone, _) = run_ranks(train, 1, [(config, 1)])[0][0]
     for stage in (0, 3):
         (_, weights, _) = run_ranks(train, 2, [(with_values(cut, deepspeed__zero_optimization={"stage": stage}), 1)])[
@@ -188,7 +188,7 @@ def test_zero3_initial_weights_match(model: dict[str, Any], base: dict[str, Any]
 def test_mixture_auxiliary_loss_matches_across_layouts(base: dict[str, Any]) -> None:
     config = with_values(base, model={"config": {**MIXTRAL, "router_aux_loss_coef": 0.5}},
                          deepspeed__optimizer=optimizer("SGD", lr=1.0))  # fmt: skip
-    values = [run_ranks(auxiliary, world, config)[0] for world in (1, 2)]
+    values = [run_ranks(auxiliary_loss, world, config)[0] for world in (1, 2)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     assert values[0] > 0.1
     silent = with_values(config, model__config__router_aux_loss_coef=0.0)

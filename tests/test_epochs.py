@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.configs import with_values
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 from trainer.config.load import LoadedConfig, check, with_steps
 from trainer.config.schema import CheckpointSection
 from trainer.data import open_batches, prepare_data, resolve_steps
@@ -104,7 +104,7 @@ def test_default_interval_writes_ten_checkpoints() -> None:
     assert CheckpointSection(every_steps=7).interval(200) == 7
 
 
-def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Finished:
+def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> CommandResult:
     (folder / "config.json").write_text(json.dumps(config))
     return run_command(TRAIN, "--config", str(folder / "config.json"), *arguments, world=world)
 

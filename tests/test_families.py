@@ -174,7 +174,7 @@ def first_part_is_tripled(families: list[Family]) -> list[Verdict]:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_sabotage_is_noticed(sabotage: object, model_type: str, loss_tells: bool) -> None:
+def test_layout_comparison_detects_sabotage(sabotage: object, model_type: str, loss_tells: bool) -> None:
     (verdict,) = run_ranks(sabotage, 2, [Family(model_type)])[0]  # type: ignore[arg-type]
     assert verdict.outcome == "wrong"
     plain, cut = verdict.loss

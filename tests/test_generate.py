@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.configs import tiny_config, with_values
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 from tests.test_tracking import read_rows
 from trainer.model import load_model
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 TOKENS = 12
 
 
-def generate(*arguments: object) -> Finished:
+def generate(*arguments: object) -> CommandResult:
     ending = ("--prompt", "the quick", "--tokens", str(TOKENS), "--temperature", "0")
     return run_command(str(ROOT / "launch" / "generate.py"), *map(str, arguments), *ending)
 

@@ -18,8 +18,8 @@ from torch.distributed import HashStore
 
 from launch.train import train
 from tests.configs import with_values
-from tests.harness import messages_of, run_ranks, started_command
-from tests.runs import _loaded, _place
+from tests.harness import captured_messages, run_ranks, running_command
+from tests.runs import job_topology, load_job
 from tests.test_tracking import TRAIN
 from tools.bench.common import assemble
 from trainer.checkpoint import saver, writer
@@ -48,7 +48,7 @@ def test_rank_waiting_for_rank_zero_can_be_stopped(tiny: dict[str, Any], tmp_pat
         rank_0.settimeout(60)
         variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rank_0.getsockname()[1])}  # fmt: skip
-        with started_command(TRAIN, "--config", str(tmp_path / "config.json"), environment=variables) as started:
+        with running_command(TRAIN, "--config", str(tmp_path / "config.json"), environment=variables) as started:
             connection, _ = rank_0.accept()
             with connection:
                 os.kill(started.processes[0].pid, signal.SIGINT)
@@ -67,7 +67,7 @@ def _stopped_in_final(config: dict[str, Any]) -> tuple[str, str]:
     export._write_text = writing
     requests = StopRequests()
     requests.install()
-    train(_loaded(config, 1), Launch(), requests)
+    train(load_job(config, 1), Launch(), requests)
     assert requests.request is not None
     run = Path(config["run"]["output_dir"])
     assert (run / "final" / "model.safetensors").is_file()
@@ -97,8 +97,8 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
     Phases.advance, writer.write_items_file = counted, slowly  # type: ignore[method-assign]
     saver._PROGRESS_SECONDS = 0.05
     launch = Launch.from_environment()
-    with joined_world(launch, _place(config, launch), seed=1) as world:
-        parts = assemble(loaded := _loaded(config, launch.world_size), world)
+    with joined_world(launch, job_topology(config, launch), seed=1) as world:
+        parts = assemble(loaded := load_job(config, launch.world_size), world)
         parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
         parts.checkpoints.restore(parts.started.engine)
         requests = StopRequests(launch.rank)
@@ -181,7 +181,7 @@ def test_stop_during_release_writes_to_no_other_file(tmp_path: Path, monkeypatch
         thread.join(0.3)
 
     monkeypatch.setattr(run_lock.os, "close", closing)
-    with messages_of("trainer.fault_tolerance.run_lock") as messages:
+    with captured_messages("trainer.fault_tolerance.run_lock") as messages:
         lock.release()
     monkeypatch.undo()
     assert (tmp_path / "other").read_bytes() == b""

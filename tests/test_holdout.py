@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from tests.configs import with_values
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 from trainer.config.load import check
 from trainer.data import PreparedData, open_batches, prepare_data, resolve_steps
 from trainer.data.holdout import DocumentSubset, drop_held_out, held_out_mask
@@ -169,7 +169,7 @@ def test_epochs_count_remaining_samples(held_out_config: dict[str, Any]) -> None
     assert not read & of_side[1]
 
 
-def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Finished:
+def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> CommandResult:
     (folder / "config.json").write_text(json.dumps(config))
     return run_command(TRAIN, "--config", str(folder / "config.json"), *arguments, world=world)
 

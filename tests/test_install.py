@@ -34,7 +34,7 @@ def compiled(lines: list[str]) -> set[str]:
     return {name for line in lines if "tools.extensions" in line for name in re.findall(r"\w+Builder", line)}
 
 
-def test_what_the_quickstart_needs_is_compiled_and_nothing_else() -> None:
+def test_install_compiles_only_quickstart_extensions() -> None:
     needs = {name: set(required_extensions(load_config(ROOT / "ds_configs" / f"{name}.json").deepspeed_json))
              for name in ("quickstart", "quickstart-offload")}  # fmt: skip
     assert compiled(recipe("install")) == JOINING | needs["quickstart"]
@@ -43,7 +43,7 @@ def test_what_the_quickstart_needs_is_compiled_and_nothing_else() -> None:
     assert set(extensions._PURPOSES) == compiled(recipe("test"))
 
 
-def test_each_long_step_is_announced_with_its_time() -> None:
+def test_install_announces_long_steps() -> None:
     lines = [line for line in recipe("install") if line.strip()]
     long = [n for n, line in enumerate(lines) if re.search(r" -m (pip install|tools\.extensions|venv)", line)]
     assert len(long) == 4
@@ -57,7 +57,7 @@ def test_each_long_step_is_announced_with_its_time() -> None:
     ("missing", "words"),
     [("g++", "g++ is needed, to compile two extensions of DeepSpeed"), ("python", "Python 3.11 or later is needed")],
 )
-def test_what_is_missing_is_said_before_anything_is_downloaded(missing: str, words: str, tmp_path: Path) -> None:
+def test_missing_prerequisite_fails_before_download(missing: str, words: str, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("sh", "make", "echo", "test", "touch"):
@@ -77,9 +77,7 @@ def test_what_is_missing_is_said_before_anything_is_downloaded(missing: str, wor
     assert not (tmp_path / "venv").exists()
 
 
-def test_compiling_says_what_for_and_that_it_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compilation_reports_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def slow(builder: str) -> None:
         time.sleep(0.2)
 

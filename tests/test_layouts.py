@@ -62,7 +62,7 @@ LAYOUTS = [
     Layout(8, 0, 2, "concatenate", pipeline=2, tensor=2, sequence_parallel=True),
 ]
 
-MORE_LAYOUTS = [
+MATRIX_LAYOUTS = [
     Layout(4, 1, 2, pipeline=2, tensor=2, sequence_parallel=True, checkpointing="selective"),
     Layout(4, 3, 2),
     Layout(4, 3, 1, "concatenate"),
@@ -128,7 +128,7 @@ class Reference:
 
     curve: Curve
     weights: Weights
-    after_one_sgd_step: Weights
+    weights_after_one_sgd_step: Weights
 
 
 @pytest.fixture(scope="module")
@@ -154,29 +154,27 @@ def differences(got: Curve, expected: Curve) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.matrix) for layout in MORE_LAYOUTS)], ids=str
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.matrix) for layout in MATRIX_LAYOUTS)], ids=str
 )
-def test_same_numbers_as_one_bare_process(
-    layout: Layout, base: dict[str, Any], references: dict[str, Reference]
-) -> None:
+def test_layout_equals_reference(layout: Layout, base: dict[str, Any], references: dict[str, Reference]) -> None:
     """20 losses and norms, the weights after them, and every gradient."""
     reference = references[layout.packing]
     ranks = run_ranks(train, layout.world, jobs_of(layout, base))
-    (curve, weights, _), (_, after_one_sgd_step, _) = ranks[0]
+    (curve, weights, _), (_, weights_after_one_sgd_step, _) = ranks[0]
     loss, norm = differences(curve, reference.curve)
     assert loss < 1e-5
     assert norm < 2e-5
     assert all(rank[0][0] == curve for rank in ranks)
     for got, expected, tolerance in (
         (weights, reference.weights, 2e-5),
-        (after_one_sgd_step, reference.after_one_sgd_step, 5e-7),
+        (weights_after_one_sgd_step, reference.weights_after_one_sgd_step, 5e-7),
     ):
         assert got.keys() == expected.keys()
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=tolerance, err_msg=name)
 
 
-def test_held_out_loss_is_the_same(base: dict[str, Any]) -> None:
+def test_held_out_loss_is_equal_in_every_layout(base: dict[str, Any]) -> None:
     """45 documents in micro-batches of 1 to 8 on 1 and 4 ranks: the last batch is partial, ranks run dry."""
     found = [
         run_ranks(train, lay.world, [(config_of(lay, base), 0)])[0][0][2]
@@ -189,10 +187,10 @@ def test_held_out_loss_is_the_same(base: dict[str, Any]) -> None:
     assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
 
 
-@pytest.mark.parametrize("how", ["mean of means", "drop a micro-batch", "no clipping"])
-def test_sabotage_is_noticed(how: str, base: dict[str, Any], references: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fault", ["mean of means", "drop a micro-batch", "no clipping"])
+def test_layout_comparison_detects_sabotage(fault: str, base: dict[str, Any], references: dict[str, Any]) -> None:
     """The negative controls: each break makes the comparison above fail."""
     layout = Layout(2, 0, 2)
-    curve = run_ranks(train, 2, [(config_of(layout, base), STEPS)], how)[0][0][0]
+    curve = run_ranks(train, 2, [(config_of(layout, base), STEPS)], fault)[0][0][0]
     loss, _ = differences(curve, references[layout.packing].curve)
     assert loss > 1e-4

@@ -17,7 +17,7 @@ STEPS = 3
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 AT_3 = {"stage": 3, "reduce_scatter": False}
 LAYOUTS: list[dict[str, Any]] = [{"stage": 1}, AT_3, {"stage": 2} | OFFLOAD]
-MORE_LAYOUTS: list[dict[str, Any]] = [{"stage": 0}, {"stage": 2}, {"stage": 1} | OFFLOAD, AT_3 | OFFLOAD]
+MATRIX_LAYOUTS: list[dict[str, Any]] = [{"stage": 0}, {"stage": 2}, {"stage": 1} | OFFLOAD, AT_3 | OFFLOAD]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(
-    "layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.matrix)], ids=["few", "more"]
+    "layouts", [LAYOUTS, pytest.param(MATRIX_LAYOUTS, marks=pytest.mark.matrix)], ids=["few", "more"]
 )
 def test_muon_clips_gradients_before_update(layouts: list[dict[str, Any]], base: dict[str, Any]) -> None:
     """Norms, losses and weights of Muon in one bare process; the norm of step 1 is AdamW's."""
@@ -62,7 +62,7 @@ def test_muon_clips_gradients_in_bf16(base: dict[str, Any]) -> None:
     muon = with_values(base, deepspeed__optimizer=MUON)
     (expected,) = run_ranks(train_bare, 1, [(muon, STEPS)])[0]
     half = with_values(muon, deepspeed__bf16={"enabled": True})
-    layouts = [*LAYOUTS, *MORE_LAYOUTS]
+    layouts = [*LAYOUTS, *MATRIX_LAYOUTS]
     jobs = [(with_values(half, deepspeed__zero_optimization=zero), STEPS) for zero in layouts]
     for zero, (curve, _, _) in zip(layouts, run_ranks(train, 2, jobs)[0], strict=True):
         np.testing.assert_allclose(np.array(curve)[:, 0], np.array(expected[0])[:, 0], rtol=0.01, err_msg=str(zero))

@@ -16,7 +16,7 @@ from tests.harness import run_command
 from tests.mutations import damage, mutated_json
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
-SECONDS = 60
+TIMEOUT_SECONDS = 60
 """That one command may take, on a busy machine."""
 
 FILES = (
@@ -34,7 +34,7 @@ def end_of(config: Path, *arguments: str) -> str:
     if ended.status not in STATUSES or "Traceback" in said or "\x1b" in said:
         return f"status {ended.status}: {said[-2500:]}"
     seconds = time.monotonic() - start
-    return "" if seconds < SECONDS else f"{seconds:.0f} s"
+    return "" if seconds < TIMEOUT_SECONDS else f"{seconds:.0f} s"
 
 
 def test_traceback_is_detected(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.checkpoint_jobs import read_state, run_jobs
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import Outcome, rates, scheduled_rates, train, train_bare
+from tests.runs import Outcome, learning_rates, scheduled_learning_rates, train, train_bare
 from trainer.checkpoint.retention import checkpoint_name
 from trainer.config.deepspeed import weight_decay
 from trainer.config.load import check
@@ -321,7 +321,10 @@ def test_weight_decay_default_equals_optimizer_class(kind: str, params: dict[str
 def test_logged_learning_rate_is_unscaled(base: dict[str, Any]) -> None:
     config = with_optimizer(base, "AdamW", deepspeed__scheduler=WARMUP, training__learning_rate_scales={"*": 0.5})
     muon = with_optimizer(base, "Muon", training__learning_rate_scales={"model.layers.*": 0.5})
-    assert run_ranks(rates, 1, [(config, 4), (muon, 1)])[0] == [pytest.approx(scheduled_rates(config, 4)), [0.02]]
+    assert run_ranks(learning_rates, 1, [(config, 4), (muon, 1)])[0] == [
+        pytest.approx(scheduled_learning_rates(config, 4)),
+        [0.02],
+    ]
 
 
 def test_dry_run_lists_parameter_groups(base: dict[str, Any], tmp_path: Path) -> None:

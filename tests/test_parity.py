@@ -33,7 +33,7 @@ def config(tiny: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_pipeline_layouts_agree_in_engine(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_layouts_equal_reference(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layouts = ["tensor=2", "tensor=2,sequence_parallel=true", "pipeline=2,accumulation=4,zero=1"]
     status = main(["--config", str(config), "--layouts", *layouts])
     said = capsys.readouterr().out
@@ -50,7 +50,7 @@ SIDE_BY_SIDE = {
 
 
 @pytest.mark.parametrize("model_type", SIDE_BY_SIDE)
-def test_branches_that_share_a_sum_agree_under_zero_3(model_type: str, config: Path) -> None:
+def test_parallel_branches_equal_reference_under_zero_3(model_type: str, config: Path) -> None:
     """ZeRO-3 gathers weights when the backward pass comes by: also by a branch that hands its sum to the other."""
     values = json.loads(config.read_text())
     values["model"] = {"config": {"model_type": model_type, "vocab_size": 259, **SIDE_BY_SIDE[model_type]}}
@@ -58,7 +58,7 @@ def test_branches_that_share_a_sum_agree_under_zero_3(model_type: str, config: P
     assert main(["--config", str(config), "--layouts", "tensor=2,zero=3"]) == 0
 
 
-def test_pretrained_weights_data_ranks_and_zero_agree(
+def test_pretrained_weights_equal_reference_in_data_and_zero_layouts(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = json.loads(config.read_text())
@@ -68,7 +68,7 @@ def test_pretrained_weights_data_ranks_and_zero_agree(
     assert status == 0, capsys.readouterr().out
 
 
-def test_wrong_plan_is_placed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_plan_is_located(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A plan that passes the audit: GPT-2's fused q|k|v cut as if it were one matrix of heads."""
     raw = json.loads(config.read_text())
     model = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -81,7 +81,7 @@ def test_wrong_plan_is_placed(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert "worst parameter: transformer." in said
 
 
-def test_scales_of_the_learning_rate_are_proven(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_learning_rate_scales_are_compared(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = json.loads(config.read_text())
     scales = {"model.embed_tokens.weight": 0.1, "model.layers.0.*": 0.5}
     config.write_text(json.dumps(with_values(raw, training__learning_rate_scales=scales)))
@@ -89,7 +89,7 @@ def test_scales_of_the_learning_rate_are_proven(config: Path, capsys: pytest.Cap
     assert status == 0, capsys.readouterr().out
 
 
-def one_gradient_doubled(job: sides.Job, expected: sides.Reference) -> sides.Found | sides.Refusal:
+def one_gradient_doubled(job: sides.ComparisonJob, expected: sides.Reference) -> sides.RankDifferences | sides.Refusal:
     start = sides.start_engine
 
     def started(*arguments: Any) -> Any:
@@ -103,7 +103,7 @@ def one_gradient_doubled(job: sides.Job, expected: sides.Reference) -> sides.Fou
     return layout(job, expected)
 
 
-def test_wrong_gradient_is_placed(
+def test_wrong_gradient_is_located(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of the first step is exact, and so is every output."""
@@ -124,7 +124,7 @@ def test_wrong_gradient_is_placed(
         (["--layouts", "tensor=2", "--set", "model.config.hiden_size=8"], "model.config.hiden_size: unknown key"),
     ],
 )
-def test_mistakes_end_with_2(config: Path, arguments: list[str], message: str) -> None:
+def test_invalid_configuration_exits_with_2(config: Path, arguments: list[str], message: str) -> None:
     ended = run_command("tools/parity/__main__.py", "--config", str(config), *arguments)
     assert (ended.status, message in ended.err, "Traceback" in ended.err) == (2, True, False), ended.err
 
@@ -133,7 +133,7 @@ def test_mistakes_end_with_2(config: Path, arguments: list[str], message: str) -
 @pytest.mark.parametrize(
     "text", ["tensor", "tensor=0", "tensor=two", "zero=4", "sequence_parallel=yes", "tensor=2,tensor=2", "pipeline=0"]
 )
-def test_bad_layouts(text: str) -> None:
+def test_invalid_layout_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"--layouts {text}"):
         parse_layout(text)
 
@@ -180,7 +180,7 @@ FALCON = {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_head
     ],
     ids=lambda value: value.get("model_type"),
 )  # fmt: skip
-def test_shrink_keeps_what_is_built(
+def test_shrink_keeps_module_structure(
     config: Path, model: dict[str, Any], kept: dict[str, Any], small: dict[str, Any]
 ) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model": {"config": model}}))
@@ -201,7 +201,7 @@ def crash(families: list[Family], column: matrix.Column) -> list[Verdict]:
     raise RuntimeError("the size of a tensor")
 
 
-def test_a_crash_is_a_verdict(
+def test_rank_crash_becomes_verdict(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(matrix, "_prove", crash)
@@ -209,7 +209,7 @@ def test_a_crash_is_a_verdict(
     assert "failed  llama: RuntimeError: the size of a tensor" in capsys.readouterr().out
 
 
-def test_an_error_outside_the_ranks_is_a_verdict(
+def test_error_outside_ranks_becomes_verdict(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(matrix, "prove_likeness", lambda family: {}["a family's own error"])
@@ -217,7 +217,7 @@ def test_an_error_outside_the_ranks_is_a_verdict(
     assert "tensor 2: 1 failed" in capsys.readouterr().out
 
 
-def test_families_are_counted_and_verdicts_kept(
+def test_family_verdicts_are_counted_and_cached(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--families", "gpt_neox", "--tensor", "2"]) == 0
@@ -232,7 +232,7 @@ def test_families_are_counted_and_verdicts_kept(
 
 
 @pytest.mark.fast
-def test_every_source_that_is_proven_is_hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_key_covers_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder in ("trainer/tensor_parallel", "tools/parity", "launch"):
         (tmp_path / folder).mkdir(parents=True)
     sources = ("trainer/tensor_parallel/region.py", "tools/parity/proof.py", "launch/train.py", "tools/ranks.py")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 
 from tests.configs import with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import dropping_losses, shared_weights_after
+from tests.runs import losses_with_dropout, shared_weights_after
 from tests.test_families import REPRESENTATIVE, describe
 from tools.bench import pipeline
 from tools.parity import proof
@@ -365,7 +365,7 @@ def stages_swapped(families: list[Family]) -> list[Verdict]:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_sabotage_is_noticed(sabotage: Any, model_type: str) -> None:
+def test_layout_comparison_detects_sabotage(sabotage: Any, model_type: str) -> None:
     (verdict,) = run_ranks(sabotage, 2, [Family(model_type)])[0]
     assert verdict.outcome == "wrong"
 
@@ -395,7 +395,7 @@ def test_sabotage_is_noticed(sabotage: Any, model_type: str) -> None:
         ),
     ],
 )
-def test_pipeline_layouts_agree_in_engine(
+def test_pipeline_layouts_equal_reference(
     model_type: str, layouts: list[str], tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Losses, norms with clipping at work, every gradient, and parameters after three steps."""
@@ -445,9 +445,9 @@ def test_gpu_attention_kernels_are_traced_on_cpu(tiny: dict[str, Any]) -> None:
 
 def test_pipeline_dropout_is_reproducible_from_seed(tiny: dict[str, Any]) -> None:
     config = with_values(tiny, parallel__pipeline=2, model__config__attention_dropout=0.2)
-    one, again = (run_ranks(dropping_losses, 2, config, 3)[1] for _ in range(2))
+    one, again = (run_ranks(losses_with_dropout, 2, config, 3)[1] for _ in range(2))
     assert one == again
-    assert one != run_ranks(dropping_losses, 2, with_values(config, model__config__attention_dropout=0.0), 3)[1]
+    assert one != run_ranks(losses_with_dropout, 2, with_values(config, model__config__attention_dropout=0.0), 3)[1]
 
 
 def max_micro_batches_in_flight(config: dict[str, Any]) -> int:

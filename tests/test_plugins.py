@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.configs import tiny_config, with_values
-from tests.harness import Finished, run_command
+from tests.harness import CommandResult, run_command
 from tests.test_tracking import read_rows
 from trainer.config.load import check
 from trainer.config.plugins import import_plugins
@@ -27,7 +27,7 @@ def wizard(corpus: Path, cache: Path, run: Path, **values: Any) -> dict[str, Any
     return with_values(config, **chosen, checkpoint__every_steps=1, **values)
 
 
-def train(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> Finished:
+def train(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> CommandResult:
     (folder / "X.json").write_text(json.dumps(config))
     script = str(ROOT / "launch" / "train.py")
     return run_command(script, "--config", str(folder / "X.json"), *arguments, world=world, environment=PLUGIN)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools.ranks import patience, run_command
+from tools.ranks import run_command, time_limit
 
 
 @pytest.fixture
@@ -16,17 +16,17 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
-def test_any_rank_that_fails_is_the_status(script: Path) -> None:
+def test_command_status_is_of_first_failing_rank(script: Path) -> None:
     script.write_text("import os, sys, time\nos.environ['RANK'] == '1' and sys.exit(7)\ntime.sleep(60)\n")
     start = time.monotonic()
     assert run_command(str(script), world=2).status == 7
     assert time.monotonic() - start < 30
 
 
-def test_ranks_that_hang_are_killed(script: Path) -> None:
+def test_hanging_ranks_are_killed(script: Path) -> None:
     script.write_text("import time\ntime.sleep(60)\n")
     before = set(psutil.Process().children(recursive=True))
-    with patience(1.0), pytest.raises(AssertionError, match="still running after"):
+    with time_limit(1.0), pytest.raises(AssertionError, match="still running after"):
         run_command(str(script), world=2)
     running = [p for p in psutil.Process().children(recursive=True) if p not in before and p.status() != "zombie"]
     assert not [p for p in running if "--multiprocessing-fork" in " ".join(p.cmdline())]

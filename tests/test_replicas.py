@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import _place, _start
+from tests.runs import _start, job_topology
 from trainer.config.load import check
 from trainer.distributed import Launch, joined_world
 from trainer.engine.replica_verifier import ReplicaSet
@@ -117,7 +117,7 @@ Case = tuple[dict[str, Any], str, int]
 def flipped(config: dict[str, Any], cases: list[Case], after_update: bool = False) -> list[str]:
     """What the second step says of a flip after the first, or at the end of the second; the first must pass."""
     launch, messages = Launch.from_environment(), []
-    with joined_world(launch, _place(config, launch), seed=1) as world:
+    with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for values, name, rank in cases:
             batches, engine, _ = _start(with_values(config, **values), launch, world)
             first, second, third = batches.steps(1, 3)
@@ -237,7 +237,7 @@ def test_flip_detected_in_hybrid_layouts(base: dict[str, Any]) -> None:
 def verified(config: dict[str, Any], stages: list[int], steps: int, verify: bool) -> list[dict[str, np.ndarray]]:
     """The weights after some steps, at each ZeRO stage."""
     launch, weights = Launch.from_environment(), []
-    with joined_world(launch, _place(config, launch), seed=1) as world:
+    with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for stage in stages:
             batches, engine, _ = _start(with_values(config, **zero(stage)), launch, world)
             for step, batch in enumerate(batches.steps(1, steps), start=1):

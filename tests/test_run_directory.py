@@ -23,7 +23,7 @@ from torch import nn
 
 from launch.train import train
 from tests.configs import with_values
-from tests.harness import Finished, get_free_port, messages_of, run_command, run_ranks
+from tests.harness import CommandResult, captured_messages, get_free_port, run_command, run_ranks
 from tests.test_tracking import TRAIN, read_rows
 from trainer import checkpoint_format
 from trainer.checkpoint import Checkpoints
@@ -43,7 +43,7 @@ from trainer.tracking.jsonl import JsonLines
 DEEP = "[" * 100_000
 
 
-def start(tiny: dict[str, Any], folder: Path, *arguments: str, world: int = 1, **values: Any) -> Finished:
+def start(tiny: dict[str, Any], folder: Path, *arguments: str, world: int = 1, **values: Any) -> CommandResult:
     path = folder / "config.json"
     path.write_text(json.dumps(with_values(tiny, **{"checkpoint__every_steps": 2, **values})))
     return run_command(TRAIN, "--config", str(path), *arguments, world=world)
@@ -277,7 +277,7 @@ def test_jsonl_rows_are_retried_after_full_disk(tmp_path: Path) -> None:
             return taken
 
     lines._file = Full()  # type: ignore[assignment]
-    with messages_of("trainer.tracking.jsonl") as messages:
+    with captured_messages("trainer.tracking.jsonl") as messages:
         for step in (2, 3):
             lines.log({"step": step})
         assert len(messages) == 1, "once"

@@ -20,7 +20,7 @@ import pytest
 
 from launch.train import train
 from tests.configs import with_values
-from tests.harness import context, get_free_port, messages_of, run_command, run_ranks
+from tests.harness import captured_messages, context, get_free_port, run_command, run_ranks
 from tests.test_tracking import ROOT, TRAIN, read_rows
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_format import read_manifest, verify_files
@@ -108,7 +108,7 @@ def test_acquire_names_the_holder_of_the_lock(tmp_path: Path, locks: Any) -> Non
 
 def test_acquire_waits_for_a_stopping_run(tmp_path: Path, locks: Any) -> None:
     first = held_by_another(tmp_path, 0.7, stops=True)
-    with messages_of("trainer.fault_tolerance.run_lock") as messages:
+    with captured_messages("trainer.fault_tolerance.run_lock") as messages:
         locks(tmp_path)
     first.join(1)
     assert not first.is_alive()

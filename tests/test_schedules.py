@@ -11,7 +11,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import rates
+from tests.runs import learning_rates
 from trainer.config.deepspeed import engine_settings, first_learning_rates
 from trainer.config.load import check
 
@@ -69,10 +69,10 @@ def test_wsd_matches_in_every_engine(base: dict[str, Any]) -> None:
     """Also where a scale changes what is applied, and not what is logged."""
     scaled = with_values(base, training__learning_rate_scales={"model.norm.weight": 0.5})
     jobs = [with_values(scaled, deepspeed__zero_optimization={"stage": stage}) for stage in (0, 3)]
-    for measured in run_ranks(rates, 2, [(job, 11) for job in jobs])[0]:
+    for measured in run_ranks(learning_rates, 2, [(job, 11) for job in jobs])[0]:
         assert measured == pytest.approx(expected(11, 10))
     pipeline = with_values(base, parallel__pipeline=2)
-    for measured in run_ranks(rates, 2, [(pipeline, 11)]):
+    for measured in run_ranks(learning_rates, 2, [(pipeline, 11)]):
         assert measured == [pytest.approx(expected(11, 10))]
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import _place, _train, train_bare
+from tests.runs import _train, job_topology, train_bare
 from tests.test_families import describe
 from tools.parity.families import Family
 from tools.parity.proof import Verdict, prove
@@ -141,7 +141,7 @@ def without_sums(config: dict[str, Any], cases: list[str]) -> list[str]:
     ranks."""
     launch = Launch.from_environment()
     summed, said = mapper.sum_gradient, []
-    with joined_world(launch, _place(config, launch), seed=config["run"]["seed"]) as world:
+    with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
         for case in cases:
             mapper.sum_gradient = lambda parameter, group, case=case: (
                 None if case in shard_of(parameter).name else summed(parameter, group)

@@ -17,7 +17,7 @@ import pytest
 from torch.distributed import HashStore
 
 from tests.configs import with_values
-from tests.harness import Started, messages_of, run_command, run_ranks, started_command
+from tests.harness import RunningCommand, captured_messages, run_command, run_ranks, running_command
 from tests.stops import Signal, stop_and_resume
 from trainer import exit
 from trainer.distributed import Launch, World
@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO 1": (2, {"deepspeed__zero_optimization": {"stage": 1}, "checkpoint__asynchronous": True}),
     "tensor 2 x pipeline 2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}),
 }
-MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+MATRIX_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO 0, accumulation": (2, {"deepspeed__train_batch_size": 16}),
     "data 2, ZeRO 3": (2, {"deepspeed__zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}),
     "tensor 2": (2, {"parallel__tensor": 2}),
@@ -42,9 +42,9 @@ MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE_LAYOUTS)])
+@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.matrix) for name in MATRIX_LAYOUTS)])
 def test_all_ranks_stop_after_the_same_step_and_resume_exactly(name: str, tiny: dict[str, Any], tmp_path: Path) -> None:
-    world, values = (LAYOUTS | MORE_LAYOUTS)[name]
+    world, values = (LAYOUTS | MATRIX_LAYOUTS)[name]
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
     signals = [Signal(rank, numbers[rank % 3], "training") for rank in range(world)]
     signals += [Signal(1, signal.SIGTERM, "save"), Signal(world - 1, signal.SIGTERM, "evaluation"),
@@ -78,7 +78,7 @@ def test_all_ranks_stop_after_the_same_step_and_resume_exactly(name: str, tiny: 
         assert first.losses == unbroken, "the resumed run computes what the unbroken one does"
 
 
-def _wait(path_exists: Callable[[], bool], started: Started, seconds: float = 60) -> None:
+def _wait(path_exists: Callable[[], bool], started: RunningCommand, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not path_exists():
         assert time.monotonic() < deadline
@@ -93,12 +93,12 @@ def test_stop_before_the_first_step_exits_75(tiny: dict[str, Any], tmp_path: Pat
     values = {"data__train": [{"path": str(tmp_path / "large.jsonl")}], "data__cache_dir": str(tmp_path / "cache")}
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, **values)))
     command = ("launch/train.py", "--config", str(tmp_path / "config.json"))
-    with started_command(*command) as started:
+    with running_command(*command) as started:
         _wait(lambda: any((tmp_path / "cache").glob("*partial*")), started)
         os.kill(started.processes[0].pid, signal.SIGTERM)
         assert started.statuses(10) == [75]
         assert "stopped before the first step: SIGTERM. Start the same command again" in started.errors()
-    with started_command(*command) as started:
+    with running_command(*command) as started:
         _wait(lambda: (tmp_path / "run" / "logs").is_dir(), started)
         os.kill(started.processes[0].pid, signal.SIGINT)
         assert started.statuses(30) == [75]
@@ -137,7 +137,7 @@ def test_slow_saves_warn_at_the_start(seconds: float, warns: bool, tmp_path: Pat
     append_event(tmp_path, "save", attempt=1, step=5, seconds=seconds)
     requests = StopRequests()
     requests._directory = RunDirectory(tmp_path, 2, None)
-    with messages_of("trainer.fault_tolerance.stop_requests") as messages:
+    with captured_messages("trainer.fault_tolerance.stop_requests") as messages:
         requests._warn_about_slow_saves()
     assert any("the last checkpoint took 25 s" in message for message in messages) == warns
 

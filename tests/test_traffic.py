@@ -26,7 +26,7 @@ def small(measured: Measured) -> int:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_collectives_of_a_layer(ranks: int) -> None:
+def test_layer_issues_expected_collectives(ranks: int) -> None:
     whole, cut_, *residuals = run_ranks(
         measure, ranks, [Case("llama"), Case("llama", sequence_parallel=True), *PARALLEL_RESIDUALS]
     )[0]
@@ -58,6 +58,6 @@ def each_module_enters_by_itself(cases: list[Case]) -> list[Measured]:
     return measure(cases)
 
 
-def test_more_collectives_are_noticed() -> None:
+def test_extra_collectives_are_detected() -> None:
     (measured,) = run_ranks(each_module_enters_by_itself, 2, [Case("llama")])[0]
     assert of_hidden_states(measured, "backward") == {"all-reduce": 5}

@@ -19,8 +19,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.configs import tiny_config, with_values
-from tests.harness import Finished, run_command, run_ranks
-from tests.runs import _loaded
+from tests.harness import CommandResult, run_command, run_ranks
+from tests.runs import load_job
 from trainer.checkpoint.writer import checkpoint_group
 from trainer.data import prepare_data
 from trainer.distributed import JOIN_TIMEOUT, Launch, PhaseMark, Phases, joined_world
@@ -66,7 +66,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    ended: Finished
+    ended: CommandResult
     seconds: float
     """From the fault to the end of the first rank that ends."""
 
@@ -187,7 +187,7 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
     topology = Topology.of(launch.world_size, launch.rank, tensor=parallel["tensor"], pipeline=parallel["pipeline"])
     phases = Phases(20.0)
     with joined_world(launch, topology, None, phases, seed=1) as world:
-        loaded = _loaded(config, launch.world_size)
+        loaded = load_job(config, launch.world_size)
         prepared = prepare_data(loaded, launch, world.store)
         assignment = assign_stages(build_model_shape(loaded), loaded)
         world.tensor_subgroup(2)

@@ -117,7 +117,7 @@ def _parser() -> CommandLineParser:
     return parser
 
 
-def _newest(path: Path) -> Path:
+def _resolve_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` names."""
     if is_checkpoint(path) or not (path / CHECKPOINTS).is_dir():
         return path
@@ -127,7 +127,7 @@ def _newest(path: Path) -> Path:
     return kept[0].folder
 
 
-def _all(path: Path) -> tuple[list[SavedCheckpoint], list[CheckpointError]]:
+def _find_checkpoints(path: Path) -> tuple[list[SavedCheckpoint], list[CheckpointError]]:
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not folder.is_dir():
         raise ConfigError(Problem("run_directory", f"{path} is not there", "Give the output_dir of a run"))
@@ -147,15 +147,16 @@ def _loss(manifest: Manifest, split: str) -> str:
 
 
 def _list(options: argparse.Namespace) -> int:
-    kept, damaged = _all(options.run_directory)
+    kept, damaged = _find_checkpoints(options.run_directory)
     best = {one.folder for one in best_checkpoints(kept)}
     table = Table("checkpoint", "attempt", "tokens", "loss", "held-out", "layout", "size", "")
-    for place, one in enumerate(kept):
-        told = one.manifest
-        marks = [mark for mark, true in (("latest", place == 0), ("best", one.folder in best)) if true]
+    for position, one in enumerate(kept):
+        manifest = one.manifest
+        marks = [mark for mark, true in (("latest", position == 0), ("best", one.folder in best)) if true]
         table.add_row(
-            one.folder.name, str(told.attempt), f"{told.tokens:,}", _loss(told, "train"), _loss(told, "validation"),
-            _layout(told), format_bytes(told.bytes), " ".join(marks),
+            one.folder.name, str(manifest.attempt), f"{manifest.tokens:,}", _loss(manifest, "train"),
+            _loss(manifest, "validation"),
+            _layout(manifest), format_bytes(manifest.bytes), " ".join(marks),
         )  # fmt: skip
     _console().print(table)
     for error in damaged:
@@ -164,27 +165,29 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    folder = _newest(options.checkpoint)
-    told = read_manifest(folder)
+    folder = _resolve_checkpoint(options.checkpoint)
+    manifest = read_manifest(folder)
     numbers = Counter[str]()
-    for (_, role), stored in told.tensors.items():
+    for (_, role), stored in manifest.tensors.items():
         numbers[role] += stored.numbers
     lines = {
         "checkpoint": folder,
-        "step": f"{told.step:,} (attempt {told.attempt}), {told.samples:,} samples, {told.tokens:,} tokens",
-        "losses": ", ".join(f"{split} {loss:.4f}" for split, loss in told.losses.items() if loss is not None) or "-",
-        "model": f"{told.model['class']} ({told.model['config']['model_type']})",
-        "layout": _layout(told),
-        "saved": f"{told.created}, commit {told.about['git_commit'] or 'unknown'}",
-        "versions": ", ".join(f"{name} {version}" for name, version in told.about["versions"].items()),
-        "files": f"{len(told.files)} of {format_bytes(told.bytes)}",
+        "step": f"{manifest.step:,} (attempt {manifest.attempt}), {manifest.samples:,} samples, "
+        f"{manifest.tokens:,} tokens",
+        "losses": ", ".join(f"{split} {loss:.4f}" for split, loss in manifest.losses.items() if loss is not None)
+        or "-",
+        "model": f"{manifest.model['class']} ({manifest.model['config']['model_type']})",
+        "layout": _layout(manifest),
+        "saved": f"{manifest.created}, commit {manifest.about['git_commit'] or 'unknown'}",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.about["versions"].items()),
+        "files": f"{len(manifest.files)} of {format_bytes(manifest.bytes)}",
         "tensors": ", ".join(f"{count:,} numbers of {role}" for role, count in numbers.items()),
-        "W&B run": told.wandb_run or "-",
+        "W&B run": manifest.wandb_run or "-",
     }
     for name, value in lines.items():
         _say(f"{name:<12} {value}")
     if options.tensors:
-        for (name, role), stored in sorted(told.tensors.items()):
+        for (name, role), stored in sorted(manifest.tensors.items()):
             _say(f"  {role:<12} {name} {list(stored.shape)} {stored.dtype} in {len(stored.chunks)} parts")
     return 0
 
@@ -194,7 +197,7 @@ def _verify(options: argparse.Namespace) -> int:
     if single:
         kept, damaged = [SavedCheckpoint(options.checkpoint, read_manifest(options.checkpoint))], []
     else:
-        kept, damaged = _all(options.checkpoint)
+        kept, damaged = _find_checkpoints(options.checkpoint)
     for one in track(kept, description="reading", console=Console(stderr=True), transient=True):
         try:
             verify_files(one.folder, one.manifest)
@@ -209,13 +212,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    folders = [_newest(options.checkpoint), _newest(options.other)]
-    told, other = (read_manifest(folder) for folder in folders)
+    folders = [_resolve_checkpoint(options.checkpoint), _resolve_checkpoint(options.other)]
+    manifest, other = (read_manifest(folder) for folder in folders)
     files, theirs = (ChunkReader(folder) for folder in folders)
     rows = []
-    for key in track(told.tensors, description="comparing", console=Console(stderr=True), transient=True):
-        if key in other.tensors and told.tensors[key].shape == other.tensors[key].shape:
-            most, largest = _difference(files, told.tensors[key], theirs, other.tensors[key])
+    for key in track(manifest.tensors, description="comparing", console=Console(stderr=True), transient=True):
+        if key in other.tensors and manifest.tensors[key].shape == other.tensors[key].shape:
+            most, largest = _difference(files, manifest.tensors[key], theirs, other.tensors[key])
             if most:
                 rows.append((most, largest, *key))
     rows.sort(reverse=True)
@@ -224,15 +227,15 @@ def _diff(options: argparse.Namespace) -> int:
         table.add_row(escape(sanitize_text(name)), role, f"{most:.3g}", f"{largest:.3g}")
     if rows:
         _console().print(table)
-    alone = told.tensors.keys() ^ other.tensors.keys()
+    alone = manifest.tensors.keys() ^ other.tensors.keys()
     reshaped = {
-        k for k in told.tensors.keys() & other.tensors.keys() if told.tensors[k].shape != other.tensors[k].shape
+        k for k in manifest.tensors.keys() & other.tensors.keys() if manifest.tensors[k].shape != other.tensors[k].shape
     }
     for name, role in sorted(alone):
         _say(f"only in {folders[(name, role) in other.tensors]}: {role} of {name}")
     for name, role in sorted(reshaped):
         _say(f"of another shape: {role} of {name}")
-    same = len(told.tensors) - len(rows) - len(reshaped) - len(told.tensors.keys() - other.tensors.keys())
+    same = len(manifest.tensors) - len(rows) - len(reshaped) - len(manifest.tensors.keys() - other.tensors.keys())
     _say(f"{same} tensors are equal bit for bit, {len(rows)} differ")
     return 1 if rows or alone or reshaped else 0
 
@@ -258,13 +261,13 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def _export(options: argparse.Namespace) -> int:
-    folder = _newest(options.checkpoint)
+    folder = _resolve_checkpoint(options.checkpoint)
     if options.folder.exists() and any(options.folder.iterdir()):
         raise ConfigError(Problem("folder", f"{options.folder} is not empty", "Take another one"))
     import_named_plugins(read_manifest(folder).config["run"].get("plugins", ()), options.plugin)
     largest = int(options.shard_gigabytes * 1e9)
-    told = export(folder, options.folder, _DTYPES[options.dtype], largest, options.tokenizer)
-    _say(f"{options.folder}: {told.model['class']} of step {told.step:,} in {options.dtype}")
+    manifest = export(folder, options.folder, _DTYPES[options.dtype], largest, options.tokenizer)
+    _say(f"{options.folder}: {manifest.model['class']} of step {manifest.step:,} in {options.dtype}")
     if not (options.folder / "tokenizer_config.json").exists():
         _say("without a tokenizer: the run keeps none; --tokenizer DIR names one")
     if options.check:

@@ -29,7 +29,7 @@ _PURPOSES = {
 
 
 @contextlib.contextmanager
-def told_to_wait(what: str) -> Iterator[None]:
+def progress_lines(what: str) -> Iterator[None]:
     """Print every few seconds that `what` goes on."""
     done, begin = threading.Event(), time.monotonic()
 
@@ -57,7 +57,7 @@ def main() -> None:
         purpose = _PURPOSES.get(builder, "as asked for")
         print(f"DeepSpeed's {builder} ({number} of {len(options.builders)}): {purpose}", flush=True)
         begin = time.monotonic()
-        with told_to_wait("compiling"):
+        with progress_lines("compiling"):
             load_extension(builder)
         print(f"  ready after {format_duration(time.monotonic() - begin)}", flush=True)
 

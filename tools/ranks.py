@@ -24,7 +24,7 @@ from typing import Any
 
 from trainer.distributed import get_free_port
 
-SECONDS = 300.0
+TIMEOUT_SECONDS = 300.0
 """How long ranks may say nothing."""
 
 context = multiprocessing.get_context("forkserver")
@@ -49,13 +49,13 @@ def _rank(
     torch.set_num_threads(1)
     # Plain gloo: no shared-memory extension, no 69 MB file a rank.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             result = function(*arguments)
         pipe.send((True, result))
     except BaseException:
-        pipe.send((False, f"rank {rank} of {world}:\n{traceback.format_exc()}\n{said.getvalue()[-2000:]}"))
+        pipe.send((False, f"rank {rank} of {world}:\n{traceback.format_exc()}\n{output.getvalue()[-2000:]}"))
     finally:
         pipe.close()
         os._exit(0)
@@ -70,26 +70,28 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
     port = get_free_port()
     pipes, processes = [], []
     for rank in range(world):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(function, arguments, rank, world, port, theirs), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(function, arguments, rank, world, port, sender), daemon=True)
         process.start()
-        theirs.close()
-        pipes.append(ours)
+        sender.close()
+        pipes.append(receiver)
         processes.append(process)
     results: dict[int, Any] = {}
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while len(results) < world:
             ready = wait([p for r, p in enumerate(pipes) if r not in results], timeout=deadline - time.monotonic())
             if not ready:
-                raise AssertionError(f"ranks {sorted(set(range(world)) - set(results))} said nothing for {SECONDS} s")
+                raise AssertionError(
+                    f"ranks {sorted(set(range(world)) - set(results))} said nothing for {TIMEOUT_SECONDS} s"
+                )
             for pipe in ready:
                 rank = pipes.index(pipe)
                 try:
-                    sound, results[rank] = pipe.recv()
+                    succeeded, results[rank] = pipe.recv()
                 except EOFError:
                     raise AssertionError(f"rank {rank} of {world} died without a word") from None
-                if not sound:
+                if not succeeded:
                     raise AssertionError(results[rank])
     finally:
         for process in processes:
@@ -100,7 +102,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
 
 
 @dataclass(frozen=True)
-class Variant:
+class RankOverride:
     """What one rank of a command is started with instead of what the others are."""
 
     arguments: tuple[str, ...] = ()
@@ -112,7 +114,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Finished:
+class CommandResult:
     """How a command ended."""
 
     status: int
@@ -137,9 +139,9 @@ def _command(
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     try:
         runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
+    except SystemExit as exited:
         sys.stdout.flush()
-        os._exit(ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1)
+        os._exit(exited.code if isinstance(exited.code, int) else 0 if exited.code is None else 1)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -148,7 +150,7 @@ def _command(
 
 
 @dataclass(frozen=True)
-class Started:
+class RunningCommand:
     """A command whose ranks run."""
 
     processes: tuple[Any, ...]
@@ -177,14 +179,14 @@ class Started:
 
 
 @contextlib.contextmanager
-def started_command(
+def running_command(
     script: str,
     *arguments: str,
     world: int = 1,
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    variants: Mapping[int, Variant] | None = None,
-) -> Iterator[Started]:
+    variants: Mapping[int, RankOverride] | None = None,
+) -> Iterator[RunningCommand]:
     """Runs `python SCRIPT ARGUMENTS...` on `world` ranks, without the five seconds of imports: forked processes run the
     script as `__main__`, each with its own file descriptors, environment and exit status. On leaving the `with` block
     they are killed.
@@ -203,17 +205,24 @@ def started_command(
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                               "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                               "OMP_NUM_THREADS": "1"}  # fmt: skip
-            variant = (variants or {}).get(rank, Variant())
+            variant = (variants or {}).get(rank, RankOverride())
             variables |= variant.environment
-            place = variant.working_folder or working_folder
+            directory = variant.working_folder or working_folder
             process = context.Process(
                 target=_command,
-                args=(script, [*arguments, *variant.arguments], str(out), str(err), variables, place and str(place)),
+                args=(
+                    script,
+                    [*arguments, *variant.arguments],
+                    str(out),
+                    str(err),
+                    variables,
+                    directory and str(directory),
+                ),
             )
             process.start()
             processes.append(process)
         try:
-            yield Started(tuple(processes), Path(folder))
+            yield RunningCommand(tuple(processes), Path(folder))
         finally:
             for process in processes:
                 if process.is_alive():
@@ -221,45 +230,45 @@ def started_command(
                 process.join()
 
 
-def run_command(script: str, *arguments: str, world: int = 1, **where: Any) -> Finished:
-    """What `python SCRIPT ARGUMENTS...` does on `world` ranks; see `started_command`.
+def run_command(script: str, *arguments: str, world: int = 1, **where: Any) -> CommandResult:
+    """What `python SCRIPT ARGUMENTS...` does on `world` ranks; see `running_command`.
 
     As under a launcher, the command's status is that of the first rank that fails, and the others are ended then.
 
     Raises:
-        AssertionError: if ranks still run after `SECONDS`; they are killed.
+        AssertionError: if ranks still run after `TIMEOUT_SECONDS`; they are killed.
     """
-    with started_command(script, *arguments, world=world, **where) as started:
+    with running_command(script, *arguments, world=world, **where) as started:
         status = _status(started.processes)
         for process in started.processes:
             if process.is_alive():
                 process.kill()
             process.join()
-        assert status is not None, f"{script} {arguments}: still running after {SECONDS} s"
+        assert status is not None, f"{script} {arguments}: still running after {TIMEOUT_SECONDS} s"
         errors = tuple(started.errors(rank) for rank in range(world))
-        return Finished(status, started.output(), errors[0], errors)
+        return CommandResult(status, started.output(), errors[0], errors)
 
 
 def _status(processes: Sequence[Any]) -> int | None:
-    """The status of the first process that fails, 0 if all succeed; None if some still run after `SECONDS`."""
-    deadline = time.monotonic() + SECONDS
+    """The status of the first process that fails, 0 if all succeed; None if some still run after `TIMEOUT_SECONDS`."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     running = {process.sentinel: process for process in processes}
     while running:
-        ended = wait(list(running), timeout=deadline - time.monotonic())
-        if not ended:
+        exited = wait(list(running), timeout=deadline - time.monotonic())
+        if not exited:
             return None
-        statuses = [running.pop(sentinel).exitcode for sentinel in ended]
+        statuses = [running.pop(sentinel).exitcode for sentinel in exited]
         if failed := [status for status in statuses if status]:
             return int(failed[0])
     return 0
 
 
 @contextlib.contextmanager
-def patience(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Within, ranks and commands may take so many seconds."""
-    global SECONDS
-    usual, SECONDS = SECONDS, seconds
+    global TIMEOUT_SECONDS
+    previous, TIMEOUT_SECONDS = TIMEOUT_SECONDS, seconds
     try:
         yield
     finally:
-        SECONDS = usual
+        TIMEOUT_SECONDS = previous

@@ -63,7 +63,7 @@ class Measured:
     """Then: DeepSpeed gathers the weights on all ranks, as after a step."""
 
     bytes: int = 0
-    least: int = 0
+    minimum_bytes: int = 0
     """Bytes that the state has."""
 
     files: int = 0
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ("then DeepSpeed gathers the weights", "", f"{1e3 * middle['publish']:.0f} ms"),
         ("asynchronous stall, of a save", f"{100 * middle['stall'] / middle['save']:.1f} %",
          f"{1e3 * middle['stall']:.0f} ms"),
-        ("bytes, of the least", f"{one.bytes / one.least:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
+        ("bytes, of the least", f"{one.bytes / one.minimum_bytes:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
         ("files", str(one.files), f"{options.world} ranks"),
         ("memory beside the state, loading", f"{one.extra_memory / 1e6:.1f} MB", ""),
     ]  # fmt: skip
@@ -99,10 +99,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
     """What one rank sees; times are the first rank's, between barriers."""
     launch = Launch.from_environment()
-    place = Topology.of(launch.world_size, launch.rank)
+    topology = Topology.of(launch.world_size, launch.rank)
     loaded = configuration(Path(folder), size, world=world_size, zero_optimization={"stage": 1})
     measured = Measured()
-    with joined_world(launch, place, seed=1) as world:
+    with joined_world(launch, topology, seed=1) as world:
         run = assemble(loaded, world)
         engine, description = run.started.engine, describe_model(run.started.model)
         engine.train_step(run.batches.train.batch_at(1))
@@ -124,7 +124,7 @@ def _round(
 ) -> None:  # fmt: skip
     """The first one warms up, and is not counted."""
     folder = Path(loaded.config.run.output_dir) / CHECKPOINTS
-    progress, place = Progress(number + 1, 0, 0), world.topology
+    progress, topology = Progress(number + 1, 0, 0), world.topology
     save = _seconds(lambda: saver.save(engine, progress, {}))
     newest = folder / checkpoint_name(progress.step)
     files = sorted(newest.iterdir())
@@ -137,7 +137,7 @@ def _round(
 
     def load_all() -> None:
         told = read_manifest(newest)
-        verify_files(newest, told, told.files[place.rank :: place.world])
+        verify_files(newest, told, told.files[topology.rank :: topology.world])
         dist.barrier()
         load_state(engine.state, told, newest)
 
@@ -151,7 +151,7 @@ def _round(
         measured.bytes = sum(file.stat().st_size for file in files)
         measured.files = len(files)
         width = {"F32": 4, "BF16": 2}
-        measured.least = sum(s.numbers * width[s.dtype] for s in told.tensors.values())
+        measured.minimum_bytes = sum(s.numbers * width[s.dtype] for s in told.tensors.values())
         reads.append(_reading(files))
         write = _dd(folder / "plain", measured.bytes)
     dist.barrier()

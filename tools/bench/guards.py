@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tools.bench.common import Assembled, assemble, configuration, settings, table, write_tokens
 from tools.bench.launches import ROOT, launched, rank_processes, wait_for_steps
-from tools.ranks import patience, run_ranks, started_command
+from tools.ranks import run_ranks, running_command, time_limit
 from trainer.config import load_config
 from trainer.data import source_facts
 from trainer.distributed import Launch, configure_logging, joined_world, open_store
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     # One after the other where figures count; a short round only shows that everything works.
     workers = 1 if options.launches else 4
-    with tempfile.TemporaryDirectory() as name, patience(3600), ThreadPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory() as name, time_limit(3600), ThreadPoolExecutor(workers) as pool:
         folder = Path(name)
         write_tokens(folder)
         lock = _lock_seconds(folder / "locked")
@@ -206,7 +206,7 @@ def _stopped(folder: Path, case: str, limit: float) -> dict[str, float]:
     path = folder / f"stopped-{case}.json"
     path.write_text(json.dumps(config))
     variables = {"DS_ACCELERATOR": "cpu"}
-    with started_command(str(ROOT / "launch" / "train.py"), "--config", str(path), world=2,
+    with running_command(str(ROOT / "launch" / "train.py"), "--config", str(path), world=2,
                          environment=variables) as started:  # fmt: skip
         first, second = started.processes
         wait_for_steps(run_directory, 3, lambda: first.exitcode, lambda: started.output() + started.errors())

@@ -118,8 +118,8 @@ def _sleep_in(models: list[nn.Module], names: list[str]) -> None:
 def measure(cases: list[Case]) -> list[Measured]:
     """Runs on every rank; all cases have the same number of stages and tensor ranks."""
     launch = Launch.from_environment()
-    place = Topology.of(launch.world_size, launch.rank, pipeline=cases[0].stages, tensor=cases[0].tensor)
-    with joined_world(launch, place, seed=1) as world:
+    topology = Topology.of(launch.world_size, launch.rank, pipeline=cases[0].stages, tensor=cases[0].tensor)
+    with joined_world(launch, topology, seed=1) as world:
         return [_measure(case, launch, world) for case in cases]
 
 

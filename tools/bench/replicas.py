@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.common import assemble, configuration, table, write_tokens
-from tools.ranks import patience, run_ranks
+from tools.ranks import run_ranks, time_limit
 from trainer.distributed import Launch, World, joined_world
 from trainer.topology import Topology
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder, patience(3600):
+    with tempfile.TemporaryDirectory() as folder, time_limit(3600):
         write_tokens(Path(folder))
         figures = run_ranks(_seconds, 2, folder, options.size, options.steps)[0]
     rows = [

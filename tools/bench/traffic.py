@@ -144,8 +144,8 @@ def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
 def measure(cases: list[Case]) -> list[Measured]:
     """What each case's layer sends in this rank's world, all of it one tensor group. Runs on every rank."""
     launch = Launch.from_environment()
-    place = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size)
-    with joined_world(launch, place, seed=1) as world:
+    topology = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size)
+    with joined_world(launch, topology, seed=1) as world:
         return [_difference(*(step(_model(case, n), case, world) for n in LAYERS)) for case in cases]
 
 

@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="what to compare with one process; see below")
     own.add_argument("--shrink", action="store_true",
                      help="compare a tiny model with the same kinds of layers and random weights, on sequences of "
-                     f"{subject.SHORT} tokens: seconds instead of minutes, and no weights needed")  # fmt: skip
+                     f"{subject.SHRUNK_LENGTH} tokens: seconds instead of minutes, and no weights needed")  # fmt: skip
     own.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value of the file")
     families = parser.add_argument_group("families")
     families.add_argument("--families", nargs="+", metavar="NAME",

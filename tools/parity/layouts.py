@@ -18,7 +18,7 @@ from pathlib import Path
 from tools import ranks
 from tools.parity import sides
 from tools.parity.proof import TOLERANCE
-from tools.parity.sides import Found, Job, Reference, Refusal
+from tools.parity.sides import ComparisonJob, RankDifferences, Reference, Refusal
 from tools.parity.subject import STEPS, Layout, Subject, deepspeed_section, prepare
 from tools.parity.text import last_line
 from tools.parity.training import prove_training
@@ -32,7 +32,7 @@ SECONDS = 24 * 3600.0
 
 
 @dataclass
-class Line:
+class LayoutRow:
     """A row of the table."""
 
     layout: Layout
@@ -61,8 +61,8 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
     jobs = [_job(subject, one, whole, (1.0, 1.0)) for one in layouts]
     _refuse_early(jobs)
     lines = []
-    known: dict[int, tuple[Job, Reference]] = {}
-    with ranks.patience(SECONDS), tempfile.TemporaryDirectory(prefix="tessera-parity-") as folder:
+    known: dict[int, tuple[ComparisonJob, Reference]] = {}
+    with ranks.time_limit(SECONDS), tempfile.TemporaryDirectory(prefix="tessera-parity-") as folder:
         for job in jobs:
             if job.micro_batches not in known:
                 known[job.micro_batches] = _run_reference(job, Path(folder), subject, first=not known)
@@ -91,21 +91,21 @@ def _train(subject: Subject, layouts: list[Layout]) -> bool:
     return verdict.outcome == "right"
 
 
-def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float], folder: str = "") -> Job:
+def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float], folder: str = "") -> ComparisonJob:
     """The layout's part of a global batch of `whole` micro-batches, which it may divide into fewer."""
     count = layout.data * layout.accumulation if layout.accumulation else whole
     samples = subject.samples * whole // count
     raw = deepcopy(subject.raw)
     raw["parallel"] |= {
         "tensor": layout.tensor, "pipeline": layout.pipeline, "sequence_parallel": layout.sequence_parallel,
-        "pipeline_schedule": "dualpipev" if layout.two_ways else "1f1b",
+        "pipeline_schedule": "dualpipev" if layout.dualpipev else "1f1b",
     }  # fmt: skip
     zero = raw["deepspeed"]["zero_optimization"] | ({} if layout.zero is None else {"stage": layout.zero})
     raw["deepspeed"] = deepspeed_section(zero, count, count // layout.data, samples, sgd)
-    return Job(raw, layout, count, samples, folder)
+    return ComparisonJob(raw, layout, count, samples, folder)
 
 
-def _refuse_early(jobs: list[Job]) -> None:
+def _refuse_early(jobs: list[ComparisonJob]) -> None:
     """Whether every layout fits the model, before anything is computed."""
     problems: list[Problem] = []
     for job in jobs:
@@ -123,13 +123,15 @@ def _of_layout(layout: Layout, problem: Problem) -> Problem:
     return Problem(f"{where}: {problem.path}" if problem.path else where, problem.reason, problem.remedy)
 
 
-def _run_reference(job: Job, folder: Path, subject: Subject, *, first: bool) -> tuple[Job, Reference]:
+def _run_reference(
+    job: ComparisonJob, folder: Path, subject: Subject, *, first: bool
+) -> tuple[ComparisonJob, Reference]:
     below = folder / str(job.micro_batches)
     below.mkdir()
     raw = deepcopy(job.raw)
     raw["parallel"] = {}
     raw["deepspeed"] = deepspeed_section({}, job.micro_batches, job.micro_batches, job.samples, (1.0, 1.0))
-    own = Job(raw, Layout("one process"), job.micro_batches, job.samples, str(below))
+    own = ComparisonJob(raw, Layout("one process"), job.micro_batches, job.samples, str(below))
     for note in subject.notes if first else ():
         print(f"note: {note}")
     rows, length = job.micro_batches * job.samples, raw["data"]["sequence_length"]
@@ -159,7 +161,9 @@ def _report(text: str) -> str:
     return path
 
 
-def _run_layout(job: Job, bare: Job, expected: Reference, subject: Subject, whole: int) -> Line:
+def _run_layout(
+    job: ComparisonJob, bare: ComparisonJob, expected: Reference, subject: Subject, whole: int
+) -> LayoutRow:
     job = _job(subject, job.layout, whole, (expected.rate, expected.clipping), bare.folder)
     accumulation = job.micro_batches // job.layout.data
     extra = f", accumulation {accumulation}" if accumulation > 1 else ""
@@ -168,7 +172,7 @@ def _run_layout(job: Job, bare: Job, expected: Reference, subject: Subject, whol
     try:
         results = ranks.run_ranks(sides.layout, job.layout.world, job, expected)
     except AssertionError as error:
-        line = Line(job.layout, "failed")
+        line = LayoutRow(job.layout, "failed")
         line.remarks = [last_line(str(error)), f"the whole report is in {_report(str(error))}"]
     else:
         line = _judge(job.layout, results, expected)
@@ -176,15 +180,15 @@ def _run_layout(job: Job, bare: Job, expected: Reference, subject: Subject, whol
     return line
 
 
-def _judge(layout: Layout, results: list[Found | Refusal], expected: Reference) -> Line:
+def _judge(layout: Layout, results: list[RankDifferences | Refusal], expected: Reference) -> LayoutRow:
     refusals = [problem for result in results if isinstance(result, Refusal) for problem in result.problems]
-    found = [result for result in results if isinstance(result, Found)]
+    found = [result for result in results if isinstance(result, RankDifferences)]
     if refusals:
-        return Line(layout, "refused", refusal=[_of_layout(layout, p) for p in dict.fromkeys(refusals)])
+        return LayoutRow(layout, "refused", refusal=[_of_layout(layout, p) for p in dict.fromkeys(refusals)])
     gradients = _worst([result.gradients for result in found])
     parameters = _worst([result.parameters for result in found])
     outputs = _worst([result.outputs for result in found])
-    line = Line(layout, "equal")
+    line = LayoutRow(layout, "equal")
     line.loss = max(max(result.losses) for result in found)
     line.norm = max(max(result.norms) for result in found)
     line.gradients, line.parameters = max(gradients.values()), max(parameters.values())
@@ -240,7 +244,7 @@ def _first_block(
     return "none; the loss or the norm is computed otherwise"
 
 
-def _print_table(lines: list[Line]) -> None:
+def _print_table(lines: list[LayoutRow]) -> None:
     columns = ("layout", "processes", "loss", "norm", "gradients", "parameters", "verdict")
     numbers = [[line.loss, line.norm, line.gradients, line.parameters] for line in lines]
     cells = [

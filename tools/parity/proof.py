@@ -229,7 +229,7 @@ def _seed_every_block(model: nn.Module) -> None:
         block.register_forward_pre_hook(seeded(zlib.crc32(name.encode())))
 
 
-class _OneStage:
+class _SingleStage:
     """The whole model on every tensor rank."""
 
     is_last = True
@@ -245,7 +245,7 @@ class _OneStage:
         return [report]
 
 
-class _Stages:
+class _PipelineStage:
     """One stage of a model, which speaks with its neighbours."""
 
     def __init__(
@@ -312,8 +312,8 @@ def _compare(
     cut: PreTrainedModel,
     mapper: Mapper,
     plan: Plan,
-    place: Topology,
-    pipe: _OneStage | _Stages,
+    topology: Topology,
+    stage_runner: _SingleStage | _PipelineStage,
     more: dict[str, Tensor],
 ) -> Verdict:
     """Runs both models forward and backward; on every rank, its own part of each gradient against the plain one."""
@@ -336,7 +336,7 @@ def _compare(
         own = cross_entropy(output.logits[:, -LENGTH:], labels).objective / labels.numel()
         return own + _auxiliary(cut, output)
 
-    own = pipe.loss(compute)
+    own = stage_runner.loss(compute)
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     floor = NOISE * max(float(g.abs().max()) for g in expected.values() if g is not None)
     if not (math.isfinite(floor) and bool(loss.isfinite())):
@@ -352,14 +352,14 @@ def _compare(
         error = float((got - shard.take(wanted)).abs().max()) / max(float(wanted.abs().max()), floor)
         # A weight may lie in several parameters, and a maximum passes over what is not a number.
         errors[shard.name] = max(errors.get(shard.name, 0.0), error if math.isfinite(error) else math.inf)
-    gathered: list[Any] = [None] * place.world
+    gathered: list[Any] = [None] * topology.world
     dist.all_gather_object(gathered, errors)
-    own = sum(pipe.reports(own))
+    own = sum(stage_runner.reports(own))
     worst: dict[str, float] = {}
     for found in gathered:
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)
-    verdict = Verdict(str(family), place.world, "right", loss=(float(loss.detach()), float(own)))
+    verdict = Verdict(str(family), topology.world, "right", loss=(float(loss.detach()), float(own)))
     verdict.worst_name, verdict.worst = max(worst.items(), key=lambda item: item[1])
     blocks = blocks_of(plain)
     verdict.share_cut = plan.share_cut(blocks)
@@ -373,16 +373,18 @@ def _compare(
     wrong = {starred(name) for name, error in worst.items() if not error <= TOLERANCE} | set(missing)
     if wrong or not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", ", ".join(sorted(wrong)[:4])
-    elif (place.tensor > 1 and verdict.share_cut < 0.9) or verdict.share_without_gradient > 0.05:
+    elif (topology.tensor > 1 and verdict.share_cut < 0.9) or verdict.share_without_gradient > 0.05:
         verdict.outcome = "partly"
     return verdict
 
 
 def _share_without_gradient(model: nn.Module) -> float:
     """Share of parameter elements whose gradient is None or all zero; experts that no token chose do not count."""
-    counted = {n: p for n, p in model.named_parameters() if p.grad is not None or not re.search(r"experts\.\d+\.", n)}
-    none = sum(p.numel() for p in counted.values() if p.grad is None or not bool(p.grad.any()))
-    return none / max(1, sum(p.numel() for p in counted.values()))
+    outcome_counts = {
+        n: p for n, p in model.named_parameters() if p.grad is not None or not re.search(r"experts\.\d+\.", n)
+    }
+    none = sum(p.numel() for p in outcome_counts.values() if p.grad is None or not bool(p.grad.any()))
+    return none / max(1, sum(p.numel() for p in outcome_counts.values()))
 
 
 def prove(
@@ -404,8 +406,8 @@ def prove(
         dtype: in float64 a family that computes nothing in float32 by itself agrees to 1e-9.
     """
     launch = Launch.from_environment()
-    place = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size // pipeline, pipeline=pipeline)
-    with joined_world(launch, place, seed=1) as world:
+    topology = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size // pipeline, pipeline=pipeline)
+    with joined_world(launch, topology, seed=1) as world:
         found = []
         mapper: Mapper
         for family in families:
@@ -413,30 +415,30 @@ def prove(
                 plain = reference_model(family, like_default=like_default).to(dtype)
                 cut = copy.deepcopy(plain)
                 plan, mapper = Plan([], [], {}), WholeModel()
-                if place.tensor > 1:
-                    plan = read_plan(cut, user or {}, place.tensor, place.tensor_rank)
-                    group, rank = world.groups["tensor"], place.tensor_rank
+                if topology.tensor > 1:
+                    plan = read_plan(cut, user or {}, topology.tensor, topology.tensor_rank)
+                    group, rank = world.groups["tensor"], topology.tensor_rank
                     mapper = TensorMapper(
-                        cut, plan, group, place.tensor, rank, world.tensor_subgroup,
+                        cut, plan, group, topology.tensor, rank, world.tensor_subgroup,
                         sequence_parallel=sequence_parallel,
                     )  # fmt: skip
                 stage, parameter_ranks = _staged(family, cut, world) if pipeline > 1 else (None, {})
                 mapper.cut(cut.parameters())
                 mapper.install()
-                pipe: _OneStage | _Stages = _OneStage()
+                stage_runner: _SingleStage | _PipelineStage = _SingleStage()
                 if stage is not None:
                     stage.install()
                     fill_elsewhere(cut, torch.device("cpu"), dtype)
-                    pipe = _Stages(cut, stage, parameter_ranks, world)
-                found.append(_compare(family, plain, cut, mapper, plan, place, pipe, more or {}))
+                    stage_runner = _PipelineStage(cut, stage, parameter_ranks, world)
+                found.append(_compare(family, plain, cut, mapper, plan, topology, stage_runner, more or {}))
             except _NotBuilt as error:
-                found.append(Verdict(str(family), place.world, "not built", str(error)))
+                found.append(Verdict(str(family), topology.world, "not built", str(error)))
             except ConfigError as error:
-                found.append(Verdict(str(family), place.world, "refused", str(error.problems[0])))
+                found.append(Verdict(str(family), topology.world, "refused", str(error.problems[0])))
         return found
 
 
-def counted(verdicts: list[Verdict]) -> Iterator[str]:
+def outcome_counts(verdicts: list[Verdict]) -> Iterator[str]:
     """How many families came out how, in words."""
     for outcome in ("right", "partly", "wrong", "refused", "not built"):
         yield f"{sum(v.outcome == outcome for v in verdicts)} {outcome}"

@@ -56,7 +56,7 @@ _RESOLUTION = 1e-2
 
 
 @dataclass(frozen=True)
-class Job:
+class ComparisonJob:
     """Everything a rank needs; plain values, as it travels to other processes."""
 
     raw: Raw
@@ -113,7 +113,7 @@ class Refusal:
 
 
 @dataclass
-class Found:
+class RankDifferences:
     """What a rank of a layout found: relative differences, by name."""
 
     losses: list[float]
@@ -139,7 +139,7 @@ def without_dropout(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-class Outputs:
+class BlockOutputs:
     """Keeps what the outermost blocks put out in the first forward pass of a step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -189,7 +189,7 @@ def _real(output: Any) -> Iterator[Tensor]:
             yield from _real(item)
 
 
-def bare_model(loaded: LoadedConfig) -> PreTrainedModel:
+def load_reference_model(loaded: LoadedConfig) -> PreTrainedModel:
     """The plain Hugging Face model with its weights; pretrained ones read by transformers itself."""
     if loaded.initialize == "random":
         model = build_model(loaded)
@@ -211,7 +211,7 @@ def bare_model(loaded: LoadedConfig) -> PreTrainedModel:
     return read
 
 
-def bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
+def reference_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
     """(summed cross entropy, summed objective, auxiliary loss) in the words of torch."""
     options = loaded.config.training
     output = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT, use_cache=False)
@@ -228,14 +228,14 @@ def bare_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig)
     return cross_entropy.detach(), objective, auxiliary.float() * auxiliary_coefficient(model.config)
 
 
-def rate_scale(name: str, loaded: LoadedConfig) -> float:
+def learning_rate_scale(name: str, loaded: LoadedConfig) -> float:
     """The factor of `training.learning_rate_scales` for a weight; 1 where no pattern matches its name."""
     scales = loaded.config.training.learning_rate_scales
     patterns = ((re.escape(pattern).replace(r"\*", ".*"), scale) for pattern, scale in scales.items())
     return next((scale for pattern, scale in patterns if re.fullmatch(pattern, name)), 1.0)
 
 
-def reference(job: Job) -> Reference | Refusal:
+def reference(job: ComparisonJob) -> Reference | Refusal:
     """One process, plain torch and Hugging Face: no engine of any kind."""
     try:
         return _reference(job)
@@ -247,15 +247,15 @@ def _refusal(error: TesseraError) -> Refusal:
     return Refusal(error.problems if isinstance(error, ConfigError) else [Problem("", str(error))])
 
 
-def _reference(job: Job) -> Reference:
+def _reference(job: ComparisonJob) -> Reference:
     began = time.monotonic()
     loaded = check(job.raw, world=1, device="cpu")
-    model = bare_model(loaded)
+    model = load_reference_model(loaded)
     if sum(p.numel() for p in model.parameters()) > _LARGE:
         torch.set_num_threads(os.cpu_count() or 1)
     dropout = without_dropout(model)
     model.train()
-    kept, folder = Outputs(model), Path(job.folder)
+    kept, folder = BlockOutputs(model), Path(job.folder)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses, norms, outputs = [], [], {}
@@ -265,7 +265,7 @@ def _reference(job: Job) -> Reference:
         tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
         loss = 0.0
         for micro in micro_batches:
-            cross_entropy, objective, auxiliary = bare_losses(model, micro, loaded)
+            cross_entropy, objective, auxiliary = reference_losses(model, micro, loaded)
             (objective / tokens + auxiliary / len(micro_batches)).backward()
             loss += float(cross_entropy) / tokens
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
@@ -285,7 +285,7 @@ def _reference(job: Job) -> Reference:
         with torch.no_grad():
             for name, p in trained.items():
                 if p.grad is not None:
-                    p -= rate * rate_scale(name, loaded) * p.grad
+                    p -= rate * learning_rate_scale(name, loaded) * p.grad
                 p.grad = None
         losses.append(loss)
         norms.append(norm)
@@ -310,7 +310,7 @@ def _scales(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, fl
     }
 
 
-def layout(job: Job, expected: Reference) -> Found | Refusal:
+def layout(job: ComparisonJob, expected: Reference) -> RankDifferences | Refusal:
     """One rank of a layout: the real engine, compared with what the reference left."""
     try:
         return _layout(job, expected)
@@ -318,28 +318,28 @@ def layout(job: Job, expected: Reference) -> Found | Refusal:
         return _refusal(error)
 
 
-def _layout(job: Job, expected: Reference) -> Found:
+def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
     launch = Launch.from_environment()
     configure_logging(launch.rank)
-    place = Topology.of(launch.world_size, launch.rank, tensor=job.layout.tensor, pipeline=job.layout.pipeline)
-    with joined_world(launch, place, seed=_SEED) as world:
+    topology = Topology.of(launch.world_size, launch.rank, tensor=job.layout.tensor, pipeline=job.layout.pipeline)
+    with joined_world(launch, topology, seed=_SEED) as world:
         loaded = check(job.raw, world=launch.world_size, device="cpu")
         model = build_model(loaded)
         without_dropout(model)
         engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
-        kept = [Outputs(own) for own in engine.models]
-        found = Found([], [], {}, {}, {})
+        kept = [BlockOutputs(own) for own in engine.models]
+        found = RankDifferences([], [], {}, {}, {})
         _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, found))
         for step in range(1, STEPS + 1):
             micro_batches = job.batch(step, loaded)
-            own = tuple(micro_batches[place.data_rank :: place.data])
+            own = tuple(micro_batches[topology.data_rank :: topology.data])
             tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
             result = engine.train_step(StepBatch(own, tokens, job.micro_batches * job.samples))
             total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
             found.losses.append(_relative(total / tokens, expected.losses[step - 1]))
             found.norms.append(_relative(norm, expected.norms[step - 1]))
-            if step < STEPS and place.data_rank == 0:
+            if step < STEPS and topology.data_rank == 0:
                 _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, found)
         _compare_parameters(engine, job, expected, found)
         return found
@@ -385,7 +385,9 @@ def _after_first_backward(engine: PlainEngine | PipelineEngine, look: Callable[[
 
 
 @torch.no_grad()
-def _compare_gradients(engine: PlainEngine | PipelineEngine, job: Job, expected: Reference, found: Found) -> None:
+def _compare_gradients(
+    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, found: RankDifferences
+) -> None:
     """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
         known = set(file.keys())
@@ -408,7 +410,9 @@ def _compare_gradients(engine: PlainEngine | PipelineEngine, job: Job, expected:
 
 
 @torch.no_grad()
-def _compare_parameters(engine: PlainEngine | PipelineEngine, job: Job, expected: Reference, found: Found) -> None:
+def _compare_parameters(
+    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, found: RankDifferences
+) -> None:
     """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
     module = engine._engine.module
     elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
@@ -428,7 +432,9 @@ def _compare_parameters(engine: PlainEngine | PipelineEngine, job: Job, expected
 
 
 @torch.no_grad()
-def _compare_outputs(outputs: list[tuple[str, Tensor]], job: Job, world: World, found: Found) -> None:
+def _compare_outputs(
+    outputs: list[tuple[str, Tensor]], job: ComparisonJob, world: World, found: RankDifferences
+) -> None:
     """The blocks' outputs on the first micro-batch; a cut sequence is joined."""
     with safe_open(Path(job.folder) / "outputs.safetensors", "pt") as file:
         known = set(file.keys())

@@ -25,13 +25,13 @@ from trainer.model import build_model_shape, initialize_weights
 STEPS = 3
 """Optimizer steps of a comparison."""
 
-SHORT = 32
+SHRUNK_LENGTH = 32
 """Tokens of a sequence with `--shrink`."""
 
-FEW = 2
+SHRUNK_SAMPLES = 2
 """Samples of a micro-batch with `--shrink`."""
 
-SMALL = 1_000_000
+SHRINK_THRESHOLD = 1_000_000
 """A model of so many parameters is not made smaller."""
 
 Raw = dict[str, Any]
@@ -44,7 +44,7 @@ class Layout:
     text: str
     tensor: int = 1
     pipeline: int = 1
-    two_ways: bool = False
+    dualpipev: bool = False
     """DualPipeV instead of 1F1B."""
 
     data: int = 1
@@ -83,7 +83,7 @@ def parse_layout(text: str) -> Layout:
         elif key in values:
             problems.append(Problem(where, f"'{key}' is given twice"))
         elif key in ("sequence_parallel", "dualpipev"):
-            values["two_ways" if key == "dualpipev" else key] = value == "true"
+            values["dualpipev" if key == "dualpipev" else key] = value == "true"
             if value not in ("true", "false"):
                 problems.append(Problem(where, f"{key}: expected true or false, got '{value}'"))
         else:
@@ -146,7 +146,7 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> Subject:
     section = given if isinstance(given, dict) else {}
     notes += _in_fp32(section)
     micro = section.get("train_micro_batch_size_per_gpu")
-    samples = FEW if shrink else micro if isinstance(micro, int) and micro > 0 else 1
+    samples = SHRUNK_SAMPLES if shrink else micro if isinstance(micro, int) and micro > 0 else 1
     raw["deepspeed"] = deepspeed_section(_zero(section, notes), 1, 1, samples, (1.0, 1.0))
     loaded = check(raw, world=1, device="cpu")
     shape = build_model_shape(loaded)
@@ -223,9 +223,9 @@ def deepspeed_section(zero: Raw, micro_batches: int, accumulation: int, samples:
 def _shrink(raw: Raw, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
     """Puts a small model in the place of the user's, and says what it did."""
     own, kind = sum(p.numel() for p in shape.parameters()), shape.config.model_type
-    raw["data"]["sequence_length"] = min(SHORT, loaded.facts.max_positions or SHORT)
+    raw["data"]["sequence_length"] = min(SHRUNK_LENGTH, loaded.facts.max_positions or SHRUNK_LENGTH)
     raw["model"]["initialize"] = "random"
-    if own <= SMALL:
+    if own <= SHRINK_THRESHOLD:
         return f"shrink: {kind} with {own:,} parameters is small already"
     config, small = _smallest(model_config(loaded.config.model), shape, loaded)
     raw["model"] = {key: value for key, value in raw["model"].items() if key not in ("path", "config")}
@@ -238,7 +238,7 @@ def _fails(model: PreTrainedModel, loaded: LoadedConfig) -> str:
     initialize_weights(model, loaded.config.run.seed)
     try:
         with torch.no_grad():
-            model(input_ids=torch.arange(SHORT).unsqueeze(0) % loaded.facts.vocabulary_size, use_cache=False)
+            model(input_ids=torch.arange(SHRUNK_LENGTH).unsqueeze(0) % loaded.facts.vocabulary_size, use_cache=False)
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are families
         return f"{type(error).__name__}: {error}"
     return ""

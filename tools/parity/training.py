@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from tools.parity.families import Family
 from tools.parity.proof import TOLERANCE, Verdict, tiny_config
-from tools.parity.sides import bare_losses, bare_model, rate_scale
+from tools.parity.sides import learning_rate_scale, load_reference_model, reference_losses
 from tools.parity.subject import Layout, Raw
 from tools.parity.text import last_line
 from tools.ranks import run_command, run_ranks
@@ -115,7 +115,7 @@ def _overrides(layout: Layout) -> list[str]:
         f"parallel.tensor={layout.tensor}",
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
-        f"parallel.pipeline_schedule={'dualpipev' if layout.two_ways else '1f1b'}",
+        f"parallel.pipeline_schedule={'dualpipev' if layout.dualpipev else '1f1b'}",
         *([] if layout.zero is None else [f"deepspeed.zero_optimization.stage={layout.zero}"]),
     ]
 
@@ -163,7 +163,7 @@ def compare(name: str, path: str) -> Verdict:
     """The command's export against a bare loop."""
     loaded = load_config(path, world=1, device="cpu")
     batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0))
-    model, run = bare_model(loaded).train(), Path(loaded.config.run.output_dir)
+    model, run = load_reference_model(loaded).train(), Path(loaded.config.run.output_dir)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for step in range(1, loaded.steps + 1):
         _step(model, list(batches.train.batch_at(step).micro_batches), loaded)
@@ -209,11 +209,13 @@ def _tokens(micro_batches: list[MicroBatch]) -> int:
 def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: LoadedConfig) -> None:
     tokens = _tokens(micro_batches)
     for micro in micro_batches:
-        _, objective, auxiliary = bare_losses(model, micro, loaded)
+        _, objective, auxiliary = reference_losses(model, micro, loaded)
         (objective / tokens + auxiliary / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     nn.utils.clip_grad_norm_(trained.values(), 1.0)
-    torch.optim.SGD([{"params": [p], "lr": RATE * rate_scale(name, loaded)} for name, p in trained.items()]).step()
+    torch.optim.SGD(
+        [{"params": [p], "lr": RATE * learning_rate_scale(name, loaded)} for name, p in trained.items()]
+    ).step()
     for p in trained.values():
         p.grad = None
 
@@ -221,4 +223,4 @@ def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: Loade
 @torch.no_grad()
 def _held_out(model: PreTrainedModel, batches: Any, loaded: LoadedConfig) -> float:
     micro_batches = list(batches)
-    return sum(float(bare_losses(model, micro, loaded)[0]) for micro in micro_batches) / _tokens(micro_batches)
+    return sum(float(reference_losses(model, micro, loaded)[0]) for micro in micro_batches) / _tokens(micro_batches)
