@@ -47,7 +47,9 @@ def main() -> None:
         options = parse_arguments()
         is_inspection = options.print_config or options.dry_run
         world = options.world if is_inspection and launch.world_size == 1 else launch.world_size
-        loaded = load_config(options.config, options.set, world=world, device=None if is_inspection else local_device())
+        loaded = load_config(
+            options.config, options.set, world_size=world, device=None if is_inspection else local_device()
+        )
         if not is_inspection:
             requests.install(loaded.config.training.max_seconds)
             train(loaded, launch, requests, verify_data=options.verify_data)

@@ -16,7 +16,7 @@ from deepspeed.runtime import lr_schedules
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.config.load import LoadedConfig, check
+from trainer.config.load import LoadedConfig, check_config
 from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world, local_device
 from trainer.engine import start_engine
@@ -33,7 +33,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def load_job(config: dict[str, Any], world: int) -> LoadedConfig:
-    return check(config, world=world, device=local_device())
+    return check_config(config, world_size=world, device=local_device())
 
 
 def job_topology(config: dict[str, Any], launch: Launch) -> Topology:

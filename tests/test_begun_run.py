@@ -143,11 +143,11 @@ def test_resumed_run_keeps_earlier_defaults(tmp_path: Path) -> None:
     elsewhere = f"run.output_dir={tmp_path / 'other'}"
     resumes = [f"checkpoint.resume={run}", f"checkpoint.resume={run}/checkpoints/step-00000003"]
     for settings in ([f"run.output_dir={run}"], *([elsewhere, resume] for resume in resumes)):
-        loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
+        loaded = load_config(CONFIG, [*paths, *settings], world_size=1, device="cpu")
         assert {key: value_at(loaded.resolved(), key) for key in BEFORE} == BEFORE
         assert loaded.legacy_defaults.message.count(str(tmp_path)) == 1
     for settings in ([f"run.output_dir={run}", "checkpoint.resume=never"], [elsewhere]):
-        loaded = load_config(CONFIG, [*paths, *settings], world=1, device="cpu")
+        loaded = load_config(CONFIG, [*paths, *settings], world_size=1, device="cpu")
         assert all(value_at(loaded.resolved(), key) != before for key, before in BEFORE.items())
         assert not loaded.legacy_defaults.message
 
@@ -207,7 +207,7 @@ def test_added_key_may_depend_on_model_family(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.fast
 def test_configuration_in_run_directory_is_valid_input() -> None:
-    loaded = load_config(BEGUN / "run" / "config.json", world=1, device="cpu")
+    loaded = load_config(BEGUN / "run" / "config.json", world_size=1, device="cpu")
     assert loaded.config.data.special_tokens == "end"
 
 
@@ -215,7 +215,7 @@ def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]
     """A run directory as this version writes it, with `values` of the user; and the arguments that resume it."""
     settings = [f"run.output_dir={folder}", f"data.cache_dir={folder}"]
     chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    loaded = load_config(CONFIG, [*settings, *chosen], world=1, device="cpu")
+    loaded = load_config(CONFIG, [*settings, *chosen], world_size=1, device="cpu")
     RunDirectory(folder, 1, None).write_config(loaded, frame=None)
     return folder, settings
 
@@ -229,7 +229,7 @@ def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]
 def test_explicit_values_are_not_kept(key: str, value: Any, tmp_path: Path) -> None:
     """Deleting the key again is another value, as with every key that identifies a run."""
     run, settings = with_new_configuration(tmp_path / "run", **{key: value})
-    loaded = load_config(CONFIG, settings, world=1, device="cpu")
+    loaded = load_config(CONFIG, settings, world_size=1, device="cpu")
     assert not loaded.legacy_defaults.message
     assert not loaded.legacy_defaults.keys
     old = json.loads((run / "config.json").read_text())
@@ -246,7 +246,7 @@ def test_kept_defaults_survive_further_attempts(tmp_path: Path) -> None:
     settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}"]
 
     def attempt(*arguments: str) -> LoadedConfig:
-        loaded = load_config(CONFIG, [*settings, *arguments], world=1, device="cpu")
+        loaded = load_config(CONFIG, [*settings, *arguments], world_size=1, device="cpu")
         RunDirectory(run, 2, None).write_config(loaded, frame=None)
         return loaded
 
@@ -269,7 +269,7 @@ def test_kept_defaults_respect_changed_packing(tmp_path: Path) -> None:
         "data.packing=none",
         allowed,
     ]
-    loaded = load_config(CONFIG, settings, world=1, device="cpu")
+    loaded = load_config(CONFIG, settings, world_size=1, device="cpu")
     assert loaded.config.data.drop_last is False
     assert "data.drop_last" not in loaded.legacy_defaults.message
     assert "data.special_tokens" in loaded.legacy_defaults.message
@@ -279,13 +279,13 @@ def test_kept_defaults_respect_changed_packing(tmp_path: Path) -> None:
 def test_conflicting_explicit_value_is_refused(tmp_path: Path) -> None:
     run = copy_begun_run(tmp_path / "run")
     settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}", "data.special_tokens=none"]
-    loaded = load_config(CONFIG, settings, world=1, device="cpu")
+    loaded = load_config(CONFIG, settings, world_size=1, device="cpu")
     old = json.loads((run / "config.json").read_text())
     with pytest.raises(ConfigError) as refused:
         refuse_identity_change(old, loaded, "the run directory")
     assert [problem.path for problem in refused.value.problems] == ["data.special_tokens"]
     allowed = [*settings, 'checkpoint.allow_changed=["data.special_tokens"]']
-    refuse_identity_change(old, load_config(CONFIG, allowed, world=1, device="cpu"), "the run directory")
+    refuse_identity_change(old, load_config(CONFIG, allowed, world_size=1, device="cpu"), "the run directory")
 
 
 @pytest.mark.fast
@@ -300,7 +300,7 @@ def test_resumed_run_keeps_checkpoint_defaults(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(own))
 
     def attempt(*settings: str) -> LoadedConfig:
-        loaded = load_config(tmp_path / "config.json", settings, world=1, device="cpu")
+        loaded = load_config(tmp_path / "config.json", settings, world_size=1, device="cpu")
         RunDirectory(run, 2, None).write_config(loaded, frame=None)
         return loaded
 
@@ -316,5 +316,5 @@ def test_resumed_run_keeps_checkpoint_defaults(tmp_path: Path) -> None:
     loaded = attempt()
     assert [getattr(loaded.config.checkpoint, key) for key in keys] == [None, 2], "this version stored the 3"
     for settings in (["checkpoint.resume=never"], [f"run.output_dir={tmp_path / 'new'}"]):
-        fresh = load_config(tmp_path / "config.json", settings, world=1, device="cpu")
+        fresh = load_config(tmp_path / "config.json", settings, world_size=1, device="cpu")
         assert [getattr(fresh.config.checkpoint, key) for key in keys] == ["auto", 2]

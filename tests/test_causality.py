@@ -24,7 +24,7 @@ from trainer import causality
 from trainer.causality import CONTROL, PROBED, Finding, verify_causality
 from trainer.checkpoint_format import read_manifest
 from trainer.config.earlier_versions import METADATA_KEY
-from trainer.config.load import check, load_config
+from trainer.config.load import check_config, load_config
 from trainer.config.model_facts import make_causal, model_config
 from trainer.data import MicroBatch, open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer
@@ -253,7 +253,7 @@ def test_resumed_run_is_not_probed(base: dict[str, Any], tmp_path: Path) -> None
 def test_random_weights_default_to_causal(
     config: dict[str, Any], expected: dict[str, bool], tiny: dict[str, Any]
 ) -> None:
-    loaded = check(with_values(tiny, model={"config": config}), world=1, device="cpu")
+    loaded = check_config(with_values(tiny, model={"config": config}), world_size=1, device="cpu")
     resolved = loaded.resolved()["model"]["config"]
     assert resolved == config | expected
     for key, value in expected.items():
@@ -266,15 +266,15 @@ def test_resumed_run_keeps_bidirectional_setting(tiny: dict[str, Any], tmp_path:
     """Its stored configuration lacks the key; a run of another family in its place hears nothing of it."""
     path, run = tmp_path / "config.json", tmp_path / "run"
     path.write_text(json.dumps(with_values(tiny, model={"config": BERT}, run__output_dir=str(run))))
-    stored = load_config(path, world=1, device="cpu").resolved()
+    stored = load_config(path, world_size=1, device="cpu").resolved()
     del stored["model"]["config"]["is_decoder"]
     run.mkdir()
     (run / "config.json").write_text(json.dumps(stored | {METADATA_KEY: {}}))
-    resumed = load_config(path, world=1, device="cpu")
+    resumed = load_config(path, world_size=1, device="cpu")
     assert model_config(resumed.config.model).is_decoder is False
     assert resumed.resolved()["model"]["config"]["is_decoder"] is False
     path.write_text(json.dumps(with_values(tiny, run__output_dir=str(run))))
-    assert "is_decoder" not in load_config(path, world=1, device="cpu").resolved()["model"]["config"]
+    assert "is_decoder" not in load_config(path, world_size=1, device="cpu").resolved()["model"]["config"]
 
 
 # The sample and the verdict -------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def asked(config: dict[str, Any], ids: Any, passes: list[torch.Tensor] | None = 
     """The micro-batches that the probe runs, over losses that say nothing unless `passes` do."""
     world = World(Topology.of(1, 0), torch.device("cpu"), 1, HashStore(), {})
     stub = _Stub(passes or [torch.ones(2, 4096)] * 2, np.array(ids, dtype=np.int64))
-    verify_causality(check(config, world=None, device="cpu"), world, stub, stub)  # type: ignore[arg-type]
+    verify_causality(check_config(config, world_size=None, device="cpu"), world, stub, stub)  # type: ignore[arg-type]
     return stub.asked
 
 
@@ -342,7 +342,7 @@ def test_probe_is_long_enough_for_block_sparse_attention(tiny: dict[str, Any]) -
     big_bird = {**BERT, "model_type": "big_bird", "max_position_embeddings": 2048}
     config = with_values(tiny, model={"config": big_bird}, data__sequence_length=1024)
     assert asked(config, range(200))[0].input_ids_BT.shape == (2, 705), "a shorter one would turn it off for good"
-    assert check(config, world=1, device="cpu").facts.causal_setting == ("attention_type", "original_full")
+    assert check_config(config, world_size=1, device="cpu").facts.causal_setting == ("attention_type", "original_full")
 
 
 def changed_losses(changes: dict[tuple[int, int], float]) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import RankOverride, captured_messages, run_command, run_ranks
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.distributed import Launch, open_store, waiting
 from trainer.distributed.store import HashStore
 from trainer.errors import ConfigError, RanksDifferError
@@ -140,7 +140,9 @@ def test_legal_differences_between_hosts_are_accepted(config: dict[str, Any], co
 def compare_sources(config: dict[str, Any], roots: list[str]) -> str:
     """The error of ranks that have their source in different places."""
     launch = Launch.from_environment()
-    facts = start_facts(check(config, world=launch.world_size, device="cpu"), launch, Path(roots[launch.rank]))
+    facts = start_facts(
+        check_config(config, world_size=launch.world_size, device="cpu"), launch, Path(roots[launch.rank])
+    )
     try:
         compare_ranks(launch, open_store(launch), "start", facts)
     except RanksDifferError as error:
@@ -168,7 +170,7 @@ def test_different_source_is_refused_by_file(config: dict[str, Any], tmp_path: P
 @pytest.mark.fast
 def test_start_facts_contain_versions_and_source_but_no_secret(config: dict[str, Any], tmp_path: Path) -> None:
     secret = "s3://user:password@bucket/run"
-    loaded = check(with_values(config, checkpoint={"upload": secret}), world=2, device="cpu")
+    loaded = check_config(with_values(config, checkpoint={"upload": secret}), world_size=2, device="cpu")
     facts = {fact.key: fact for fact in start_facts(loaded, Launch(0, 2, 0, 2))}
     for key in ("WORLD_SIZE", "device", "version of torch", "version of deepspeed", "version of python",
                 "trainer/loop.py", "launch/train.py", "model.config.hidden_size", "model: vocabulary",
@@ -187,7 +189,9 @@ def test_different_model_folders_are_refused_by_file(config: dict[str, Any], tmp
         folder = tmp_path / f"model-{number}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({**config["model"]["config"], "rms_norm_eps": 1e-6 + number}))
-        loaded = check(with_values(config, model={"path": str(folder), "initialize": "random"}), world=2, device="cpu")
+        loaded = check_config(
+            with_values(config, model={"path": str(folder), "initialize": "random"}), world_size=2, device="cpu"
+        )
         values.append({fact.key: fact.value for fact in start_facts(loaded, Launch(0, 2, 0, 2))})
     different = {key for key in values[0] if values[0][key] != values[1][key]}
     assert different == {"model.path", "model.path: config.json"}

@@ -26,7 +26,7 @@ from trainer.config.deepspeed import (
     engine_settings,
     required_extensions,
 )
-from trainer.config.load import check, load_config
+from trainer.config.load import check_config, load_config
 from trainer.config.model_facts import model_facts, parse_model_config, scrub
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.config.read import apply_override, merge, read_config_file
@@ -40,7 +40,7 @@ TRAIN = str(ROOT / "launch" / "train.py")
 
 def problems(config: dict[str, Any], world: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        check(config, world=world, device="cpu")
+        check_config(config, world_size=world, device="cpu")
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -54,8 +54,8 @@ def test_extends_merges_objects_and_replaces_lists(tmp_path: Path) -> None:
 def test_deepspeed_file_is_merged_into_section(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(tiny["deepspeed"]))
     (tmp_path / "config.json").write_text(json.dumps({**tiny, "deepspeed": "ds.json"}))
-    inline = check(tiny, world=1, device="cpu")
-    assert load_config(tmp_path / "config.json", world=1, device="cpu").resolved() == inline.resolved()
+    inline = check_config(tiny, world_size=1, device="cpu")
+    assert load_config(tmp_path / "config.json", world_size=1, device="cpu").resolved() == inline.resolved()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_malformed_override_is_reported(tiny: dict[str, Any], tmp_path: Pa
 def test_override_reads_deepspeed_file(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({**tiny["deepspeed"], "gradient_clipping": 0.125}))
     (tmp_path / "config.json").write_text(json.dumps(tiny))
-    loaded = load_config(tmp_path / "config.json", [f"deepspeed={tmp_path / 'ds.json'}"], world=1)
+    loaded = load_config(tmp_path / "config.json", [f"deepspeed={tmp_path / 'ds.json'}"], world_size=1)
     assert loaded.config.deepspeed.clipping == 0.125
 
 
@@ -188,7 +188,7 @@ def test_every_auto_is_resolved(tiny: dict[str, Any]) -> None:
             "stage3_param_persistence_threshold": "auto",
         },
     )  # fmt: skip
-    resolved = check(config, world=2, device="cpu").deepspeed_json
+    resolved = check_config(config, world_size=2, device="cpu").deepspeed_json
     assert '"auto"' not in json.dumps(resolved)
     assert resolved["gradient_accumulation_steps"] == 2
     assert resolved["gradient_clipping"] == 1.0
@@ -226,7 +226,7 @@ def test_unsupported_deepspeed_key_has_reason(tiny: dict[str, Any]) -> None:
 def test_engine_clips_only_at_zero_0_in_fp32(tiny: dict[str, Any]) -> None:
     for stage, bf16, theirs in ((0, False, False), (0, True, True), (1, False, True), (3, False, True)):
         config = with_values(tiny, deepspeed__zero_optimization={"stage": stage}, deepspeed__bf16={"enabled": bf16})
-        resolved = check(config, world=1, device="cpu").deepspeed_json
+        resolved = check_config(config, world_size=1, device="cpu").deepspeed_json
         assert deepspeed_clips_gradients(resolved) is theirs
         assert engine_settings(resolved)["gradient_clipping"] == (0.5 if theirs else 0.0)
 
@@ -238,8 +238,8 @@ def test_model_config_code_keys_are_dropped_at_every_depth() -> None:
 
 
 def test_resolved_configuration_is_valid_input(tiny: dict[str, Any]) -> None:
-    resolved = check(tiny, world=2, device="cpu").resolved()
-    assert check(resolved, world=2, device="cpu").resolved() == resolved
+    resolved = check_config(tiny, world_size=2, device="cpu").resolved()
+    assert check_config(resolved, world_size=2, device="cpu").resolved() == resolved
 
 
 def test_print_config_prints_resolved_configuration(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -327,12 +327,12 @@ def test_nvme_offload_requires_async_io(
     values = with_values(tiny, deepspeed__zero_optimization={"stage": 3, "offload_optimizer": offload})
     if there:
         values["checkpoint"] = {"asynchronous": True}
-        loaded = check(values, world=1, device="cpu")
+        loaded = check_config(values, world_size=1, device="cpu")
         assert [problem.path for problem in loaded.warnings] == ["checkpoint.asynchronous"]
         assert required_extensions(loaded.deepspeed_json) == ["CPUAdamBuilder", "AsyncIOBuilder"]
     else:
         with pytest.raises(ConfigError, match=r"async_io cannot be compiled here.*Install libaio-dev"):
-            check(values, world=1, device="cpu")
+            check_config(values, world_size=1, device="cpu")
 
 
 # --- sizes of a model ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tests.configs import LENGTH, with_values
 from tests.hub import COMMIT, REPOSITORY, hub
 from tests.small_tokenizers import KINDS, framed_by, make, save
 from trainer.config.earlier_versions import StoredRun, stored_run
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.data import DocumentFrame, document_frame, open_batches, prepare_data, resolve_frame, resolve_prompt_prefix
 from trainer.data.batches import (
     IGNORE_INDEX,
@@ -251,7 +251,7 @@ def test_stdlib_splits_are_disjoint() -> None:
 
 
 def prepared(tiny: dict[str, Any], **values: Any) -> Any:
-    return prepare_data(check(with_values(tiny, **values), world=1, device="cpu"))
+    return prepare_data(check_config(with_values(tiny, **values), world_size=1, device="cpu"))
 
 
 def test_cache_entry_depends_on_content_not_file_name(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_special_tokens_frame_documents(
         "validation is framed in the same way"
     )
     assert [*prepared_data.frame.prefix_tokens, "TEXT", *prepared_data.frame.suffix_tokens] == tokens
-    assert document_frame(check(config, world=1, device="cpu")) == prepared_data.frame
+    assert document_frame(check_config(config, world_size=1, device="cpu")) == prepared_data.frame
     if mode in (None, "tokenizer"):
         whole = tokenizer(FRAMED_TEXTS[0])["input_ids"]
         end = tokenizer.eos_token_id
@@ -358,7 +358,7 @@ def test_trained_tokenizer_adds_only_end_of_text(tiny: dict[str, Any]) -> None:
     whole, end = prepared(tiny), prepared(tiny, data__special_tokens="end")
     assert [t.bin_path for t in whole.train] == [t.bin_path for t in end.train]
     assert whole.frame == DocumentFrame((), (whole.tokenizer.eos_token_id,), (), ("<|endoftext|>",))
-    assert document_frame(check(tiny, world=1, device="cpu")) == whole.frame
+    assert document_frame(check_config(tiny, world_size=1, device="cpu")) == whole.frame
     assert not prepared(tiny, data__special_tokens="none").frame.suffix
 
 
@@ -468,7 +468,7 @@ def two_sources(tiny: dict[str, Any], folder: Path, **values: Any) -> dict[str, 
 def test_epoch_covers_every_target_once(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
     """An epoch trains on every target once, whatever the world; micro-batches keep one shape and need no mask."""
     config = two_sources(tiny, tmp_path, deepspeed__train_micro_batch_size_per_gpu=1)
-    loaded = check(config, world=world, device="cpu")
+    loaded = check_config(config, world_size=world, device="cpu")
     rank_batches = [open_batches(loaded, prepared(config), Topology.of(world, rank)) for rank in range(world)]
     assert {batches.train.epochs_after(1) for batches in rank_batches} == {1.0}
     micros = [micro for batches in rank_batches for micro in batches.train.batch_at(1).micro_batches]
@@ -485,9 +485,9 @@ def test_epoch_covers_every_target_once(world: int, tiny: dict[str, Any], tmp_pa
 def test_drop_last_omits_partial_samples(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = two_sources(tiny, tmp_path, data__drop_last=True)
     with pytest.raises(DataError, match="short\\.bin: 3 tokens, fewer than one sample"):
-        open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0))
+        open_batches(check_config(config, world_size=1, device="cpu"), prepared(config), Topology.of(1, 0))
     alone = with_values(config, data__train=config["data"]["train"][:1], data__validation=[])
-    rank_batches = open_batches(check(alone, world=1, device="cpu"), prepared(alone), Topology.of(1, 0))
+    rank_batches = open_batches(check_config(alone, world_size=1, device="cpu"), prepared(alone), Topology.of(1, 0))
     assert rank_batches.train.epochs_after(3) == pytest.approx(3 * 8 / 6)
     assert rank_batches.train.batch_at(1).tokens == 8 * LENGTH
 
@@ -498,7 +498,9 @@ def test_load_balancing_loss_gets_padding_mask(tiny: dict[str, Any], tmp_path: P
     for balances, expected in ((True, [2, 5]), (False, [])):
         config = two_sources(tiny, tmp_path, model={"config": {**mixture, "output_router_logits": balances}},
                              deepspeed__train_micro_batch_size_per_gpu=1)  # fmt: skip
-        rank_batches = open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0))
+        rank_batches = open_batches(
+            check_config(config, world_size=1, device="cpu"), prepared(config), Topology.of(1, 0)
+        )
         masks = [micro.attention_mask_BT for micro in rank_batches.train.batch_at(1).micro_batches]
         assert sorted(int(mask.sum()) for mask in masks if mask is not None) == expected
 
@@ -525,8 +527,8 @@ def test_ranks_together_read_serial_order(packing: str, world: int, tiny: dict[s
     """For every world size, over the border of an epoch: the same samples in the same step, none twice."""
     values = {"deepspeed__train_batch_size": {5: 15, 7: 21}.get(world, 24), "data__packing": packing}
     config = with_values(tiny, deepspeed__train_micro_batch_size_per_gpu=1, **values)
-    serial = open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0)).train
-    loaded = check(config, world=world, device="cpu")
+    serial = open_batches(check_config(config, world_size=1, device="cpu"), prepared(config), Topology.of(1, 0)).train
+    loaded = check_config(config, world_size=world, device="cpu")
     ranks = [open_batches(loaded, prepared(config), Topology.of(world, rank)).train for rank in range(world)]
     border = round(1 / serial.epochs_after(1))
     for step in (1, border, border + 1, border + 2):
@@ -547,7 +549,7 @@ def test_micro_batches_are_layout_independent(tiny: dict[str, Any]) -> None:
     config = with_values(tiny, data__packing="none")
     prepared_data = []
     for world in (1, 2, 4):
-        loaded = check(config, world=world, device="cpu")
+        loaded = check_config(config, world_size=world, device="cpu")
         ranks = [open_batches(loaded, prepared(config), Topology.of(world, rank)).train for rank in range(world)]
         micros = [micro for rank in ranks for micro in rank.batch_at(3).micro_batches]
         prepared_data.append(sorted(json.dumps(m.labels_BT.tolist()) for m in micros))
@@ -643,14 +645,14 @@ def test_evaluation_counts_source_not_files(tiny: dict[str, Any], tmp_path: Path
             write_tokens(tmp_path / folder / str(number), [[1 + (ord(folder) + number) % 7] * (5 * LENGTH + 1)])
     paths = [{"path": str(tmp_path / folder / "*.bin")} for folder in ("a", "b")]
     config = with_values(tiny, data__validation=paths, evaluation={"max_batches": 2})
-    rank_batches = open_batches(check(config, world=1, device="cpu"), prepared(config), Topology.of(1, 0))
+    rank_batches = open_batches(check_config(config, world_size=1, device="cpu"), prepared(config), Topology.of(1, 0))
     assert rank_batches.validation is not None
     rows = [row[0] for micro in rank_batches.validation for row in micro.labels_BT.tolist()]
     assert rows == [1 + (ord(folder) + n) % 7 for folder in ("a", "b") for n in (0, 0, 0, 0, 0, 1, 1, 1)]
 
 
 def test_labels_are_inputs_shifted_by_one(tiny: dict[str, Any]) -> None:
-    batches = open_batches(check(tiny, world=1, device="cpu"), prepared(tiny), Topology.of(1, 0)).train
+    batches = open_batches(check_config(tiny, world_size=1, device="cpu"), prepared(tiny), Topology.of(1, 0)).train
     micro = batches.batch_at(1).micro_batches[0]
     assert micro.input_ids_BT.shape == micro.labels_BT.shape == (2, LENGTH)
     assert (micro.input_ids_BT[:, 1:] == micro.labels_BT[:, :-1]).all()

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from tests.configs import with_values
 from trainer.config.deepspeed import UNSUPPORTED, normalize, normalize_section
-from trainer.config.load import LoadedConfig, check, load_config
+from trainer.config.load import LoadedConfig, check_config, load_config
 from trainer.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -28,7 +28,7 @@ def write(folder: Path, tiny: dict[str, Any], deepspeed: Any) -> Path:
 
 def refusal(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, world=1, device="cpu")
+        load_config(path, overrides, world_size=1, device="cpu")
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -45,7 +45,7 @@ def test_missing_values_are_one_problem_with_usable_remedy(file: Path, tiny: dic
     assert "train_batch_size" in message
     assert "optimizer" in message
     assert ("warmup_num_steps" in message) is file.stem.startswith("huggingface")
-    loaded = load_config(write(tmp_path, tiny, completed(message)), world=1, device="cpu")
+    loaded = load_config(write(tmp_path, tiny, completed(message)), world_size=1, device="cpu")
     assert '"auto"' not in json.dumps(loaded.deepspeed_json)
     assert loaded.batch.batch_size == 32
     assert loaded.config.deepspeed.precision == "bf16"
@@ -58,7 +58,9 @@ def test_missing_values_are_one_problem_with_usable_remedy(file: Path, tiny: dic
 def test_auto_values_have_hugging_face_meanings(tiny: dict[str, Any], tmp_path: Path) -> None:
     file = next(file for file in FILES if file.stem == "huggingface_zero3")
     over = {**BATCH, "optimizer": {"params": {"lr": 0.002}}, "scheduler": {"params": {"warmup_num_steps": 2}}}
-    resolved = load_config(write(tmp_path, tiny, {"extends": str(file), **over}), world=1, device="cpu").deepspeed_json
+    resolved = load_config(
+        write(tmp_path, tiny, {"extends": str(file), **over}), world_size=1, device="cpu"
+    ).deepspeed_json
     assert resolved["optimizer"]["params"] == {"lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     assert resolved["scheduler"]["params"] == {"warmup_min_lr": 0.0, "warmup_max_lr": 0.002, "warmup_num_steps": 2}
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 32 * 32
@@ -77,7 +79,7 @@ def test_section_extends_file(tiny: dict[str, Any], tmp_path: Path) -> None:
         json.dumps({"extends": "base.json", "optimizer": {"params": {"lr": 0.1}}})
     )
     path = write(tmp_path, tiny, {"extends": "below/ds.json", "train_batch_size": 16})
-    section = load_config(path, world=1, device="cpu").deepspeed_json
+    section = load_config(path, world_size=1, device="cpu").deepspeed_json
     assert (section["train_batch_size"], section["gradient_clipping"]) == (16, 0.25)
     assert section["optimizer"] == {"type": "AdamW", "params": {"lr": 0.1, "eps": 1e-3}}
     assert "extends" not in section
@@ -87,7 +89,7 @@ def test_override_replaces_file_and_its_keys(tiny: dict[str, Any], tmp_path: Pat
     (tmp_path / "ds.json").write_text(json.dumps(tiny["deepspeed"]))
     path = write(tmp_path, tiny, {"train_batch_size": 2})
     overrides = [f"deepspeed={tmp_path / 'ds.json'}", "deepspeed.gradient_clipping=0.75"]
-    assert load_config(path, overrides, world=1, device="cpu").config.deepspeed.clipping == 0.75
+    assert load_config(path, overrides, world_size=1, device="cpu").config.deepspeed.clipping == 0.75
     (problem,) = refusal(path, "deepspeed.extends=ds.json")
     assert problem.startswith("--set deepspeed.extends: only a file can extend another one")
 
@@ -112,8 +114,8 @@ def test_invalid_extends_is_refused(section: Any, expected: str, tiny: dict[str,
 
 
 def loaded(tiny: dict[str, Any], device: Any = "cpu", **values: Any) -> LoadedConfig:
-    return check(
-        with_values(tiny, **{f"deepspeed__{key}": value for key, value in values.items()}), world=1, device=device
+    return check_config(
+        with_values(tiny, **{f"deepspeed__{key}": value for key, value in values.items()}), world_size=1, device=device
     )
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from tests.bad_inputs import SOUND_LINE, folder
 from tests.configs import with_values
 from tests.harness import CommandResult, run_command
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.data import prepare_data, resolve_steps
 from trainer.data.inspection import MAX_INSPECTED_ROWS, inspect_data
 from trainer.data.tokenizer import train_tokenizer
@@ -73,7 +73,7 @@ def test_dry_run_warns_of_full_disk(
     seen: list[Path] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: seen.append(path) or SimpleNamespace(free=free))
     config = with_values(fresh, run__output_dir=str(tmp_path / "runs" / "later"))
-    text = describe(check(config, world=1, device=None))
+    text = describe(check_config(config, world_size=1, device=None))
     assert ("warning: run.output_dir: 0.0 MiB free in " in text) == warns
     assert seen == [tmp_path], "the run directory is not there yet"
 
@@ -182,7 +182,7 @@ def test_sample_estimates_are_near_exact_counts(
     config = with_values(fresh, data__train=[{"path": path}], data__tokenizer=str(folder_of_tokenizer),
                          data__validation=[{"fraction": fraction}] if fraction else [],
                          training={"epochs": 2})  # fmt: skip
-    loaded = check(config, world=1, device="cpu")
+    loaded = check_config(config, world_size=1, device="cpu")
     estimated = inspect_data(loaded)
     assert len(rows) > 10 * MAX_INSPECTED_ROWS
     assert not estimated.is_exact

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.configs import with_values
 from tests.harness import CommandResult, run_command
-from trainer.config.load import LoadedConfig, check, with_steps
+from trainer.config.load import LoadedConfig, check_config, with_steps
 from trainer.config.schema import CheckpointSection
 from trainer.data import open_batches, prepare_data, resolve_steps
 from trainer.data.epochs import steps_for_epochs
@@ -31,7 +31,7 @@ def epochs(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 def loaded_from(config: dict[str, Any], world: int = 1) -> LoadedConfig:
-    return check(config, world=world, device="cpu")
+    return check_config(config, world_size=world, device="cpu")
 
 
 @pytest.mark.fast

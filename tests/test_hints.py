@@ -11,7 +11,7 @@ from trainer.config.changes import changes
 from trainer.config.deepspeed.optimizers import optimizer_keys, scheduler_keys
 from trainer.config.deepspeed.section import OptimizerSection, SchedulerSection
 from trainer.config.hints import TARGETS, hint
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.config.schema import SECTIONS
 from trainer.config.validate import _known_keys_at
 from trainer.errors import ConfigError
@@ -40,7 +40,7 @@ def test_exists_is_false_for_unknown_key() -> None:
 
 def problems(config: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        check(config, world=1, device="cpu")
+        check_config(config, world_size=1, device="cpu")
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -87,14 +87,14 @@ def test_misspelling_is_suggested_before_hint(tiny: dict[str, Any]) -> None:
 
 
 def test_changes_lists_differing_values(tiny: dict[str, Any]) -> None:
-    old = check(tiny, world=1, device="cpu").resolved()
+    old = check_config(tiny, world_size=1, device="cpu").resolved()
     new = with_values(
         tiny,
         deepspeed__optimizer__params__lr=0.004,
         deepspeed__scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
         checkpoint__resume="never",
     )
-    assert list(changes(old, check(new, world=1, device="cpu").resolved())) == [
+    assert list(changes(old, check_config(new, world_size=1, device="cpu").resolved())) == [
         "deepspeed.optimizer.params.lr: 0.002 -> 0.004",
         "deepspeed.scheduler.params.warmup_num_steps: unset -> 3",
         'deepspeed.scheduler.type: unset -> "WarmupLR"',

@@ -14,7 +14,7 @@ import xxhash
 
 from tests.configs import with_values
 from tests.harness import CommandResult, run_command
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.data import PreparedData, open_batches, prepare_data, resolve_steps
 from trainer.data.holdout import DocumentSubset, drop_held_out, held_out_mask
 from trainer.data.indexed import IndexedTokens, IndexedWriter
@@ -47,7 +47,7 @@ def held_out_config(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepared(config: dict[str, Any]) -> PreparedData:
-    return prepare_data(check(config, world=1, device="cpu"))
+    return prepare_data(check_config(config, world_size=1, device="cpu"))
 
 
 def decoded(data: PreparedData, files: list[IndexedTokens]) -> Counter[str]:
@@ -150,7 +150,7 @@ def test_tokenizer_training_skips_held_out_text() -> None:
 def test_epochs_count_remaining_samples(held_out_config: dict[str, Any]) -> None:
     """The steps of an epoch are those of the documents that are trained on, and every batch is one of them."""
     config = with_values(held_out_config, training={"epochs": 1}, data__packing="none")
-    loaded = check(config, world=1, device="cpu")
+    loaded = check_config(config, world_size=1, device="cpu")
     data = prepare_data(loaded)
     loaded = resolve_steps(loaded, data)
     assert loaded.steps == -(-len(data.train[0]) // 8)

@@ -20,7 +20,7 @@ from tools.bench.common import inline
 from tools.parity.families import FAMILIES, Family
 from tools.parity.proof import CLASSES, reference_model
 from tools.parity.shrink import tiny as tiny_family
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.errors import ConfigError
 from trainer.model import (
     TASKS,
@@ -61,7 +61,7 @@ OPENAI = {"model_type": "openai-gpt", "vocab_size": 320, "n_embd": 32, "n_layer"
 
 
 def built(tiny: dict[str, Any], **values: Any) -> Any:
-    loaded = check(with_values(tiny, **values), world=1, device="cpu")
+    loaded = check_config(with_values(tiny, **values), world_size=1, device="cpu")
     return build_model(loaded)
 
 
@@ -230,7 +230,7 @@ def test_attention_default_is_best_supported(family: str, expected: str, tiny: d
         "num_attention_heads": 4,
         "hidden_size": 32,
     }
-    loaded = check(
+    loaded = check_config(
         with_values(tiny, model__config={**config, "rotary_dim": 4} if family == "gptj" else config), **LOCAL
     )
     assert loaded.resolved()["model"]["attention"] == expected
@@ -372,7 +372,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def from_folder(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
-    loaded = check(with_values(tiny, model={"path": str(folder), **values}), world=1, device="cpu")
+    loaded = check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
     model = build_model(loaded)
     give_weights(model, loaded)
     return model

@@ -17,7 +17,7 @@ from tests.harness import run_command, run_ranks
 from tests.runs import Outcome, learning_rates, scheduled_learning_rates, train, train_bare
 from trainer.checkpoint.retention import checkpoint_name
 from trainer.config.deepspeed import weight_decay
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.config.schema import TrainingSection
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.errors import ConfigError
@@ -299,7 +299,7 @@ def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None
     plain = torch.optim.SGD(parameters, lr=0.1)
     groups.install_rate_scales(plain)
     assert not plain._optimizer_step_pre_hooks
-    loaded = check(tiny, world=1, device="cpu")
+    loaded = check_config(tiny, world_size=1, device="cpu")
     assert weight_decay(loaded.deepspeed_json) == 0
     options = weight_options(build_model_shape(loaded), loaded.config.training, decay=0)
     assert set(options.values()) == {WeightOptions()}
@@ -335,10 +335,10 @@ def test_dry_run_lists_parameter_groups(base: dict[str, Any], tmp_path: Path) ->
 
 
 def test_changed_parameter_groups_are_refused_on_resume(base: dict[str, Any]) -> None:
-    loaded = check(base, world=1, device="cpu")
+    loaded = check_config(base, world_size=1, device="cpu")
     other = with_values(base, training__weight_decay_exclude=["*.bias"], training__learning_rate_scales={"*": 2.0})
     with pytest.raises(ConfigError) as refused:
-        refuse_identity_change(loaded.resolved(), check(other, world=1, device="cpu"), "the run directory")
+        refuse_identity_change(loaded.resolved(), check_config(other, world_size=1, device="cpu"), "the run directory")
     named = {problem.path for problem in refused.value.problems}
     scales = {f"training.learning_rate_scales.{pattern}" for pattern in (*SCALES, "*")}
     assert named == {"training.weight_decay_exclude", *scales}

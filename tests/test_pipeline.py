@@ -24,7 +24,7 @@ from tools.parity.__main__ import main
 from tools.parity.families import Family
 from tools.parity.proof import Verdict, prove
 from tools.parity.shrink import tiny as tiny_model
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.config.schema import ParallelSection
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, joined_world
@@ -263,7 +263,7 @@ def test_invalid_stage_assignment_is_refused(
 
 def test_selective_recomputation_reruns_attention_only(tiny: dict[str, Any]) -> None:
     """Attention runs again in the backward pass, up to the last input that is needed; nothing else does."""
-    config = check(with_values(tiny, model__activation_checkpointing="selective"), world=1, device="cpu")
+    config = check_config(with_values(tiny, model__activation_checkpointing="selective"), world_size=1, device="cpu")
     gradients = []
     for again in (False, True):
         model = build_model(config)
@@ -435,7 +435,7 @@ def test_gpu_attention_kernels_are_traced_on_cpu(tiny: dict[str, Any]) -> None:
     tiny = with_values(tiny, parallel__pipeline=2, model__activation_checkpointing="selective")
     assignments = []
     for attention in ("sdpa", "flex_attention"):
-        config = check(with_values(tiny, model__attention=attention), world=2, device="cpu")
+        config = check_config(with_values(tiny, model__attention=attention), world_size=2, device="cpu")
         model = build_model_shape(config)
         assignments.append(assign_stages(model, config))
         assert model.config._attn_implementation == attention
@@ -455,7 +455,7 @@ def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
     launch = Launch.from_environment()
     place = Topology.of(launch.world_size, launch.rank, pipeline=config["parallel"]["pipeline"])
     with joined_world(launch, place, seed=1) as world:
-        loaded = check(config, world=launch.world_size, device="cpu")
+        loaded = check_config(config, world_size=launch.world_size, device="cpu")
         prepared = prepare_data(loaded, launch, world.store)
         assignment = assign_stages(build_model_shape(loaded), loaded)
         engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)

@@ -11,7 +11,7 @@ import pytest
 from tests.configs import tiny_config, with_values
 from tests.harness import CommandResult, run_command
 from tests.test_tracking import read_rows
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.config.plugins import import_plugins
 from trainer.errors import ConfigError
 
@@ -115,4 +115,4 @@ def test_failing_plugin_is_named(text: str, words: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("name", ["", "a b", "a-b", "a..b", ".a", "a.", "1a", "a/b", "a:b", "a;b", "ä", "a.b\n"])
 def test_plugin_name_must_be_module_name(name: str, tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"run\.plugins\.0: expected"):
-        check(with_values(tiny, run__plugins=[name]), world=1, device="cpu")
+        check_config(with_values(tiny, run__plugins=[name]), world_size=1, device="cpu")

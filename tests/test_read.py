@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.configs import with_values
 from tools.parity.families import FAMILIES, Family
 from tools.parity.shrink import tiny as tiny_family
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.config.model_facts import load_model_config
 from trainer.errors import ConfigError
 from trainer.model import build_model, build_model_shape, give_weights
@@ -61,11 +61,13 @@ def change_config(folder: Path, **values: Any) -> None:
 
 def shape_of(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
     """What a dry run and the start of a run build, before any process group."""
-    return build_model_shape(check(with_values(tiny, model={"path": str(folder), **values}), world=1, device="cpu"))
+    return build_model_shape(
+        check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
+    )
 
 
 def model_from(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
-    loaded = check(with_values(tiny, model={"path": str(folder), **values}), world=1, device="cpu")
+    loaded = check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
     model = build_model(loaded)
     give_weights(model, loaded)
     return model
@@ -281,7 +283,9 @@ def test_non_finite_value_is_seen_by_owning_rank_only(tiny: dict[str, Any], fold
     weight = load_file(folder / "model.safetensors")[f"{DOWN}.weight"]
     weight[0, -1] = torch.nan
     change_weights(folder, **{f"{DOWN}.weight": weight})
-    loaded = check(with_values(tiny, model={"path": str(folder)}, parallel={"tensor": 2}), world=2, device="cpu")
+    loaded = check_config(
+        with_values(tiny, model={"path": str(folder)}, parallel={"tensor": 2}), world_size=2, device="cpu"
+    )
     for rank in range(2):
         model = build_model(loaded)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)

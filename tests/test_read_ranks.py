@@ -15,7 +15,7 @@ from tests.harness import run_ranks
 from tests.test_read import DOWN, change_weights, folder, model_from
 from trainer.checkpoint.import_checkpoint import import_checkpoint
 from trainer.checkpoint_format import WEIGHT, read_manifest
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.errors import ConfigError
@@ -38,7 +38,7 @@ def test_non_finite_checkpoint_is_refused(tiny: dict[str, Any], folder: Path) ->
 
 def imported(config: dict[str, Any]) -> Path:
     """A checkpoint with the weights of the folder at `model.path`."""
-    launch, loaded = Launch.from_environment(), check(config, world=1, device="cpu")
+    launch, loaded = Launch.from_environment(), check_config(config, world_size=1, device="cpu")
     with joined_world(launch, Topology.of(1, 0, tensor=1, pipeline=1), seed=1):
         return import_checkpoint(Path(config["model"]["path"]), loaded)
 
@@ -47,7 +47,7 @@ def refusal(config: dict[str, Any]) -> str:
     """What a rank that gives a model its weights is refused with."""
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, tensor=2, pipeline=1)
-    loaded = check(config, world=launch.world_size, device="cpu")
+    loaded = check_config(config, world_size=launch.world_size, device="cpu")
     with joined_world(launch, topology, seed=1) as world:
         try:
             start_engine(build_model(loaded), loaded, world)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
 from tests.runs import _start, job_topology
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.distributed import Launch, joined_world
 from trainer.engine.replica_verifier import ReplicaSet
 from trainer.engine.tensor_hash import hash_bits
@@ -307,7 +307,7 @@ def test_layout_without_replicas_warns(
     values: dict[str, Any], world: int, expected: str | None, base: dict[str, Any]
 ) -> None:
     config = with_values(base, training__verify_every_steps=2, **values)
-    warnings = [str(warning) for warning in check(config, world=world, device="cpu").warnings]
+    warnings = [str(warning) for warning in check_config(config, world_size=world, device="cpu").warnings]
     own = [warning for warning in warnings if warning.startswith("training.verify_every_steps")]
     assert len(own) == (0 if expected is None else 1)
     assert all(expected in warning for warning in own if expected)

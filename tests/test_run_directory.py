@@ -29,7 +29,7 @@ from trainer import checkpoint_format
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_format import read_manifest, verify_files, write_safetensors
 from trainer.config.earlier_versions import stored_run
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.distributed import Launch, configure_logging
 from trainer.distributed.logs import _RankFileHandler
 from trainer.errors import ConfigError
@@ -94,7 +94,7 @@ def test_lost_checkpoints_are_refused(run: Path, tiny: dict[str, Any], tmp_path:
 def train_until_killed_at_first_save(config: dict[str, Any]) -> None:
     Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train(check(config, world=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
+    train(check_config(config, world_size=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
 
 
 def test_run_killed_before_first_save_restarts(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
         os.replace = replaced  # type: ignore[assignment]
     launch = Launch.from_environment()
     try:
-        train(check(config, world=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
+        train(check_config(config, world_size=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
     except ConfigError as error:
         return error.exit_status, str(error)
     return 0, ""

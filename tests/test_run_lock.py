@@ -24,7 +24,7 @@ from tests.harness import captured_messages, context, get_free_port, run_command
 from tests.test_tracking import ROOT, TRAIN, read_rows
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_format import read_manifest, verify_files
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, Preempted
 from trainer.fault_tolerance import StopRequests, run_lock
@@ -292,7 +292,7 @@ def saving_slowly(config: dict[str, Any]) -> None:
 
     Checkpoints.save = slowly  # type: ignore[method-assign]
     launch = Launch.from_environment()
-    train(check(config, world=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
+    train(check_config(config, world_size=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -347,7 +347,7 @@ def states_while_saving(config: dict[str, Any]) -> list[str]:
     requests = StopRequests(launch.rank)
     requests.install()
     try:
-        train(check(config, world=launch.world_size, device="cpu"), launch, requests)
+        train(check_config(config, world_size=launch.world_size, device="cpu"), launch, requests)
     except Preempted:
         return states
     raise AssertionError("it did not stop")

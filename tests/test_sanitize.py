@@ -11,7 +11,7 @@ import pytest
 
 from tests.configs import with_values
 from tests.harness import run_command
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.distributed import configure_logging
 from trainer.errors import ConfigError
 from trainer.run_directory import refuse_identity_change
@@ -62,14 +62,14 @@ def test_console_and_log_files_are_safe(tmp_path: Path, capsys: pytest.CaptureFi
 def test_resumed_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
     def loaded(secret: str) -> Any:
         config = with_values(tiny, checkpoint__upload=f"memory://user:{secret}@host/run")
-        return check(config, world=1, device="cpu")
+        return check_config(config, world_size=1, device="cpu")
 
     first, second = loaded("first-secret"), loaded("second-secret")
     assert "first-secret" not in json.dumps(first.resolved())
     assert first.config.checkpoint.upload == "memory://user:first-secret@host/run"
     refuse_identity_change(first.resolved(), second, "the run directory")
     with pytest.raises(ConfigError, match=r"checkpoint.upload: its secret was removed"):
-        check(first.resolved(), world=1, device="cpu")
+        check_config(first.resolved(), world_size=1, device="cpu")
 
 
 def test_run_files_do_not_contain_secret(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
 from tests.runs import learning_rates
 from trainer.config.deepspeed import engine_settings, first_learning_rates
-from trainer.config.load import check
+from trainer.config.load import check_config
 
 TRAIN = "launch/train.py"
 RATE, LEAST, FIRST = 0.002, 0.0004, 0.0001
@@ -46,10 +46,10 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("decay_type", ["linear", "cosine", "1-sqrt"])
 def test_wsd_matches_formula(decay_type: str, base: dict[str, Any]) -> None:
     config = with_values(base, deepspeed__scheduler__params__decay_type=decay_type)
-    loaded = check(config, world=1, device="cpu")
+    loaded = check_config(config, world_size=1, device="cpu")
     assert first_learning_rates(loaded.deepspeed_json, 12) == pytest.approx(expected(12, 10, decay_type))
     resolved = loaded.resolved()
-    assert check(resolved, world=1, device="cpu").resolved() == resolved
+    assert check_config(resolved, world_size=1, device="cpu").resolved() == resolved
     assert "scheduler" not in engine_settings(loaded.deepspeed_json)
 
 
@@ -61,7 +61,7 @@ def test_wsd_matches_formula(decay_type: str, base: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_wsd_allows_missing_phases(changes: dict[str, Any], highest: list[float], base: dict[str, Any]) -> None:
     config = with_values(base, **{f"deepspeed__scheduler__params__{key}": value for key, value in changes.items()})
-    resolved = check(config, world=1, device="cpu").deepspeed_json
+    resolved = check_config(config, world_size=1, device="cpu").deepspeed_json
     assert first_learning_rates(resolved, len(highest)) == pytest.approx(highest)
 
 
@@ -113,14 +113,16 @@ WARMUPS = [
 def test_single_rate_list_becomes_scalar(kind: str, params: dict[str, Any], key: str, tiny: dict[str, Any]) -> None:
     """So a rank may have any number of parameter groups."""
     config = with_values(tiny, deepspeed__scheduler={"type": kind, "params": params})
-    assert check(config, world=1, device="cpu").deepspeed_json["scheduler"]["params"][key] == 0.1
+    assert check_config(config, world_size=1, device="cpu").deepspeed_json["scheduler"]["params"][key] == 0.1
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("scheduler", "zero"), WARMUPS, ids=str)
 def test_zero_rate_steps_match_documentation(scheduler: dict[str, Any], zero: list[int], tiny: dict[str, Any]) -> None:
     """As README says."""
-    resolved = check(with_values(tiny, deepspeed__scheduler=scheduler), world=1, device="cpu").deepspeed_json
+    resolved = check_config(
+        with_values(tiny, deepspeed__scheduler=scheduler), world_size=1, device="cpu"
+    ).deepspeed_json
     assert [step for step, rate in enumerate(first_learning_rates(resolved, 6), start=1) if rate == 0] == zero
 
 

@@ -15,7 +15,7 @@ from tests.configs import with_values
 from tests.harness import run_command
 from trainer.config import file_search
 from trainer.config.file_search import search_folder, search_glob
-from trainer.config.load import check, load_config
+from trainer.config.load import check_config, load_config
 from trainer.config.paths import matching_files, path_problems
 from trainer.data import load_tokenizer
 from trainer.errors import ConfigError
@@ -80,7 +80,7 @@ def test_special_file_as_data_exits_with_2(tiny: dict[str, Any], tmp_path: Path)
     for name, kind in (("pipe.jsonl", "a named pipe"), ("t.bin", "a named pipe"), ("device.txt", "a device")):
         config = with_values(tiny, data__train=[{"path": str(tmp_path / name)}], data__validation=[])
         with pytest.raises(ConfigError, match=rf"data\.train\.0\.path: .* is {kind}"):
-            check(config, world=1, device="cpu")
+            check_config(config, world_size=1, device="cpu")
     (tmp_path / "a.txt").write_text("text")
     assert [f.name for f in matching_files(f"{tmp_path}/*.*")] == ["a.txt", "t.bin"], "a glob leaves them out"
 
@@ -114,7 +114,7 @@ def test_special_file_in_model_folder_is_refused(
     os.mkfifo(folder / "model.safetensors")
     config = with_values(tiny, model={"path": str(folder)})
     with pytest.raises(ConfigError, match=r"model\.path: '.*model\.safetensors' is a named pipe"):
-        check(config, world=1, device="cpu")
+        check_config(config, world_size=1, device="cpu")
     (folder / "model.safetensors").unlink()
     with socket.socket(socket.AF_UNIX) as listener:
         monkeypatch.chdir(folder)

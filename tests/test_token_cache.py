@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import HashStore
 
 from tests.configs import with_values
 from tests.harness import run_command
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.data import integrity, prepare, prepare_data
 from trainer.data.cache import Cache
 from trainer.data.indexed import IndexedTokens, IndexedWriter
@@ -42,7 +42,7 @@ def cached_config(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def open_train(config: dict[str, Any], **options: Any) -> IndexedTokens:
-    return prepare_data(check(config, world=1, device="cpu"), **options).train[0]
+    return prepare_data(check_config(config, world_size=1, device="cpu"), **options).train[0]
 
 
 def token_folder(config: dict[str, Any]) -> Path:

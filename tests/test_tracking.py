@@ -18,7 +18,7 @@ import pytest
 
 from tests.configs import with_values
 from tests.harness import run_command
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.config.schema import WandbSection
 from trainer.errors import ConfigError
 from trainer.run_directory import RunDirectory
@@ -119,7 +119,7 @@ def validation_loss_of_exported_model(run: Path, tiny: dict[str, Any], tmp_path:
     from trainer.data import open_batches, prepare_data
     from trainer.topology import Topology
 
-    loaded = check(tiny, world=1, device="cpu")
+    loaded = check_config(tiny, world_size=1, device="cpu")
     batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0)).validation
     assert batches is not None
     model = AutoModelForCausalLM.from_pretrained(run / "final")
@@ -184,7 +184,7 @@ def test_invalid_config_json_is_not_overwritten(tiny: dict[str, Any], tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
-        RunDirectory.examine(check(tiny, world=1, device="cpu"))
+        RunDirectory.examine(check_config(tiny, world_size=1, device="cpu"))
 
 
 @pytest.mark.fast

@@ -286,7 +286,7 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     if not options.folder.is_dir():
         raise ConfigError(Problem("folder", f"{options.folder} is not there", "Give a folder"))
-    loaded = load_config(options.config, options.set, world=None, device=None)
+    loaded = load_config(options.config, options.set, world_size=None, device=None)
     with joined_world(Launch(), Topology.of(1, 0), seed=0):
         made = import_checkpoint(options.folder, loaded)
     _say(f"{made}: the run begins with these weights; start it as ever: launch/train.py --config {options.config}")

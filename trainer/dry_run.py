@@ -198,7 +198,7 @@ def _data_lines(loaded: LoadedConfig, report: DataReport) -> Iterator[str]:
 def _device_problems(loaded: LoadedConfig) -> list[Problem]:
     """What keeps this configuration from running on this machine; another one may have other devices."""
     sections = {name: getattr(loaded.config, name) for name in SECTIONS}
-    draft = Draft(**sections, facts=loaded.facts, world=loaded.world, device=local_device())
+    draft = Draft(**sections, facts=loaded.facts, world_size=loaded.world_size, device=local_device())
     return [problem for rule in RULES if rule.name == "device_supported" for problem in rule.check(draft)]
 
 
@@ -250,13 +250,13 @@ def _disk_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
 def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
     parallel = loaded.config.parallel
     sizes = f"pipeline {parallel.pipeline} x data {loaded.data_ranks} x tensor {parallel.tensor}"
-    yield f"processes    {loaded.world} = {sizes}"
+    yield f"processes    {loaded.world_size} = {sizes}"
     yield "  rank  stage  data  tensor"
-    for rank in range(min(loaded.world, _SHOWN_RANKS)):
-        place = Topology.of(loaded.world, rank, pipeline=parallel.pipeline, tensor=parallel.tensor)
+    for rank in range(min(loaded.world_size, _SHOWN_RANKS)):
+        place = Topology.of(loaded.world_size, rank, pipeline=parallel.pipeline, tensor=parallel.tensor)
         yield f"  {rank:4}  {place.stage:5}  {place.data_rank:4}  {place.tensor_rank:6}"
-    if loaded.world > _SHOWN_RANKS:
-        yield f"  ... and {loaded.world - _SHOWN_RANKS} more"
+    if loaded.world_size > _SHOWN_RANKS:
+        yield f"  ... and {loaded.world_size - _SHOWN_RANKS} more"
 
 
 def describe(loaded: LoadedConfig) -> str:

@@ -140,7 +140,7 @@ def run_metadata(loaded: LoadedConfig) -> dict[str, Any]:
     return {
         "versions": package_versions(loaded.config.run.plugins),
         "git_commit": _git_commit(),
-        "world": {"processes": loaded.world, "data": loaded.data_ranks, **topology},
+        "world": {"processes": loaded.world_size, "data": loaded.data_ranks, **topology},
         "steps": loaded.known_steps,
         "kept_meanings": list(loaded.legacy_defaults.keys),
     }

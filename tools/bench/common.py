@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.checkpoint import Checkpoints
-from trainer.config.load import LoadedConfig, check
+from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import scrub
 from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter
@@ -65,7 +65,9 @@ def settings(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **d
 
 def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> LoadedConfig:
     """`settings`, checked."""
-    return check(settings(folder, millions, batch=batch, world=world, **deepspeed), world=world, device="cpu")
+    return check_config(
+        settings(folder, millions, batch=batch, world=world, **deepspeed), world_size=world, device="cpu"
+    )
 
 
 def inline(config: PreTrainedConfig) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _comparison_seconds(folder: str) -> float:
     launch = Launch.from_environment()
     configure_logging(launch.rank)
     overrides = [f"run.output_dir={json.dumps(folder + '/compared')}"]
-    loaded = load_config(ROOT / "ds_configs" / "quickstart.json", overrides, world=launch.world_size, device="cpu")
+    loaded = load_config(ROOT / "ds_configs" / "quickstart.json", overrides, world_size=launch.world_size, device="cpu")
     store = open_store(launch)
     begin = time.process_time()
     compare_ranks(launch, store, "start", [*start_facts(loaded, launch), *source_facts(loaded)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tools.bench.common import inline, start, table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
-from trainer.config.load import LoadedConfig, check
+from trainer.config.load import LoadedConfig, check_config
 from trainer.data.batches import MicroBatch, StepBatch
 from trainer.distributed import Launch, joined_world
 from trainer.engine.pipeline import PipelineEngine
@@ -95,7 +95,7 @@ def _loaded(case: Case, world: int) -> LoadedConfig:
             "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
         },
     }  # fmt: skip
-    return check(raw, world=world, device="cpu")
+    return check_config(raw, world_size=world, device="cpu")
 
 
 def _batch(case: Case, vocabulary: int) -> StepBatch:

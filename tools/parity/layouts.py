@@ -22,7 +22,7 @@ from tools.parity.sides import ComparisonJob, RankDifferences, Reference, Refusa
 from tools.parity.subject import STEPS, Layout, Subject, deepspeed_section, prepare
 from tools.parity.text import last_line
 from tools.parity.training import prove_training
-from trainer.config.load import check
+from trainer.config.load import check_config
 from trainer.errors import ConfigError, Problem
 from trainer.model import build_model_shape
 from trainer.pipeline import assign_stages
@@ -110,7 +110,7 @@ def _refuse_early(jobs: list[ComparisonJob]) -> None:
     problems: list[Problem] = []
     for job in jobs:
         try:
-            loaded = check(job.raw, world=job.layout.world, device="cpu")
+            loaded = check_config(job.raw, world_size=job.layout.world, device="cpu")
             assign_stages(build_model_shape(loaded), loaded)
         except ConfigError as error:
             problems += [_of_layout(job.layout, problem) for problem in error.problems]

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tools.parity.proof import NOISE, blocks_of
 from tools.parity.subject import STEPS, Layout, Raw
-from trainer.config.load import LoadedConfig, check
+from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config
 from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
@@ -249,7 +249,7 @@ def _refusal(error: TesseraError) -> Refusal:
 
 def _reference(job: ComparisonJob) -> Reference:
     began = time.monotonic()
-    loaded = check(job.raw, world=1, device="cpu")
+    loaded = check_config(job.raw, world_size=1, device="cpu")
     model = load_reference_model(loaded)
     if sum(p.numel() for p in model.parameters()) > _LARGE:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -323,7 +323,7 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
     configure_logging(launch.rank)
     topology = Topology.of(launch.world_size, launch.rank, tensor=job.layout.tensor, pipeline=job.layout.pipeline)
     with joined_world(launch, topology, seed=_SEED) as world:
-        loaded = check(job.raw, world=launch.world_size, device="cpu")
+        loaded = check_config(job.raw, world_size=launch.world_size, device="cpu")
         model = build_model(loaded)
         without_dropout(model)
         engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))

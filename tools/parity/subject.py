@@ -16,7 +16,7 @@ from tools.parity.proof import LARGEST, _signature
 from tools.parity.shrink import shrunk
 from tools.parity.text import shortened
 from trainer.config import strict_json
-from trainer.config.load import LoadedConfig, check
+from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config, scrub
 from trainer.config.read import apply_override, read_config_file
 from trainer.errors import ConfigError, Problem
@@ -148,7 +148,7 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> Subject:
     micro = section.get("train_micro_batch_size_per_gpu")
     samples = SHRUNK_SAMPLES if shrink else micro if isinstance(micro, int) and micro > 0 else 1
     raw["deepspeed"] = deepspeed_section(_zero(section, notes), 1, 1, samples, (1.0, 1.0))
-    loaded = check(raw, world=1, device="cpu")
+    loaded = check_config(raw, world_size=1, device="cpu")
     shape = build_model_shape(loaded)
     if shrink:
         left_out = [key for key in ("learning_rate_scales", "weight_decay_exclude") if raw["training"].pop(key, None)]

@@ -161,7 +161,7 @@ def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) 
 
 def compare(name: str, path: str) -> Verdict:
     """The command's export against a bare loop."""
-    loaded = load_config(path, world=1, device="cpu")
+    loaded = load_config(path, world_size=1, device="cpu")
     batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0))
     model, run = load_reference_model(loaded).train(), Path(loaded.config.run.output_dir)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

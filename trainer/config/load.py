@@ -48,7 +48,7 @@ class LoadedConfig:
     config: Config
     facts: ModelFacts
     batch: Batch
-    world: int
+    world_size: int
     deepspeed_json: Raw
     """What DeepSpeed receives: resolved, plain JSON."""
 
@@ -61,7 +61,7 @@ class LoadedConfig:
 
     @property
     def data_ranks(self) -> int:
-        return self.world // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
 
     @property
     def known_steps(self) -> int | None:
@@ -137,11 +137,13 @@ def _checked(rule: cross_section.Rule, draft: Draft) -> list[Problem]:
         return [Problem(rule.needs[0], f"a path cannot be examined: {error}")]
 
 
-def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file: str | None = None) -> LoadedConfig:
+def check_config(
+    raw: Raw, *, world_size: int | None, device: Device | None, deepspeed_file: str | None = None
+) -> LoadedConfig:
     """Builds and checks a merged configuration.
 
     Args:
-        raw: the merged JSON. world: the number of processes, None when open. device: see `Draft.device`.
+        raw: the merged JSON. world_size: the number of processes, None when open. device: see `Draft.device`.
         deepspeed_file: the DeepSpeed file that was merged in, by the name to show.
 
     Raises:
@@ -149,7 +151,7 @@ def check(raw: Raw, *, world: int | None, device: Device | None, deepspeed_file:
     """
     raw = json.loads(json.dumps(raw))
     problems = unknown_sections(raw)
-    draft = Draft(world=world, device=device)
+    draft = Draft(world_size=world_size, device=device)
     invalid: set[str] = set()
     given: Any = raw.get("deepspeed")
     if isinstance(given, dict):
@@ -193,7 +195,7 @@ def _finish(draft: Draft) -> LoadedConfig:
         config=config,
         facts=draft.facts,
         batch=batch,
-        world=data_ranks * config.parallel.tensor * config.parallel.pipeline,
+        world_size=data_ranks * config.parallel.tensor * config.parallel.pipeline,
         deepspeed_json=resolve(
             config.deepspeed,
             data_ranks=data_ranks,
@@ -212,7 +214,7 @@ def with_steps(loaded: LoadedConfig, steps: int) -> LoadedConfig:
         ConfigError: with the problems of all rules that read the number of steps.
     """
     sections = {name: getattr(loaded.config, name) for name in SECTIONS}
-    draft = Draft(**sections, facts=loaded.facts, world=loaded.world, derived_steps=steps)
+    draft = Draft(**sections, facts=loaded.facts, world_size=loaded.world_size, derived_steps=steps)
     rules = [rule for rule in cross_section.RULES if "training.max_steps" in rule.needs]
     if problems := [problem for rule in rules for problem in rule.check(draft)]:
         raise ConfigError(problems)
@@ -220,7 +222,7 @@ def with_steps(loaded: LoadedConfig, steps: int) -> LoadedConfig:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, world: int | None = None, device: Device | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, device: Device | None = None
 ) -> LoadedConfig:
     """Reads, merges, overrides, checks and resolves the configuration at `path`.
 
@@ -242,5 +244,6 @@ def load_config(
         deepspeed_file = None
     legacy_defaults = apply_legacy_defaults(raw)
     return replace(
-        check(raw, world=world, device=device, deepspeed_file=deepspeed_file), legacy_defaults=legacy_defaults
+        check_config(raw, world_size=world_size, device=device, deepspeed_file=deepspeed_file),
+        legacy_defaults=legacy_defaults,
     )

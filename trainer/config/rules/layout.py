@@ -143,8 +143,8 @@ def sequence_length_divisible_by_tensor(draft: Draft) -> Iterator[Problem]:
 def world_size_divisible_by_model_parallel_size(draft: Draft) -> Iterator[Problem]:
     assert draft.parallel is not None
     replica = draft.parallel.tensor * draft.parallel.pipeline
-    if draft.world is not None and draft.world % replica:
-        yield Problem("parallel", f"{draft.world} processes cannot be divided by tensor x pipeline = {replica}")
+    if draft.world_size is not None and draft.world_size % replica:
+        yield Problem("parallel", f"{draft.world_size} processes cannot be divided by tensor x pipeline = {replica}")
 
 
 @rule("parallel", "deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu",

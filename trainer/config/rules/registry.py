@@ -40,7 +40,7 @@ class Draft:
     derived_steps: int | None = None
     """Optimizer steps of `training.epochs`; None while they have not been counted."""
 
-    world: int | None = None
+    world_size: int | None = None
     """Number of processes; None when it is open (a dry run)."""
 
     device: Device | None = None
@@ -66,9 +66,9 @@ class Draft:
         assert self.parallel is not None
         assert self.deepspeed is not None
         replica = self.parallel.tensor * self.parallel.pipeline
-        if self.world is None:
+        if self.world_size is None:
             return min_data_ranks(self.deepspeed)
-        return self.world // replica if self.world % replica == 0 else None
+        return self.world_size // replica if self.world_size % replica == 0 else None
 
 
 @dataclass(frozen=True)
