@@ -1,8 +1,8 @@
-"""Micro-batches: what one data rank computes on, and how many tokens the global batch predicts.
+"""Micro-batches of one data rank, and the number of tokens that the global batch predicts.
 
-A global batch is divided into micro-batches in the order of its samples; micro-batch m goes to data rank
-m mod R as its number m // R. So the micro-batches are the same sets of samples in every layout of one
-micro-batch size, and their union is the same set of samples in every layout at all.
+A global batch is split into micro-batches in sample order. With R data ranks, micro-batch m goes to data rank m mod R,
+where it has index m // R. Micro-batches of a given size therefore hold the same samples in every layout, and the global
+batch holds the same samples whatever the layout and the micro-batch size.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from trainer.data.order import Integers, SampleOrder
 from trainer.data.samples import CheckedSamples
 
 IGNORE_INDEX = -100
-"""The label of a position that predicts nothing (torch's and Hugging Face's convention)."""
+"""Label of a position that does not contribute to the loss (the default of torch and Hugging Face)."""
 
 DEFAULT_PAD_MULTIPLE = 8
-"""What the width of a padded micro-batch is a multiple of: it keeps kernels fast and shapes few."""
+"""The width of a padded micro-batch is a multiple of this, which keeps kernels fast and distinct shapes few."""
 
 _PREFETCH_STEPS = 4
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of T tokens; labels are the inputs shifted by one, padding is `IGNORE_INDEX`."""
+    """B samples of T tokens. Labels are the inputs shifted by one; padding has the label `IGNORE_INDEX`."""
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     attention_mask_BT: Tensor | None
-    """1 where there is a token; None where every position holds one, or where padding needs no mask."""
+    """1 for a token, 0 for padding; None if there is no padding or padding needs no mask."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`, copied without waiting where the memory is pinned."""
+        """Copy to `device`, asynchronously from pinned memory."""
         mask = self.attention_mask_BT
         return MicroBatch(
             self.input_ids_BT.to(device, non_blocking=True),
@@ -48,6 +48,7 @@ class MicroBatch:
         )
 
     def pinned(self) -> MicroBatch:
+        """Copy to pinned memory."""
         mask = self.attention_mask_BT
         return MicroBatch(
             self.input_ids_BT.pin_memory(), self.labels_BT.pin_memory(), None if mask is None else mask.pin_memory()
@@ -56,14 +57,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one data rank needs for one optimizer step."""
+    """Micro-batches of one data rank for one optimizer step, with totals of the global batch."""
 
     micro_batches: tuple[MicroBatch, ...]
     tokens: int
-    """Predicted tokens of the whole global batch, over all ranks and micro-batches: the weight of the loss."""
+    """Predicted tokens of the global batch, over all ranks and micro-batches: the denominator of the loss."""
 
     samples: int
-    """Samples of the whole global batch."""
+    """Samples of the global batch."""
 
 
 def pad(
@@ -74,8 +75,15 @@ def pad(
     *,
     mask_padding: bool = True,
 ) -> MicroBatch:
-    """Rows of 2 to `length + 1` ids as one micro-batch, padded on the right to a common length: a multiple of
-    `pad_to_multiple_of`, or `length`. See `BatchShape.masks`."""
+    """Collate samples into one micro-batch, padded on the right.
+
+    Args:
+        rows: samples of 2 to `length + 1` ids.
+        length: maximum width T of the micro-batch.
+        pad_id: id of padding in the inputs.
+        pad_to_multiple_of: T is the smallest multiple of this that fits all samples, or `length` if that is smaller.
+        mask_padding: see `BatchShape.mask_padding`.
+    """
     longest = max(len(row) for row in rows) - 1
     width = min(length, -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
     inputs = np.full((len(rows), width), pad_id, np.int64)
@@ -92,7 +100,7 @@ def pad(
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is divided, and which part is this rank's."""
+    """How a global batch is split into micro-batches, and which of them belong to this rank."""
 
     train: int
     """Samples of a global batch."""
@@ -107,39 +115,39 @@ class BatchShape:
 
     pad_id: int
     pad_to_multiple_of: int = DEFAULT_PAD_MULTIPLE
-    """What the width of a padded micro-batch is a multiple of, unless it is `length`."""
+    """The width of a padded micro-batch is a multiple of this, unless it is `length`."""
 
     mask_padding: bool = True
-    """Whether padding is masked out. Under a causal mask no token attends to the padding after it, so the loss and its
-    gradients need no mask; a load-balancing loss, which counts all tokens, does."""
+    """Whether micro-batches with padding get an attention mask. Under a causal mask no token attends to the padding
+    after it, so the loss and its gradients need none; a load-balancing loss, which counts all tokens, needs one."""
 
     def padded(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> MicroBatch:
-        """The rows as one micro-batch of this shape."""
+        """Collate samples of 2 to `length + 1` ids into one micro-batch of this shape."""
         return pad(rows, self.length, self.pad_id, self.pad_to_multiple_of, mask_padding=self.mask_padding)
 
 
 class TrainBatches:
-    """The training data as a function from step to batch, and an iterator that reads ahead in a thread."""
+    """Training data as a pure function from step to batch, and an iterator that prefetches in a thread."""
 
     def __init__(self, sources: list[CheckedSamples], order: SampleOrder, shape: BatchShape, pin: bool) -> None:
         self._sources, self._order, self._shape, self._pin = sources, order, shape, pin
         self._sample_offset = 0
-        """Samples read in earlier steps beside those of this batch size."""
+        """Samples that earlier steps read in excess of `step * shape.train`, because the batch size was different."""
 
     def resume_from(self, step: int, samples: int) -> None:
-        """Makes the step behind `step` begin with sample number `samples`, whatever the batch size was before."""
+        """Start the step after `step` at global sample position `samples`, whatever the batch size was before."""
         self._sample_offset = samples - step * self._shape.train
 
     def epochs_after(self, step: int) -> float:
-        """Epochs read after `step` steps."""
+        """Return the number of epochs, as a fraction, that have been read after `step` steps."""
         return self._order.epochs_at(step * self._shape.train + self._sample_offset)
 
     def first_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """At most `length + 1` ids of the first source's first sample: the same on every rank."""
+        """Return up to `length + 1` ids of the first sample of the first source: the same on every rank."""
         return self._sources[0].ids(0)
 
     def batch_at(self, step: int) -> StepBatch:
-        """The batch of step `step`, counted from 1. A pure function: any step costs the same.
+        """Return the batch of step `step`, counted from 1. Any step costs the same.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -164,7 +172,7 @@ class TrainBatches:
         return sum(samples.count_targets(sample[source == number]) for number, samples in enumerate(self._sources))
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch]:
-        """The batches of steps `first` to `last`, read ahead by a thread. Errors of the thread are raised here."""
+        """Yield the batches of steps `first` to `last`, prefetched by a thread whose errors are raised here."""
         ready: queue.Queue[StepBatch | BaseException] = queue.Queue(_PREFETCH_STEPS)
         stopped = threading.Event()
 
@@ -199,20 +207,24 @@ class TrainBatches:
 
 
 def allocate_evaluation_samples(samples: Sequence[int], batch: int, max_batches: int | None) -> list[int]:
-    """How many samples of each source are evaluated.
+    """Choose how many samples of each source an evaluation reads.
 
     Args:
-        samples: that each source has. batch: samples of a global batch. max_batches: None for all samples.
+        samples: samples of each source.
+        batch: samples of a global batch.
+        max_batches: limit on the number of global batches; None to read all samples.
 
     Returns:
-        Shares of max_batches x batch in proportion to `samples`, but at least one batch of each source, or all that
-        it has.
+        `max_batches * batch` samples, allocated in proportion to `samples`, but for each source at least one batch or
+        all of its samples.
     """
     if max_batches is None or max_batches * batch >= sum(samples):
         return list(samples)
     shares = [min(count, batch) for count in samples]
     proportional = list(range(len(samples)))
-    while True:  # sources whose share in proportion is less than a batch keep that, and the others share the rest
+    # Sources whose proportional share is below one batch keep their minimum; the others divide the rest among them.
+    # Fixing one source at its minimum lowers the share of the others, hence the loop.
+    while True:
         rest = max_batches * batch - sum(shares[n] for n in range(len(samples)) if n not in proportional)
         total = sum(samples[n] for n in proportional)
         kept = [n for n in proportional if rest * samples[n] >= shares[n] * total]
@@ -227,10 +239,10 @@ def allocate_evaluation_samples(samples: Sequence[int], batch: int, max_batches:
 
 
 class EvaluationBatches:
-    """Held-out data: of each source the first samples, each exactly once, in order, whatever the number of ranks.
+    """Validation data: the first samples of each source, each exactly once and in order, for any number of ranks.
 
-    All ranks yield the same number of micro-batches (ZeRO-3 gathers weights in each forward pass); where the
-    samples run out, a rank yields one whose labels are all ignored.
+    All ranks yield the same number of micro-batches, because ZeRO-3 gathers weights in each forward pass. A rank
+    without samples left yields a micro-batch whose labels are all `IGNORE_INDEX`.
     """
 
     def __init__(
@@ -240,8 +252,13 @@ class EvaluationBatches:
         max_batches: int | None,
         files_of_source: Sequence[int] | None = None,
     ) -> None:
-        """Args:
-        files_of_source: how many of `files`, in their order, make each source. Default: one each.
+        """Allocate the evaluated samples to the sources.
+
+        Args:
+            files: samples of each token file.
+            shape: how a global batch is split.
+            max_batches: limit on the number of global batches; None to read all samples.
+            files_of_source: number of consecutive `files` that make up each source. Default: one each.
         """
         self._files, self._shape = files, shape
         sizes = iter([len(samples) for samples in files])
@@ -250,7 +267,7 @@ class EvaluationBatches:
         ends = [min(end, share) for source, share in zip(sources, shares, strict=True) for end in accumulate(source)]
         firsts = np.repeat(np.cumsum([0, *shares[:-1]]), [len(source) for source in sources])
         self._file_ends = np.asarray(ends) + firsts
-        """Of each file: evaluated samples up to its last one."""
+        """Cumulative number of evaluated samples at the end of each file."""
 
         self.shares = tuple(shares)
         """Evaluated samples of each source."""

@@ -1,4 +1,4 @@
-"""From token files to samples: rows of at most `sequence_length + 1` ids."""
+"""Samples of token files: up to `sequence_length + 1` ids, of which inputs and labels overlap."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ Ids = npt.NDArray[Any]
 
 
 class Samples(Protocol):
-    """Samples by number. Inputs are a sample's ids without the last, labels without the first."""
+    """Samples with random access. Inputs are a sample's ids without the last one, labels those without the first."""
 
     def __len__(self) -> int: ...
 
     def ids(self, number: int) -> Ids:
-        """At most `sequence_length + 1` ids of sample `number`."""
+        """Return the ids of sample `number`: 2 to `sequence_length + 1`."""
 
     def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
-        """Predicted tokens in these samples together, without reading them."""
+        """Return the total number of predicted tokens in these samples, without reading them."""
 
 
 class ConcatenatedSamples:
-    """All documents as one stream, cut every `length` ids; a sample's last id is the next one's first.
+    """Samples of all documents joined into one stream; the last id of a sample is the first of the next one.
 
-    The last sample is as long as what is left: every token but the stream's first is predicted exactly once.
+    The last sample may be shorter, so that every token but the first of the stream is predicted exactly once.
     """
 
     def __init__(self, tokens: IndexedTokens, length: int, *, drop_last: bool = False) -> None:
-        """Args:
-            drop_last: leave out the last sample if it is shorter than the others.
+        """Compute the number of samples.
+
+        Args:
+            tokens: contiguous token files.
+            length: `data.sequence_length`.
+            drop_last: omit the last sample if it is shorter than the others.
 
         Raises:
-            DataError: not one sample.
+            DataError: the stream is too short for one sample.
         """
         self._tokens, self._length = tokens, length
         count_targets = max(0, tokens.tokens - 1)
         self._num_samples = count_targets // length if drop_last else -(-count_targets // length)
         self._last_sample_deficit = max(0, self._num_samples * length - count_targets)
-        """Targets that the last sample has fewer than `length`."""
+        """Predicted tokens that the last sample lacks compared with a full one."""
 
         if self._num_samples < 1 and drop_last:
             raise DataError(
@@ -63,7 +67,7 @@ class ConcatenatedSamples:
 
 
 class DocumentSamples:
-    """One document a sample, cut at `length + 1` ids. Documents of one token predict nothing and are left out."""
+    """One document per sample, truncated to `length + 1` ids. Documents of fewer than two tokens are omitted."""
 
     def __init__(self, tokens: IndexedTokens, length: int) -> None:
         self._tokens, self._length = tokens, length
@@ -74,7 +78,7 @@ class DocumentSamples:
 
     @property
     def num_truncated(self) -> int:
-        """Documents longer than a sample, whose rest is not read."""
+        """Documents longer than `length + 1` ids, whose remaining ids are not read."""
         return int((self._tokens.lengths > self._length + 1).sum())
 
     def __len__(self) -> int:
@@ -90,14 +94,14 @@ class DocumentSamples:
 def build_samples(
     tokens: IndexedTokens, packing: Literal["concatenate", "none"], length: int, *, drop_last: bool
 ) -> Samples:
-    """The samples of one token file under a way of packing."""
+    """Open the samples of one token file for `data.packing`."""
     if packing == "concatenate":
         return ConcatenatedSamples(tokens, length, drop_last=drop_last)
     return DocumentSamples(tokens, length)
 
 
 class CheckedSamples:
-    """Samples whose ids are compared with the model's vocabulary as they are read."""
+    """Samples whose ids are checked against the model's vocabulary when they are read."""
 
     def __init__(self, samples: Samples, tokens: IndexedTokens, vocabulary: int) -> None:
         self._samples, self._tokens, self._vocabulary = samples, tokens, vocabulary
@@ -106,10 +110,10 @@ class CheckedSamples:
         return len(self._samples)
 
     def ids(self, number: int) -> npt.NDArray[np.int64]:
-        """See `Samples.ids`.
+        """Return the ids of sample `number`.
 
         Raises:
-            DataError: naming file, sample and place of an id that the model has no embedding for.
+            DataError: an id is outside the vocabulary; the message names file, sample and position.
         """
         sample_ids = self._samples.ids(number).astype(np.int64)
         if sample_ids.max() >= self._vocabulary or sample_ids.min() < 0:
