@@ -61,7 +61,7 @@ from trainer.distributed import Launch, joined_world
 from trainer.engine import ScalarState, TrainingState
 from trainer.errors import CheckpointError
 from trainer.files import hash_file
-from trainer.sharding import Shard, boxes_of, flat_boxes
+from trainer.sharding import Shard, chunks_of_flat_range, chunks_of_fragment
 from trainer.topology import Topology
 
 
@@ -688,11 +688,11 @@ def test_chunks_cover_sharded_tensor() -> None:
         whole, found = torch.arange(1, 1 + math.prod(shape)).view(shape), torch.zeros(shape, dtype=torch.int64)
         for index in range(of):
             shard = Shard("x", shape, dim, index, of, packed)
-            flat = shard.take(whole).reshape(-1)
+            flat = shard.extract(whole).reshape(-1)
             middle = draw.randint(0, flat.numel())
             for first, end in ((0, middle), (middle, flat.numel())):
-                chunks = list(boxes_of(flat[first:end], first, shard))
-                assert len(list(flat_boxes(shard.local_shape(), first, end))) <= max(1, 2 * len(shape) - 1)
+                chunks = list(chunks_of_fragment(flat[first:end], first, shard))
+                assert len(list(chunks_of_flat_range(shard.local_shape(), first, end))) <= max(1, 2 * len(shape) - 1)
                 for start, view in chunks:
                     place = tuple(slice(a, a + n) for a, n in zip(start, view.shape, strict=True))
                     assert view.equal(whole[place])

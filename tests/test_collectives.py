@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.cut import one_tensor_group
 from tests.harness import run_ranks
+from tests.tensor_parallel_helpers import single_tensor_group
 from trainer.distributed import World
 from trainer.tensor_parallel import collectives
 
@@ -37,12 +37,12 @@ def _parts(x: Tensor, dim: int, count: int) -> list[Tensor]:
 
 
 PAIRS = [
-    Pair("enter", lambda xs, dim: xs, same_input=True, along=False),
-    Pair("leave", lambda xs, dim: [sum(xs[1:], xs[0])] * len(xs), same_output=True, along=False),
-    Pair("gather", lambda xs, dim: [torch.cat(xs, dim)] * len(xs), same_output=True),
-    Pair("split", lambda xs, dim: _parts(xs[0], dim, len(xs)), same_input=True),
+    Pair("enter_region", lambda xs, dim: xs, same_input=True, along=False),
+    Pair("reduce_from_region", lambda xs, dim: [sum(xs[1:], xs[0])] * len(xs), same_output=True, along=False),
+    Pair("gather_from_region", lambda xs, dim: [torch.cat(xs, dim)] * len(xs), same_output=True),
+    Pair("split_to_region", lambda xs, dim: _parts(xs[0], dim, len(xs)), same_input=True),
     Pair("gather_sequence", lambda xs, dim: [torch.cat(xs, dim)] * len(xs)),
-    Pair("scatter_sequence", lambda xs, dim: _parts(sum(xs[1:], xs[0]), dim, len(xs))),
+    Pair("reduce_scatter_sequence", lambda xs, dim: _parts(sum(xs[1:], xs[0]), dim, len(xs))),
 ]
 
 
@@ -81,7 +81,7 @@ def compare_collective(pair: Pair, dim: int, layout: str, slope_layout: str, wor
     x = _laid_out(wholes[rank].detach(), layout).requires_grad_()
     y = getattr(collectives, pair.name)(x, *([dim] if pair.along else []), group)
     same(y, expected[rank])
-    if pair.name != "enter":
+    if pair.name != "enter_region":
         assert x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr(), f"{what}: the input's own memory"
         y.add_(1.0)
     slope = slopes[rank] if slope_layout == "expanded" else _laid_out(slopes[rank], slope_layout)
@@ -92,10 +92,10 @@ def compare_collective(pair: Pair, dim: int, layout: str, slope_layout: str, wor
     same(x, wholes[rank])
 
 
-def collectives_agree(names: list[str]) -> int:
+def compare_collectives(names: list[str]) -> int:
     """Each collective in every layout of its input and of its gradient; the number of comparisons."""
     checked = 0
-    with one_tensor_group() as world:
+    with single_tensor_group() as world:
         for pair in (p for p in PAIRS if p.name in names):
             dims = (0, 1, -1) if pair.along else (0,)
             for case in itertools.product(dims, LAYOUTS, ("contiguous", "transposed", "expanded")):
@@ -105,9 +105,9 @@ def collectives_agree(names: list[str]) -> int:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_collectives_and_their_gradients(ranks: int) -> None:
+def test_collectives_match_their_definition(ranks: int) -> None:
     names = [pair.name for pair in PAIRS]
-    assert run_ranks(collectives_agree, ranks, names) == [2 * 9 + 4 * 27] * ranks
+    assert run_ranks(compare_collectives, ranks, names) == [2 * 9 + 4 * 27] * ranks
 
 
 def sum_of_a_copy(names: list[str]) -> int:
@@ -117,11 +117,11 @@ def sum_of_a_copy(names: list[str]) -> int:
         return reduced
 
     collectives.all_reduce = all_reduce
-    return collectives_agree(names)
+    return compare_collectives(names)
 
 
-@pytest.mark.parametrize("name", ["enter", "leave"])
-def test_a_sum_that_is_lost_in_a_copy_is_noticed(name: str) -> None:
+@pytest.mark.parametrize("name", ["enter_region", "reduce_from_region"])
+def test_lost_sum_is_detected(name: str) -> None:
     with pytest.raises(AssertionError, match=f"{name}, dim 0, (transposed|contiguous, gradient transposed)"):
         run_ranks(sum_of_a_copy, 2, [name])
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.cut import cut, from_all, one_tensor_group
 from tests.harness import run_ranks
+from tests.tensor_parallel_helpers import cut, gather_from_ranks, single_tensor_group
 from tools.parity.shrink import tiny
 from trainer.distributed import World
 from trainer.errors import PlanError
@@ -115,10 +115,10 @@ def _all_differ(values: list[Tensor]) -> bool:
 def dropout_is_drawn_right(names: list[str]) -> list[str]:
     """What does not hold, by family."""
     wrong = []
-    with one_tensor_group() as world:
+    with single_tensor_group() as world:
         for name in names:
             step = dropping_steps(name, world)
-            ranks = from_all(step)
+            ranks = gather_from_ranks(step)
             attention = [rank.masks["apart"] for rank in ranks]
             holds = {
                 "there is dropout in attention": all(len(masks) == 3 for masks in attention),
@@ -146,7 +146,7 @@ def dropout_is_drawn_right(names: list[str]) -> list[str]:
                             torch.equal(g, again.gradients[n]) for n, g in plain.gradients.items()
                         ),
                         f"{what}: generator": torch.equal(plain.state, again.state),
-                        f"{what}: generators": _same(from_all(again.state)),
+                        f"{what}: generators": _same(gather_from_ranks(again.state)),
                     }
             wrong += [f"{name}: not so: {claim}" for claim, true in holds.items() if not true]
     return wrong
@@ -157,34 +157,34 @@ def test_dropout() -> None:
 
 
 def one_stream_for_all(names: list[str]) -> list[str]:
-    Region.draw_apart = lambda self, device: None  # type: ignore[method-assign]
+    Region.use_rank_local_rng = lambda self, device: None  # type: ignore[method-assign]
     return dropout_is_drawn_right(names)
 
 
 def numbers_that_do_not_come_again(names: list[str]) -> list[str]:
-    def draw_apart(self: Region, device: torch.device) -> None:
-        if self._state is None:
-            self._state = torch.get_rng_state()
+    def use_rank_local_rng(self: Region, device: torch.device) -> None:
+        if self._shared_state is None:
+            self._shared_state = torch.get_rng_state()
             torch.seed()
 
-    def draw_together(self: Region, device: torch.device) -> None:
-        if self._state is not None:
-            torch.set_rng_state(self._state)
-            self._state = None
+    def use_shared_rng(self: Region, device: torch.device) -> None:
+        if self._shared_state is not None:
+            torch.set_rng_state(self._shared_state)
+            self._shared_state = None
 
-    Region.draw_apart, Region.draw_together = draw_apart, draw_together  # type: ignore[method-assign]
+    Region.use_rank_local_rng, Region.use_shared_rng = use_rank_local_rng, use_shared_rng  # type: ignore[method-assign]
     return dropout_is_drawn_right(names)
 
 
 @pytest.mark.parametrize(("sabotage", "claim"), [(one_stream_for_all, "heads drop apart"),
                                                  (numbers_that_do_not_come_again, "gradients")])  # fmt: skip
-def test_wrong_random_numbers_are_noticed(sabotage: Callable[[list[str]], list[str]], claim: str) -> None:
+def test_wrong_random_numbers_are_detected(sabotage: Callable[[list[str]], list[str]], claim: str) -> None:
     assert any(said.endswith(claim) for said in run_ranks(sabotage, 2, ["gpt2"])[0])
 
 
-def stretches_drop_apart(name: str) -> list[str]:
-    with one_tensor_group() as world:
-        ranks = from_all(dropping_steps(name, world, sequence_parallel=True))
+def compare_sequence_dropout(name: str) -> list[str]:
+    with single_tensor_group() as world:
+        ranks = gather_from_ranks(dropping_steps(name, world, sequence_parallel=True))
         embedded, *inside = zip(*(rank.masks["together"] for rank in ranks), strict=True)
         holds = {
             "embeddings drop the same": _same(list(embedded)) and embedded[0].shape[1] == 24,
@@ -198,5 +198,5 @@ def stretches_drop_apart(name: str) -> list[str]:
         return [claim for claim, true in holds.items() if not true]
 
 
-def test_dropout_where_the_sequence_is_cut() -> None:
-    assert run_ranks(stretches_drop_apart, 2, "gpt2") == [[], []]
+def test_dropout_with_sequence_parallel() -> None:
+    assert run_ranks(compare_sequence_dropout, 2, "gpt2") == [[], []]

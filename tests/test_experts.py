@@ -38,7 +38,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (68, 32, 1, BF16, "eager"),
     ],
 )
-def test_experts_are_computed_by_what_suits_their_widths(
+def test_experts_implementation_suits_their_widths(
     hidden: int, width: int, ranks: int, dtype: torch.dtype, implementation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = meta("mixtral", hidden_size=hidden, intermediate_size=width, head_dim=8)
@@ -54,14 +54,14 @@ def test_experts_are_computed_by_what_suits_their_widths(
 
 
 @pytest.mark.fast
-def test_experts_that_nothing_computes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_expert_widths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = meta("mixtral", intermediate_size=34)
     monkeypatch.setattr(type(model), "set_experts_implementation", lambda self, name: None)
     with pytest.raises(PlanError, match=r"width of 34 on a rank, 136 bytes in float32.*a multiple of 4"):
         choose_experts_implementation(model, FP32)
 
 
-def test_every_gradient_of_experts_of_any_width() -> None:
+def test_experts_of_any_width_gradients_match() -> None:
     """The full width, 12, is a multiple of 16 bytes; a rank's, 6, is none."""
     families = [
         Family("mixtral", variant="narrow", fields={"intermediate_size": 12}),
@@ -73,7 +73,7 @@ def test_every_gradient_of_experts_of_any_width() -> None:
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-def test_a_run_computes_experts_of_any_width(corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
+def test_run_trains_experts_of_any_width(corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
     """Against a bare process that computes one expert at a time: a width that suits nowhere (18), and one that does not
     on two ranks (12 and 6; 24 and 12 in bf16), at ZeRO 0 and 3."""
     base = with_values(tiny_config(corpus, shared_cache, tmp_path), data__validation=[])

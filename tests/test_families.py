@@ -67,20 +67,20 @@ def describe(verdict: Verdict) -> str:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_gradient(ranks: int) -> None:
+def test_family_gradients_match(ranks: int) -> None:
     families = [f for f in REPRESENTATIVE if ranks == 2 or f.model_type != "codegen"]  # four blocks of two heads
     found = run_ranks(prove, ranks, families)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-def test_every_gradient_in_float64() -> None:
+def test_family_gradients_match_in_float64() -> None:
     """Of families that compute nothing in float32 by themselves."""
     names = ("gpt2", "opt", "bloom", "gpt_neox", "codegen", "falcon", "bert", "bart")
     found = run_ranks(in_float64, 2, [f for f in REPRESENTATIVE if f.model_type in names])[0]
     assert [describe(v) for v in found if not v.worst <= 1e-9 or v.outcome != "right"] == []
 
 
-def test_every_gradient_with_the_sequence_cut() -> None:
+def test_family_gradients_match_with_sequence_parallel() -> None:
     kinds = (
         "llama",
         "qwen3",
@@ -99,19 +99,19 @@ def test_every_gradient_with_the_sequence_cut() -> None:
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-def test_four_key_value_heads_on_eight_ranks() -> None:
+def test_four_key_value_heads_on_eight_ranks_gradients_match() -> None:
     found = run_ranks(prove, 8, [Family("llama"), Family("qwen3"), Family("falcon"), Family("gpt_bigcode")])[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
 def no_reduction_of_inputs(families: list[Family]) -> list[Verdict]:
     """The loss stays exact: only gradients tell."""
-    collectives.enter = lambda x, group: x
+    collectives.enter_region = lambda x, group: x
     return prove(families)
 
 
 def no_sum_of_outputs(families: list[Family]) -> list[Verdict]:
-    collectives.leave = lambda x, group: x
+    collectives.reduce_from_region = lambda x, group: x
     return prove(families)
 
 
@@ -182,7 +182,7 @@ def test_layout_comparison_detects_sabotage(sabotage: object, model_type: str, l
 
 
 @pytest.mark.fast
-def test_every_plan_belongs_to_a_family_of_the_table() -> None:
+def test_every_plan_belongs_to_a_listed_family() -> None:
     known = {family.model_type for family in FAMILIES}
     parts = {part for model_type in known for part in getattr(CONFIG_MAPPING[model_type], "sub_configs", {}).values()}
     known |= {part.model_type for part in parts if hasattr(part, "model_type")}
@@ -216,20 +216,20 @@ def in_any_shape(families: list[Family]) -> list[Verdict]:
     return prove(families, like_default=False)
 
 
-def test_every_gradient_in_other_shapes() -> None:
+def test_family_gradients_match_in_other_shapes() -> None:
     families = [*(shaped(*pair) for pair in SHAPED), shaped("bart", UNEVEN, "seq2seq_lm")]
     found = run_ranks(in_any_shape, 2, families)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-def test_shared_heads_on_more_ranks_than_heads() -> None:
+def test_shared_heads_on_more_ranks_than_heads_gradients_match() -> None:
     families = [shaped("llama", HEADS), shaped("llama", FEW_HEADS), shaped("olmo2", FEW_HEADS)]
     found = run_ranks(in_any_shape, 4, families)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
 @pytest.mark.fast
-def test_shapes_are_what_their_names_say() -> None:
+def test_shapes_match_their_names() -> None:
     llama = {one.shape: one.changed for one in variations(Family("llama"))}
     assert llama == {
         GENERIC: (),
@@ -244,13 +244,13 @@ def test_shapes_are_what_their_names_say() -> None:
 
 
 @pytest.mark.fast
-def test_shapes_of_layers_that_differ() -> None:
+def test_shapes_with_differing_layers_gradients_match() -> None:
     """Gemma 4 forbids to read one number for all layers."""
     assert UNEVEN in {one.shape for one in variations(Family("gemma4_text"))}
 
 
 @pytest.mark.parametrize(("model_type", "layouts"), [("gemma4_text", ("tensor=2", "pipeline=2"))])
-def test_training_by_the_command(model_type: str, layouts: tuple[str, str]) -> None:
+def test_launch_trains_family(model_type: str, layouts: tuple[str, str]) -> None:
     verdict = prove_training(model_type, tiny_model(Family(model_type)), [*map(parse_layout, layouts)])
     assert verdict.outcome == "right", describe(verdict)
 
@@ -260,7 +260,7 @@ def steps_further(family: str, path: str) -> Verdict:
     return training.compare(family, path)
 
 
-def test_training_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_training_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the bare loop takes larger steps than the command."""
     monkeypatch.setattr(training, "compare", steps_further)
     verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
@@ -272,7 +272,7 @@ def test_training_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     ("model_type", "outcome"),
     [("llama", "right"), ("bert", "right"), ("xlnet", "wrong"), ("prophetnet", "wrong"), ("cpmant", "wrong")],
 )
-def test_causality_of_families(model_type: str, outcome: str) -> None:
+def test_family_causality_matches_expectation(model_type: str, outcome: str) -> None:
     """Those that see later tokens are refused by name; the long test looks whether there are others."""
     verdict = prove_causality(Family(model_type))
     assert verdict.outcome == outcome, describe(verdict)
@@ -280,7 +280,7 @@ def test_causality_of_families(model_type: str, outcome: str) -> None:
 
 
 @pytest.mark.matrix
-def test_the_whole_population() -> None:
+def test_all_families_are_proven() -> None:
     """Goes on where it was stopped: verdicts are kept for as long as the sources stay the same."""
     rows = matrix.run(["all"], matrix.PAGES_COLUMNS, Results(), shapes=True, training=True)
     assert [describe(v) for row in rows for v in row.verdicts if v.outcome in matrix.BAD] == []

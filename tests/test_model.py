@@ -38,7 +38,7 @@ from trainer.model.initialize import _Initializer
 from trainer.model.read import read_weights
 from trainer.model.tasks import auxiliary_coefficient
 from trainer.sharding import shard_of
-from trainer.sharding.remote import put_elsewhere
+from trainer.sharding.remote import make_remote
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel import TensorMapper, read_plan
 
@@ -178,7 +178,7 @@ def test_stage_initializes_local_weights_as_full_model_does() -> None:
     """GIT sets the weights of two embeddings one after the other, when it comes to the module above them."""
     whole, stage = family_shape(Family("git")), family_shape(Family("git"))
     first = stage.git.image_encoder.vision_model.embeddings.patch_embedding
-    put_elsewhere(first, "weight")
+    make_remote(first, "weight")
     expected, found = initialize_parameters(whole), initialize_parameters(stage)
     assert expected.keys() - found.keys() == {"git.image_encoder.vision_model.embeddings.patch_embedding.weight"}
     assert [name for name in found if not found[name].equal(expected[name])] == []
@@ -445,11 +445,11 @@ def test_tensor_rank_reads_its_shard_only(family: Family, tmp_path: Path) -> Non
         with torch.device("meta"):
             model = CLASSES[family.task].from_config(whole.config)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
-        read_weights(model, str(tmp_path), mapper.cut)
+        read_weights(model, str(tmp_path), mapper.shard_parameters)
         assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in whole.parameters())
         for name, parameter in model.named_parameters():
             shard = shard_of(parameter)
-            assert torch.equal(parameter, shard.take(expected[shard.name])), name
+            assert torch.equal(parameter, shard.extract(expected[shard.name])), name
         for name, buffer in whole.named_buffers():
             assert torch.equal(model.get_buffer(name), buffer), name
 
@@ -476,7 +476,7 @@ def peak_of_reading(folder: str) -> tuple[int, int, int]:
 
     thread = threading.Thread(target=look)
     thread.start()
-    read_weights(model, folder, mapper.cut)
+    read_weights(model, folder, mapper.shard_parameters)
     over.set()
     thread.join()
     return peak - start, sum(p.numel() for p in model.parameters()) * 4, largest

@@ -16,7 +16,7 @@ from trainer.errors import PlanError
 from trainer.sharding import Shard
 from trainer.tensor_parallel import TensorMapper, read_plan
 from trainer.tensor_parallel.families import FAMILIES
-from trainer.tensor_parallel.mapper import drops
+from trainer.tensor_parallel.mapper import has_active_dropout
 from trainer.tensor_parallel.units import Part, Refused, Share
 
 
@@ -56,9 +56,9 @@ def test_shards_cover_every_weight_once() -> None:
         whole = torch.arange(float(torch.tensor(shape).prod())).reshape(shape)
         covered, joined, local_sizes = torch.zeros(shape[dim], dtype=torch.int), torch.full(shape, torch.nan), Counter()
         for rank in range(ranks):
-            pieces = _shards(shape, dim, ranks, rank, parts)
-            for number, shard in enumerate(pieces):
-                local = shard.take(whole)
+            shards = _shards(shape, dim, ranks, rank, parts)
+            for number, shard in enumerate(shards):
+                local = shard.extract(whole)
                 assert tuple(local.shape) == shard.local_shape()
                 assert local.data_ptr() != whole.data_ptr()
                 local_sizes[number, local.shape[dim]] += 1
@@ -68,7 +68,7 @@ def test_shards_cover_every_weight_once() -> None:
                         local.narrow(dim, here.start, here.stop - here.start),
                         whole.narrow(dim, there.start, there.stop - there.start),
                     )
-                shard.put(local, joined)
+                shard.insert(local, joined)
         assert torch.equal(joined, whole)
         assert (covered == 1).all()
         assert set(local_sizes.values()) == {ranks}, "ranks hold equally large parts"
@@ -82,25 +82,25 @@ def test_padded_shards_cover_every_row_once() -> None:
         joined, covered = torch.full(shape, torch.nan), torch.zeros(size, dtype=torch.int)
         for rank in range(ranks):
             shard = Shard("w", shape, dim, rank, ranks, (size,))
-            local = shard.take(whole)
+            local = shard.extract(whole)
             assert tuple(local.shape) == shard.local_shape()
             assert local.shape[dim] == -(-size // ranks)
             ((here, there),) = shard.ranges()
             covered[there] += 1
             assert not local.narrow(dim, here.stop, local.shape[dim] - here.stop).any(), "padding is zero"
-            shard.put(local + 0.0, joined)
+            shard.insert(local + 0.0, joined)
         assert torch.equal(joined, whole)
         assert (covered == 1).all()
 
 
 @pytest.mark.fast
-def test_whole_shards() -> None:
+def test_full_shard_is_the_tensor_itself() -> None:
     for shape in ((), (3,), (2, 5)):
-        shard = Shard.whole("w", shape, owner=True)
+        shard = Shard.full("w", shape, owner=True)
         whole, joined = torch.randn(shape), torch.full(shape, torch.nan)
-        assert shard.is_whole
+        assert shard.is_full
         assert shard.local_shape() == shape
-        shard.put(shard.take(whole), joined)
+        shard.insert(shard.extract(whole), joined)
         assert torch.equal(joined, whole)
 
 
@@ -113,21 +113,21 @@ def test_plans_cover_every_weight_once(model_type: str) -> None:
             continue  # four blocks of two heads
         model = meta(model_type)
         plans = [read_plan(model, {}, ranks, rank) for rank in range(ranks)]
-        for same in zip(*(plan.placements for plan in plans), strict=True):
+        for same in zip(*(plan.entries for plan in plans), strict=True):
             covered = torch.zeros(same[0].shape, dtype=torch.int)
-            for placement in same:
-                for shard in placement.pieces:
+            for entry in same:
+                for shard in entry.shards:
                     for _, there in shard.ranges():
                         covered.narrow(shard.dim, there.start, there.stop - there.start).add_(shard.owner)
             assert (covered == 1).all(), f"{same[0].name} on {ranks} ranks"
-            assert len({tuple(p.local_shape() for p in placement.pieces) for placement in same}) == 1
+            assert len({tuple(p.local_shape() for p in entry.shards) for entry in same}) == 1
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("units", "ranks", "shared"), [(6, 4, False), (10, 8, False), (3, 2, True), (4, 6, True), (7, 6, False)]
 )
-def test_units_that_do_not_divide(units: int, ranks: int, shared: bool) -> None:
+def test_indivisible_units_are_refused(units: int, ranks: int, shared: bool) -> None:
     with pytest.raises(Refused, match=f"its {units} units of 5 cannot be divided by tensor {ranks}$"):
         Part(units * 5, units, shared).place(ranks, 0)
 
@@ -150,7 +150,7 @@ def problems(model: PreTrainedModel, user: dict[str, str] | None = None, ranks: 
 
 
 @pytest.mark.fast
-def test_a_row_that_matches_nothing() -> None:
+def test_unmatched_user_entry_is_reported() -> None:
     (said,) = problems(meta("llama"), {"layers.*.self_atn.q_proj": "colwise:head_dim"})
     assert said.startswith("parallel.tensor_plan.layers.*.self_atn.q_proj: 'colwise:head_dim' matches no module")
     assert "did you mean 'layers.*.self_attn.q_proj'?" in said
@@ -158,7 +158,7 @@ def test_a_row_that_matches_nothing() -> None:
 
 
 @pytest.mark.fast
-def test_a_style_that_is_none() -> None:
+def test_unknown_style_is_reported() -> None:
     (said,) = problems(meta("llama"), {"layers.*.self_attn.q_proj": "colwize:head_dim"})
     assert said.startswith("parallel.tensor_plan.layers.*.self_attn.q_proj: 'colwize:head_dim' is not a style")
     assert "did you mean 'colwise'?" in said
@@ -166,7 +166,7 @@ def test_a_style_that_is_none() -> None:
 
 
 @pytest.mark.fast
-def test_a_weight_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_without_entry_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", {k: v for k, v in FAMILIES["gpt2"].items() if k != "h.*.attn.c_attn"})
     found = problems(meta("gpt2", num_hidden_layers=1))
     weight, bias, lonely = found
@@ -179,7 +179,7 @@ def test_a_weight_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fast
-def test_a_row_layer_without_its_column_layer() -> None:
+def test_unpaired_row_layer_is_reported() -> None:
     user = {"layers.*.mlp.up_proj": "replicate", "layers.*.mlp.gate_proj": "replicate"}
     (said,) = problems(meta("llama", num_hidden_layers=1), user)
     assert said.startswith("parallel.tensor_plan.model.layers.*.mlp.down_proj.weight: 'rowwise' expects an input")
@@ -188,7 +188,7 @@ def test_a_row_layer_without_its_column_layer() -> None:
 
 
 @pytest.mark.fast
-def test_sizes_that_do_not_divide() -> None:
+def test_indivisible_sizes_name_the_largest_working_size() -> None:
     model = meta("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
     found = problems(model, ranks=4)
     heads = next(said for said in found if "q_proj" in said)
@@ -204,7 +204,7 @@ def test_sizes_that_do_not_divide() -> None:
 
 
 @pytest.mark.fast
-def test_tied_weights_that_are_cut_differently() -> None:
+def test_tied_weights_with_different_shards_are_reported() -> None:
     model = meta("llama", num_hidden_layers=1, tie_word_embeddings=True)
     (said,) = problems(model, {"embed_tokens": "embedding_colwise"})
     assert "lm_head.weight" in said
@@ -214,7 +214,7 @@ def test_tied_weights_that_are_cut_differently() -> None:
 
 
 @pytest.mark.fast
-def test_every_problem_at_once() -> None:
+def test_plan_error_lists_every_problem() -> None:
     user = {"layers.*.mpl.up_proj": "colwise", "layers.*.mlp.down_proj": "rowise"}
     model = meta("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
     said = "\n".join(problems(model, user, ranks=4))
@@ -225,12 +225,12 @@ def test_every_problem_at_once() -> None:
 def _install_in_sequence_parallel(model: PreTrainedModel) -> None:
     plan = read_plan(model, {}, 2, 0)
     mapper = TensorMapper(model, plan, None, 2, 0, lambda count: None, sequence_parallel=True)
-    mapper.cut(model.parameters())
+    mapper.shard_parameters(model.parameters())
     mapper.install()
 
 
 @pytest.mark.fast
-def test_dropout_in_blocks_that_need_the_whole_sequence() -> None:
+def test_sequence_parallel_refuses_dropout_in_full_sequence_blocks() -> None:
     with pytest.raises(PlanError) as refused:
         _install_in_sequence_parallel(meta("mixtral", attention_dropout=0.1))
     (said,) = [str(problem) for problem in refused.value.problems]
@@ -253,8 +253,8 @@ def test_dropout_in_blocks_that_need_the_whole_sequence() -> None:
     ("mpt", {}, False),
     ("mpt", {"attn_config": {"attn_pdrop": 1}}, True),  # in a configuration of its own
 ])  # fmt: skip
-def test_whether_dropout_is_active(model_type: str, fields: dict[str, Any], active: bool) -> None:
-    assert drops(meta(model_type, **fields)) == active
+def test_active_dropout_is_detected(model_type: str, fields: dict[str, Any], active: bool) -> None:
+    assert has_active_dropout(meta(model_type, **fields)) == active
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------

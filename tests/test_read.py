@@ -29,7 +29,7 @@ from trainer.config.model_facts import load_model_config
 from trainer.errors import ConfigError
 from trainer.model import build_model, build_model_shape, give_weights
 from trainer.model.read import check_weight_headers, read_weights
-from trainer.sharding import Shard, boxes_of, parts_in_whole
+from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard
 from trainer.tensor_parallel import TensorMapper, read_plan
 
 pytestmark = pytest.mark.fast
@@ -216,7 +216,7 @@ def test_scalar_buffers_are_loaded_on_each_tensor_rank(tmp_path: Path) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole.config)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
-        read_weights(model, str(tmp_path), mapper.cut)
+        read_weights(model, str(tmp_path), mapper.shard_parameters)
         assert all(torch.equal(model.get_buffer(name), buffer) for name, buffer in scalars.items())
 
 
@@ -232,13 +232,13 @@ def test_scalar_parameter_is_loaded(folder: Path) -> None:
 
 
 def test_scalar_shard_round_trips() -> None:
-    shard, full = Shard.whole("gain", ()), torch.tensor(3.5)
-    part = shard.take(full)
+    shard, full = Shard.full("gain", ()), torch.tensor(3.5)
+    part = shard.extract(full)
     assert torch.equal(part, full)
-    for pieces in (parts_in_whole(part, shard), boxes_of(part.view(1), 0, shard)):
+    for pieces in (chunks_of_shard(part, shard), chunks_of_fragment(part.view(1), 0, shard)):
         assert [(start, float(piece)) for start, piece in pieces] == [((), 3.5)]
     again = torch.zeros(())
-    shard.put(part, again)
+    shard.insert(part, again)
     assert torch.equal(again, full)
 
 
@@ -290,7 +290,7 @@ def test_non_finite_value_is_seen_by_owning_rank_only(tiny: dict[str, Any], fold
         model = build_model(loaded)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
         try:
-            read_weights(model, str(folder), mapper.cut)
+            read_weights(model, str(folder), mapper.shard_parameters)
         except ConfigError:
             assert rank == 1
         else:

@@ -54,26 +54,26 @@ def in_stages(families: list[Family]) -> list[Verdict]:
     return prove(families, pipeline=2)
 
 
-def test_every_gradient_of_one_key_value_head() -> None:
+def test_single_key_value_head_gradients_match() -> None:
     found = run_ranks(prove, 2, ONE_HEAD)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-def test_every_gradient_of_heads_shared_by_four_ranks() -> None:
+def test_heads_shared_by_four_ranks_gradients_match() -> None:
     two = [Family(name, variant="two heads", fields={"num_key_value_heads": 2}) for name in ("llama", "gemma2")]
     found = run_ranks(prove, 4, [*ONE_HEAD[:2], *two])[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.matrix), 4])
-def test_every_gradient_of_norms_over_shared_heads(ranks: int) -> None:
+def test_norms_over_shared_heads_gradients_match(ranks: int) -> None:
     """One head on two ranks, two heads on four."""
     families = [replace(f, fields=f.fields | {"num_key_value_heads": ranks // 2}) for f in NORMS]
     found = run_ranks(prove, ranks, families)[0]
     assert [describe(v) for v in found if v.outcome != "right"] == []
 
 
-def test_every_gradient_of_weights_that_a_switch_adds() -> None:
+def test_optional_weights_gradients_match() -> None:
     """Of published models that have it: Command R+, GLM-4.5, StableLM 2 12B, Phi, ERNIE, X-MOD."""
     more = [
         Family("ernie", "masked_lm", "task ids", {"use_task_id": True}),
@@ -92,14 +92,14 @@ def norms_of_other_heads(families: list[Family]) -> list[Verdict]:
     return prove(families, {"layers.*.self_attn.q_layernorm": "local_params"})
 
 
-def test_norms_of_other_heads_are_noticed() -> None:
+def test_norms_of_wrong_heads_are_detected() -> None:
     """Each rank would apply the first ones."""
     (verdict,) = run_ranks(norms_of_other_heads, 2, [NORMS[1]])[0]
     assert verdict.outcome == "wrong"
 
 
 @pytest.mark.matrix
-def test_every_gradient_of_one_key_value_head_in_stages() -> None:
+def test_single_key_value_head_in_stages_gradients_match() -> None:
     (verdict,) = run_ranks(in_stages, 4, [one_head("llama")])[0]
     assert verdict.outcome == "right", describe(verdict)
 
@@ -115,7 +115,7 @@ def llama(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
                        training__max_steps=STEPS, training__log_every_steps=1)  # fmt: skip
 
 
-def test_the_command_trains_and_exports_one_key_value_head(llama: dict[str, Any], tmp_path: Path) -> None:
+def test_launch_trains_and_exports_single_key_value_head(llama: dict[str, Any], tmp_path: Path) -> None:
     """Losses, gradient norms and the exported weights are those of one process without any engine; so they are when the
     second half is trained by one process from the checkpoint of the first."""
     ((curve, weights, _),) = run_ranks(train_bare, 1, [(llama, STEPS)])[0]
@@ -155,7 +155,7 @@ def without_sums(config: dict[str, Any], cases: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("heads", "cases"), [(1, ["v_proj"]), (2, ["k_proj", "q_norm"])])
-def test_the_first_step_misses_a_sum(heads: int, cases: list[str], llama: dict[str, Any]) -> None:
+def test_first_step_detects_missing_gradient_sum(heads: int, cases: list[str], llama: dict[str, Any]) -> None:
     """One head on two ranks; two heads on four, each on two of them."""
     ranks = 2 * heads
     config = with_values(llama, parallel__tensor=ranks, model__config__num_key_value_heads=heads,

@@ -23,8 +23,8 @@ from trainer.errors import Problem
 from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
 from trainer.pipeline import StageAssignment, assign_stages
 from trainer.run_directory import RunDirectory
-from trainer.sharding import starred
-from trainer.tensor_parallel import drops, read_plan
+from trainer.sharding import wildcard_name
+from trainer.tensor_parallel import has_active_dropout, read_plan
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
@@ -58,15 +58,17 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
         return
     plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
     replicated: dict[str, str] = {}
-    for placement in plan.placements:
-        if len(placement.shape) > 1 and not placement.is_cut:
-            replicated[starred(placement.name)] = placement.style.argument or str(placement.style)
-    share = 100 * plan.share_cut()
+    for entry in plan.entries:
+        if len(entry.shape) > 1 and not entry.is_sharded:
+            replicated[wildcard_name(entry.name)] = entry.style.argument or str(entry.style)
+    share = 100 * plan.sharded_fraction()
     exchange = "all-gathers and reduce-scatters" if parallel.sequence_parallel else "all-reduces"
     yield f"tensor       {parallel.tensor} ranks share {share:.1f} % of the matrices' elements; {exchange} between them"
     for name, reason in replicated.items():
         yield f"  whole: {name} ({reason})"
-    if any(style.word == "parallel_residual" for target in plan.modules for style in target.styles) and drops(model):
+    if any(
+        style.word == "parallel_residual" for target in plan.modules for style in target.styles
+    ) and has_active_dropout(model):
         yield "  attention and MLP are summed apart, because dropout is active between them"
 
 
@@ -96,7 +98,7 @@ def _parameters_by_rank(loaded: LoadedConfig, model: Any, assignment: StageAssig
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
-        sizes = {p.name: sum(prod(piece.local_shape()) for piece in p.pieces) for p in plan.placements}
+        sizes = {p.name: sum(prod(shard.local_shape()) for shard in p.shards) for p in plan.entries}
     rank_parameters = [0] * assignment.ranks
     for name, ranks in assignment.parameter_ranks(model).items():
         for rank in ranks:

@@ -133,9 +133,9 @@ def random_streams() -> list[dict[str, Any]]:
     for rank in range(2):
         seed_everything(11, Topology.of(2, rank, tensor=2), 7)
         region = Region(None, 2, rank, draws=True)
-        region.draw_apart(torch.device("cpu"))
+        region.use_rank_local_rng(torch.device("cpu"))
         apart = torch.rand(4).tolist()
-        region.draw_together(torch.device("cpu"))
+        region.use_shared_rng(torch.device("cpu"))
         streams.append({"seed": 11, "tensor_rank": rank, "apart": apart, "together": torch.rand(4).tolist()})
     return streams
 

@@ -137,7 +137,7 @@ def _round(
 
     def load_all() -> None:
         told = read_manifest(newest)
-        verify_files(newest, told, told.files[topology.rank :: topology.world])
+        verify_files(newest, told, told.files[topology.rank :: topology.world_size])
         dist.barrier()
         load_state(engine.state, told, newest)
 

@@ -24,7 +24,7 @@ from tools.bench.common import table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
 from trainer.distributed import Launch, World, joined_world
-from trainer.tensor_parallel import collectives, tensor_mapper
+from trainer.tensor_parallel import build_mapper, collectives
 from trainer.topology import Topology
 
 BATCH, LENGTH, HIDDEN = 2, 256, 64
@@ -128,8 +128,8 @@ def _ids() -> Tensor:
 
 def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
     """Cuts a whole model and counts what its forward pass, loss and backward pass send."""
-    mapper = tensor_mapper(model, {}, world, sequence_parallel=case.sequence_parallel)
-    mapper.cut(model.parameters())
+    mapper = build_mapper(model, {}, world, sequence_parallel=case.sequence_parallel)
+    mapper.shard_parameters(model.parameters())
     mapper.install()
     ids, recorder = _ids(), Recorder()
     with recorder:
@@ -182,7 +182,7 @@ def _sums_of_a_transposed_tensor() -> dict[str, bool]:
     expected = transposed() * dist.get_world_size()
     return {
         "AutoTP": torch.equal(RowParallel.apply(dist.group.WORLD, transposed(), False), expected),
-        "Tessera": torch.equal(collectives.leave(transposed(), None), expected),
+        "Tessera": torch.equal(collectives.reduce_from_region(transposed(), None), expected),
     }
 
 

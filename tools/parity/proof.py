@@ -26,8 +26,8 @@ from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.model.tasks import auxiliary_coefficient
 from trainer.pipeline import Stage, refuse_uses_on_other_stages, shared_parameters, stage_bounds, trace_dataflow
-from trainer.sharding import Shard, fill_elsewhere, shard_of, starred
-from trainer.tensor_parallel import Mapper, Plan, TensorMapper, WholeModel, read_plan
+from trainer.sharding import Shard, fill_remote_with_zeros, shard_of, wildcard_name
+from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, read_plan
 from trainer.topology import Topology
 
 BATCH, LENGTH = 2, 24
@@ -96,8 +96,8 @@ def _without_dropout(config: Any) -> None:
 
 
 def _signature(model: nn.Module) -> tuple[set[str], set[tuple[str, str]]]:
-    names = {starred(name) for name, _ in model.named_parameters()}
-    return names, {(starred(name), type(module).__name__) for name, module in model.named_modules()}
+    names = {wildcard_name(name) for name, _ in model.named_parameters()}
+    return names, {(wildcard_name(name), type(module).__name__) for name, module in model.named_modules()}
 
 
 def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedModel:
@@ -257,7 +257,7 @@ class _PipelineStage:
         self.is_last = stage.is_last
 
     def loss(self, compute: Callable[[], Tensor]) -> Tensor:
-        received = () if self._stage.is_rank_zero else self._receive(self._stage.number - 1)
+        received = () if self._stage.is_first else self._receive(self._stage.number - 1)
         result = self._stage.run(compute, tuple(tensor.clone() for tensor in received))  # as DeepSpeed does
         if isinstance(result, Tensor):
             result.backward()
@@ -343,34 +343,34 @@ def _compare(
         raise _NotBuilt("Hugging Face's own model computes a loss or a gradient that is not finite")
     errors: dict[str, float] = {}
     for name, parameter in cut.named_parameters():
-        shard = shard_of(parameter) or Shard.whole(name, parameter.shape, owner=True)
+        shard = shard_of(parameter) or Shard.full(name, parameter.shape, owner=True)
         if not parameter.requires_grad:
             continue
         wanted = expected[shard.name]
-        wanted = torch.zeros(shard.whole_shape) if wanted is None else wanted
+        wanted = torch.zeros(shard.full_shape) if wanted is None else wanted
         got = torch.zeros(shard.local_shape()) if parameter.grad is None else parameter.grad
-        error = float((got - shard.take(wanted)).abs().max()) / max(float(wanted.abs().max()), floor)
+        error = float((got - shard.extract(wanted)).abs().max()) / max(float(wanted.abs().max()), floor)
         # A weight may lie in several parameters, and a maximum passes over what is not a number.
         errors[shard.name] = max(errors.get(shard.name, 0.0), error if math.isfinite(error) else math.inf)
-    gathered: list[Any] = [None] * topology.world
+    gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, errors)
     own = sum(stage_runner.reports(own))
     worst: dict[str, float] = {}
     for found in gathered:
         for name, error in found.items():
             worst[name] = max(worst.get(name, 0.0), error)
-    verdict = Verdict(str(family), topology.world, "right", loss=(float(loss.detach()), float(own)))
+    verdict = Verdict(str(family), topology.world_size, "right", loss=(float(loss.detach()), float(own)))
     verdict.worst_name, verdict.worst = max(worst.items(), key=lambda item: item[1])
     blocks = blocks_of(plain)
-    verdict.share_cut = plan.share_cut(blocks)
+    verdict.share_cut = plan.sharded_fraction(blocks)
     verdict.share_without_gradient = _share_without_gradient(plain)
     verdict.whole = {
-        starred(p.name): p.style.argument or str(p.style)
-        for p in plan.placements
-        if len(p.shape) > 1 and not p.is_cut and any(p.name.startswith(f"{block}.") for block in blocks)
+        wildcard_name(p.name): p.style.argument or str(p.style)
+        for p in plan.entries
+        if len(p.shape) > 1 and not p.is_sharded and any(p.name.startswith(f"{block}.") for block in blocks)
     }
     missing = {name for name, parameter in plain.named_parameters() if parameter.requires_grad} - worst.keys()
-    wrong = {starred(name) for name, error in worst.items() if not error <= TOLERANCE} | set(missing)
+    wrong = {wildcard_name(name) for name, error in worst.items() if not error <= TOLERANCE} | set(missing)
     if wrong or not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", ", ".join(sorted(wrong)[:4])
     elif (topology.tensor > 1 and verdict.share_cut < 0.9) or verdict.share_without_gradient > 0.05:
@@ -414,7 +414,7 @@ def prove(
             try:
                 plain = reference_model(family, like_default=like_default).to(dtype)
                 cut = copy.deepcopy(plain)
-                plan, mapper = Plan([], [], {}), WholeModel()
+                plan, mapper = Plan([], [], {}), IdentityMapper()
                 if topology.tensor > 1:
                     plan = read_plan(cut, user or {}, topology.tensor, topology.tensor_rank)
                     group, rank = world.groups["tensor"], topology.tensor_rank
@@ -423,18 +423,18 @@ def prove(
                         sequence_parallel=sequence_parallel,
                     )  # fmt: skip
                 stage, parameter_ranks = _staged(family, cut, world) if pipeline > 1 else (None, {})
-                mapper.cut(cut.parameters())
+                mapper.shard_parameters(cut.parameters())
                 mapper.install()
                 stage_runner: _SingleStage | _PipelineStage = _SingleStage()
                 if stage is not None:
                     stage.install()
-                    fill_elsewhere(cut, torch.device("cpu"), dtype)
+                    fill_remote_with_zeros(cut, torch.device("cpu"), dtype)
                     stage_runner = _PipelineStage(cut, stage, parameter_ranks, world)
                 found.append(_compare(family, plain, cut, mapper, plan, topology, stage_runner, more or {}))
             except _NotBuilt as error:
-                found.append(Verdict(str(family), topology.world, "not built", str(error)))
+                found.append(Verdict(str(family), topology.world_size, "not built", str(error)))
             except ConfigError as error:
-                found.append(Verdict(str(family), topology.world, "refused", str(error.problems[0])))
+                found.append(Verdict(str(family), topology.world_size, "refused", str(error.problems[0])))
         return found
 
 

@@ -33,7 +33,7 @@ from trainer.data import open_batches, prepare_data
 from trainer.data.batches import IGNORE_INDEX, MicroBatch
 from trainer.data.indexed import IndexedWriter, id_type
 from trainer.errors import ConfigError
-from trainer.tensor_parallel import drops
+from trainer.tensor_parallel import has_active_dropout
 from trainer.topology import Topology
 
 LENGTH = 24
@@ -177,7 +177,7 @@ def compare(name: str, path: str) -> Verdict:
     verdict.loss = _held_out(exported.eval(), batches.validation, loaded), reported
     if not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", "the export's held-out loss is not the run's"
-    elif drops(model):  # the two draw different numbers
+    elif has_active_dropout(model):  # the two draw different numbers
         verdict.reason = "weights not compared, because dropout is active"
     else:
         _compare_weights(verdict, dict(exported.named_parameters()), dict(model.named_parameters()), before)

@@ -42,6 +42,6 @@ def reduce_scatter(tensor: Tensor, dim: int, group: Group) -> Tensor:
     return _moved(own, dim)
 
 
-def own_slice(tensor: Tensor, dim: int, group: Group) -> Tensor:
+def local_slice(tensor: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's of equal parts along `dim`."""
     return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]

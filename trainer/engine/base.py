@@ -18,7 +18,7 @@ from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.replica_verifier import ReplicaVerifier
 from trainer.engine.state import TrainingState
 from trainer.errors import DataError
-from trainer.sharding import Joiner, counts
+from trainer.sharding import Joiner, is_owned
 from trainer.tensor_parallel import Mapper
 from trainer.topology import Axis
 
@@ -43,7 +43,7 @@ class BaseEngine:
 
         self._joiner = Joiner(world.groups.get("tensor"), world.topology.tensor)
         self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
-        self._norm_parameters = [p for p in self._parameters if counts(p)]
+        self._norm_parameters = [p for p in self._parameters if is_owned(p)]
         self._reports_loss = world.topology.tensor_rank == 0 and world.topology.stage == loss_stage
         """Whether this rank speaks for the ranks that work on the same samples."""
 
@@ -112,7 +112,7 @@ class BaseEngine:
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
             if name in persistent:
-                yield name, self._mapper.whole_buffer(name, buffer)
+                yield name, self._mapper.full_buffer(name, buffer)
 
     @property
     def models(self) -> list[nn.Module]:

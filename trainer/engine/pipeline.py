@@ -33,7 +33,7 @@ from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.optimizer_setup import OptimizerSetup
 from trainer.model import TaskLoss
 from trainer.pipeline import BoundaryTensors, Stage, StageAssignment, local_parameters, shared_parameters
-from trainer.sharding import all_parameters, counts, shard_of
+from trainer.sharding import is_owned, local_and_remote_parameters, shard_of
 from trainer.tensor_parallel import Mapper
 
 EVALUATION_MICRO_BATCHES_PER_STAGE = 4
@@ -81,7 +81,7 @@ class StageModule(nn.Module):
 
         result = self._stage.run(compute, received if isinstance(received, tuple) else (received,))
         if not isinstance(result, TaskLoss):
-            self.mapper.leave(self._device)
+            self.mapper.end_forward(self._device)
             return result[0] if len(result) == 1 else result
         self.loss_sum = self.loss_sum + result.loss_sum.detach()
         self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
@@ -113,7 +113,7 @@ class PipelineEngine(BaseEngine):
         super().__init__(engine, world, stages[0].mapper, max_grad_norm, loss_stage=loss_stage)
         self._stages, self._parameter_ranks = stages, parameter_ranks
         self._norm_parameters = [
-            p for p in self._parameters if counts(p) and not getattr(p, "ds_pipe_replicated", False)
+            p for p in self._parameters if is_owned(p) and not getattr(p, "ds_pipe_replicated", False)
         ]
         self._grad_norm: Tensor | None = None
         self._verify_step: int | None = None
@@ -251,12 +251,12 @@ class PipelineEngine(BaseEngine):
     def _full_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every parameter's first name and whole shape, in the same order on all ranks."""
         seen = set()
-        for name, parameter in all_parameters(self.models[0]):
+        for name, parameter in local_and_remote_parameters(self.models[0]):
             shard = shard_of(parameter)
             first = name if shard is None else shard.name
             if first in self._parameter_ranks and first not in seen:
                 seen.add(first)
-                yield first, tuple(parameter.shape) if shard is None else shard.whole_shape
+                yield first, tuple(parameter.shape) if shard is None else shard.full_shape
 
 
 class _ScheduleClock:

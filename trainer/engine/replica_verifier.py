@@ -246,9 +246,9 @@ def _replica_sets_of(
     for name, pieces in local_parameters(models).items():
         sharing = stages.get(name, ())
         for number, (parameter, shard) in enumerate(pieces):
-            if shard is not None and shard.lone and not shard.owner:
+            if shard is not None and shard.owner_only and not shard.owner:
                 continue
-            tensor = 1 if shard is None else shard.holders(topology.tensor)
+            tensor = 1 if shard is None else shard.replica_count(topology.tensor)
             replica_set = ReplicaSet(
                 sharing if len(sharing) > 1 else (), tensor, data=not hasattr(parameter, "ds_tensor")
             )

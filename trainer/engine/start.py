@@ -29,8 +29,8 @@ from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
 from trainer.model import TASKS, give_weights, weight_options
 from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, recompute, share_parameters
-from trainer.sharding import fill_elsewhere
-from trainer.tensor_parallel import Mapper, tensor_mapper
+from trainer.sharding import fill_remote_with_zeros
+from trainer.tensor_parallel import Mapper, build_mapper
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,7 +77,7 @@ def start_engine(
 
 def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
     parallel, dtype = loaded.config.parallel, _DTYPES[loaded.config.deepspeed.precision]
-    return tensor_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
+    return build_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
 
 
 def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:
@@ -100,7 +100,7 @@ def _start_plain(
     partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
 
     def shard_and_partition(parameters: list[nn.Parameter]) -> None:
-        cut = mapper.cut(parameters)
+        cut = mapper.shard_parameters(parameters)
         if partition is not None:
             partition(cut)
 
@@ -148,7 +148,7 @@ def _start_pipeline(
     ]
     for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
         stage.drop_remote_parameters()
-        give_weights(stage_model, loaded, mapper.cut, blank=blank)
+        give_weights(stage_model, loaded, mapper.shard_parameters, blank=blank)
     for other in models[1:]:
         share_parameters(model, other)
     modules = []
@@ -156,7 +156,7 @@ def _start_pipeline(
         mapper.install()
         stage.install()
         recompute(stage_model, assignment.recomputed)
-        fill_elsewhere(stage_model, world.device, _DTYPES[loaded.config.deepspeed.precision])
+        fill_remote_with_zeros(stage_model, world.device, _DTYPES[loaded.config.deepspeed.precision])
         modules.append(StageModule(_task(stage_model, loaded, mapper), stage, mapper, world.device))
     fixed_shape = loaded.config.data.packing == "concatenate"
     max_grad_norm = _max_grad_norm(loaded, settings)

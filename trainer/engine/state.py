@@ -16,7 +16,7 @@ from trainer.checkpoint_format import BUFFER, WEIGHT
 from trainer.compat.deepspeed.optimizer_layouts import OptimizerLayout, layout_of
 from trainer.distributed import World
 from trainer.pipeline import local_parameters
-from trainer.sharding import Shard, boxes_of, counts, parts_in_whole
+from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard, is_owned
 from trainer.tensor_parallel import Mapper
 
 Scalars = dict[str, float]
@@ -77,7 +77,7 @@ class TrainingState:
         """What this rank writes: over all ranks, every element of every tensor once."""
         topology = self._world.topology
         for parameter, shard in self._parameters():
-            if not counts(parameter) or getattr(parameter, "ds_pipe_replicated", False):
+            if not is_owned(parameter) or getattr(parameter, "ds_pipe_replicated", False):
                 continue
             for role, part, parameter_offset in self._fragments(parameter, owned_only=True):
                 low, high = 0, part.numel()
@@ -103,8 +103,8 @@ class TrainingState:
     def _parameters(self) -> Iterator[tuple[nn.Parameter, Shard]]:
         for name, pieces in local_parameters(self._models).items():
             for parameter, record in pieces:
-                shard = record or Shard.whole(name, getattr(parameter, "ds_shape", parameter.shape))
-                if shard.owner or not shard.lone:
+                shard = record or Shard.full(name, getattr(parameter, "ds_shape", parameter.shape))
+                if shard.owner or not shard.owner_only:
                     yield parameter, shard
 
     def _fragments(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
@@ -141,10 +141,10 @@ class TrainingState:
             for name, buffer in model.named_buffers():
                 if name not in persistent:
                     continue
-                for shard, part in self._mapper.parts_of_buffer(name, buffer):
+                for shard, part in self._mapper.buffer_shards(name, buffer):
                     if shard.owner or not owned_only:
-                        for start, view in parts_in_whole(part, shard):
-                            yield TensorChunk(name, BUFFER, shard.whole_shape, start, view)
+                        for start, view in chunks_of_shard(part, shard):
+                            yield TensorChunk(name, BUFFER, shard.full_shape, start, view)
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -218,8 +218,8 @@ class TrainingState:
 
 
 def _chunks(shard: Shard, role: str, part: Tensor, parameter_offset: int) -> Iterator[TensorChunk]:
-    for start, view in boxes_of(part, parameter_offset, shard):
-        yield TensorChunk(shard.name, role, shard.whole_shape, start, view)
+    for start, view in chunks_of_fragment(part, parameter_offset, shard):
+        yield TensorChunk(shard.name, role, shard.full_shape, start, view)
 
 
 def _set_scalars(state: dict[str, Any], values: Mapping[str, float]) -> None:

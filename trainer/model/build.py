@@ -18,7 +18,12 @@ from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weight_headers, read_weights
-from trainer.tensor_parallel import choose_experts_implementation, drops, read_plan, refuse_sequence_parallel
+from trainer.tensor_parallel import (
+    choose_experts_implementation,
+    has_active_dropout,
+    read_plan,
+    refuse_sequence_parallel,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +50,7 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
     if parallel.tensor > 1 or parallel.tensor_plan:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         if parallel.sequence_parallel:
-            refuse_sequence_parallel(model, plan, drops=drops(model))
+            refuse_sequence_parallel(model, plan, has_active_dropout=has_active_dropout(model))
     return model
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from trainer.checkpoint_format import FileRecord, write_safetensors
 from trainer.errors import ConfigError, Problem
 from trainer.files import convert_bare_exceptions_to_os_errors, hash_file, remove, replace_folder, sync_tree
-from trainer.sharding import all_parameters
+from trainer.sharding import local_and_remote_parameters
 from trainer.tensor_parallel import choose_experts_implementation
 from trainer.units import format_bytes
 
@@ -40,7 +40,7 @@ SHARD_BYTES = 2 * 2**30
 def _stored_names(model: PreTrainedModel) -> dict[str, str]:
     """For each parameter's first name, the name it is stored under: of tied ones, that which the family keeps."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in all_parameters(model):
+    for name, parameter in local_and_remote_parameters(model):
         groups.setdefault(id(parameter), []).append(name)
     aliases = set(model.all_tied_weights_keys)
     return {

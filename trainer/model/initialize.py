@@ -252,7 +252,7 @@ def leave_blank(model: PreTrainedModel, complete: Complete = lambda parameters: 
                 module._parameters[key] = made[parameter]
                 continue
             shard = shard_of(parameter)
-            shape = parameter.shape if shard is None or not shard.covers_all_packed else shard.local_shape()
+            shape = parameter.shape if shard is None or not shard.covers_full_tensor else shard.local_shape()
             real = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype), parameter.requires_grad)
             real.__dict__.update(parameter.__dict__)
             made[parameter] = module._parameters[key] = real

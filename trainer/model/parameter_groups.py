@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.config.schema import TrainingSection
 from trainer.errors import ConfigError, Problem
-from trainer.sharding import starred
+from trainer.sharding import wildcard_name
 
 _EXCLUDE, _SCALES = "training.weight_decay_exclude", "training.learning_rate_scales"
 
@@ -98,5 +98,5 @@ def _candidates(names: Iterable[str]) -> list[str]:
     for name in names:
         parts = name.split(".")
         ends = ("*." + ".".join(parts[-count:]) for count in (1, 2, 3) if count < len(parts))
-        found.update(dict.fromkeys((name, starred(name), *ends)))
+        found.update(dict.fromkeys((name, wildcard_name(name), *ends)))
     return list(found)

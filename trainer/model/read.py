@@ -48,7 +48,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.model.unexpected_keys import SHOWN, Leftovers, classify, refuse_quantized, shown
 from trainer.model.unexpected_keys import Stored as Header
-from trainer.sharding import Shard, all_parameters, shard_of
+from trainer.sharding import Shard, local_and_remote_parameters, shard_of
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class _Matching:
         self._prefix = model.base_model_prefix
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self.shapes = model.state_dict() | dict(all_parameters(model))
+        self.shapes = model.state_dict() | dict(local_and_remote_parameters(model))
 
     def find(self, key: str) -> tuple[str, str | None] | None:
         """(name in the model, pattern of the converter if there is one); None for a key without a place."""
@@ -237,7 +237,7 @@ def _checked(
     """
     targets, leftover = _targets(model, files)
     headers = {key: files.header(key) for key in files.names()}
-    shapes = model.state_dict() | dict(all_parameters(model))
+    shapes = model.state_dict() | dict(local_and_remote_parameters(model))
     matched = {key: shapes[t.name].is_floating_point() for t in targets.values() for key, _ in t.sources}
     refuse_quantized(path, matched, headers)
     leftovers = classify(model, _config_of(path), leftover, headers, _unmatched) if leftover else Leftovers([], [])
@@ -266,7 +266,7 @@ def _refuse_untied(model: PreTrainedModel, path: str, targets: dict[str, _Target
         ConfigError: naming two keys whose values differ.
     """
     names: dict[int, list[str]] = {}
-    for name, parameter in all_parameters(model):
+    for name, parameter in local_and_remote_parameters(model):
         if name in targets and targets[name].converter is None:
             names.setdefault(id(parameter), []).append(targets[name].sources[0][0])
     for first, *others in names.values():
@@ -347,7 +347,7 @@ def _converted(target: _Target, files: _Source, model: PreTrainedModel) -> dict[
 
 def _copy_boxes(local: Tensor, shard: Shard, boxes: dict[str, tuple[int, ...]], files: _Source) -> None:
     """Copies this rank's part of a target from the files, source by source."""
-    if not shard.whole_shape:  # a scalar has no dimension that ranges could lie along
+    if not shard.full_shape:  # a scalar has no dimension that ranges could lie along
         local.copy_(files.whole(next(iter(boxes))))
         return
     for name, start in boxes.items():
@@ -367,7 +367,7 @@ def _copy_boxes(local: Tensor, shard: Shard, boxes: dict[str, tuple[int, ...]], 
 
 
 def _taking(whole: Tensor) -> Callable[[Tensor, Shard], object]:
-    return lambda local, shard: local.copy_(shard.take(whole))
+    return lambda local, shard: local.copy_(shard.extract(whole))
 
 
 class _Reader:
@@ -382,7 +382,7 @@ class _Reader:
                     self._holders.setdefault(parameter, []).append((module, key))
         self._waiting = dict(model.named_parameters(remove_duplicate=False))
         self._buffers = dict(model.named_buffers())
-        self._elsewhere = {name for name, _ in all_parameters(model)} - self._waiting.keys()
+        self._elsewhere = {name for name, _ in local_and_remote_parameters(model)} - self._waiting.keys()
         self.mismatched: list[str] = []
         self.non_finite: list[str] = []
         """Tensors with NaN or infinity among what this rank holds, in words."""
@@ -397,8 +397,8 @@ class _Reader:
                 self._give(name, tuple(whole.shape), _taking(whole), target)
             return
         shapes = [((1,) * (len(at) - len(s)) + s, at) for n, at in boxes.items() for s in [self._shape(n)]]
-        whole_shape = tuple(max(a + b for a, b in zip(*pair, strict=True)) for pair in self._ends(shapes))
-        self._give(target.name, whole_shape, lambda local, shard: _copy_boxes(local, shard, boxes, self._files), target)
+        full_shape = tuple(max(a + b for a, b in zip(*pair, strict=True)) for pair in self._ends(shapes))
+        self._give(target.name, full_shape, lambda local, shard: _copy_boxes(local, shard, boxes, self._files), target)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files.slice(name).get_shape())
@@ -412,7 +412,7 @@ class _Reader:
         self, name: str, shape: tuple[int, ...], copy_into: Callable[[Tensor, Shard], object], target: _Target
     ) -> None:
         if name in self._buffers:
-            copy_into(self._buffers[name], Shard.whole(name, shape, owner=True))
+            copy_into(self._buffers[name], Shard.full(name, shape, owner=True))
             self._check_finite(name, self._buffers[name], target)
             return
         parameter = self._waiting.pop(name, None)
@@ -422,8 +422,8 @@ class _Reader:
             self.mismatched.append(f"{name} {list(shape)} instead of {list(parameter.shape)}")
             return
         shard = shard_of(parameter)
-        if shard is None or not shard.covers_all_packed:
-            shard = Shard.whole(name, shape, owner=True)
+        if shard is None or not shard.covers_full_tensor:
+            shard = Shard.full(name, shape, owner=True)
         real = nn.Parameter(torch.zeros(shard.local_shape(), dtype=parameter.dtype), parameter.requires_grad)
         real.__dict__.update(parameter.__dict__)
         with torch.no_grad():

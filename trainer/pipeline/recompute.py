@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.sharding import lies_elsewhere
+from trainer.sharding import is_remote
 
 
 def recompute(model: nn.Module, names: Iterable[str]) -> None:
     """Lets modules keep no activations but their inputs while they are trained; those of other stages compute none."""
     for name in names:
         module = model.get_submodule(name)
-        if not lies_elsewhere(module):
+        if not is_remote(module):
             module.forward = _recomputed(module)
 
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, TensorSpec, TracedValue
-from trainer.sharding import put_elsewhere, starred
+from trainer.sharding import make_remote, wildcard_name
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Stage:
         for module in self._model.modules():
             for key, parameter in list(module._parameters.items()):
                 if id(parameter) in foreign:
-                    put_elsewhere(module, key)
+                    make_remote(module, key)
         return stages
 
     def install(self) -> None:
@@ -186,7 +186,7 @@ def boundary_numel(dataflow: Dataflow, cut: int, batch: int, length: int, sequen
     sent: dict[str, int] = defaultdict(int)
     for value in dataflow.boundary_values(cut):
         shared_by = sequence_ranks if value.module in layers else 1
-        sent[starred(value.module)] += (
+        sent[wildcard_name(value.module)] += (
             prod(sizes.get(size, size) for size in dataflow.spec_of(value).shape) // shared_by
         )
     return dict(sent)
@@ -221,7 +221,7 @@ def _in_order(dataflow: Dataflow, cut: int) -> list[TracedValue]:
 
 def _kind(value: TracedValue) -> tuple[str, int]:
     """Values of one kind travel as one tensor: all layers' router logits."""
-    return starred(value.module), value.leaf
+    return wildcard_name(value.module), value.leaf
 
 
 def _groups(values: Sequence[TracedValue]) -> Iterator[list[TracedValue]]:

@@ -1,23 +1,23 @@
 """Which part of a tensor a rank has: the record of a shard, chunks of files, remote parameters, joining to full."""
 
-from trainer.sharding.chunks import boxes_of, flat_boxes, parts_in_whole
+from trainer.sharding.chunks import chunks_of_flat_range, chunks_of_fragment, chunks_of_shard
 from trainer.sharding.join import Joiner
-from trainer.sharding.names import starred
-from trainer.sharding.remote import all_parameters, fill_elsewhere, lies_elsewhere, put_elsewhere
-from trainer.sharding.shard import Shard, counts, mark, shard_of
+from trainer.sharding.names import wildcard_name
+from trainer.sharding.remote import fill_remote_with_zeros, is_remote, local_and_remote_parameters, make_remote
+from trainer.sharding.shard import Shard, is_owned, set_shard, shard_of
 
 __all__ = [
     "Joiner",
     "Shard",
-    "all_parameters",
-    "boxes_of",
-    "counts",
-    "fill_elsewhere",
-    "flat_boxes",
-    "lies_elsewhere",
-    "mark",
-    "parts_in_whole",
-    "put_elsewhere",
+    "chunks_of_flat_range",
+    "chunks_of_fragment",
+    "chunks_of_shard",
+    "fill_remote_with_zeros",
+    "is_owned",
+    "is_remote",
+    "local_and_remote_parameters",
+    "make_remote",
+    "set_shard",
     "shard_of",
-    "starred",
+    "wildcard_name",
 ]

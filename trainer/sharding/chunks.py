@@ -9,10 +9,10 @@ from torch import Tensor
 
 from trainer.sharding.shard import Shard
 
-Place = tuple[int, ...]
+Index = tuple[int, ...]
 
 
-def flat_boxes(shape: Place, first: int, end: int) -> Iterator[tuple[Place, Place]]:
+def chunks_of_flat_range(shape: Index, first: int, end: int) -> Iterator[tuple[Index, Index]]:
     """Elements `first` up to `end` of a tensor of `shape`, in row-major order, as boxes: (start, size).
 
     They come in order, and each is contiguous among the elements: at most 2 x dimensions - 1 of them.
@@ -36,12 +36,12 @@ def flat_boxes(shape: Place, first: int, end: int) -> Iterator[tuple[Place, Plac
         yield from _in_row(last, shape, 0, ended)
 
 
-def _in_row(row: int, shape: Place, first: int, end: int) -> Iterator[tuple[Place, Place]]:
-    for start, size in flat_boxes(shape[1:], first, end):
+def _in_row(row: int, shape: Index, first: int, end: int) -> Iterator[tuple[Index, Index]]:
+    for start, size in chunks_of_flat_range(shape[1:], first, end):
         yield (row, *start), (1, *size)
 
 
-def boxes_of(flat: Tensor, first: int, shard: Shard) -> Iterator[tuple[Place, Tensor]]:
+def chunks_of_fragment(flat: Tensor, first: int, shard: Shard) -> Iterator[tuple[Index, Tensor]]:
     """A stretch of what this rank holds of a weight, as boxes of the whole weight: (start in the whole, view).
 
     Padding, which lies behind the end of the whole, is left out.
@@ -50,22 +50,22 @@ def boxes_of(flat: Tensor, first: int, shard: Shard) -> Iterator[tuple[Place, Te
         flat: one-dimensional; its elements are those from `first` on of this rank's part, flattened.
     """
     done = 0
-    for start, size in flat_boxes(shard.local_shape(), first, first + flat.numel()):
+    for start, size in chunks_of_flat_range(shard.local_shape(), first, first + flat.numel()):
         count = math.prod(size)
         box = flat[done : done + count].view(size)
         done += count
         if not size:
             yield (), box
             continue
-        yield from _in_whole(start, box, shard)
+        yield from _in_full_tensor(start, box, shard)
 
 
-def parts_in_whole(part: Tensor, shard: Shard) -> Iterator[tuple[Place, Tensor]]:
+def chunks_of_shard(part: Tensor, shard: Shard) -> Iterator[tuple[Index, Tensor]]:
     """The same for all that this rank holds of a tensor, which need not be contiguous."""
-    yield from _in_whole((0,) * part.ndim, part, shard) if part.ndim else [((), part)]
+    yield from _in_full_tensor((0,) * part.ndim, part, shard) if part.ndim else [((), part)]
 
 
-def _in_whole(start: Place, box: Tensor, shard: Shard) -> Iterator[tuple[Place, Tensor]]:
+def _in_full_tensor(start: Index, box: Tensor, shard: Shard) -> Iterator[tuple[Index, Tensor]]:
     low, high = start[shard.dim], start[shard.dim] + box.shape[shard.dim]
     for here, there in shard.ranges():
         begin, stop = max(low, here.start), min(high, here.stop)

@@ -5,6 +5,6 @@ from __future__ import annotations
 import re
 
 
-def starred(name: str) -> str:
+def wildcard_name(name: str) -> str:
     """The name with `*` for each number that stands alone in it."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)

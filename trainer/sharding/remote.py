@@ -11,44 +11,44 @@ import torch
 from torch import nn
 
 
-def put_elsewhere(module: nn.Module, key: str) -> None:
+def make_remote(module: nn.Module, key: str) -> None:
     """Makes a registered parameter of `module` one that lies on another stage."""
     parameter = module._parameters.pop(key)
     assert parameter is not None
     module.__dict__[key] = parameter
 
 
-def lies_elsewhere(module: nn.Module) -> bool:
+def is_remote(module: nn.Module) -> bool:
     """Whether all weights in `module`, which has some, are on other stages."""
-    has_own = any(True for _ in module.parameters())
-    return not has_own and any(True for inner in module.modules() for _ in _of(inner))
+    has_local = any(True for _ in module.parameters())
+    return not has_local and any(True for inner in module.modules() for _ in _remote_items(inner))
 
 
-def _of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _remote_items(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for key, value in module.__dict__.items():
         if isinstance(value, nn.Parameter):
             yield key, value
 
 
-def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def local_and_remote_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters here and elsewhere with all their names, in the same order on every stage."""
     for owner, module in model.named_modules():
-        own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
-        for key, parameter in sorted((own | dict(_of(module))).items()):
+        local = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+        for key, parameter in sorted((local | dict(_remote_items(module))).items()):
             yield f"{owner}.{key}" if owner else key, parameter
 
 
-def fill_elsewhere(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def fill_remote_with_zeros(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives parameters that lie elsewhere the value zero, in the memory of a single number.
 
     So modules that run on every stage, such as an embedding whose output nobody here reads, still give right shapes.
     """
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for key, parameter in list(_of(module)):
+        for key, parameter in list(_remote_items(module)):
             if id(parameter) not in filled:
-                kind = dtype if parameter.is_floating_point() else parameter.dtype
-                zero = torch.zeros((), dtype=kind, device=device).expand(parameter.shape)
+                zero_dtype = dtype if parameter.is_floating_point() else parameter.dtype
+                zero = torch.zeros((), dtype=zero_dtype, device=device).expand(parameter.shape)
                 filled[id(parameter)] = nn.Parameter(zero, requires_grad=False)
                 filled[id(parameter)].__dict__.update(parameter.__dict__)
             module.__dict__[key] = filled[id(parameter)]

@@ -24,7 +24,7 @@ class Shard:
     name: str
     """The weight's Hugging Face name."""
 
-    whole_shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
     dim: int = 0
     index: int = 0
     of: int = 1
@@ -36,7 +36,7 @@ class Shard:
     owner: bool = True
     """Whether this rank counts the part in norms and writes it: true on exactly one holder of each part."""
 
-    lone: bool = False
+    owner_only: bool = False
     """Whether only the owner has the weight, and the other ranks have zeros in its place, which nothing trains."""
 
     copies: int = 1
@@ -45,36 +45,36 @@ class Shard:
     have and use on full activations. Also of a full weight: a single key/value head, a norm of each head."""
 
     @classmethod
-    def whole(
+    def full(
         cls,
         name: str,
         shape: torch.Size | tuple[int, ...],
         *,
         owner: bool = True,
-        lone: bool = False,
+        owner_only: bool = False,
         copies: int = 1,
     ) -> Shard:
         packed = (shape[0],) if len(shape) else ()
-        return cls(name, tuple(shape), packed=packed, owner=owner, lone=lone, copies=copies)
+        return cls(name, tuple(shape), packed=packed, owner=owner, owner_only=owner_only, copies=copies)
 
     @property
-    def is_whole(self) -> bool:
-        return self.of == 1 and self.covers_all_packed
+    def is_full(self) -> bool:
+        return self.of == 1 and self.covers_full_tensor
 
     @property
-    def covers_all_packed(self) -> bool:
+    def covers_full_tensor(self) -> bool:
         """Whether it speaks of all matrices of the weight, not only of some in a fused one."""
-        return self.start == 0 and sum(self.packed) == (self.whole_shape or (0,))[self.dim]
+        return self.start == 0 and sum(self.packed) == (self.full_shape or (0,))[self.dim]
 
-    def holders(self, ranks: int) -> int:
+    def replica_count(self, ranks: int) -> int:
         """How many neighbouring tensor ranks of `ranks` hold this very part, full weights included."""
-        if self.lone:
+        if self.owner_only:
             return 1
-        return ranks if self.is_whole else self.copies
+        return ranks if self.is_full else self.copies
 
     def local_shape(self) -> tuple[int, ...]:
         """Shape of what this rank holds, padding included."""
-        shape = list(self.whole_shape)
+        shape = list(self.full_shape)
         if shape:
             shape[self.dim] = sum(math.ceil(size / self.of) for size in self.packed)
         return tuple(shape)
@@ -92,9 +92,9 @@ class Shard:
             yield slice(here, here + last - first), slice(there + first, there + last)
             here, there = here + length, there + size
 
-    def take(self, whole: Tensor) -> Tensor:
+    def extract(self, whole: Tensor) -> Tensor:
         """This rank's part of `whole`, as a tensor of its own; padding is zero."""
-        if self.is_whole:
+        if self.is_full:
             return whole.clone()
         local = whole.new_zeros(self.local_shape())
         for here, there in self.ranges():
@@ -102,9 +102,9 @@ class Shard:
             local.narrow(self.dim, here.start, length).copy_(whole.narrow(self.dim, there.start, length))
         return local
 
-    def put(self, local: Tensor, whole: Tensor) -> None:
+    def insert(self, local: Tensor, whole: Tensor) -> None:
         """Writes this rank's part into its place in `whole`."""
-        if not self.whole_shape:
+        if not self.full_shape:
             whole.copy_(local)
             return
         for here, there in self.ranges():
@@ -112,14 +112,14 @@ class Shard:
             whole.narrow(self.dim, there.start, length).copy_(local.narrow(self.dim, here.start, length))
 
 
-def mark(parameter: nn.Parameter, shard: Shard) -> None:
+def set_shard(parameter: nn.Parameter, shard: Shard) -> None:
     """Lays the record on the parameter, with DeepSpeed's flag beside it: "this rank counts it in the norm".
 
     Without the flag DeepSpeed counts a parameter on the first tensor rank only, which is right for whole ones, and
     leaves out a second copy of a part on the others.
     """
     setattr(parameter, _ATTRIBUTE, shard)
-    parameter.tensor_model_parallel = not shard.is_whole and shard.owner  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = not shard.is_full and shard.owner  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
@@ -128,7 +128,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return record if isinstance(record, Shard) else None
 
 
-def counts(parameter: Tensor) -> bool:
+def is_owned(parameter: Tensor) -> bool:
     """Whether this rank counts the parameter in sums over the tensor ranks, such as the gradient's norm."""
     shard = shard_of(parameter)
     return shard is None or shard.owner

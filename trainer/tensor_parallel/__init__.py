@@ -1,20 +1,20 @@
 """Tensor parallelism: a plan for each weight, sharded layers, and the mapper that applies the plan to a model."""
 
 from trainer.tensor_parallel.experts import choose_experts_implementation
-from trainer.tensor_parallel.mapper import Mapper, TensorMapper, WholeModel, drops, tensor_mapper
+from trainer.tensor_parallel.mapper import IdentityMapper, Mapper, TensorMapper, build_mapper, has_active_dropout
 from trainer.tensor_parallel.plan import Plan, read_plan
 from trainer.tensor_parallel.sequence import refuse_sequence_parallel
 from trainer.tensor_parallel.styles import Style
 
 __all__ = [
+    "IdentityMapper",
     "Mapper",
     "Plan",
     "Style",
     "TensorMapper",
-    "WholeModel",
+    "build_mapper",
     "choose_experts_implementation",
-    "drops",
+    "has_active_dropout",
     "read_plan",
     "refuse_sequence_parallel",
-    "tensor_mapper",
 ]

@@ -4,14 +4,14 @@ The tensor ranks of a group compute the same thing, except inside a *cut region*
 weights. Between the two lie conjugate pairs (Shoeybi et al. 2019, "Megatron-LM", section 3; Korthikanti et al. 2022,
 "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2):
 
-| function           | forward        | backward       | where                                        |
-| ------------------ | -------------- | -------------- | -------------------------------------------- |
-| `enter`            | identity       | all-reduce     | into a cut region                            |
-| `leave`            | all-reduce     | identity       | out of it                                    |
-| `gather`           | all-gather     | own slice      | a cut result that every rank needs whole     |
-| `split`            | own slice      | all-gather     | a whole input of which a rank needs its part |
-| `gather_sequence`  | all-gather     | reduce-scatter | `enter`, when the sequence is cut outside    |
-| `scatter_sequence` | reduce-scatter | all-gather     | `leave`, when the sequence is cut outside    |
+| function                  | forward        | backward       | where                                        |
+| ------------------------- | -------------- | -------------- | -------------------------------------------- |
+| `enter_region`            | identity       | all-reduce     | into a cut region                            |
+| `reduce_from_region`      | all-reduce     | identity       | out of it                                    |
+| `gather_from_region`      | all-gather     | own slice      | a cut result that every rank needs whole     |
+| `split_to_region`         | own slice      | all-gather     | a whole input of which a rank needs its part |
+| `gather_sequence`         | all-gather     | reduce-scatter | entrance, when the sequence is cut outside   |
+| `reduce_scatter_sequence` | reduce-scatter | all-gather     | exit, when the sequence is cut outside       |
 
 All of them accept tensors that are not contiguous.
 """
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import Group, all_gather, all_reduce, own_slice, reduce_scatter
+from trainer.distributed.collectives import Group, all_gather, all_reduce, local_slice, reduce_scatter
 
 
-class _Enter(torch.autograd.Function):
+class _EnterRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -37,7 +37,7 @@ class _Enter(torch.autograd.Function):
         return all_reduce(gradient, ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         return all_reduce(x, group)
@@ -47,7 +47,7 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
@@ -55,14 +55,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return own_slice(gradient, ctx.dim, ctx.group), None, None
+        return local_slice(gradient, ctx.dim, ctx.group), None, None
 
 
-class _Split(torch.autograd.Function):
+class _SplitToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return own_slice(x, dim, group).clone()
+        return local_slice(x, dim, group).clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -80,7 +80,7 @@ class _GatherSequence(torch.autograd.Function):
         return reduce_scatter(gradient, ctx.dim, ctx.group), None, None
 
 
-class _ScatterSequence(torch.autograd.Function):
+class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
@@ -91,7 +91,7 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
-class _HandOver(torch.autograd.Function):
+class _DeferReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: list[int]) -> Tensor:
         return x.new_zeros(shape)
@@ -101,34 +101,34 @@ class _HandOver(torch.autograd.Function):
         return None, None
 
 
-def hand_over(x: Tensor, shape: list[int]) -> Tensor:
+def defer_reduce(x: Tensor, shape: list[int]) -> Tensor:
     """Zeros in the place of `x`, which goes another way: `x` gets no gradient here, and yet is passed in the backward
     pass, on which ZeRO-3 relies to gather the weights behind it."""
-    result: Tensor = _HandOver.apply(x, shape)  # type: ignore[no-untyped-call]
+    result: Tensor = _DeferReduce.apply(x, shape)  # type: ignore[no-untyped-call]
     return result
 
 
-def enter(x: Tensor, group: Group) -> Tensor:
+def enter_region(x: Tensor, group: Group) -> Tensor:
     """`x` itself; its gradient is summed over the group."""
-    result: Tensor = _Enter.apply(x, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _EnterRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def leave(x: Tensor, group: Group) -> Tensor:
+def reduce_from_region(x: Tensor, group: Group) -> Tensor:
     """The sum of `x` over the group; its gradient is already whole."""
-    result: Tensor = _Leave.apply(x, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _ReduceFromRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def gather(x: Tensor, dim: int, group: Group) -> Tensor:
+def gather_from_region(x: Tensor, dim: int, group: Group) -> Tensor:
     """All parts along `dim`, for use in a region where every rank computes the same."""
-    result: Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _GatherFromRegion.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def split(x: Tensor, dim: int, group: Group) -> Tensor:
+def split_to_region(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's part along `dim` of what every rank has whole."""
-    result: Tensor = _Split.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _SplitToRegion.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -138,7 +138,7 @@ def gather_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
     return result
 
 
-def scatter_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
+def reduce_scatter_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's part along `dim` of the sum over the group."""
-    result: Tensor = _ScatterSequence.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _ReduceScatterSequence.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from trainer.distributed.collectives import Group, all_gather
 from trainer.errors import PlanError, Problem
-from trainer.sharding import starred
-from trainer.tensor_parallel.plan import Placement, Plan
+from trainer.sharding import wildcard_name
+from trainer.tensor_parallel.plan import Plan, PlanEntry
 
 _DIFFERENCE = 0.02
 """Ranks may differ by so much of a gradient's norm: kernels that add in no fixed order do."""
@@ -30,7 +30,7 @@ class _Watched:
     """A parameter that several ranks hold."""
 
     name: str
-    holders: int
+    replica_count: int
     """How many neighbouring tensor ranks hold it."""
 
     is_summed: bool
@@ -49,18 +49,18 @@ class GradientWatch:
         self._group, self._ranks = group, ranks
         self._seen: dict[_Watched, Tensor] = {}
         self._handles = []
-        for placement in plan.placements:
-            module = model.get_submodule(placement.name.rpartition(".")[0])
-            for parameter, watched in self._watched(placement, module):
+        for entry in plan.entries:
+            module = model.get_submodule(entry.name.rpartition(".")[0])
+            for parameter, watched in self._watched(entry, module):
                 hook = self._recorder(watched)
                 self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _watched(self, placement: Placement, module: nn.Module) -> Iterator[tuple[nn.Parameter, _Watched]]:
-        for number, (parameter, piece) in enumerate(placement.held(module)):
-            holders = piece.holders(self._ranks)
-            if parameter.requires_grad and holders > 1:
-                name = f"{placement.name} (part {number})" if number else placement.name
-                yield parameter, _Watched(name, holders, piece.copies > 1)
+    def _watched(self, entry: PlanEntry, module: nn.Module) -> Iterator[tuple[nn.Parameter, _Watched]]:
+        for number, (parameter, piece) in enumerate(entry.held(module)):
+            replica_count = piece.replica_count(self._ranks)
+            if parameter.requires_grad and replica_count > 1:
+                name = f"{entry.name} (part {number})" if number else entry.name
+                yield parameter, _Watched(name, replica_count, piece.copies > 1)
 
     def _recorder(self, watched: _Watched) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:
@@ -84,38 +84,38 @@ class GradientWatch:
         table = all_gather(torch.stack([self._seen[watched] for watched in weights]).unsqueeze(0), 0, self._group)
         self._seen.clear()
         largest = table[..., 0].max()
-        shares = [self._difference(table[:, n], watched.holders, largest) for n, watched in enumerate(weights)]
+        shares = [self._difference(table[:, n], watched.replica_count, largest) for n, watched in enumerate(weights)]
         share, worst = torch.stack(shares).max(0)
         if float(share) > _DIFFERENCE:
             raise PlanError(_differ(weights[int(worst)], float(share)))
 
     @staticmethod
-    def _difference(sketches: Tensor, holders: int, largest: Tensor) -> Tensor:
+    def _difference(sketches: Tensor, replica_count: int, largest: Tensor) -> Tensor:
         """Largest difference within a group of holders, as a share of the gradient's norm.
 
         Args:
             sketches: (tensor ranks, 2): norm and sum of one weight's gradient. largest: norm of any gradient.
         """
-        groups = sketches.view(-1, holders, sketches.shape[-1])
+        groups = sketches.view(-1, replica_count, sketches.shape[-1])
         norms = groups[..., 0].amax(1)
         shares = (groups.amax(1) - groups.amin(1)).amax(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         return torch.where(norms > _NOISE * largest, shares, 0).max()
 
 
 def _differ(watched: _Watched, share: float) -> Problem:
-    row = f"parallel.tensor_plan.{starred(watched.name.partition(' ')[0])}"
+    row = f"parallel.tensor_plan.{wildcard_name(watched.name.partition(' ')[0])}"
     differ = f"its gradients there differ by {100 * share:.0f} % of their norm"
     if watched.is_summed:
         return Problem(
             row,
-            f"{watched.name} is held by {watched.holders} tensor ranks, and {differ}, though they should have been "
-            "summed",
+            f"{watched.name} is held by {watched.replica_count} tensor ranks, and {differ}, though they should have "
+            "been summed",
             "This is an error of the trainer: please report it with the model's configuration; set parallel.tensor "
             "so that no key/value head is shared, or to 1",
         )
     return Problem(
         row,
-        f"{watched.name} is replicated on {watched.holders} tensor ranks, and {differ}: it is used on sharded "
+        f"{watched.name} is replicated on {watched.replica_count} tensor ranks, and {differ}: it is used on sharded "
         "activations",
         "Give it 'replicated_with_grad_allreduce', or shard it",
     )

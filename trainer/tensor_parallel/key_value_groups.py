@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trainer.sharding.remote import all_parameters
+from trainer.sharding.remote import local_and_remote_parameters
 from trainer.sharding.shard import shard_of
 
 
@@ -26,7 +26,7 @@ def correct_key_value_groups(model: nn.Module, heads: Mapping[str, int], ranks: 
     }
     corrected: dict[nn.Module, int] = {}
     by_kind: dict[tuple[type[nn.Module], int], tuple[str, int]] = {}
-    for name, parameter in all_parameters(model):
+    for name, parameter in local_and_remote_parameters(model):
         shard = shard_of(parameter)
         above = [name[:end] for end in range(len(name)) if name[end] == "." and name[:end] in attentions]
         if above and shard is not None and shard.name in heads:
@@ -36,6 +36,6 @@ def correct_key_value_groups(model: nn.Module, heads: Mapping[str, int], ranks: 
             by_kind[type(attention), groups] = name.removeprefix(f"{above[-1]}."), corrected[attention]
     for attention in attentions.values():
         key, number = by_kind.get((type(attention), attention.num_key_value_groups), ("", 0))
-        borrows = number and key not in dict(all_parameters(attention))
+        borrows = number and key not in dict(local_and_remote_parameters(attention))
         if attention in corrected or borrows:
             attention.num_key_value_groups = corrected.get(attention, number)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from trainer.distributed.collectives import Group, all_reduce, own_slice
+from trainer.distributed.collectives import Group, all_reduce, local_slice
 from trainer.errors import PlanError, Problem
 from trainer.sharding.shard import shard_of
 from trainer.tensor_parallel import collectives
 from trainer.tensor_parallel.hooks import on_argument, on_inputs, on_output
-from trainer.tensor_parallel.plan import ModuleStyle
+from trainer.tensor_parallel.plan import ModuleTarget
 from trainer.tensor_parallel.region import Region
 from trainer.tensor_parallel.styles import Style
 from trainer.tensor_parallel.units import Scope
@@ -77,14 +77,14 @@ class _SharedColumn(nn.Module):
     Parameters of a piece are called `NAME_piece1`, ...
     """
 
-    pieces: int
+    shards: int
 
     def _joined(self, name: str) -> Tensor | None:
         first: Tensor | None = getattr(self, name)
         if first is None:
             return None
         dim = -1 if isinstance(self, Conv1D) else 0
-        return torch.cat([first, *(getattr(self, f"{name}_piece{n}") for n in range(1, self.pieces))], dim=dim)
+        return torch.cat([first, *(getattr(self, f"{name}_piece{n}") for n in range(1, self.shards))], dim=dim)
 
 
 class _SharedColumnLinear(_SharedColumn, nn.Linear):
@@ -109,7 +109,7 @@ class _SharedChannels(_SharedColumn, nn.Conv1d):
     bias = property(lambda self: self._joined("bias"))
 
     def _joined(self, name: str) -> Tensor | None:
-        names = [name, *(f"{name}_piece{n}" for n in range(1, self.pieces))]
+        names = [name, *(f"{name}_piece{n}" for n in range(1, self.shards))]
         held: list[Tensor] = [p for p in (self._parameters.get(n) for n in names) if p is not None]
         return torch.cat(held) if held else None
 
@@ -119,7 +119,7 @@ def share_pieces(module: nn.Module, count: int) -> None:
     for plain, own in ((nn.Linear, _SharedColumnLinear), (Conv1D, _SharedColumnConv1D), (nn.Conv1d, _SharedChannels)):
         if _computes_as(type(module), plain):
             module.__class__ = own
-            module.pieces = count  # type: ignore[assignment]
+            module.shards = count  # type: ignore[assignment]
             return
     raise PlanError(
         Problem("parallel.tensor_plan", f"{type(module).__name__} cannot hold a part that several ranks share",
@@ -136,17 +136,17 @@ class _RMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         region: Region = self.region  # type: ignore[assignment]
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        total = collectives.enter(region.leave(wide.square().sum(-1, keepdim=True)), region.group)
+        total = collectives.enter_region(region.reduce(wide.square().sum(-1, keepdim=True)), region.group)
         normed = wide * torch.rsqrt(total / (wide.shape[-1] * region.ranks) + self.epsilon)  # type: ignore[operator]
         scaled: Tensor = self.weight * normed.to(hidden_states.dtype)  # type: ignore[operator]
         return scaled
 
 
-def _install_rms_norm(region: Region, at: ModuleStyle, style: Style) -> None:
-    module = at.module
+def _install_rms_norm(region: Region, target: ModuleTarget, style: Style) -> None:
+    module = target.module
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     if epsilon is None or [n for n, _ in module.named_parameters()] != ["weight"]:
-        raise PlanError(Problem("parallel.tensor_plan", f"{at.name} ({type(module).__name__}) is not an RMS norm"))
+        raise PlanError(Problem("parallel.tensor_plan", f"{target.name} ({type(module).__name__}) is not an RMS norm"))
     own = type(f"Cut{type(module).__name__}", (_RMSNorm, type(module)), {})
     module.__class__ = own
     module.region, module.epsilon = region, epsilon  # type: ignore[assignment]
@@ -172,14 +172,14 @@ class _PerHeadNorms(nn.Module):
         return normed.to(hidden_states.dtype)
 
 
-def _install_per_head_norms(region: Region, at: ModuleStyle, style: Style) -> None:
-    norms = getattr(at.module, "norms", None)
+def _install_per_head_norms(region: Region, target: ModuleTarget, style: Style) -> None:
+    norms = getattr(target.module, "norms", None)
     if not isinstance(norms, nn.ModuleList) or not all(
         isinstance(norm, nn.LayerNorm) and norm.bias is None for norm in norms
     ):
-        raise PlanError(Problem("parallel.tensor_plan", f"{at.name} is not a list of layer norms without biases"))
-    at.module.__class__ = type(f"Cut{type(at.module).__name__}", (_PerHeadNorms, type(at.module)), {})
-    at.module.region = region  # type: ignore[assignment]
+        raise PlanError(Problem("parallel.tensor_plan", f"{target.name} is not a list of layer norms without biases"))
+    target.module.__class__ = type(f"Cut{type(target.module).__name__}", (_PerHeadNorms, type(target.module)), {})
+    target.module.region = region  # type: ignore[assignment]
 
 
 class _GroupedRMSNorm(nn.Module):
@@ -193,7 +193,7 @@ class _GroupedRMSNorm(nn.Module):
         if not self.norm_before_gate:
             wide = wide * gated
         mine = F.one_hot(torch.tensor(region.rank * groups // region.ranks, device=wide.device), groups)
-        sums = region.enter(region.leave(wide.square().sum(-1, keepdim=True) * mine))
+        sums = region.enter(region.reduce(wide.square().sum(-1, keepdim=True) * mine))
         total = (sums * mine).sum(-1, keepdim=True)
         size = wide.shape[-1] * region.ranks // groups
         normed = wide * torch.rsqrt(total / size + self.epsilon)  # type: ignore[operator]
@@ -201,13 +201,13 @@ class _GroupedRMSNorm(nn.Module):
         return (scaled * gated).to(hidden_states.dtype) if self.norm_before_gate else scaled
 
 
-def _install_grouped_rms_norm(region: Region, at: ModuleStyle, style: Style) -> None:
-    module: Any = at.module
+def _install_grouped_rms_norm(region: Region, target: ModuleTarget, style: Style) -> None:
+    module: Any = target.module
     if not list(module.parameters()):
         return
     shard = shard_of(module.weight)
     assert shard is not None
-    groups = module.n_groups if hasattr(module, "n_groups") else shard.whole_shape[0] // module.group_size
+    groups = module.n_groups if hasattr(module, "n_groups") else shard.full_shape[0] // module.group_size
     if groups % region.ranks == 0:
         if hasattr(module, "n_groups"):
             module.n_groups = groups // region.ranks
@@ -218,48 +218,48 @@ def _install_grouped_rms_norm(region: Region, at: ModuleStyle, style: Style) -> 
     module.norm_before_gate = before
 
 
-def _install_column(region: Region, at: ModuleStyle, style: Style) -> None:
-    if isinstance(at.module, nn.Embedding):
+def _install_column(region: Region, target: ModuleTarget, style: Style) -> None:
+    if isinstance(target.module, nn.Embedding):
         return  # token ids have no gradient
-    if not list(at.module.parameters(recurse=False)):
+    if not list(target.module.parameters(recurse=False)):
         return
 
-    on_inputs(at.module, region.enter_at(at.module))
+    on_inputs(target.module, region.column_input_hook(target.module))
 
 
-def _install_gathered_column(region: Region, at: ModuleStyle, style: Style) -> None:
-    if not list(at.module.parameters(recurse=False)):
+def _install_gathered_column(region: Region, target: ModuleTarget, style: Style) -> None:
+    if not list(target.module.parameters(recurse=False)):
         return  # an identity in its place
-    on_inputs(at.module, region.enter)
-    on_output(at.module, lambda y: collectives.gather(y, -1, region.group))
+    on_inputs(target.module, region.enter)
+    on_output(target.module, lambda y: collectives.gather_from_region(y, -1, region.group))
 
 
-def _install_head(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_inputs(at.module, region.enter)
+def _install_head(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_inputs(target.module, region.enter)
 
 
-def _install_row(region: Region, at: ModuleStyle, style: Style) -> None:
-    _row(at.module, region.leave_at(at.module))
+def _install_row(region: Region, target: ModuleTarget, style: Style) -> None:
+    _row(target.module, region.row_output_hook(target.module))
 
 
-def _install_split_row(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_inputs(at.module, lambda x: collectives.split(x, -1, region.group))
-    _row(at.module, region.leave_at(at.module))
+def _install_split_row(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_inputs(target.module, lambda x: collectives.split_to_region(x, -1, region.group))
+    _row(target.module, region.row_output_hook(target.module))
 
 
-def _install_entering_row(region: Region, at: ModuleStyle, style: Style) -> None:
-    _row(at.module, lambda y: collectives.enter(region.leave(y), region.group))
+def _install_entering_row(region: Region, target: ModuleTarget, style: Style) -> None:
+    _row(target.module, lambda y: collectives.enter_region(region.reduce(y), region.group))
 
 
-def _install_scattering_row(region: Region, at: ModuleStyle, style: Style) -> None:
-    if getattr(at.module, "bias", None) is not None:
-        raise PlanError(Problem("parallel.tensor_plan", f"{at.name} has a bias, and cannot scatter its outputs"))
-    on_output(at.module, lambda y: collectives.scatter_sequence(y, -1, region.group))
+def _install_scattering_row(region: Region, target: ModuleTarget, style: Style) -> None:
+    if getattr(target.module, "bias", None) is not None:
+        raise PlanError(Problem("parallel.tensor_plan", f"{target.name} has a bias, and cannot scatter its outputs"))
+    on_output(target.module, lambda y: collectives.reduce_scatter_sequence(y, -1, region.group))
 
 
-def _install_vocabulary_embedding(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_vocabulary_embedding(region: Region, target: ModuleTarget, style: Style) -> None:
     """Each rank looks up the ids it has, zero for the others, and the ranks' results are summed."""
-    table = at.module
+    table = target.module
     assert isinstance(table, nn.Embedding)
     shard = shard_of(table.weight)
     assert shard is not None
@@ -279,14 +279,14 @@ def _install_vocabulary_embedding(region: Region, at: ModuleStyle, style: Style)
         return (ids.masked_fill(outside, 0), *args[1:]), kwargs
 
     def join(_: nn.Module, __: tuple[Any, ...], vectors: Tensor) -> Tensor:
-        return region.leave(vectors.masked_fill(elsewhere.pop().unsqueeze(-1), 0))
+        return region.reduce(vectors.masked_fill(elsewhere.pop().unsqueeze(-1), 0))
 
     table.register_forward_pre_hook(localise, with_kwargs=True)
     table.register_forward_hook(join)
 
 
-def _install_wide_embedding(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_output(at.module, lambda y: collectives.gather(y, -1, region.group))
+def _install_wide_embedding(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_output(target.module, lambda y: collectives.gather_from_region(y, -1, region.group))
 
 
 def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
@@ -298,78 +298,78 @@ def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
         parameter.register_hook(lambda gradient: all_reduce(gradient, group))  # type: ignore[no-untyped-call]
 
 
-def _install_experts(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_inputs(at.module, lambda x: collectives.enter(x, region.group) if x.requires_grad else x)
-    on_output(at.module, region.leave)
+def _install_experts(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_inputs(target.module, lambda x: collectives.enter_region(x, region.group) if x.requires_grad else x)
+    on_output(target.module, region.reduce)
 
 
-def _install_identity_expert(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_inputs(at.module, lambda x: x / region.ranks)
+def _install_identity_expert(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_inputs(target.module, lambda x: x / region.ranks)
 
 
-def _install_latent(region: Region, at: ModuleStyle, style: Style) -> None:
-    places: Any = (at.parent, getattr(at.module, "config", None), getattr(at.parent, "config", None))
+def _install_latent(region: Region, target: ModuleTarget, style: Style) -> None:
+    places: Any = (target.parent, getattr(target.module, "config", None), getattr(target.parent, "config", None))
     rope = int(style.argument or next(p.qk_rope_head_dim for p in places if hasattr(p, "qk_rope_head_dim")))
 
     def change(y: Tensor) -> Tensor:
         latent, rotary = torch.split(y, [y.shape[-1] - rope, rope], dim=-1)
-        return torch.cat([latent, collectives.enter(rotary, region.group)], dim=-1)
+        return torch.cat([latent, collectives.enter_region(rotary, region.group)], dim=-1)
 
-    on_output(at.module, change)
-
-
-def _install_sum(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_output(at.module, region.leave)
+    on_output(target.module, change)
 
 
-def _install_entrance(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_inputs(at.module, lambda x: region.enter(x) if x.requires_grad else x)
+def _install_sum(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_output(target.module, region.reduce)
 
 
-def _install_passage(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_inputs(at.module, lambda x: x if region.sequence_is_cut else region.enter(x))
+def _install_entrance(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_inputs(target.module, lambda x: region.enter(x) if x.requires_grad else x)
 
 
-def _install_silence(region: Region, at: ModuleStyle, style: Style) -> None:
-    region.silence(at.module)
+def _install_passage(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_inputs(target.module, lambda x: x if region.is_sequence_sharded else region.enter(x))
 
 
-def _install_pair(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_silence(region: Region, target: ModuleTarget, style: Style) -> None:
+    region.skip_input_reduce(target.module)
+
+
+def _install_pair(region: Region, target: ModuleTarget, style: Style) -> None:
     first, second = style.argument.split(",")
-    region.pair(at.module.get_submodule(first), at.module.get_submodule(second))
+    region.fuse_reductions(target.module.get_submodule(first), target.module.get_submodule(second))
 
 
-def _install_output_entrance(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_output_entrance(region: Region, target: ModuleTarget, style: Style) -> None:
     if not style.argument:
-        on_output(at.module, region.enter)
+        on_output(target.module, region.enter)
         return
     which = int(style.argument)
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        entered = collectives.enter(output[which], region.group)
+        entered = collectives.enter_region(output[which], region.group)
         return (*output[:which], entered, *output[which + 1 :])
 
-    at.module.register_forward_hook(hook)
+    target.module.register_forward_hook(hook)
 
 
-def _install_joined_output(region: Region, at: ModuleStyle, style: Style) -> None:
-    on_output(at.module, lambda y: collectives.gather(y, -1, region.group))
+def _install_joined_output(region: Region, target: ModuleTarget, style: Style) -> None:
+    on_output(target.module, lambda y: collectives.gather_from_region(y, -1, region.group))
 
 
-def _install_joined_input(region: Region, at: ModuleStyle, style: Style) -> None:
-    whole = getattr(at.module, "in_features", None)
-    on_inputs(at.module, lambda x: x if x.shape[-1] == whole else region.widen(x))
+def _install_joined_input(region: Region, target: ModuleTarget, style: Style) -> None:
+    whole = getattr(target.module, "in_features", None)
+    on_inputs(target.module, lambda x: x if x.shape[-1] == whole else region.restore_input(x))
 
 
-def _install_narrowed_input(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_narrowed_input(region: Region, target: ModuleTarget, style: Style) -> None:
     """For a module that gives its result the shape of its input: it sees the size of the part.
 
     Its column layers get the whole input back, and no gradient passes through the slice.
     """
-    on_argument(at.module, next(iter(inspect.signature(at.module.forward).parameters)), region.narrow)
+    on_argument(target.module, next(iter(inspect.signature(target.module.forward).parameters)), region.slice_input)
 
 
-def _install_residual_inside(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_residual_inside(region: Region, target: ModuleTarget, style: Style) -> None:
     """For a module that computes `child(h + part of a sum)` of its inputs h: each rank adds h, so all but one are taken
     off the sum again. They are taken off outside the region, which leaves the gradient of h whole.
     """
@@ -380,51 +380,51 @@ def _install_residual_inside(region: Region, at: ModuleStyle, style: Style) -> N
         return region.enter(x)
 
     def leave(x: Tensor) -> Tensor:
-        return region.leave(x) - (region.ranks - 1) * whole.pop(0)
+        return region.reduce(x) - (region.ranks - 1) * whole.pop(0)
 
-    at.module.register_forward_pre_hook(lambda *_: whole.clear())
-    on_inputs(at.module, lambda x: enter(x) if x.requires_grad else x)
-    on_inputs(at.module.get_submodule(style.argument), leave)
+    target.module.register_forward_pre_hook(lambda *_: whole.clear())
+    on_inputs(target.module, lambda x: enter(x) if x.requires_grad else x)
+    on_inputs(target.module.get_submodule(style.argument), leave)
 
 
-def _install_split_output(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_split_output(region: Region, target: ModuleTarget, style: Style) -> None:
     if not style.argument:
-        on_output(at.module, lambda y: collectives.split(y, -1, region.group))
+        on_output(target.module, lambda y: collectives.split_to_region(y, -1, region.group))
         return
     which, dim = (int(n) for n in style.argument.split(":"))
 
     def hook(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> Any:
-        part = collectives.split(outputs[which], dim, region.group)
+        part = collectives.split_to_region(outputs[which], dim, region.group)
         return (*outputs[:which], part, *outputs[which + 1 :])
 
-    at.module.register_forward_hook(hook)
+    target.module.register_forward_hook(hook)
 
 
-def _install_split_input(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_split_input(region: Region, target: ModuleTarget, style: Style) -> None:
     name, dim_text, *heads_text = style.argument.split(":")
     dim = int(dim_text)
-    heads = getattr(at.module, heads_text[0]) if heads_text else None
+    heads = getattr(target.module, heads_text[0]) if heads_text else None
 
-    def take(value: Tensor) -> Tensor:
+    def extract(value: Tensor) -> Tensor:
         if value.shape[dim] == 1:  # one for all heads
             return value
         if heads is None:
-            return own_slice(value, dim, region.group)
+            return local_slice(value, dim, region.group)
         shape = (*value.shape[:dim], -1, heads * region.ranks, *value.shape[dim + 1 :])
         grouped = value.reshape(shape)
-        return own_slice(grouped, dim + 1, region.group).flatten(dim, dim + 1)
+        return local_slice(grouped, dim + 1, region.group).flatten(dim, dim + 1)
 
-    on_argument(at.module, name, take)
+    on_argument(target.module, name, extract)
 
 
-def _install_divided(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_divided(region: Region, target: ModuleTarget, style: Style) -> None:
     """`config.NAME` divides it in a configuration of the module's own; `NAME?` passes over modules that lack it.
 
     `NAME=SUM` computes a number from those that are divided already.
     """
     for item in (n.strip() for n in style.argument.split(",")):
         name = item.removesuffix("?")
-        holder: Any = at.module
+        holder: Any = target.module
         if "=" in name:
             name, _, expression = name.partition("=")
             if not name.endswith("?") or hasattr(holder, name.removesuffix("?")):
@@ -432,29 +432,29 @@ def _install_divided(region: Region, at: ModuleStyle, style: Style) -> None:
             continue
         if name.startswith("config."):
             name = name.removeprefix("config.")
-            holder = at.module.config = copy.copy(at.module.config)
+            holder = target.module.config = copy.copy(target.module.config)
         value = getattr(holder, name, None)
         if value is None and item.endswith("?"):
             continue
         if not isinstance(value, int):
-            raise PlanError(Problem("parallel.tensor_plan", f"{at.name} has no number '{name}' to divide"))
+            raise PlanError(Problem("parallel.tensor_plan", f"{target.name} has no number '{name}' to divide"))
         if value % region.ranks and region.ranks % value:
             raise PlanError(
-                Problem("parallel.tensor", f"{at.name}.{name} = {value} cannot be divided by {region.ranks}")
+                Problem("parallel.tensor", f"{target.name}.{name} = {value} cannot be divided by {region.ranks}")
             )
         setattr(holder, name, max(1, value // region.ranks))
 
 
-def _install_unfused(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_unfused(region: Region, target: ModuleTarget, style: Style) -> None:
     """Such a module takes the fused path in training only, and nothing else in it depends on that."""
-    if style.argument and not hasattr(at.module, style.argument):
+    if style.argument and not hasattr(target.module, style.argument):
         return
-    plain = type(at.module)
+    plain = type(target.module)
     never = property(lambda self: False, lambda self, value: None)
-    at.module.__class__ = type(plain.__name__, (plain,), {"training": never})
+    target.module.__class__ = type(plain.__name__, (plain,), {"training": never})
 
 
-def _install_nothing(region: Region, at: ModuleStyle, style: Style) -> None:
+def _install_nothing(region: Region, target: ModuleTarget, style: Style) -> None:
     """The parameters are all there is to it."""
 
 
@@ -462,7 +462,7 @@ def resize(module: nn.Module) -> None:
     """Makes the sizes that a module keeps about its weight those of the part it holds."""
     weight = module._parameters.get("weight")
     shard = None if weight is None else shard_of(weight)
-    if shard is None or shard.is_whole:
+    if shard is None or shard.is_full:
         return
     shape = shard.local_shape()
     if isinstance(module, nn.Linear):
@@ -473,11 +473,11 @@ def resize(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.Conv1d) and module.groups > 1:
         channels = module.weight.shape[0]  # with those that are shared
-        module.groups = module.groups * channels // shard.whole_shape[0]
+        module.groups = module.groups * channels // shard.full_shape[0]
         module.in_channels, module.out_channels = module.groups * shape[1], channels
 
 
-INSTALL: dict[str, Callable[[Region, ModuleStyle, Style], None]] = {
+INSTALL: dict[str, Callable[[Region, ModuleTarget, Style], None]] = {
     "colwise": _install_column,
     "kv_colwise": _install_column,
     "packed_colwise": _install_column,

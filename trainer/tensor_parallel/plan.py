@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import PlanError, Problem
-from trainer.sharding import starred
-from trainer.sharding.remote import lies_elsewhere
+from trainer.sharding import wildcard_name
+from trainer.sharding.remote import is_remote
 from trainer.sharding.shard import Shard
 from trainer.tensor_parallel.plan_sources import Rows
 from trainer.tensor_parallel.styles import COLUMNS, ON_MODULES, ROWS, WHOLE, Style
@@ -30,27 +30,27 @@ from trainer.tensor_parallel.units import Part, Refused, Scope, in_units, parse_
 
 
 @dataclass(frozen=True)
-class Placement:
+class PlanEntry:
     """A parameter and what becomes of it."""
 
     name: str
     parameter: nn.Parameter
     shape: tuple[int, ...]
     style: Style
-    pieces: tuple[Shard, ...]
+    shards: tuple[Shard, ...]
     """What this rank holds of it; more than one where a part of a fused weight is shared by ranks."""
 
     def held(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
-        """The parameters of `module`, which has it, in which this rank holds it after `Mapper.cut`."""
+        """The parameters of `module`, which has it, in which this rank holds it after `Mapper.shard_parameters`."""
         key = self.name.rpartition(".")[2]
-        for number, piece in enumerate(self.pieces):
+        for number, piece in enumerate(self.shards):
             parameter = module._parameters[f"{key}_piece{number}" if number else key]
             assert parameter is not None
             yield parameter, piece
 
     @property
-    def is_cut(self) -> bool:
-        return not all(piece.is_whole for piece in self.pieces)
+    def is_sharded(self) -> bool:
+        return not all(piece.is_full for piece in self.shards)
 
     @property
     def is_divided(self) -> bool:
@@ -60,7 +60,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class ModuleStyle:
+class ModuleTarget:
     """A module and how it has to be changed."""
 
     name: str
@@ -73,35 +73,33 @@ class ModuleStyle:
 class Plan:
     """The audited plan of one model, for one rank."""
 
-    placements: list[Placement]
-    modules: list[ModuleStyle]
+    entries: list[PlanEntry]
+    modules: list[ModuleTarget]
     buffers: dict[str, tuple[Shard, ...]]
     """Buffers that are cut, by name."""
 
-    def here(self, model: nn.Module) -> Plan:
+    def local_to(self, model: nn.Module) -> Plan:
         """The part of the plan about what lies in `model` and not on another pipeline stage."""
         held = dict(model.named_parameters(remove_duplicate=False))
         return Plan(
-            [placement for placement in self.placements if placement.name in held],
-            [at for at in self.modules if not lies_elsewhere(at.module)],
-            {n: s for n, s in self.buffers.items() if not lies_elsewhere(model.get_submodule(n.rpartition(".")[0]))},
+            [entry for entry in self.entries if entry.name in held],
+            [target for target in self.modules if not is_remote(target.module)],
+            {n: s for n, s in self.buffers.items() if not is_remote(model.get_submodule(n.rpartition(".")[0]))},
         )
 
     @property
     def held(self) -> int:
         """Elements of parameters that this rank holds, padding included."""
-        return sum(math.prod(piece.local_shape()) for placement in self.placements for piece in placement.pieces)
+        return sum(math.prod(piece.local_shape()) for entry in self.entries for piece in entry.shards)
 
-    def share_cut(self, blocks: Collection[str] = ("",)) -> float:
+    def sharded_fraction(self, blocks: Collection[str] = ("",)) -> float:
         """Share of the matrix elements in `blocks` (names of modules; by default the model) that are cut."""
         cut = whole = 0
-        for placement in self.placements:
-            if len(placement.shape) >= 2 and any(
-                placement.name.startswith(f"{block}." if block else "") for block in blocks
-            ):
-                count = math.prod(placement.shape)
+        for entry in self.entries:
+            if len(entry.shape) >= 2 and any(entry.name.startswith(f"{block}." if block else "") for block in blocks):
+                count = math.prod(entry.shape)
                 whole += count
-                cut += count if placement.is_cut else 0
+                cut += count if entry.is_sharded else 0
         return cut / whole if whole else 0.0
 
 
@@ -132,15 +130,15 @@ class _Audit:
         self._rows = Rows(model, user)
         self._user = user
         self._problems = list(self._rows.problems)
-        self._unfit: dict[str, Problem] = {}
+        self._indivisible: dict[str, Problem] = {}
         """Weights that cannot be divided by so many ranks; one of each kind."""
 
     def read(self) -> Plan:
         """See `read_plan`."""
         plan = self._collect()
-        if self._unfit:
+        if self._indivisible:
             remedy = self._remedy()
-            self._problems += [replace(problem, remedy=remedy) for problem in self._unfit.values()]
+            self._problems += [replace(problem, remedy=remedy) for problem in self._indivisible.values()]
         if self._problems:
             raise PlanError(self._problems)
         return plan
@@ -154,43 +152,47 @@ class _Audit:
     def _divides(self, ranks: int) -> bool:
         other = _Audit(self._model, self._user, ranks, 0)
         other._collect()
-        return not other._unfit
+        return not other._indivisible
 
     def _collect(self) -> Plan:
-        placements: dict[nn.Parameter, Placement] = {}
+        entries: dict[nn.Parameter, PlanEntry] = {}
         for owner, module in self._modules.items():
             for key, parameter in module.named_parameters(recurse=False):
-                placement = self._place(owner, module, key, parameter)
-                if placement is None:
+                entry = self._place(owner, module, key, parameter)
+                if entry is None:
                     continue
-                known = placements.get(parameter)
-                if known is not None and known.pieces != placement.pieces:
-                    known = self._tied(known, placement)
-                placements[parameter] = known or placement
+                known = entries.get(parameter)
+                if known is not None and known.shards != entry.shards:
+                    known = self._tied(known, entry)
+                entries[parameter] = known or entry
         modules = [
-            ModuleStyle(name, module, self._parent(name), self._rows.of(name))
+            ModuleTarget(name, module, self._parent(name), self._rows.of(name))
             for name, module in self._modules.items()
             if self._rows.of(name)
         ]
-        for at in modules:
-            self._problems += [self._missing(at, s) for s in at.styles if s.word == "needs" and not self._has(s)]
+        for target in modules:
+            self._problems += [
+                self._missing(target, s) for s in target.styles if s.word == "needs" and not self._has(s)
+            ]
         buffers = {}
         for name, buffer in self._model.named_buffers():
             for style in self._rows.of(name):
                 owner, _, key = name.rpartition(".")
                 try:
-                    buffers[name] = self._pieces(owner, self._modules[owner], key, buffer, style)
+                    buffers[name] = self._shards(owner, self._modules[owner], key, buffer, style)
                 except Refused as refused:
                     reason = f"{name} {list(buffer.shape)}, '{style}': {refused}"
-                    self._unfit.setdefault(starred(name), Problem("parallel.tensor", reason))
-        self._problems += [self._lonely(p) for p in placements.values() if p.style.word in ROWS and self._is_lonely(p)]
-        return Plan(list(placements.values()), modules, buffers)
+                    self._indivisible.setdefault(wildcard_name(name), Problem("parallel.tensor", reason))
+        self._problems += [
+            self._unpaired_problem(p) for p in entries.values() if p.style.word in ROWS and self._is_unpaired(p)
+        ]
+        return Plan(list(entries.values()), modules, buffers)
 
-    def _is_lonely(self, placement: Placement) -> bool:
+    def _is_unpaired(self, entry: PlanEntry) -> bool:
         """Whether nothing cuts the input of a row layer: no style in the nearest module around it that has others."""
-        if placement.style.word == "rowwise_split_input" or len(placement.shape) < 2:
+        if entry.style.word == "rowwise_split_input" or len(entry.shape) < 2:
             return False
-        path = placement.name.split(".")[:-2]
+        path = entry.name.split(".")[:-2]
         while path and not isinstance(self._modules[".".join(path[:-1])], nn.ModuleList):
             matrices = [p for p in self._modules[".".join(path)].parameters() if p.ndim > 1]
             if len(matrices) > 1:
@@ -199,10 +201,10 @@ class _Audit:
         around = list(self._rows.inside(".".join(path)))
         return bool(path) and not any(s.word in COLUMNS | {"cut"} for s in around)
 
-    def _lonely(self, placement: Placement) -> Problem:
+    def _unpaired_problem(self, entry: PlanEntry) -> Problem:
         return Problem(
-            f"parallel.tensor_plan.{starred(placement.name)}",
-            f"'{placement.style}' expects an input that is cut, and no module beside {placement.name} cuts its outputs",
+            f"parallel.tensor_plan.{wildcard_name(entry.name)}",
+            f"'{entry.style}' expects an input that is cut, and no module beside {entry.name} cuts its outputs",
             "Cut them with 'colwise', or take 'rowwise_split_input'",
         )
 
@@ -210,18 +212,18 @@ class _Audit:
         field, _, value = style.argument.partition("=")
         return str(getattr(self._model.config, field, None)) == value
 
-    def _missing(self, at: ModuleStyle, style: Style) -> Problem:
+    def _missing(self, target: ModuleTarget, style: Style) -> Problem:
         return Problem(
-            f"parallel.tensor_plan.{starred(at.name)}",
+            f"parallel.tensor_plan.{wildcard_name(target.name)}",
             f"{self._model.config.model_type} can be cut only with {style.argument.replace('=', ' = ')}",
             "Set that field of the model's configuration, or parallel.tensor to 1",
         )
 
-    def _tied(self, known: Placement, other: Placement) -> Placement:
-        boxes = [[(s.dim, s.index, s.of, s.packed, s.copies) for s in p.pieces] for p in (known, other)]
+    def _tied(self, known: PlanEntry, other: PlanEntry) -> PlanEntry:
+        boxes = [[(s.dim, s.index, s.of, s.packed, s.copies) for s in p.shards] for p in (known, other)]
         if boxes[0] != boxes[1]:
             self._problems.append(
-                Problem(f"parallel.tensor_plan.{starred(other.name)}",
+                Problem(f"parallel.tensor_plan.{wildcard_name(other.name)}",
                         f"'{other.style}' does not agree with '{known.style}' of {known.name}, which is the same one",
                         "Give both the same cut")
             )  # fmt: skip
@@ -231,24 +233,24 @@ class _Audit:
         parent: nn.Module = self._modules[name.rpartition(".")[0]]
         return parent
 
-    def _place(self, owner: str, module: nn.Module, key: str, parameter: nn.Parameter) -> Placement | None:
+    def _place(self, owner: str, module: nn.Module, key: str, parameter: nn.Parameter) -> PlanEntry | None:
         name = f"{owner}.{key}" if owner else key
         style = self._style(owner, module, key, parameter)
         if style is None:
             self._problems.append(
-                Problem(f"parallel.tensor_plan.{starred(name)}",
+                Problem(f"parallel.tensor_plan.{wildcard_name(name)}",
                         f"{name} {list(parameter.shape)} ({type(module).__name__}) has no row in the tensor plan of "
                         f"{self._model.config.model_type}",
                         "Add one to parallel.tensor_plan")
             )  # fmt: skip
             return None
         try:
-            pieces = self._pieces(owner, module, key, parameter, style)
+            shards = self._shards(owner, module, key, parameter, style)
         except Refused as refused:
             reason = f"{name} {list(parameter.shape)}, '{style}': {refused}"
-            self._unfit.setdefault(starred(name), Problem("parallel.tensor", reason))
+            self._indivisible.setdefault(wildcard_name(name), Problem("parallel.tensor", reason))
             return None
-        return Placement(name, parameter, tuple(parameter.shape), style, pieces)
+        return PlanEntry(name, parameter, tuple(parameter.shape), style, shards)
 
     def _style(self, owner: str, module: nn.Module, key: str, parameter: nn.Parameter) -> Style | None:
         for name in (f"{owner}.{key}" if owner else key, owner):
@@ -272,7 +274,7 @@ class _Audit:
         block = ".".join(path[: stack + 2])
         return any(style.word not in ON_MODULES | WHOLE for style in self._rows.inside(block))
 
-    def _pieces(self, owner: str, module: nn.Module, key: str, parameter: Tensor, style: Style) -> tuple[Shard, ...]:
+    def _shards(self, owner: str, module: nn.Module, key: str, parameter: Tensor, style: Style) -> tuple[Shard, ...]:
         name, shape = (f"{owner}.{key}" if owner else key), tuple(parameter.shape)
         first = self._rank == 0
         dim, argument = _dimension(style.word, module, shape), style.argument
@@ -281,7 +283,7 @@ class _Audit:
             dim = int(dimension)
         if dim is None:
             copies = self._ranks if style.word == "replicated_with_grad_allreduce" else 1
-            return (Shard.whole(name, shape, owner=first, lone=style.word == "first_rank", copies=copies),)
+            return (Shard.full(name, shape, owner=first, owner_only=style.word == "first_rank", copies=copies),)
         if style.word in ("embedding_rowwise", "vocabulary_head", "vocabulary"):  # may be padded
             return (Shard(name, shape, dim, self._rank, self._ranks, (shape[dim],)),)
         if argument and style.word in ("colwise", "kv_colwise", "colwise_gather_output") and not in_units(argument)[1]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import Problem
-from trainer.sharding import starred
+from trainer.sharding import wildcard_name
 from trainer.tensor_parallel.families import COMMON, FAMILIES, UNITS
 from trainer.tensor_parallel.styles import WORDS, Style
 
@@ -29,14 +29,14 @@ class Rows:
         self.problems: list[Problem] = []
         self._model = model
         self._styles: dict[str, tuple[Style, ...]] = {}
-        self._present = {starred(name) for name, _ in model.named_modules()}
-        self._present |= {starred(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._present |= {starred(name) for name, _ in model.named_buffers()}
+        self._present = {wildcard_name(name) for name, _ in model.named_modules()}
+        self._present |= {wildcard_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._present |= {wildcard_name(name) for name, _ in model.named_buffers()}
         for name, text in self._vocabulary():
             self._add(name, text)
         ends = set(self._styles)
         for name, text in (getattr(model, "_tp_plan", None) or {}).items():
-            if starred(name) not in ends:
+            if wildcard_name(name) not in ends:
                 self._add(name, self._in_units(name, text))
         before = set(self._styles)
         for name, text in COMMON.items():
@@ -49,30 +49,30 @@ class Rows:
             if self._full(name) is None:
                 self.problems.append(self._no_match(name, text))
             self._add(name, text)
-        self._numbered = [row for row in self._styles if row != starred(row)]
+        self._numbered = [row for row in self._styles if row != wildcard_name(row)]
 
     def of(self, name: str) -> tuple[Style, ...]:
         """The styles for a module, parameter or buffer: the row with its very numbers before the one with `*`."""
-        parts, star = name.split("."), starred(name)
+        parts, star = name.split("."), wildcard_name(name)
         for row in self._numbered:
-            if starred(row) == star and all(a in ("*", b) for a, b in zip(row.split("."), parts, strict=True)):
+            if wildcard_name(row) == star and all(a in ("*", b) for a, b in zip(row.split("."), parts, strict=True)):
                 return self._styles[row]
         return self._styles.get(star, ())
 
     def inside(self, name: str) -> Iterator[Style]:
         """All styles of rows for what lies below the module called `name`."""
-        prefix = starred(name) + "."
+        prefix = wildcard_name(name) + "."
         for row, styles in self._styles.items():
-            if starred(row).startswith(prefix):
+            if wildcard_name(row).startswith(prefix):
                 yield from styles
 
     def _full(self, name: str) -> str | None:
         """A row's name in full, if the model has it."""
         names = (f"{self._model.base_model_prefix}.{name}", name)
-        found = next((n for n in names if starred(n) in self._present), None)
+        found = next((n for n in names if wildcard_name(n) in self._present), None)
         if found is None or re.search(r"(^|\.)\d+(\.|$)", name):  # a number in a row means this one only
             return found
-        return starred(found)
+        return wildcard_name(found)
 
     def _add(self, name: str, text: str | None) -> None:
         full = self._full(name)

@@ -73,13 +73,13 @@ class SequenceParallel:
 
     def __init__(self, model: PreTrainedModel, plan: Plan, region: Region) -> None:
         self._model, self._plan, self._region = model, plan, region
-        self._cut = {placement.name for placement in plan.placements if placement.is_cut}
-        self._summed = {p.name for p in plan.placements if p.style.word == "replicated_with_grad_allreduce"}
+        self._cut = {entry.name for entry in plan.entries if entry.is_sharded}
+        self._summed = {p.name for p in plan.entries if p.style.word == "replicated_with_grad_allreduce"}
 
     def install(self) -> None:
         """Cuts the sequence between the first layer and the last of each stack."""
         region = self._region
-        region.sequence_is_cut = True
+        region.is_sequence_sharded = True
         for name, stack in _stacks(self._model, self._cut):
             layers = list(stack.children())
             on_argument(layers[0], _hidden(layers[0]), _checked(region.ranks, self._begin))
@@ -88,12 +88,12 @@ class SequenceParallel:
                 self._layer(f"{name}.{key}", layer)
 
     def _begin(self, x: Tensor) -> Tensor:
-        self._region.draw_apart(x.device)
-        return collectives.split(x, SEQUENCE, self._region.group)
+        self._region.use_rank_local_rng(x.device)
+        return collectives.split_to_region(x, SEQUENCE, self._region.group)
 
     def _end(self, x: Tensor) -> Tensor:
-        self._region.draw_together(x.device)
-        return collectives.gather(x, SEQUENCE, self._region.group)
+        self._region.use_shared_rng(x.device)
+        return collectives.gather_from_region(x, SEQUENCE, self._region.group)
 
     def _layer(self, name: str, layer: nn.Module) -> None:
         blocks = _blocks(name, layer, self._cut)
@@ -110,22 +110,22 @@ class SequenceParallel:
 
     def _plain(self, block: nn.Module) -> None:
         region = self._region
-        rows = [module for module in block.modules() if region.is_row(module)]
+        rows = [module for module in block.modules() if region.is_row_layer(module)]
         for row in rows:
-            region.scatter_at(row, SEQUENCE)
+            region.keep_output_sharded(row, SEQUENCE)
             if isinstance(bias := getattr(row, "bias", None), nn.Parameter):
                 sum_gradient(bias, region.group)
         for column in block.modules():
-            region.silence(column)
+            region.skip_input_reduce(column)
         if block not in rows:
-            on_argument(block, _hidden(block), lambda x: region.enter_joined(x, SEQUENCE), prepend=True)
+            on_argument(block, _hidden(block), lambda x: region.enter_gathered(x, SEQUENCE), prepend=True)
             for name in _OTHER_SEQUENCES & set(inspect.signature(block.forward).parameters):
                 on_argument(block, name, region.enter, prepend=True)
 
     def _enclosed(self, block: nn.Module) -> None:
         group = self._region.group
-        on_argument(block, _hidden(block), lambda x: collectives.gather(x, SEQUENCE, group), prepend=True)
-        on_output(block, lambda y: collectives.split(y, SEQUENCE, group))
+        on_argument(block, _hidden(block), lambda x: collectives.gather_from_region(x, SEQUENCE, group), prepend=True)
+        on_output(block, lambda y: collectives.split_to_region(y, SEQUENCE, group))
 
 
 def _blocks(name: str, layer: nn.Module, cut: set[str]) -> list[str]:
@@ -135,13 +135,13 @@ def _blocks(name: str, layer: nn.Module, cut: set[str]) -> list[str]:
 
 def _is_plain(plan: Plan, name: str, block: nn.Module) -> bool:
     """Whether all column layers of the block read its arguments, which can then enter once for all of them."""
-    inside = [at for at in plan.modules if at.name == name or at.name.startswith(f"{name}.")]
-    words = {style.word for at in inside for style in at.styles}
-    words |= {p.style.word for p in plan.placements if p.name.startswith(f"{name}.")}
+    inside = [target for target in plan.modules if target.name == name or target.name.startswith(f"{name}.")]
+    words = {style.word for target in inside for style in target.styles}
+    words |= {p.style.word for p in plan.entries if p.name.startswith(f"{name}.")}
     return words <= _PLAIN
 
 
-def refuse_sequence_parallel(model: PreTrainedModel, plan: Plan, *, drops: bool) -> None:
+def refuse_sequence_parallel(model: PreTrainedModel, plan: Plan, *, has_active_dropout: bool) -> None:
     """Looks whether the sequence of this model can be cut; its tensors may be on the meta device.
 
     Args:
@@ -152,7 +152,7 @@ def refuse_sequence_parallel(model: PreTrainedModel, plan: Plan, *, drops: bool)
             region that begins in another one; or if dropout is active and a part needs the whole sequence, because its
             ranks would have to draw alike there and apart beside it.
     """
-    kind, cut = model.config.model_type, {placement.name for placement in plan.placements if placement.is_cut}
+    kind, cut = model.config.model_type, {entry.name for entry in plan.entries if entry.is_sharded}
     stacks = dict(_stacks(model, cut))
     reason, remedy = "", "Set it to false; parallel.tensor works without it"
     if kind in WHOLE_SEQUENCES:
@@ -166,10 +166,10 @@ def refuse_sequence_parallel(model: PreTrainedModel, plan: Plan, *, drops: bool)
         for block in _blocks(f"{stack}.{key}", layer, cut)
     }
     for name in (name for name, block in names.items() if not reason and not _is_plain(plan, name, block)):
-        inside = [at for at in plan.modules if at.name.startswith(f"{name}.")]
-        if not any(_COLUMNS & {style.word for style in at.styles} for at in inside):
+        inside = [target for target in plan.modules if target.name.startswith(f"{name}.")]
+        if not any(_COLUMNS & {style.word for style in target.styles} for target in inside):
             reason = f"{kind}: {name} ends a cut region that begins outside it"
-        elif drops:
+        elif has_active_dropout:
             reason = f"{name} needs whole sequences, and dropout is active in {kind}"
             remedy = "Set the configuration's dropout rates to 0, or sequence_parallel to false"
     if reason:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cut import one_tensor_group
 from tests.harness import run_ranks
+from tests.tensor_parallel_helpers import single_tensor_group
 from tools.bench.traffic import Recorder
 from trainer.errors import TesseraError
 from trainer.tasks.cross_entropy import IGNORE_INDEX, VocabularyCrossEntropy
@@ -87,9 +87,9 @@ class Widest(TorchDispatchMode):
         return made
 
 
-def loss_agrees(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
+def compare_loss(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
     """`check_loss`, and how many collectives, how many tokens at a time, and nothing to predict."""
-    with one_tensor_group() as world:
+    with single_tensor_group() as world:
         ranks, rank, group = world.topology.world_size, world.topology.rank, world.groups["tensor"]
         count = sum(check_loss(ranks, rank, group, vocabulary, types) for vocabulary in vocabularies)
         width = 7
@@ -117,32 +117,32 @@ def loss_agrees(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
     return count
 
 
-def test_loss_over_two_ranks() -> None:
-    assert run_ranks(loss_agrees, 2, [13, 12], TYPES) == [2 * 72] * 2
+def test_loss_of_two_ranks_matches_reference() -> None:
+    assert run_ranks(compare_loss, 2, [13, 12], TYPES) == [2 * 72] * 2
 
 
-def test_loss_where_ranks_have_only_padding() -> None:
-    assert run_ranks(loss_agrees, 8, [10], [torch.float32]) == [24] * 8
+def test_loss_of_padding_only_ranks_matches_reference() -> None:
+    assert run_ranks(compare_loss, 8, [10], [torch.float32]) == [24] * 8
 
 
 @pytest.mark.fast
-def test_loss_of_whole_logits() -> None:
+def test_loss_of_full_logits_matches_reference() -> None:
     assert check_loss(1, 0, None, 13, TYPES) == 72
 
 
 def loss_that_counts_padding() -> int:
     chunks = VocabularyCrossEntropy._chunks
     VocabularyCrossEntropy._chunks = lambda self, x: chunks(replace(self, vocabulary=None), x)  # type: ignore[method-assign]
-    return loss_agrees([13], [torch.float32])
+    return compare_loss([13], [torch.float32])
 
 
-def test_a_loss_that_counts_padding_is_noticed() -> None:
+def test_counted_padding_is_detected() -> None:
     with pytest.raises(AssertionError, match="not close"):
         run_ranks(loss_that_counts_padding, 2)
 
 
 @pytest.mark.fast
-def test_loss_of_logits_that_another_module_made() -> None:
+def test_logits_of_unexpected_width_are_refused() -> None:
     loss = VocabularyCrossEntropy(vocabulary=13, width=7, ranks=2)
     with pytest.raises(TesseraError, match="13 columns where this rank's part of the head has 7"):
         loss(torch.zeros(2, 13), torch.zeros(2, dtype=torch.long))

@@ -15,7 +15,7 @@ from trainer.topology import Topology
 
 
 @contextlib.contextmanager
-def one_tensor_group() -> Iterator[World]:
+def single_tensor_group() -> Iterator[World]:
     launch = Launch.from_environment()
     with joined_world(launch, Topology.of(launch.world_size, launch.rank, tensor=launch.world_size), seed=1) as world:
         yield world
@@ -26,12 +26,12 @@ def cut(model: PreTrainedModel, world: World, user: dict[str, str] | None = None
     plan = read_plan(model, user or {}, place.tensor, place.tensor_rank)
     group = world.groups["tensor"]
     mapper = TensorMapper(model, plan, group, place.tensor, place.tensor_rank, world.tensor_subgroup, **options)
-    mapper.cut(model.parameters())
+    mapper.shard_parameters(model.parameters())
     mapper.install()
     return mapper
 
 
-def from_all(value: Any) -> list[Any]:
+def gather_from_ranks(value: Any) -> list[Any]:
     """Every rank's value, by rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)

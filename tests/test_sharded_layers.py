@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tests.cut import cut, one_tensor_group
 from tests.harness import run_ranks
+from tests.tensor_parallel_helpers import cut, single_tensor_group
 from tools.parity.shrink import tiny
 from trainer.sharding import Joiner, shard_of
 from trainer.tasks.cross_entropy import IGNORE_INDEX
@@ -201,10 +201,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 """What a layer is made by, and its rows, counted from the layer."""
 
 
-def layers_agree(names: list[str]) -> list[str]:
+def compare_layers(names: list[str]) -> list[str]:
     """Which layers' outputs or gradients differ from the whole layer's."""
     wrong = []
-    with one_tensor_group() as world:
+    with single_tensor_group() as world:
         for name in names:
             make, rows = LAYERS[name]
             torch.manual_seed(3)
@@ -225,7 +225,7 @@ def layers_agree(names: list[str]) -> list[str]:
             for key, parameter in mine.named_parameters():
                 shard = shard_of(parameter)
                 assert shard is not None
-                found[key] = shard.take(expected[shard.name].grad), parameter.grad
+                found[key] = shard.extract(expected[shard.name].grad), parameter.grad
             wrong += [
                 f"{name}: {key} on rank {world.topology.rank}"
                 for key, (a, b) in found.items()
@@ -235,8 +235,8 @@ def layers_agree(names: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_cut_layers_compute_what_whole_ones_do(ranks: int) -> None:
-    assert run_ranks(layers_agree, ranks, list(LAYERS)) == [[]] * ranks
+def test_sharded_layers_match_full_layers(ranks: int) -> None:
+    assert run_ranks(compare_layers, ranks, list(LAYERS)) == [[]] * ranks
 
 
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
@@ -271,7 +271,7 @@ def _behind(parameter: nn.Parameter) -> Tensor:
     """The elements of a part that lie behind the end of the whole weight; none in one that is whole."""
     shard = shard_of(parameter)
     assert shard is not None
-    if shard.is_whole:
+    if shard.is_full:
         return parameter.new_empty(0)
     inside = torch.zeros(shard.local_shape(), dtype=torch.bool)
     for here, _ in shard.ranges():
@@ -297,7 +297,11 @@ def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMappe
         assert shard is not None
         said = f"{whole.config.model_type} of {words}: {name}"
         torch.testing.assert_close(
-            parameter.grad, shard.take(expected[shard.name]), rtol=1e-6, atol=floor, msg=lambda m, s=said: f"{s}: {m}"
+            parameter.grad,
+            shard.extract(expected[shard.name]),
+            rtol=1e-6,
+            atol=floor,
+            msg=lambda m, s=said: f"{s}: {m}",
         )
         assert not _behind(parameter).any(), f"{said} is trained where it is padding"
 
@@ -305,7 +309,7 @@ def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMappe
 def odd_vocabularies(names: list[str]) -> dict[str, int]:
     """Losses, gradients and joined weights over two steps of AdamW; the number of padded elements by name."""
     padded = {}
-    with one_tensor_group() as world:
+    with single_tensor_group() as world:
         for name in names:
             whole = _odd_model(name)
             mine = copy.deepcopy(whole)
@@ -336,7 +340,7 @@ def _train(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "rows"), [(2, (2, 1, 1, 1, 1)), (4, (2, 1, 3, 1, 2))])
-def test_vocabularies_that_do_not_divide(ranks: int, rows: tuple[int, ...]) -> None:
+def test_padded_vocabularies_match_full_ones(ranks: int, rows: tuple[int, ...]) -> None:
     """`rows` of padding in each model's embedding and head on the last rank; GPT-J's head is counted below."""
     padded = run_ranks(odd_vocabularies, ranks, list(ODD))[-1]
     head = 64 + 1  # GPT-J has an untied head with a bias
