@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.compat import check_names
+from trainer.compat.deepspeed.names import CONFIGURATION, DEEPSPEED
 from trainer.config import rules as cross_section
 from trainer.config.deepspeed import (
     Batch,
@@ -231,6 +233,7 @@ def load_config(
     Raises:
         ConfigError: with every problem that was found.
     """
+    check_names(DEEPSPEED, CONFIGURATION)
     raw, deepspeed_file = read_config_file(Path(path)), named_deepspeed_file(Path(path))
     problems = []
     for assignment in overrides:

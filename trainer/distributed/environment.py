@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from trainer.compat.dependencies import exit_on_unsupported_versions
 from trainer.errors import ConfigError, Problem
 
 _LAUNCHER_REMEDY = "Launchers set this environment variable: start by deepspeed or torchrun, or unset it"
@@ -23,6 +24,7 @@ def prepare_environment() -> None:
     the folder of compiled extensions (inside the virtual environment, so that its life is theirs), and the path
     to the `ninja` that lies beside this Python.
     """
+    exit_on_unsupported_versions()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     extensions_directory = Path(sys.prefix) / "share" / "tessera" / "extensions"

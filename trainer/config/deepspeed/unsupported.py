@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from trainer.compat.deepspeed.configuration import REMOVED_KEYS, REMOVED_ZERO_KEYS
 
 _OURS = "Remove it"
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
@@ -38,11 +39,8 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "vocabulary_size": ("DeepSpeed only prints a warning about it", _OURS),
     "zero_force_ds_cpu_optimizer": ("it concerns optimizers made outside DeepSpeed, and none is", _OURS),
     "bfloat16": ("an old spelling", "Write bf16"),
-    **{key: (message.rstrip(), "") for key, message in deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.items()},
-    **{
-        f"zero_optimization.{key}": (message.rstrip(), "")
-        for key, message in deepspeed_config._REMOVED_ZERO_CONFIG_KEYS.items()
-    },
+    **{key: (message.rstrip(), "") for key, message in REMOVED_KEYS.items()},
+    **{f"zero_optimization.{key}": (message.rstrip(), "") for key, message in REMOVED_ZERO_KEYS.items()},
     **{
         f"zero_optimization.{name}": ("deprecated in DeepSpeed", f"Use {field.json_schema_extra['new_param']}")
         for name, field in DeepSpeedZeroConfig.model_fields.items()
