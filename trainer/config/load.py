@@ -101,7 +101,7 @@ class LoadedConfig:
     @cached_property
     def attention(self) -> str:
         section = self.config.model
-        return section.attention or default_attention(model_config(section))
+        return section.attention or default_attention(model_config(section), section.task)
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainer.checkpoint_format import MANIFEST, is_checkpoint, read_manifest
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.config.paths import refuse_special_files
+from trainer.config.tasks import DEFAULT_TASK, TASK_FAMILIES
 from trainer.errors import CheckpointError, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -71,9 +72,8 @@ class ModelFacts:
     """Whether the family adds a load-balancing loss of its mixture, which counts tokens."""
 
 
-def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
+def _config_class(raw: Mapping[str, Any], where: str, task: str) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name = raw.get("model_type")
     if not isinstance(name, str):
@@ -84,11 +84,23 @@ def _config_class(raw: Mapping[str, Any], where: str) -> type[PreTrainedConfig]:
         remedy = "" if hint else "If a package of yours registers it, name the package in run.plugins (its code runs)"
         raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}", remedy))
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[name]
-    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config_class not in _model_classes(task):
         raise ConfigError(
-            Problem(f"{where}.model_type", f"'{name}' has no causal language model in transformers", "Take a decoder")
+            Problem(
+                f"{where}.model_type",
+                f"'{name}' has no {TASK_FAMILIES[task].noun} in transformers",
+                TASK_FAMILIES[task].remedy,
+            )
         )
     return config_class
+
+
+def _model_classes(task: str) -> Mapping[type[PreTrainedConfig], Any]:
+    """Model class by configuration class. A lookup imports the code of that family only."""
+    from transformers.models.auto import modeling_auto
+
+    classes: Mapping[type[PreTrainedConfig], Any] = getattr(modeling_auto, TASK_FAMILIES[task].mapping)
+    return classes
 
 
 def _unknown_keys(raw: Mapping[str, Any], config_class: type[PreTrainedConfig], where: str) -> Iterator[Problem]:
@@ -109,12 +121,12 @@ def _unknown_keys(raw: Mapping[str, Any], config_class: type[PreTrainedConfig], 
             yield Problem(f"{where}.{key}", f"unknown key for model type '{config_class.model_type}'{hint}")
 
 
-def _inline_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+def _inline_config(raw: Mapping[str, Any], task: str) -> PreTrainedConfig:
     where = "model.config"
     dangerous = sorted(set(raw) - set(scrub(raw)))
     if dangerous:
         raise ConfigError(Problem(f"{where}.{key}", "not taken from a configuration", "Remove it") for key in dangerous)
-    config_class = _config_class(raw, where)
+    config_class = _config_class(raw, where, task)
     try:
         problems = list(_unknown_keys(raw, config_class, where))
     except Exception:  # a family whose configuration has no defaults: its constructor says what is missing
@@ -154,10 +166,11 @@ def _recipe_in(folder: Path) -> Mapping[str, Any]:
     return recipe
 
 
-def load_model_config(path: str, *, weights_are_read: bool = False) -> PreTrainedConfig:
+def load_model_config(path: str, task: str = DEFAULT_TASK, *, weights_are_read: bool = False) -> PreTrainedConfig:
     """The configuration in a model folder, a checkpoint, or a repository on the hub.
 
     Args:
+        task: `model.task`, which must have a model for it.
         weights_are_read: refuse it where it says that the weights beside it are quantized. With random weights that
             does not matter.
 
@@ -172,7 +185,7 @@ def load_model_config(path: str, *, weights_are_read: bool = False) -> PreTraine
         raise ConfigError(Problem("model.path", f"'{path}' does not exist", "Give a folder or a name on the hub"))
     refuse_special_files(folder, "model.path")
     if is_checkpoint(folder):
-        return parse_model_config(_recipe_in(folder), f"{path}/{MANIFEST}")
+        return parse_model_config(_recipe_in(folder), f"{path}/{MANIFEST}", task)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(
             Problem("model.path", f"'{path}' holds no config.json", "Give a Hugging Face model folder or a checkpoint")
@@ -199,7 +212,7 @@ def load_model_config(path: str, *, weights_are_read: bool = False) -> PreTraine
                 "model.initialize 'random' only the sizes are used",
             )
         )
-    return parse_model_config(raw, f"{path}/config.json")
+    return parse_model_config(raw, f"{path}/config.json", task)
 
 
 def _quantization_method(raw: Mapping[str, Any], where: str = "") -> tuple[str, str] | None:
@@ -214,17 +227,18 @@ def _quantization_method(raw: Mapping[str, Any], where: str = "") -> tuple[str, 
     return None
 
 
-def parse_model_config(raw: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def parse_model_config(raw: Mapping[str, Any], where: str, task: str = DEFAULT_TASK) -> PreTrainedConfig:
     """The configuration in a stored model, without what could run code.
 
     Args:
         where: it was found.
+        task: `model.task`, which must have a model for it.
 
     Raises:
         ConfigError: for an unknown type, or a value that the type does not take.
     """
     clean = scrub(raw)
-    return _construct(_config_class(clean, where), clean, where)
+    return _construct(_config_class(clean, where, task), clean, where)
 
 
 def model_config(section: ModelSection) -> PreTrainedConfig:
@@ -234,10 +248,10 @@ def model_config(section: ModelSection) -> PreTrainedConfig:
         ConfigError: for a folder without config.json, an unknown type, a key or value the type does not take.
     """
     if section.config is not None:
-        config = _inline_config(section.config)
+        config = _inline_config(section.config, section.task)
     else:
         assert section.path is not None
-        config = load_model_config(section.path, weights_are_read=section.initialize != "random")
+        config = load_model_config(section.path, section.task, weights_are_read=section.initialize != "random")
     config.use_cache = False
     return config
 
@@ -280,7 +294,7 @@ def with_causal_attention(section: ModelSection) -> ModelSection:
 
     A folder (`path`) is taken as it is: its weights were trained with its own attention.
     """
-    raw = section.config
+    raw = section.config if TASK_FAMILIES[section.task].is_causal else None
     switch = None if raw is None else causal_switch(raw.get("model_type"))
     if raw is None or switch is None or switch in raw:
         return section
@@ -314,12 +328,10 @@ def _min_block_sparse_length(config: PreTrainedConfig) -> int:
     return int((5 + 2 * config.num_random_blocks) * config.block_size) + 1
 
 
-def default_attention(config: PreTrainedConfig) -> Literal["sdpa", "eager"]:
+def default_attention(config: PreTrainedConfig, task: str) -> Literal["sdpa", "eager"]:
     """`sdpa` where the family has it. Imports the family's code, so it is asked for a run and not for a check."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if config_class._supports_sdpa else "eager"
+    model_class = _model_classes(task)[type(config)]
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def _heads(config: PreTrainedConfig) -> list[int]:

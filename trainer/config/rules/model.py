@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.config.model_facts import NON_CAUSAL_FAMILIES
 from trainer.config.rules.registry import Draft, rule
+from trainer.config.tasks import TASK_FAMILIES
 from trainer.errors import Problem
 
 
@@ -28,10 +29,11 @@ def model_is_path_or_config(draft: Draft) -> Iterator[Problem]:
 def model_family_is_causal(draft: Draft) -> Iterator[Problem]:
     assert draft.model is not None
     family = draft.facts.model_type if draft.facts else None
-    if family in NON_CAUSAL_FAMILIES:
+    if family in NON_CAUSAL_FAMILIES and TASK_FAMILIES[draft.model.task].is_causal:
         where = "model.config.model_type" if draft.model.path is None else "model.path"
-        yield Problem(where, f"'{family}' sees later tokens, so it cannot be trained as a causal language model: it "
-                      f"{NON_CAUSAL_FAMILIES[family]}", "Take another family")  # fmt: skip
+        noun, reason = TASK_FAMILIES[draft.model.task].noun, NON_CAUSAL_FAMILIES[family]
+        problem = f"'{family}' sees later tokens, so it cannot be trained as a {noun}: it {reason}"
+        yield Problem(where, problem, "Take another family")
 
 
 @rule("model")
