@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from launch.train import train
-from tests.runs import job_topology, load_job
+from tests.training_jobs import job_topology, load_job
 from trainer import checkpoint_format
 from trainer.checkpoint import Checkpoints, Progress, writer
 from trainer.checkpoint_format import ChunkReader, read_manifest

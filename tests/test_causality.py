@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 from launch.train import train as train_command
 from tests.configs import LENGTH, VOCABULARY, tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import job_topology, load_job
 from tests.test_model import GPT2, MIXTRAL
+from tests.training_jobs import job_topology, load_job
 from trainer import causality
 from trainer.causality import CONTROL, PROBED, Finding, verify_causality
 from trainer.checkpoint_format import read_manifest

@@ -12,12 +12,12 @@ import torch
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
-from tests.runs import train, train_bare
 from tests.test_families import describe
 from tests.test_model import MIXTRAL
 from tests.test_plan import meta
+from tests.training_jobs import train, train_bare
 from tools.parity.families import Family
-from tools.parity.proof import prove
+from tools.parity.gradient_proof import prove
 from trainer.errors import PlanError
 from trainer.tensor_parallel import TensorMapper, choose_experts_implementation, read_plan
 

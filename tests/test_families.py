@@ -7,14 +7,14 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.harness import run_ranks
-from tools.parity import matrix, training
+from tools.parity import matrix, training_proof
+from tools.parity.compared_config import parse_layout
 from tools.parity.families import FAMILIES, Family, Task
+from tools.parity.gradient_proof import Verdict, prove, prove_causality
 from tools.parity.matrix import Column
-from tools.parity.proof import Verdict, prove, prove_causality
 from tools.parity.results import Results
-from tools.parity.shapes import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WIDTH, variations
-from tools.parity.subject import parse_layout
-from tools.parity.training import prove_training, tiny_model
+from tools.parity.training_proof import prove_training, tiny_model
+from tools.parity.variations import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WIDTH, variations
 from trainer.config.model_facts import NON_CAUSAL_FAMILIES
 from trainer.tensor_parallel import TensorMapper, collectives, layers
 from trainer.tensor_parallel.families import FAMILIES as PLANS
@@ -256,13 +256,13 @@ def test_launch_trains_family(model_type: str, layouts: tuple[str, str]) -> None
 
 
 def steps_further(family: str, path: str) -> Verdict:
-    training.RATE *= 1.01
-    return training.compare(family, path)
+    training_proof.RATE *= 1.01
+    return training_proof.compare(family, path)
 
 
 def test_differing_training_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the bare loop takes larger steps than the command."""
-    monkeypatch.setattr(training, "compare", steps_further)
+    monkeypatch.setattr(training_proof, "compare", steps_further)
     verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
     assert (verdict.outcome, "is not what a bare loop trains" in verdict.reason) == ("wrong", True), describe(verdict)
 

@@ -19,8 +19,8 @@ from torch.distributed import HashStore
 from launch.train import train
 from tests.configs import with_values
 from tests.harness import captured_messages, run_ranks, running_command
-from tests.runs import job_topology, load_job
 from tests.test_tracking import TRAIN
+from tests.training_jobs import job_topology, load_job
 from tools.bench.common import assemble
 from trainer.checkpoint import saver, writer
 from trainer.distributed import Launch, PhaseMark, Phases, joined_world

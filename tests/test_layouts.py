@@ -11,7 +11,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
-from tests.runs import Curve, Weights, train, train_bare
+from tests.training_jobs import Curve, Weights, train, train_bare
 
 STEPS = 20
 BATCH = 8

@@ -18,7 +18,7 @@ from tests.configs import with_values
 from tests.harness import run_ranks
 from tools.bench.common import inline
 from tools.parity.families import FAMILIES, Family
-from tools.parity.proof import CLASSES, reference_model
+from tools.parity.gradient_proof import CLASSES, reference_model
 from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check_config
 from trainer.errors import ConfigError

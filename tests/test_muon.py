@@ -10,7 +10,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
-from tests.runs import train, train_bare
+from tests.training_jobs import train, train_bare
 
 MUON = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "eps": 1e-3}}
 STEPS = 3

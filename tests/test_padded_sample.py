@@ -10,7 +10,7 @@ import pytest
 
 from tests.configs import LENGTH, tiny_config, with_values
 from tests.harness import run_ranks
-from tests.runs import Outcome, train, train_bare
+from tests.training_jobs import Outcome, train, train_bare
 from trainer.data.indexed import IndexedWriter
 
 STEPS = 3

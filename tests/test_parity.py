@@ -11,15 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.configs import with_values
 from tests.harness import run_command
-from tools.parity import matrix, page, sides
+from tools.parity import comparison_jobs, matrix, page
 from tools.parity.__main__ import main
+from tools.parity.compared_config import parse_layout, prepare
 from tools.parity.families import Family
-from tools.parity.proof import Verdict
+from tools.parity.gradient_proof import Verdict
 from tools.parity.results import Results, source_hash
-from tools.parity.subject import parse_layout, prepare
 from trainer.errors import ConfigError
 
-layout = sides.layout
+layout = comparison_jobs.layout
 """The real one, where a test puts another in its place."""
 
 
@@ -89,8 +89,10 @@ def test_learning_rate_scales_are_compared(config: Path, capsys: pytest.CaptureF
     assert status == 0, capsys.readouterr().out
 
 
-def one_gradient_doubled(job: sides.ComparisonJob, expected: sides.Reference) -> sides.RankDifferences | sides.Refusal:
-    start = sides.start_engine
+def one_gradient_doubled(
+    job: comparison_jobs.ComparisonJob, expected: comparison_jobs.Reference
+) -> comparison_jobs.RankDifferences | comparison_jobs.Refusal:
+    start = comparison_jobs.start_engine
 
     def started(*arguments: Any) -> Any:
         engine = start(*arguments)
@@ -99,7 +101,7 @@ def one_gradient_doubled(job: sides.ComparisonJob, expected: sides.Reference) ->
         )
         return engine
 
-    sides.start_engine = started  # type: ignore[assignment]
+    comparison_jobs.start_engine = started  # type: ignore[assignment]
     return layout(job, expected)
 
 
@@ -107,7 +109,7 @@ def test_wrong_gradient_is_located(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of the first step is exact, and so is every output."""
-    monkeypatch.setattr(sides, "layout", one_gradient_doubled)
+    monkeypatch.setattr(comparison_jobs, "layout", one_gradient_doubled)
     status = main(["--config", str(config), "--layouts", "tensor=2"])
     said = capsys.readouterr().out
     assert status == 1, said
@@ -235,7 +237,12 @@ def test_family_verdicts_are_counted_and_cached(
 def test_cache_key_covers_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder in ("trainer/tensor_parallel", "tools/parity", "launch"):
         (tmp_path / folder).mkdir(parents=True)
-    sources = ("trainer/tensor_parallel/region.py", "tools/parity/proof.py", "launch/train.py", "tools/ranks.py")
+    sources = (
+        "trainer/tensor_parallel/region.py",
+        "tools/parity/gradient_proof.py",
+        "launch/train.py",
+        "tools/ranks.py",
+    )
     for source in sources:
         (tmp_path / source).write_text("a = 1\n")
     monkeypatch.chdir(tmp_path)

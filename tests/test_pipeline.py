@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 
 from tests.configs import with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import losses_with_dropout, shared_weights_after
 from tests.test_families import REPRESENTATIVE, describe
+from tests.training_jobs import losses_with_dropout, shared_weights_after
 from tools.bench import pipeline
-from tools.parity import proof
+from tools.parity import gradient_proof
 from tools.parity.__main__ import main
 from tools.parity.families import Family
-from tools.parity.proof import Verdict, prove
+from tools.parity.gradient_proof import Verdict, prove
 from tools.parity.shrink import tiny as tiny_model
 from trainer.config.load import check_config
 from trainer.config.schema import ParallelSection
@@ -324,7 +324,7 @@ def test_gradients_equal_for_packed_documents() -> None:
 
 
 def no_sum_of_shared_gradients(families: list[Family]) -> list[Verdict]:
-    proof.shared_parameters = lambda models, parameter_ranks, world: iter(())
+    gradient_proof.shared_parameters = lambda models, parameter_ranks, world: iter(())
     return prove(families, pipeline=2)
 
 
@@ -343,7 +343,7 @@ def no_auxiliary_loss_of_the_first_stage(families: list[Family]) -> list[Verdict
 
 def stages_swapped(families: list[Family]) -> list[Verdict]:
     """The first stage computes with the last one's layers."""
-    staged = proof._staged
+    staged = gradient_proof._staged
 
     def swapped(family: Family, cut: PreTrainedModel, world: Any) -> Any:
         layers = cut.get_submodule("model.layers")
@@ -352,7 +352,7 @@ def stages_swapped(families: list[Family]) -> list[Verdict]:
         layers[-1].load_state_dict({name: tensor.clone() for name, tensor in first.items()})
         return staged(family, cut, world)
 
-    proof._staged = swapped  # type: ignore[assignment]
+    gradient_proof._staged = swapped  # type: ignore[assignment]
     return prove(families, pipeline=2)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import _start, job_topology
+from tests.training_jobs import _start, job_topology
 from trainer.config.load import check_config
 from trainer.distributed import Launch, joined_world
 from trainer.engine.replica_verifier import ReplicaSet

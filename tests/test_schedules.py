@@ -11,7 +11,7 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import learning_rates
+from tests.training_jobs import learning_rates
 from trainer.config.deepspeed import engine_settings, first_learning_rates
 from trainer.config.load import check_config
 

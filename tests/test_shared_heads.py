@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.runs import _train, job_topology, train_bare
 from tests.test_families import describe
+from tests.training_jobs import _train, job_topology, train_bare
 from tools.parity.families import Family
-from tools.parity.proof import Verdict, prove
+from tools.parity.gradient_proof import Verdict, prove
 from trainer.distributed import Launch, joined_world
 from trainer.errors import PlanError
 from trainer.sharding import shard_of

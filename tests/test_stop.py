@@ -18,7 +18,7 @@ from torch.distributed import HashStore
 
 from tests.configs import with_values
 from tests.harness import RunningCommand, captured_messages, run_command, run_ranks, running_command
-from tests.stops import Signal, stop_and_resume
+from tests.stop_jobs import Signal, stop_and_resume
 from trainer import exit
 from trainer.distributed import Launch, World
 from trainer.errors import Preempted

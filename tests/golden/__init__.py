@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
-from tests.runs import train
+from tests.training_jobs import train
 from trainer.data.indexed import IndexedWriter
 from trainer.data.order import SampleOrder
 from trainer.distributed import seed_everything

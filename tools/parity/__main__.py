@@ -23,7 +23,7 @@ from trainer.distributed import Launch, prepare_environment
 
 prepare_environment()
 
-from tools.parity import layouts, matrix, page, results, subject
+from tools.parity import compared_config, comparison, matrix, page, results
 from trainer.exit import CommandLineParser, exit_on_errors
 
 _LAYOUTS = """layouts:
@@ -49,7 +49,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="what to compare with one process; see below")
     own.add_argument("--shrink", action="store_true",
                      help="compare a tiny model with the same kinds of layers and random weights, on sequences of "
-                     f"{subject.SHRUNK_LENGTH} tokens: seconds instead of minutes, and no weights needed")  # fmt: skip
+                     f"{compared_config.SHRUNK_LENGTH} tokens: seconds instead of minutes, "
+                     "and no weights needed")  # fmt: skip
     own.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value of the file")
     families = parser.add_argument_group("families")
     families.add_argument("--families", nargs="+", metavar="NAME",
@@ -107,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.families is not None:
         return _families(options)
-    wanted = subject.parse_layouts(options.layouts)
-    return layouts.compare(options.config, wanted, options.set, shrink=options.shrink)
+    wanted = compared_config.parse_layouts(options.layouts)
+    return comparison.compare(options.config, wanted, options.set, shrink=options.shrink)
 
 
 def _families(options: argparse.Namespace) -> int:

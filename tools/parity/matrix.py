@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
+from tools.parity.compared_config import Layout, parse_layout
 from tools.parity.families import FAMILIES, Family
-from tools.parity.proof import Verdict, prove, prove_causality, prove_likeness
+from tools.parity.gradient_proof import Verdict, prove, prove_causality, prove_likeness
 from tools.parity.results import Key, Results
-from tools.parity.shapes import GENERIC, Variation
-from tools.parity.subject import Layout, parse_layout
 from tools.parity.text import clock, last_line
-from tools.parity.training import prove_training, tiny_model
+from tools.parity.training_proof import prove_training, tiny_model
+from tools.parity.variations import GENERIC, Variation
 from tools.ranks import run_ranks
 from trainer.errors import ConfigError, Problem
 

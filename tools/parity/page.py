@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tools.parity.matrix import EXEMPLARY, MORE_COLUMNS, PAGES_COLUMNS, SOUND, Column, Row, is_sound, reason_of, totals
-from tools.parity.shapes import FLIP, SHAPES
 from tools.parity.text import shortened
+from tools.parity.variations import FLIP, SHAPES
 
 PAGE = Path("docs/support_matrix.md")
 README = Path("README.md")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.parity.families import Family
-from tools.parity.proof import Verdict
-from tools.parity.shapes import Variation, variations
+from tools.parity.gradient_proof import Verdict
+from tools.parity.variations import Variation, variations
 
 FOLDER = Path(".cache/parity")
 PROVEN = ("trainer", "tools/parity", "launch/train.py", "tools/ranks.py")

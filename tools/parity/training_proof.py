@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from tools.parity.compared_config import Layout, RawConfig
+from tools.parity.comparison_jobs import learning_rate_scale, load_reference_model, reference_losses
 from tools.parity.families import Family
-from tools.parity.proof import TOLERANCE, Verdict, tiny_config
-from tools.parity.sides import learning_rate_scale, load_reference_model, reference_losses
-from tools.parity.subject import Layout, Raw
+from tools.parity.gradient_proof import TOLERANCE, Verdict, tiny_config
 from tools.parity.text import last_line
 from tools.ranks import run_command, run_ranks
 from trainer.config.load import LoadedConfig, load_config
@@ -55,7 +55,7 @@ _RESOLUTION = 1e-3
 """A change is held against at least this share of the tensor's largest element: fp32 has 24 bits."""
 
 
-def tiny_model(family: Family) -> Raw:
+def tiny_model(family: Family) -> RawConfig:
     """The sections of a configuration that say what a family's tiny model is.
 
     Infinities, which are none of JSON's numbers, are left to the family's default.
@@ -76,7 +76,7 @@ def _without_dropout(value: Any, key: str = "") -> Any:
     return 0.0 if drops_out else value
 
 
-def prove_training(name: str, sections: Raw, layouts: Sequence[Layout], *, length: int = LENGTH) -> Verdict:
+def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *, length: int = LENGTH) -> Verdict:
     """Trains a model by the command, a step in each of `layouts`.
 
     Dropout is set to 0 in an inline configuration; the weights of a folder's model that has dropout are not compared,
@@ -89,20 +89,20 @@ def prove_training(name: str, sections: Raw, layouts: Sequence[Layout], *, lengt
     """
     with tempfile.TemporaryDirectory(prefix="tessera-training-") as folder:
         try:
-            config = _write(Path(folder), sections, layouts, length)
+            config = _write_config(Path(folder), sections, layouts, length)
         except ConfigError as error:
             return Verdict(name, layouts[0].world, "refused", str(error.problems[0]))
         for step, layout in enumerate(layouts, start=1):
             try:
-                ended = run_command(
+                result = run_command(
                     "launch/train.py", "--config", str(config), f"--set=training.max_steps={step}",
                     *(f"--set={override}" for override in _overrides(layout)), world=layout.world,
                 )  # fmt: skip
             except AssertionError as error:  # a hang
                 return Verdict(name, layout.world, "failed", f"{layout.text}: {last_line(str(error))}")
-            if ended.status:
-                outcome = "refused" if ended.status == 2 else "failed"
-                return Verdict(name, layout.world, outcome, f"{layout.text}: {_cause(ended.err)}")
+            if result.status:
+                outcome = "refused" if result.status == 2 else "failed"
+                return Verdict(name, layout.world, outcome, f"{layout.text}: {_cause(result.err)}")
         try:
             verdict: Verdict = run_ranks(compare, 1, name, str(config))[0]
         except AssertionError as error:
@@ -127,7 +127,7 @@ def _cause(err: str) -> str:
     return (errors or lines or ["no message"])[-1].removeprefix("[tessera] ").removeprefix("error: ")
 
 
-def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) -> Path:
+def _write_config(folder: Path, sections: RawConfig, layouts: Sequence[Layout], length: int) -> Path:
     """The configuration, and random ids as token files."""
     micro_batches = math.lcm(*(one.data for one in layouts)) * max(4, *(2 * one.pipeline for one in layouts))
     model = sections["model"]
@@ -149,7 +149,7 @@ def _write(folder: Path, sections: Raw, layouts: Sequence[Layout], length: int) 
     }  # fmt: skip
     path = folder / "config.json"
     path.write_text(json.dumps(raw))
-    vocabulary = model_facts(model_config(ModelSection(**sections["model"]))).vocabulary
+    vocabulary = model_facts(model_config(ModelSection(**sections["model"]))).vocabulary_size
     draw = np.random.default_rng(1)
     for split in ("train", "validation"):
         with IndexedWriter(folder / split, id_type(vocabulary)) as writer:
@@ -174,7 +174,7 @@ def compare(name: str, path: str) -> Verdict:
     verdict = Verdict(name, 1, "right")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reported = [row["loss"] for row in rows if row["split"] == "validation"][-1]
-    verdict.loss = _held_out(exported.eval(), batches.validation, loaded), reported
+    verdict.loss = _held_out_loss(exported.eval(), batches.validation, loaded), reported
     if not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", "the export's held-out loss is not the run's"
     elif has_active_dropout(model):  # the two draw different numbers
@@ -221,6 +221,6 @@ def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: Loade
 
 
 @torch.no_grad()
-def _held_out(model: PreTrainedModel, batches: Any, loaded: LoadedConfig) -> float:
+def _held_out_loss(model: PreTrainedModel, batches: Any, loaded: LoadedConfig) -> float:
     micro_batches = list(batches)
     return sum(float(reference_losses(model, micro, loaded)[0]) for micro in micro_batches) / _tokens(micro_batches)

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import ranks
-from tools.parity import sides
-from tools.parity.proof import TOLERANCE
-from tools.parity.sides import ComparisonJob, RankDifferences, Reference, Refusal
-from tools.parity.subject import STEPS, Layout, Subject, deepspeed_section, prepare
+from tools.parity import comparison_jobs
+from tools.parity.compared_config import STEPS, ComparedConfig, Layout, deepspeed_section, prepare
+from tools.parity.comparison_jobs import ComparisonJob, RankDifferences, Reference, Refusal
+from tools.parity.gradient_proof import TOLERANCE
 from tools.parity.text import last_line
-from tools.parity.training import prove_training
+from tools.parity.training_proof import prove_training
 from trainer.config.load import check_config
 from trainer.errors import ConfigError, Problem
 from trainer.model import build_model_shape
@@ -57,8 +57,8 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
         ConfigError: a mistake in the file or a layout; a layout that the model cannot have.
     """
     subject = prepare(path, overrides, shrink=shrink)
-    whole = math.lcm(*(one.data * (one.accumulation or 1) for one in layouts))
-    jobs = [_job(subject, one, whole, (1.0, 1.0)) for one in layouts]
+    global_micro_batches = math.lcm(*(one.data * (one.accumulation or 1) for one in layouts))
+    jobs = [_job(subject, one, global_micro_batches, (1.0, 1.0)) for one in layouts]
     _refuse_early(jobs)
     lines = []
     known: dict[int, tuple[ComparisonJob, Reference]] = {}
@@ -66,7 +66,7 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
         for job in jobs:
             if job.micro_batches not in known:
                 known[job.micro_batches] = _run_reference(job, Path(folder), subject, first=not known)
-            lines.append(_run_layout(job, *known[job.micro_batches], subject, whole))
+            lines.append(_run_layout(job, *known[job.micro_batches], subject, global_micro_batches))
         _print_table(lines)
         refused = [problem for line in lines for problem in line.refusal]
         if refused:
@@ -75,7 +75,7 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
     return int(not is_trained or any(line.verdict != "equal" for line in lines))
 
 
-def _train(subject: Subject, layouts: list[Layout]) -> bool:
+def _train(subject: ComparedConfig, layouts: list[Layout]) -> bool:
     """Goes through `launch/train.py` as a run does: data, steps, checkpoints, the export."""
     sections = {key: subject.raw[key] for key in ("model", "training")}
     sections["run"] = {"plugins": subject.raw["run"].get("plugins", [])}
@@ -91,10 +91,12 @@ def _train(subject: Subject, layouts: list[Layout]) -> bool:
     return verdict.outcome == "right"
 
 
-def _job(subject: Subject, layout: Layout, whole: int, sgd: tuple[float, float], folder: str = "") -> ComparisonJob:
-    """The layout's part of a global batch of `whole` micro-batches, which it may divide into fewer."""
-    count = layout.data * layout.accumulation if layout.accumulation else whole
-    samples = subject.samples * whole // count
+def _job(
+    subject: ComparedConfig, layout: Layout, global_micro_batches: int, sgd: tuple[float, float], folder: str = ""
+) -> ComparisonJob:
+    """The layout's part of a global batch of `global_micro_batches` micro-batches, which it may divide into fewer."""
+    count = layout.data * layout.accumulation if layout.accumulation else global_micro_batches
+    samples = subject.samples * global_micro_batches // count
     raw = deepcopy(subject.raw)
     raw["parallel"] |= {
         "tensor": layout.tensor, "pipeline": layout.pipeline, "sequence_parallel": layout.sequence_parallel,
@@ -124,7 +126,7 @@ def _of_layout(layout: Layout, problem: Problem) -> Problem:
 
 
 def _run_reference(
-    job: ComparisonJob, folder: Path, subject: Subject, *, first: bool
+    job: ComparisonJob, folder: Path, subject: ComparedConfig, *, first: bool
 ) -> tuple[ComparisonJob, Reference]:
     below = folder / str(job.micro_batches)
     below.mkdir()
@@ -138,7 +140,7 @@ def _run_reference(
     print(f"one process, plain torch: {STEPS} steps on {rows} x {length} random tokens, "
           f"{job.micro_batches} micro-batch{'es' * (job.micro_batches > 1)} ...", flush=True)  # fmt: skip
     try:
-        result = ranks.run_ranks(sides.reference, 1, own)[0]
+        result = ranks.run_ranks(comparison_jobs.reference, 1, own)[0]
     except AssertionError as error:
         raise ConfigError(
             Problem("model", f"the plain Hugging Face model fails by itself: {last_line(str(error))}",
@@ -162,15 +164,19 @@ def _report(text: str) -> str:
 
 
 def _run_layout(
-    job: ComparisonJob, bare: ComparisonJob, expected: Reference, subject: Subject, whole: int
+    job: ComparisonJob,
+    reference_job: ComparisonJob,
+    expected: Reference,
+    subject: ComparedConfig,
+    global_micro_batches: int,
 ) -> LayoutRow:
-    job = _job(subject, job.layout, whole, (expected.rate, expected.clipping), bare.folder)
+    job = _job(subject, job.layout, global_micro_batches, (expected.rate, expected.clipping), reference_job.folder)
     accumulation = job.micro_batches // job.layout.data
     extra = f", accumulation {accumulation}" if accumulation > 1 else ""
     print(f"{job.layout.text}: {job.layout.world} process{'es' * (job.layout.world > 1)}{extra} ...", flush=True)
     began = time.monotonic()
     try:
-        results = ranks.run_ranks(sides.layout, job.layout.world, job, expected)
+        results = ranks.run_ranks(comparison_jobs.layout, job.layout.world, job, expected)
     except AssertionError as error:
         line = LayoutRow(job.layout, "failed")
         line.remarks = [last_line(str(error)), f"the whole report is in {_report(str(error))}"]
@@ -182,15 +188,15 @@ def _run_layout(
 
 def _judge(layout: Layout, results: list[RankDifferences | Refusal], expected: Reference) -> LayoutRow:
     refusals = [problem for result in results if isinstance(result, Refusal) for problem in result.problems]
-    found = [result for result in results if isinstance(result, RankDifferences)]
+    differences = [result for result in results if isinstance(result, RankDifferences)]
     if refusals:
         return LayoutRow(layout, "refused", refusal=[_of_layout(layout, p) for p in dict.fromkeys(refusals)])
-    gradients = _worst([result.gradients for result in found])
-    parameters = _worst([result.parameters for result in found])
-    outputs = _worst([result.outputs for result in found])
+    gradients = _worst([result.gradients for result in differences])
+    parameters = _worst([result.parameters for result in differences])
+    outputs = _worst([result.outputs for result in differences])
     line = LayoutRow(layout, "equal")
-    line.loss = max(max(result.losses) for result in found)
-    line.norm = max(max(result.norms) for result in found)
+    line.loss = max(max(result.losses) for result in differences)
+    line.norm = max(max(result.norms) for result in differences)
     line.gradients, line.parameters = max(gradients.values()), max(parameters.values())
     if all(value <= TOLERANCE for value in (line.loss, line.norm, line.gradients, line.parameters)):
         return line

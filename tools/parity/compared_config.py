@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tools.parity.proof import LARGEST, _signature
+from tools.parity.gradient_proof import LARGEST, _signature
 from tools.parity.shrink import shrunk
 from tools.parity.text import shortened
 from trainer.config import strict_json
@@ -34,7 +34,7 @@ SHRUNK_SAMPLES = 2
 SHRINK_THRESHOLD = 1_000_000
 """A model of so many parameters is not made smaller."""
 
-Raw = dict[str, Any]
+RawConfig = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,17 @@ _OF_LAYOUTS = ("tensor", "pipeline", "pipeline_schedule", "pipeline_layers", "pi
 
 
 @dataclass
-class Subject:
+class ComparedConfig:
     """The user's configuration as it is compared, and what was changed in it."""
 
-    raw: Raw
+    raw: RawConfig
     samples: int
     """Of a micro-batch, where a layout says nothing else."""
 
     notes: list[str] = field(default_factory=list)
 
 
-def prepare(path: Path, overrides: list[str], *, shrink: bool) -> Subject:
+def prepare(path: Path, overrides: list[str], *, shrink: bool) -> ComparedConfig:
     """Reads the user's file and leaves in it what the comparison needs: model, plan, loss, ZeRO.
 
     Raises:
@@ -154,10 +154,10 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> Subject:
         left_out = [key for key in ("learning_rate_scales", "weight_decay_exclude") if raw["training"].pop(key, None)]
         notes += [f"left out: training.{key}, whose names need not be those of the small model" for key in left_out]
         notes.append(_shrink(raw, loaded, shape))
-    return Subject(raw, samples, notes)
+    return ComparedConfig(raw, samples, notes)
 
 
-def _only_what_is_used(raw: Raw) -> list[str]:
+def _only_what_is_used(raw: RawConfig) -> list[str]:
     for name in ("tracking", "evaluation"):
         if isinstance(raw.get(name), dict):
             del raw[name]
@@ -188,12 +188,12 @@ def _only_what_is_used(raw: Raw) -> list[str]:
     return []
 
 
-def _in_fp32(section: Raw) -> list[str]:
+def _in_fp32(section: RawConfig) -> list[str]:
     half = [key for key in ("bf16", "fp16") if isinstance(part := section.get(key), dict) and part.get("enabled")]
     return [f"precision: fp32 instead of {half[0]}, in which rounding would hide differences"] if half else []
 
 
-def _zero(section: Raw, notes: list[str]) -> Raw:
+def _zero(section: RawConfig, notes: list[str]) -> RawConfig:
     """The file's `zero_optimization` without offload, which is about memory."""
     given = section.get("zero_optimization")
     zero = dict(given) if isinstance(given, dict) else {}
@@ -203,7 +203,9 @@ def _zero(section: Raw, notes: list[str]) -> Raw:
     return zero
 
 
-def deepspeed_section(zero: Raw, micro_batches: int, accumulation: int, samples: int, sgd: tuple[float, float]) -> Raw:
+def deepspeed_section(
+    zero: RawConfig, micro_batches: int, accumulation: int, samples: int, sgd: tuple[float, float]
+) -> RawConfig:
     """What DeepSpeed is told.
 
     Args:
@@ -220,7 +222,7 @@ def deepspeed_section(zero: Raw, micro_batches: int, accumulation: int, samples:
     }
 
 
-def _shrink(raw: Raw, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
+def _shrink(raw: RawConfig, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
     """Puts a small model in the place of the user's, and says what it did."""
     own, kind = sum(p.numel() for p in shape.parameters()), shape.config.model_type
     raw["data"]["sequence_length"] = min(SHRUNK_LENGTH, loaded.facts.max_positions or SHRUNK_LENGTH)
@@ -244,7 +246,7 @@ def _fails(model: PreTrainedModel, loaded: LoadedConfig) -> str:
     return ""
 
 
-def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tuple[Raw, int]:
+def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tuple[RawConfig, int]:
     """A small model's configuration, with the same modules and parameters but for their numbers and sizes.
 
     An infinity, which is none of JSON's numbers, is left to the family's default.

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tools.parity.families import CLASSES, Family
-from tools.parity.proof import computes, tiny_config
+from tools.parity.gradient_proof import computes, tiny_config
 from tools.parity.shrink import COUPLED
 
 Fields = dict[str, Any]
@@ -71,20 +71,22 @@ def variations(family: Family) -> Iterator[Variation]:
     """The generic shape of a family, then every other that changes its tiny model and can be built."""
     yield Variation(family, GENERIC, ())
     try:
-        generic = _Built(family)
+        generic = _BuiltModel(family)
     except Exception:  # not built: the generic row says why
         return
     for shape in SHAPES[1:]:
-        found = next(filter(None, (_built_with(family, shape, fields) for fields in _CANDIDATES[shape](generic))), None)
-        if found is not None:
-            yield found
-    for fields in _booleans(generic):
-        found = _built_with(family, FLIP + next(_named(fields)), fields)
-        if found is not None and _Built(found.family).shapes != generic.shapes:
-            yield found
+        variation = next(
+            filter(None, (_build_variation(family, shape, fields) for fields in _CANDIDATES[shape](generic))), None
+        )
+        if variation is not None:
+            yield variation
+    for fields in _flipped_fields(generic):
+        variation = _build_variation(family, FLIP + next(_field_names(fields)), fields)
+        if variation is not None and _BuiltModel(variation.family).shapes != generic.shapes:
+            yield variation
 
 
-class _Built:
+class _BuiltModel:
     """A family's tiny model on the meta device."""
 
     def __init__(self, family: Family) -> None:
@@ -103,18 +105,18 @@ class _Built:
                 yield name, text
 
 
-def _built_with(family: Family, shape: str, fields: Fields) -> Variation | None:
+def _build_variation(family: Family, shape: str, fields: Fields) -> Variation | None:
     varied = replace(
         family,
         variant=f"{family.variant}; {shape}" if family.variant else shape,
         fields=_merged(family.fields, fields),
     )
     try:
-        _Built(varied)
+        _BuiltModel(varied)
         computes(varied)  # sizes that the constructor takes and no forward pass can have
     except Exception:  # the families' validators raise what they like
         return None
-    return Variation(varied, shape, tuple(_named(fields)))
+    return Variation(varied, shape, tuple(_field_names(fields)))
 
 
 def _merged(base: Fields, over: Fields) -> Fields:
@@ -124,10 +126,10 @@ def _merged(base: Fields, over: Fields) -> Fields:
     }
 
 
-def _named(fields: Fields, prefix: str = "") -> Iterator[str]:
+def _field_names(fields: Fields, prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
         if isinstance(value, dict):
-            yield from _named(value, f"{prefix}{key}.")
+            yield from _field_names(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}={value}"
 
@@ -142,11 +144,11 @@ def _settable(config: PreTrainedConfig, key: str) -> Any:
         return None
 
 
-def _placed(part: str, fields: Fields) -> Fields:
+def _in_section(part: str, fields: Fields) -> Fields:
     return {part: fields} if part else fields
 
 
-def _few_heads(generic: _Built, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fields]:
+def _fewer_heads_fields(generic: _BuiltModel, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fields]:
     """The fewest key/value heads first; always so many that each serves equally many query heads."""
     row = COUPLED.get(generic.config.model_type, {})
     for part, config in generic.parts():
@@ -157,7 +159,7 @@ def _few_heads(generic: _Built, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fi
                 for count in counts if isinstance(heads, int) else ():
                     fields = {key: count}
                     if count < heads:
-                        yield _placed(part, {holder: row.get(holder, {}) | fields} if holder else fields)
+                        yield _in_section(part, {holder: row.get(holder, {}) | fields} if holder else fields)
 
 
 def _is_left_out(config: PreTrainedConfig, key: str) -> bool:
@@ -169,17 +171,17 @@ def _is_left_out(config: PreTrainedConfig, key: str) -> bool:
         return False
 
 
-def _wide_heads(generic: _Built) -> Iterator[Fields]:
+def _wide_heads_fields(generic: _BuiltModel) -> Iterator[Fields]:
     for part, config in generic.parts():
         for key in HEAD_WIDTHS:
             width = _settable(config, key)
             if width is None and _is_left_out(config, key):
                 width = _SMALL_HEAD
             if isinstance(width, int):
-                yield from (_placed(part, {key: wide}) for wide in (2 * width, 3 * width, width // 2))
+                yield from (_in_section(part, {key: wide}) for wide in (2 * width, 3 * width, width // 2))
 
 
-def _uneven(generic: _Built) -> Iterator[Fields]:
+def _uneven_fields(generic: _BuiltModel) -> Iterator[Fields]:
     for part, config in generic.parts():
         widths = {}
         for key, width in WIDTHS.items():
@@ -193,39 +195,39 @@ def _uneven(generic: _Built) -> Iterator[Fields]:
         vocabulary = {"vocab_size": VOCABULARY} if isinstance(_settable(config, "vocab_size"), int) else {}
         for fields in (widths | vocabulary, vocabulary, widths):
             if fields:
-                yield _placed(part, fields)
+                yield _in_section(part, fields)
 
 
-def _opposite(generic: _Built) -> Iterator[Fields]:
+def _opposite_fields(generic: _BuiltModel) -> Iterator[Fields]:
     for part, config in generic.parts():
-        biases = {key: not value for key, value in _flags(config) if "bias" in key}
+        biases = {key: not value for key, value in _boolean_fields(config) if "bias" in key}
         tied = getattr(config, "tie_word_embeddings", None) if part == "" else None
         if isinstance(tied, bool):
-            yield {"tie_word_embeddings": not tied, **_placed(part, biases)}
+            yield {"tie_word_embeddings": not tied, **_in_section(part, biases)}
             yield {"tie_word_embeddings": not tied}
         if biases:
-            yield _placed(part, biases)
+            yield _in_section(part, biases)
 
 
-def _flags(config: PreTrainedConfig) -> Iterator[tuple[str, bool]]:
+def _boolean_fields(config: PreTrainedConfig) -> Iterator[tuple[str, bool]]:
     for key in sorted(vars(config)):
         value = _settable(config, key)
         if isinstance(value, bool) and not key.startswith("_") and key not in NOT_STRUCTURE:
             yield key, value
 
 
-def _booleans(generic: _Built) -> Iterator[Fields]:
+def _flipped_fields(generic: _BuiltModel) -> Iterator[Fields]:
     for part, config in generic.parts():
-        for key, value in _flags(config):
+        for key, value in _boolean_fields(config):
             if key != "tie_word_embeddings":
-                yield _placed(part, {key: not value})
+                yield _in_section(part, {key: not value})
 
 
-_CANDIDATES: dict[str, Callable[[_Built], Iterator[Fields]]] = {
-    HEADS: _few_heads,
-    FEW_HEADS: lambda generic: _few_heads(generic, (2,)),
-    WIDTH: _wide_heads,
-    UNEVEN: _uneven,
-    OPPOSITE: _opposite,
+_CANDIDATES: dict[str, Callable[[_BuiltModel], Iterator[Fields]]] = {
+    HEADS: _fewer_heads_fields,
+    FEW_HEADS: lambda generic: _fewer_heads_fields(generic, (2,)),
+    WIDTH: _wide_heads_fields,
+    UNEVEN: _uneven_fields,
+    OPPOSITE: _opposite_fields,
 }
 """For each shape the fields to try, the best first; the first that a model can be built with is taken."""

@@ -17,8 +17,8 @@ from typing import Any
 from torch.distributed import PrefixStore
 
 from tests.configs import with_values
-from tests.runs import job_topology, load_job
 from tests.test_tracking import read_rows
+from tests.training_jobs import job_topology, load_job
 from tools.bench.common import assemble
 from trainer.checkpoint import writer
 from trainer.distributed import Launch, World, joined_world

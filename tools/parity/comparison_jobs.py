@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tools.parity.proof import NOISE, blocks_of
-from tools.parity.subject import STEPS, Layout, Raw
+from tools.parity.compared_config import STEPS, Layout, RawConfig
+from tools.parity.gradient_proof import NOISE, blocks_of
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config
 from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
@@ -59,7 +59,7 @@ _RESOLUTION = 1e-2
 class ComparisonJob:
     """Everything a rank needs; plain values, as it travels to other processes."""
 
-    raw: Raw
+    raw: RawConfig
     layout: Layout
     micro_batches: int
     """Of a global batch, over all data ranks."""
@@ -125,7 +125,7 @@ class RankDifferences:
 
 def without_dropout(model: PreTrainedModel) -> list[str]:
     """Sets every rate of dropout (and of a router's noise) in the model to 0. Returns those that were not."""
-    found = []
+    differences = []
     parts = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", None) or {}]
     holders: list[Any] = [model.config, *(part for part in parts if part is not None), *model.modules()]
     for holder in holders:
@@ -135,8 +135,8 @@ def without_dropout(model: PreTrainedModel) -> list[str]:
             if drops and isinstance(value, float) and value > 0:
                 setattr(holder, key, 0.0)
                 if not isinstance(holder, nn.Module):
-                    found.append(f"{key} {value:g}")
-    return list(dict.fromkeys(found))
+                    differences.append(f"{key} {value:g}")
+    return list(dict.fromkeys(differences))
 
 
 class BlockOutputs:
@@ -155,7 +155,7 @@ class BlockOutputs:
 
     def _keeper(self, name: str) -> Any:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            first = next(iter(_real(output)), None)
+            first = next(iter(_floating_tensors(output)), None)
             if self._state == "keeps" and first is not None:
                 self.seen.append((name, first.detach().clone()))
 
@@ -177,16 +177,16 @@ class BlockOutputs:
         self.seen, self._state = [], "waits"
 
 
-def _real(output: Any) -> Iterator[Tensor]:
+def _floating_tensors(output: Any) -> Iterator[Tensor]:
     """The floating-point tensors in what a module returns."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, dict):
-        yield from _real(list(output.values()))
+        yield from _floating_tensors(list(output.values()))
     elif isinstance(output, tuple | list):
         for item in output:
-            yield from _real(item)
+            yield from _floating_tensors(item)
 
 
 def load_reference_model(loaded: LoadedConfig) -> PreTrainedModel:
@@ -240,10 +240,10 @@ def reference(job: ComparisonJob) -> Reference | Refusal:
     try:
         return _reference(job)
     except TesseraError as error:
-        return _refusal(error)
+        return _to_refusal(error)
 
 
-def _refusal(error: TesseraError) -> Refusal:
+def _to_refusal(error: TesseraError) -> Refusal:
     return Refusal(error.problems if isinstance(error, ConfigError) else [Problem("", str(error))])
 
 
@@ -315,7 +315,7 @@ def layout(job: ComparisonJob, expected: Reference) -> RankDifferences | Refusal
     try:
         return _layout(job, expected)
     except TesseraError as error:
-        return _refusal(error)
+        return _to_refusal(error)
 
 
 def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
@@ -327,35 +327,35 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
         model = build_model(loaded)
         without_dropout(model)
         engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
-        kept = [BlockOutputs(own) for own in engine.models]
-        found = RankDifferences([], [], {}, {}, {})
-        _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, found))
+        kept = [BlockOutputs(model_part) for model_part in engine.models]
+        differences = RankDifferences([], [], {}, {}, {})
+        _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, differences))
         for step in range(1, STEPS + 1):
             micro_batches = job.batch(step, loaded)
-            own = tuple(micro_batches[topology.data_rank :: topology.data])
+            model_part = tuple(micro_batches[topology.data_rank :: topology.data])
             tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
-            result = engine.train_step(StepBatch(own, tokens, job.micro_batches * job.samples))
+            result = engine.train_step(StepBatch(model_part, tokens, job.micro_batches * job.samples))
             total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
-            found.losses.append(_relative(total / tokens, expected.losses[step - 1]))
-            found.norms.append(_relative(norm, expected.norms[step - 1]))
+            differences.losses.append(_relative(total / tokens, expected.losses[step - 1]))
+            differences.norms.append(_relative(norm, expected.norms[step - 1]))
             if step < STEPS and topology.data_rank == 0:
-                _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, found)
-        _compare_parameters(engine, job, expected, found)
-        return found
+                _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, differences)
+        _compare_parameters(engine, job, expected, differences)
+        return differences
 
 
-def _relative(got: float, wanted: float) -> float:
-    return abs(got - wanted) / abs(wanted) if math.isfinite(got) else math.inf
+def _relative(actual: float, expected_tensor: float) -> float:
+    return abs(actual - expected_tensor) / abs(expected_tensor) if math.isfinite(actual) else math.inf
 
 
-def _difference(got: Tensor, wanted: Tensor, scale: float) -> float:
+def _difference(actual: Tensor, expected_tensor: Tensor, scale: float) -> float:
     """Largest difference of an element as a share of `scale`; infinite where shapes differ or a number is none."""
-    if got.shape != wanted.shape:
+    if actual.shape != expected_tensor.shape:
         return math.inf
-    if not got.numel():
+    if not actual.numel():
         return 0.0
-    worst = float((got - wanted).abs().max()) / scale
+    worst = float((actual - expected_tensor).abs().max()) / scale
     return worst if math.isfinite(worst) else math.inf
 
 
@@ -386,64 +386,74 @@ def _after_first_backward(engine: PlainEngine | PipelineEngine, look: Callable[[
 
 @torch.no_grad()
 def _compare_gradients(
-    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, found: RankDifferences
+    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
     """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
-        known = set(file.keys())
-        for name, parameter in (pair for own in engine.models for pair in own.named_parameters()):
+        reference_names = set(file.keys())
+        for name, parameter in (pair for model_part in engine.models for pair in model_part.named_parameters()):
             if not parameter.requires_grad:
                 continue
             shard = shard_of(parameter)
             whole_name = name if shard is None else shard.name
-            got = safe_get_full_grad(parameter)
-            wanted = file.get_tensor(whole_name) if whole_name in known else None
-            size = max(0.0 if wanted is None else float(wanted.abs().max()), expected.floor)
-            if wanted is not None and shard is not None:
-                wanted = shard.extract(wanted)
-            if got is None or wanted is None:
-                one = got if wanted is None else wanted
+            actual = safe_get_full_grad(parameter)
+            expected_tensor = file.get_tensor(whole_name) if whole_name in reference_names else None
+            size = max(0.0 if expected_tensor is None else float(expected_tensor.abs().max()), expected.floor)
+            if expected_tensor is not None and shard is not None:
+                expected_tensor = shard.extract(expected_tensor)
+            if actual is None or expected_tensor is None:
+                one = actual if expected_tensor is None else expected_tensor
                 error = 0.0 if one is None else _difference(one, torch.zeros_like(one), size)
             else:
-                error = _difference(got.view_as(wanted) if got.numel() == wanted.numel() else got, wanted, size)
-            found.gradients[whole_name] = max(found.gradients.get(whole_name, 0.0), error)
+                error = _difference(
+                    actual.view_as(expected_tensor) if actual.numel() == expected_tensor.numel() else actual,
+                    expected_tensor,
+                    size,
+                )
+            differences.gradients[whole_name] = max(differences.gradients.get(whole_name, 0.0), error)
 
 
 @torch.no_grad()
 def _compare_parameters(
-    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, found: RankDifferences
+    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
     """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
     module = engine._engine.module
     elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
-        known = set(file.keys())
-        for name, got in engine.full_weights():
+        reference_names = set(file.keys())
+        for name, actual in engine.full_weights():
             if name in elsewhere and engine._world.topology.tensor_rank:
                 continue
-            if name not in known:
-                found.parameters[name] = math.inf
+            if name not in reference_names:
+                differences.parameters[name] = math.inf
                 continue
-            wanted = file.get_tensor(name)
-            scale = expected.scales.get(name) or _RESOLUTION * float(wanted.abs().max()) or 1.0  # a buffer has none
-            found.parameters[name] = _difference(got.float(), wanted.float(), scale)
-    for name in expected.scales.keys() - found.parameters.keys() - elsewhere:
-        found.parameters[name] = math.inf
+            expected_tensor = file.get_tensor(name)
+            scale = (
+                expected.scales.get(name) or _RESOLUTION * float(expected_tensor.abs().max()) or 1.0
+            )  # a buffer has none
+            differences.parameters[name] = _difference(actual.float(), expected_tensor.float(), scale)
+    for name in expected.scales.keys() - differences.parameters.keys() - elsewhere:
+        differences.parameters[name] = math.inf
 
 
 @torch.no_grad()
 def _compare_outputs(
-    outputs: list[tuple[str, Tensor]], job: ComparisonJob, world: World, found: RankDifferences
+    outputs: list[tuple[str, Tensor]], job: ComparisonJob, world: World, differences: RankDifferences
 ) -> None:
     """The blocks' outputs on the first micro-batch; a cut sequence is joined."""
     with safe_open(Path(job.folder) / "outputs.safetensors", "pt") as file:
-        known = set(file.keys())
-        for key, got in outputs:
-            if key not in known:
-                found.outputs[key] = math.inf
+        reference_names = set(file.keys())
+        for key, actual in outputs:
+            if key not in reference_names:
+                differences.outputs[key] = math.inf
                 continue
-            wanted = file.get_tensor(key)
-            if got.shape != wanted.shape and got.ndim == wanted.ndim and "tensor" in world.groups:
-                dim = next(n for n in range(got.ndim) if got.shape[n] != wanted.shape[n])
-                got = torch.cat(list(all_gather(got.unsqueeze(0), 0, world.groups["tensor"])), dim)
-            found.outputs[key] = _difference(got, wanted, float(wanted.abs().max()) or 1.0)
+            expected_tensor = file.get_tensor(key)
+            if (
+                actual.shape != expected_tensor.shape
+                and actual.ndim == expected_tensor.ndim
+                and "tensor" in world.groups
+            ):
+                dim = next(n for n in range(actual.ndim) if actual.shape[n] != expected_tensor.shape[n])
+                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups["tensor"])), dim)
+            differences.outputs[key] = _difference(actual, expected_tensor, float(expected_tensor.abs().max()) or 1.0)
