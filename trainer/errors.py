@@ -1,38 +1,39 @@
-"""What can go wrong, by who can mend it, with the exit status of each (DESIGN 2.4)."""
+"""Exceptions of the trainer, grouped by who can fix the problem; each class has an exit status."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of the user: where it is, why it is one, what to do about it."""
+    """A user's mistake: the key or file, the reason, and the remedy."""
 
     path: str
     """Dotted path of the key, or the file, that is wrong."""
 
     reason: str
-    """What is wrong with it, naming the value."""
+    """What is wrong with it, with the value."""
 
     remedy: str = ""
-    """What to do instead; empty where the reason says it already."""
+    """What to do instead; empty where the reason implies it."""
 
     def __str__(self) -> str:
-        where = f"{self.path}: " if self.path else ""
-        text = f"{where}{self.reason}" + (f". {self.remedy}" if self.remedy else "")
-        return text.replace("\n", "\\n").replace("\r", "\\r")  # one line, whatever the name of a file or key
+        prefix = f"{self.path}: " if self.path else ""
+        text = f"{prefix}{self.reason}" + (f". {self.remedy}" if self.remedy else "")
+        return text.replace("\n", "\\n").replace("\r", "\\r")  # one line, even if a file name or key has several
 
 
 class TesseraError(Exception):
-    """Ends the run with a message and no traceback. Each subclass has its own exit status."""
+    """Base of all errors that end the run with a message and no traceback."""
 
     exit_status = 1
 
 
 class ConfigError(TesseraError):
-    """The configuration, a path or a model folder is wrong. Carries every problem that was found."""
+    """An invalid configuration, path or model folder. Holds every problem that was detected."""
 
     exit_status = 2
 
@@ -41,54 +42,88 @@ class ConfigError(TesseraError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
-        return type(self), (self.problems,)  # one rank may raise it for all
+        return type(self), (self.problems,)  # an error of one rank is pickled and raised on all
 
 
 class PlanError(ConfigError):
-    """The tensor plan and the model do not fit together: names the weight and the reason."""
+    """A tensor plan that does not match the model. Names the weight and the reason."""
 
 
 class RanksDifferError(ConfigError):
-    """Ranks were started with different configurations, data or code: names the rank and what differs."""
+    """Ranks that were started with different configurations, data or code. Names the rank and the difference."""
 
 
 class DataError(TesseraError):
-    """Something inside a data file or a token index is wrong: names the file and the place in it."""
+    """Invalid content of a data file or token index. Names the file and the position."""
 
     exit_status = 3
 
 
+class CheckpointError(TesseraError):
+    """A damaged, incompatible or missing checkpoint. Names the folder and the file."""
+
+    exit_status = 4
+
+
 class TrainingHalted(TesseraError):
-    """Training stopped on its numbers: a loss or a gradient norm that is not finite."""
+    """Training stopped because a loss or a gradient norm is not finite."""
 
     exit_status = 5
 
 
 class ReplicasDifferError(TrainingHalted):
-    """Ranks that hold the same weight hold different values: names ranks, hosts, weight and step."""
-
-
-class CheckpointError(TesseraError):
-    """A checkpoint is damaged, does not fit, or is not there where one was asked for: names the folder and the file."""
-
-    exit_status = 4
+    """Replicas of a weight that hold different values. Names ranks, hosts, weight and step."""
 
 
 class RankLost(TesseraError):
-    """Another rank has died, has stopped, or did not arrive in a collective within `run.collective_timeout_seconds`."""
+    """Another rank died, stopped, or did not join a collective within `run.collective_timeout_seconds`."""
 
     exit_status = 6
 
     def __init__(self, message: str, *, reports_first: bool = False, patience: float = 0.0) -> None:
-        """Args:
-        speaks: this rank is the one that reports it first. patience: seconds to wait before leaving, because a
-            launcher takes the status of the first rank that leaves, and the lost one may have a better one.
+        """Initialize the error.
+
+        Args:
+            message: Names the ranks and the phase.
+            reports_first: Whether this rank is the first to report the loss.
+            patience: Seconds to wait before exiting. A launcher returns the status of the first rank that exits, and
+                the lost rank may have a more specific one.
         """
         self.reports_first, self.patience = reports_first, patience
         super().__init__(message)
 
 
 class Preempted(TesseraError):
-    """Stopped on request, with the state saved: start the same command again. No mistake of anybody's."""
+    """Training stopped on request after saving its state. The same command resumes it."""
 
     exit_status = 75
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class name if the message is empty.
+
+    Messages cite it as the cause when a library's exception is turned into one of ours.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def closest_match(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name that `name` most likely misspells, ignoring case if necessary; None without one.
+
+    Args:
+        name: What the user wrote.
+        known: The valid names.
+        cutoff: Similarity in [0, 1] that a match needs.
+    """
+    names = sorted(known)
+    if exact_case := get_close_matches(name, names, n=1, cutoff=cutoff):
+        return exact_case[0]
+    by_lower_case = {candidate.lower(): candidate for candidate in names}
+    return next((by_lower_case[m] for m in get_close_matches(name.lower(), by_lower_case, n=1, cutoff=cutoff)), None)
+
+
+def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return "; did you mean 'X'?" for a misspelled name, to be appended to a reason; empty without a close match."""
+    match = closest_match(name, known, cutoff=cutoff)
+    return f"; did you mean '{match}'?" if match else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from trainer.config import strict_json
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config, scrub
 from trainer.config.read import apply_override, read_config_file
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, first_line, suggest
 from trainer.model import build_model_shape, initialize_weights
 
 STEPS = 3
@@ -74,12 +73,11 @@ def parse_layout(text: str) -> Layout:
     where = f"--layouts {text}"
     for item in text.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
-        near = get_close_matches(key, _KEYS, n=1)
         if not equals:
             problems.append(Problem(where, f"expected key=value, got '{item}'", "For example tensor=2,data=2,zero=1"))
         elif key not in _KEYS:
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(Problem(where, f"unknown key '{key}'{hint}", "" if near else f"Known: {', '.join(_KEYS)}"))
+            hint = suggest(key, _KEYS)
+            problems.append(Problem(where, f"unknown key '{key}'{hint}", "" if hint else f"Known: {', '.join(_KEYS)}"))
         elif key in values:
             problems.append(Problem(where, f"'{key}' is given twice"))
         elif key in ("sequence_parallel", "dualpipev"):
@@ -273,7 +271,7 @@ def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tupl
             else:
                 return inline, count
     except Exception as error:  # the families' constructors raise what they like
-        reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+        reasons.append(first_line(error))
     raise ConfigError(
         Problem("--shrink", f"'{shape.config.model_type}' cannot be made small: {shortened(reasons[0], 200)}",
                 "Leave --shrink out, and set smaller sizes with --set model.config.KEY=N")

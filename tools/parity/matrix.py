@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 from tools.parity.compared_config import Layout, parse_layout
 from tools.parity.families import FAMILIES, Family
@@ -19,7 +18,7 @@ from tools.parity.text import clock, last_line
 from tools.parity.training_proof import prove_training, tiny_model
 from tools.parity.variations import GENERIC, Variation
 from tools.ranks import run_ranks
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, suggest
 
 OUTCOMES = ("right", "partly", "wrong", "refused", "not built", "failed")
 SOUND = ("right", "partly")
@@ -107,9 +106,8 @@ def chosen(names: list[str]) -> list[Family]:
     problems = []
     for name in names:
         if name not in known:
-            near = get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            remedy = "" if near else "Give names of tools/parity/families.py, or 'all'"
+            hint = suggest(name, known)
+            remedy = "" if hint else "Give names of tools/parity/families.py, or 'all'"
             problems.append(Problem("--families", f"'{name}' is not in the table{hint}", remedy))
     if problems:
         raise ConfigError(problems)

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, first_line
 from trainer.files import hash_file
 
 FORMAT = 1
@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{path}: damaged: no manifest of a checkpoint ({type(error).__name__}: {reason})"
         ) from None

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ from trainer.checkpoint_format import MANIFEST, is_checkpoint, read_manifest
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.config.paths import refuse_special_files
 from trainer.config.tasks import DEFAULT_TASK, TASK_FAMILIES
-from trainer.errors import CheckpointError, ConfigError, Problem
+from trainer.errors import CheckpointError, ConfigError, Problem, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -79,8 +78,7 @@ def _config_class(raw: Mapping[str, Any], where: str, task: str) -> type[PreTrai
     if not isinstance(name, str):
         raise ConfigError(Problem(f"{where}.model_type", f"expected a model type, got {name!r}", 'For example "llama"'))
     if name not in CONFIG_MAPPING:
-        near = get_close_matches(name, sorted(CONFIG_MAPPING.keys()), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = suggest(name, CONFIG_MAPPING.keys())
         remedy = "" if hint else "If a package of yours registers it, name the package in run.plugins (its code runs)"
         raise ConfigError(Problem(f"{where}.model_type", f"transformers knows no model type '{name}'{hint}", remedy))
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[name]
@@ -116,9 +114,8 @@ def _unknown_keys(raw: Mapping[str, Any], config_class: type[PreTrainedConfig], 
     known |= {"output_router_logits", "rope_theta", "rope_scaling", "partial_rotary_factor", "initializer_range"}
     for key in raw:
         if key not in known:
-            near = get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield Problem(f"{where}.{key}", f"unknown key for model type '{config_class.model_type}'{hint}")
+            reason = f"unknown key for model type '{config_class.model_type}'{suggest(key, known)}"
+            yield Problem(f"{where}.{key}", reason)
 
 
 def _inline_config(raw: Mapping[str, Any], task: str) -> PreTrainedConfig:

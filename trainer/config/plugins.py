@@ -6,7 +6,7 @@ import importlib
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, first_line
 
 
 def import_plugins(names: Sequence[str], key: str = "run.plugins") -> Iterator[Problem]:
@@ -30,7 +30,7 @@ def _problem(name: str, error: BaseException, key: str) -> Problem:
         detail = "" if name == missing else f" (no module '{missing}')"
         return Problem(key, f"there is no module '{name}'{detail}", "Install its package in this environment, or "
                        "put its folder on PYTHONPATH, on every host")  # fmt: skip
-    cause = (str(error).strip().splitlines() or [""])[0]
+    cause = first_line(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"'{name}' cannot be imported: {type(error).__name__}: {cause} ({frame.filename}, line {frame.lineno})"
     return Problem(key, reason, "Correct the module, or leave it out")

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -16,7 +15,7 @@ from trainer.config.earlier_versions import replaced_key_problem
 from trainer.config.hints import hint
 from trainer.config.rules import Draft
 from trainer.config.schema import SECTIONS
-from trainer.errors import Problem
+from trainer.errors import Problem, closest_match
 
 Raw = dict[str, Any]
 
@@ -138,10 +137,9 @@ def _unknown_key(name: str, raw: Raw, path: tuple[str | int, ...], repaired: Raw
         return hinted
     key = str(path[-1])
     candidates = _known_keys_at(SECTIONS[name], path[:-1])
-    near = get_close_matches(key, candidates, n=1)
-    if near:
-        holder.setdefault(near[0], value)
-        return Problem(dotted, f"unknown key; did you mean '{near[0]}'?")
+    if match := closest_match(key, candidates):
+        holder.setdefault(match, value)
+        return Problem(dotted, f"unknown key; did you mean '{match}'?")
     elsewhere = [s for s, section_class in SECTIONS.items() if key in section_class.model_fields]
     if elsewhere:
         return Problem(dotted, f"unknown key; there is '{elsewhere[0]}.{key}'")
@@ -177,14 +175,14 @@ def _hints(name: str, value: Any, *, below_only: bool) -> list[Problem]:
 def unknown_sections(raw: Raw) -> list[Problem]:
     problems = []
     for name in [key for key in raw if key not in SECTIONS]:
-        near = get_close_matches(name, [*SECTIONS, "extends"], n=1)
+        match = closest_match(name, [*SECTIONS, "extends"])
         owner = [s for s, section_class in SECTIONS.items() if name in section_class.model_fields]
         hinted = _hints(name, raw[name], below_only=bool(owner))
         if hinted:
             problems += hinted
-        elif near:
-            problems.append(Problem(name, f"unknown section; did you mean '{near[0]}'?"))
-            raw.setdefault(near[0], raw[name])
+        elif match:
+            problems.append(Problem(name, f"unknown section; did you mean '{match}'?"))
+            raw.setdefault(match, raw[name])
         elif owner:
             problems.append(Problem(name, f"unknown section; '{owner[0]}.{name}' is a key"))
         else:

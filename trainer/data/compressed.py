@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.config.paths import compression_of
-from trainer.errors import DataError
+from trainer.errors import DataError, first_line
 
 _BUFFER_BYTES = 1 << 20
 
@@ -51,7 +51,7 @@ class DecompressedFile(io.RawIOBase):
         try:
             data = self._stream.read1(len(buffer))  # `read` would lose what it has when it fails
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise DataError(
                 f"{self._path}: line {self._lines + 1}: cannot be decompressed: {first}. The file is damaged, "
                 "truncated, or not what its name says"

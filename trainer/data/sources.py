@@ -35,7 +35,7 @@ from trainer.data.documents import (
 )
 from trainer.data.json_array import is_array
 from trainer.data.tables import TABLES, read_table_rows
-from trainer.errors import ConfigError, DataError, Problem
+from trainer.errors import ConfigError, DataError, Problem, first_line
 
 Split = Literal["train", "validation"]
 
@@ -148,7 +148,7 @@ class Source:
             raise
         except Exception as error:  # whatever pyarrow, pandas and fsspec raise on damaged files
             cause = error.__cause__ or error
-            first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            first = first_line(cause)
             raise DataError(f"{self.path}: cannot be read: {first}") from error
 
 
@@ -190,7 +190,7 @@ def _hub_name(path: str) -> tuple[str, str | None]:
 
 
 def _hub_error(path: str, error: Exception) -> ConfigError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     return ConfigError(
         Problem(
             "data",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.paths import refuse_special_files
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
         if not any(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES):
             raise ValueError(f"it encodes any text, such as {_PROBES[0]!r}, as no token")
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ConfigError(
             Problem(
                 key,

@@ -6,6 +6,8 @@ import re
 
 import torch.distributed as dist
 
+from trainer.errors import first_line
+
 _TIMEOUT = re.compile(r"tim(ed?|ing) ?out", re.IGNORECASE)
 _CONNECTION = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
 
@@ -28,5 +30,5 @@ def is_broken_connection(text: str) -> bool:
 
 def cause_of(error: Exception) -> str:
     """The first sentence of what torch or gloo say, without the line of their source."""
-    line = (str(error).splitlines() or [repr(error)])[0]
+    line = first_line(error)
     return re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\] *", "", line).partition(". ")[0]

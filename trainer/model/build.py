@@ -14,7 +14,7 @@ from trainer.checkpoint_format import is_checkpoint
 from trainer.config.model_facts import load_model_config, model_config, parse_model_config
 from trainer.config.schema import ModelSection
 from trainer.distributed import agree
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, first_line
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weight_headers, read_weights
@@ -159,7 +159,7 @@ def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> P
 
 
 def _refusal(section: ModelSection, error: Exception) -> Problem:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     chosen = section.attention is not None and isinstance(error, ImportError)
     if "attn" in first.lower() or "attention" in first.lower() or chosen:
         reason = first.split(". Please request")[0]

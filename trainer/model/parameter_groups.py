@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from trainer.config.schema import TrainingSection
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, suggest
 from trainer.sharding import wildcard_name
 
 _EXCLUDE, _SCALES = "training.weight_decay_exclude", "training.learning_rate_scales"
@@ -83,11 +82,11 @@ def _unmatched(
         first = {weight: name for name, weight in trained.items()}
         everywhere = model.named_parameters(remove_duplicate=False)
         tied = next((first[w] for name, w in everywhere if w in first and _matches(pattern, name)), None)
-        near = get_close_matches(pattern, _candidates(trained), n=1)
+        suggestion = suggest(pattern, _candidates(trained))
         if tied is not None:
             yield Problem(key, f"{problem}, but a name that is tied to '{tied}'", f"Write '{tied}'")
-        elif near:
-            yield Problem(key, f"{problem}; did you mean '{near[0]}'?")
+        elif suggestion:
+            yield Problem(key, f"{problem}{suggestion}")
         else:
             yield Problem(key, problem, f"Names are full Hugging Face names, such as '{next(iter(trained), '')}'")
 

@@ -44,7 +44,7 @@ from trainer.checkpoint_format import (
     verify_sizes,
 )
 from trainer.config.model_facts import load_model_config
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, Problem, first_line
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.model.unexpected_keys import SHOWN, Leftovers, classify, refuse_quantized, shown
 from trainer.model.unexpected_keys import Stored as Header
@@ -313,7 +313,7 @@ def _reading(path: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ConfigError(
             Problem("model.path", f"'{path}' cannot be read: {first}", "Check the folder, the name, the network")
         ) from None

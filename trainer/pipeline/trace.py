@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from trainer.errors import PlanError, Problem
+from trainer.errors import PlanError, Problem, first_line
 from trainer.model.meta import MetaMode, matrix_flops
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
 
@@ -266,7 +266,7 @@ def trace_dataflow(
             output = model.train(training)(**given)
             follower.ends(output)
     except Exception as error:  # whatever an operation without values raises
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise PlanError(
             Problem("parallel.pipeline", f"{kind} cannot be followed without computing it: {first}",
                     "Set parallel.pipeline to 1")

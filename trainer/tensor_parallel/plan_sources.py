@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.errors import Problem
+from trainer.errors import Problem, suggest
 from trainer.sharding import wildcard_name
 from trainer.tensor_parallel.families import COMMON, FAMILIES, UNITS
 from trainer.tensor_parallel.styles import WORDS, Style
@@ -114,18 +113,16 @@ class Rows:
 
     def _no_match(self, name: str, text: str) -> Problem:
         prefix = self._model.base_model_prefix + "."
-        near = difflib.get_close_matches(name, sorted(n.removeprefix(prefix) for n in self._present), n=1, cutoff=0.4)
+        suggestion = suggest(name, (present.removeprefix(prefix) for present in self._present), cutoff=0.4)
         return Problem(
             f"parallel.tensor_plan.{name}",
-            f"'{text}' matches no module, parameter or buffer of {self._model.config.model_type}"
-            + (f"; did you mean '{near[0]}'?" if near else ""),
+            f"'{text}' matches no module, parameter or buffer of {self._model.config.model_type}{suggestion}",
             "Names are those of model.named_modules(), with * for numbers",
         )
 
     def _unknown(self, name: str, style: Style) -> Problem:
-        near = difflib.get_close_matches(style.word, WORDS, n=1)
         return Problem(
             f"parallel.tensor_plan.{name}",
-            f"'{style}' is not a style" + (f"; did you mean '{near[0]}'?" if near else ""),
+            f"'{style}' is not a style{suggest(style.word, WORDS)}",
             f"The styles are {', '.join(WORDS)}",
         )

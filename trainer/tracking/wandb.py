@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from trainer.config.schema import WandbSection
+from trainer.errors import first_line
 from trainer.run_directory import RunDirectory
 from trainer.tracking.interface import Row
 
@@ -57,7 +58,7 @@ class Wandb:
                 run.log({"step": row["step"], "_timestamp": seconds, **values})
             run.finish(exit_code=logged)
         except Exception as error:  # whatever it is, training goes on
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             log.warning("Weights & Biases is out: %s. Training goes on; metrics.jsonl is complete", first)
 
     def log(self, row: Row) -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from trainer.config.deepspeed.section import (
 )
 from trainer.config.deepspeed.wsd import DECAYS, WSD
 from trainer.config.hints import hint
-from trainer.errors import Problem
+from trainer.errors import Problem, first_line, suggest
 
 _TORCH_OPTIMIZERS = {
     name: cls
@@ -89,11 +88,10 @@ def weight_decay(resolved: Mapping[str, Any]) -> float:
 
 def _unknown(path: str, what: str, value: str, known: Iterable[str]) -> Problem:
     candidates = sorted(known)
-    near = get_close_matches(value, candidates, n=1) or get_close_matches(
-        value.lower(), [c.lower() for c in candidates], n=1
+    suggestion = suggest(value, candidates)
+    return Problem(
+        path, f"unknown {what} '{value}'{suggestion}", "" if suggestion else f"Known: {', '.join(candidates)}"
     )
-    hint = f"; did you mean '{next(c for c in candidates if c.lower() == near[0].lower())}'?" if near else ""
-    return Problem(path, f"unknown {what} '{value}'{hint}", "" if near else f"Known: {', '.join(candidates)}")
 
 
 def _is_number(value: object) -> bool:
@@ -146,9 +144,8 @@ def _param_problems(
         elif key not in known and (hinted := hint(path)):
             yield hinted
         elif key not in known:
-            near = get_close_matches(key, sorted(known), n=1)
-            meant = f"; did you mean '{near[0]}'?" if near else ""
-            yield Problem(path, f"unknown key{meant}", "" if near else f"Known: {', '.join(sorted(known))}")
+            suggestion = suggest(key, known)
+            yield Problem(path, f"unknown key{suggestion}", "" if suggestion else f"Known: {', '.join(sorted(known))}")
         elif value == "auto":
             continue  # resolved, or asked for by `missing_values`
         elif where == "scheduler" and key in PER_GROUP_ARGUMENTS and isinstance(value, list):
@@ -204,7 +201,7 @@ def _trial(call: Callable[[], object]) -> str | None:
     try:
         call()
     except Exception as error:  # every class checks in its own way, or not at all and fails by its arithmetic
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 
