@@ -36,6 +36,7 @@ from tests.configs import tiny_config, with_values
 from tests.harness import get_free_port, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
 from tests.test_tracking import ROOT, TRAIN, read_rows
+from tools.parity.layout import Changes, Layout
 from trainer.checkpoint.deepspeed_to_safetensors import _load_tensors
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.retention import SavedCheckpoint, best_checkpoints, checkpoint_name, expired
@@ -64,36 +65,12 @@ from trainer.files import hash_file
 from trainer.sharding import Shard, chunks_of_flat_range, chunks_of_fragment
 from trainer.topology import Topology
 
-
-class Layout(NamedTuple):
-    """How a run is spread over processes, and what DeepSpeed makes of it."""
-
-    world: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    zero: int = 0
-    more: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return {
-            "parallel__tensor": self.tensor, "parallel__pipeline": self.pipeline,
-            "deepspeed__zero_optimization__stage": self.zero, **dict(self.more),
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        more = "".join(f"-{path.rpartition('__')[2]}" for path, _ in self.more)
-        return f"{self.world}ranks-tensor{self.tensor}-pipeline{self.pipeline}-zero{self.zero}{more}"
-
-
-BF16 = (("deepspeed__bf16", {"enabled": True}),)
-BF16_FP32 = (*BF16, ("deepspeed__data_types", {"grad_accum_dtype": "fp32"}))
-OFFLOAD = (("deepspeed__zero_optimization__offload_optimizer", {"device": "cpu"}),)
-SEQUENCE_PARALLEL = (("parallel__sequence_parallel", True),)
-DUALPIPEV = (("parallel__pipeline_schedule", "dualpipev"),)
-SMALL_GROUPS = (
-    ("deepspeed__zero_optimization__sub_group_size", 5000),
-    ("deepspeed__zero_optimization__stage3_param_persistence_threshold", 100),
+BF16: Changes = (("deepspeed.bf16", {"enabled": True}),)
+BF16_FP32: Changes = (*BF16, ("deepspeed.data_types", {"grad_accum_dtype": "fp32"}))
+OFFLOAD: Changes = (("deepspeed.zero_optimization.offload_optimizer", {"device": "cpu"}),)
+SMALL_GROUPS: Changes = (
+    ("deepspeed.zero_optimization.sub_group_size", 5000),
+    ("deepspeed.zero_optimization.stage3_param_persistence_threshold", 100),
 )
 
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -121,7 +98,7 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def config_of(base: dict[str, Any], model: str, layout: Layout, run: Path, **values: Any) -> dict[str, Any]:
-    return with_values(base, run__output_dir=str(run), **MODELS[model], **layout.values, **values)
+    return layout.apply_to(with_values(base, run__output_dir=str(run), **MODELS[model], **values))
 
 
 def with_resume(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -148,7 +125,7 @@ def unbroken(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         if key not in done:
             folder = tmp_path_factory.mktemp("unbroken")
             config = config_of(base, model, layout, folder, **values)
-            done[key] = Unbroken(folder, run_ranks(train_and_save, layout.world, config, 6, (3, 6))[0])
+            done[key] = Unbroken(folder, run_ranks(train_and_save, layout.world_size, config, 6, (3, 6))[0])
         return done[key]
 
     return run
@@ -159,25 +136,25 @@ def unbroken(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 DROPOUT = {"model__config__attention_dropout": 0.2}
 
 BITWISE = [
-    ("llama", Layout(2, zero=3, more=SMALL_GROUPS), DROPOUT),
-    ("tied", Layout(2, pipeline=2, zero=1, more=BF16), {}),
+    ("llama", Layout(2, zero=3, changes=SMALL_GROUPS), DROPOUT),
+    ("tied", Layout(2, pipeline=2, zero=1, changes=BF16), {}),
 ]
 MORE_BITWISE = [
     ("llama", Layout(2, zero=1), {}),
     ("llama", Layout(2), DROPOUT),
-    ("llama", Layout(2, zero=1, more=BF16), {}),
+    ("llama", Layout(2, zero=1, changes=BF16), {}),
     ("tied", Layout(8, tensor=2, pipeline=2, zero=1), DROPOUT),
     ("llama", Layout(), DROPOUT),
     ("llama", Layout(2, zero=2), DROPOUT),
     ("llama", Layout(2, zero=3), DROPOUT),
-    ("llama", Layout(2, more=BF16), DROPOUT),
-    ("llama", Layout(2, zero=1, more=BF16_FP32), DROPOUT),
-    ("llama", Layout(2, zero=1, more=OFFLOAD), DROPOUT),
-    ("llama", Layout(2, zero=3, more=OFFLOAD), DROPOUT),
-    ("llama", Layout(2, zero=2, more=(*OFFLOAD, *BF16)), DROPOUT),
+    ("llama", Layout(2, changes=BF16), DROPOUT),
+    ("llama", Layout(2, zero=1, changes=BF16_FP32), DROPOUT),
+    ("llama", Layout(2, zero=1, changes=OFFLOAD), DROPOUT),
+    ("llama", Layout(2, zero=3, changes=OFFLOAD), DROPOUT),
+    ("llama", Layout(2, zero=2, changes=(*OFFLOAD, *BF16)), DROPOUT),
     ("llama", Layout(4, tensor=2, zero=1), DROPOUT),
-    ("llama", Layout(2, tensor=2, more=SEQUENCE_PARALLEL), DROPOUT),
-    ("tied", Layout(2, pipeline=2, more=DUALPIPEV), DROPOUT),
+    ("llama", Layout(2, tensor=2, sequence_parallel=True), DROPOUT),
+    ("tied", Layout(2, pipeline=2, dualpipev=True), DROPOUT),
     ("tied", Layout(2, pipeline=2), DROPOUT),
     ("gpt2", Layout(2, tensor=2, zero=1), {}),
     ("mixtral", Layout(4, tensor=2, zero=2), {}),
@@ -195,7 +172,7 @@ def test_resumed_run_equals_unbroken_run(
     """In fresh processes, bit for bit: losses, weights, optimizer, counters; over the border of an epoch."""
     whole = unbroken(model, layout, **values)
     config = config_of(base, model, layout, tmp_path, checkpoint__resume=str(whole.at(3)), **values)
-    losses = run_ranks(train_and_save, layout.world, config, 6, (6,))[0]
+    losses = run_ranks(train_and_save, layout.world_size, config, 6, (6,))[0]
     assert losses == {step: loss for step, loss in whole.losses.items() if step > 3}
     now, then = read_state(tmp_path / "checkpoints" / "step-00000006"), read_state(whole.at(6))
     assert now.keys() == then.keys()
@@ -219,8 +196,8 @@ def test_nvme_state_equals_state_in_memory(
         pytest.skip("needs libaio-dev")
     (tmp_path / "nvme").mkdir()
     there = {"device": "nvme", "nvme_path": str(tmp_path / "nvme"), "buffer_count": 12, **offload}
-    layout = Layout(2, zero=3, more=(("deepspeed__zero_optimization__offload_optimizer", there),))
-    whole, memory = unbroken("large", layout, **values), unbroken("large", Layout(2, zero=3, more=OFFLOAD), **values)
+    layout = Layout(2, zero=3, changes=(("deepspeed.zero_optimization.offload_optimizer", there),))
+    whole, memory = unbroken("large", layout, **values), unbroken("large", Layout(2, zero=3, changes=OFFLOAD), **values)
     files = {path.name.partition("-")[0] for path in (tmp_path / "nvme").glob(f"{whole.folder.name}-*/**/*.swp")}
     assert {"exp_avg", "exp_avg_sq"} < files
     assert any("gradient" in name for name in files)
@@ -277,34 +254,34 @@ def test_nvme_folder_is_separate_for_each_run(tmp_path: Path, monkeypatch: pytes
 
 PAIRS = [
     ("llama", Layout(2, zero=1), Layout(2, tensor=2)),
-    ("llama", Layout(2, zero=1), Layout(2, zero=3, more=SMALL_GROUPS)),
-    ("tied", Layout(2, pipeline=2, zero=1, more=BF16), Layout(2, zero=2, more=BF16_FP32)),
+    ("llama", Layout(2, zero=1), Layout(2, zero=3, changes=SMALL_GROUPS)),
+    ("tied", Layout(2, pipeline=2, zero=1, changes=BF16), Layout(2, zero=2, changes=BF16_FP32)),
 ]
 MORE_PAIRS = [
-    ("llama", Layout(2, zero=3, more=SMALL_GROUPS), Layout(2, pipeline=2)),
+    ("llama", Layout(2, zero=3, changes=SMALL_GROUPS), Layout(2, pipeline=2)),
     ("gpt2", Layout(2, tensor=2, zero=1), Layout(2, zero=3)),
     ("tied", Layout(8, tensor=2, pipeline=2, zero=1), Layout()),
     ("mixtral", Layout(4, tensor=2, zero=2), Layout(3, zero=1)),
     ("llama", Layout(), Layout(2, zero=1)),
     ("llama", Layout(), Layout(4, tensor=4)),
     ("llama", Layout(2), Layout(2, zero=3)),
-    ("llama", Layout(2, zero=1), Layout(2, zero=3, more=OFFLOAD)),
+    ("llama", Layout(2, zero=1), Layout(2, zero=3, changes=OFFLOAD)),
     ("llama", Layout(2, zero=1), Layout(4, zero=2)),
     ("llama", Layout(2, zero=1), Layout(4, tensor=2, pipeline=2)),
-    ("llama", Layout(2, zero=2), Layout(2, zero=1, more=OFFLOAD)),
+    ("llama", Layout(2, zero=2), Layout(2, zero=1, changes=OFFLOAD)),
     ("llama", Layout(2, zero=3), Layout(1)),
     ("llama", Layout(2, zero=3), Layout(2, zero=2)),
     ("llama", Layout(2, zero=3), Layout(4, tensor=2, zero=3)),
     ("llama", Layout(4, tensor=2, zero=1), Layout(2, zero=1)),
     ("llama", Layout(4, tensor=2, zero=1), Layout(2, tensor=2, zero=3)),
-    ("llama", Layout(2, tensor=2), Layout(4, tensor=4, more=SEQUENCE_PARALLEL)),
-    ("llama", Layout(2, tensor=2, more=SEQUENCE_PARALLEL), Layout(2, pipeline=2)),
+    ("llama", Layout(2, tensor=2), Layout(4, tensor=4, sequence_parallel=True)),
+    ("llama", Layout(2, tensor=2, sequence_parallel=True), Layout(2, pipeline=2)),
     ("llama", Layout(4, tensor=4), Layout(2, zero=1)),
     ("llama", Layout(2, pipeline=2), Layout(1)),
-    ("llama", Layout(2, pipeline=2), Layout(2, pipeline=2, more=DUALPIPEV)),
+    ("llama", Layout(2, pipeline=2), Layout(2, pipeline=2, dualpipev=True)),
     ("llama", Layout(4, pipeline=2, zero=1), Layout(4, tensor=2, zero=2)),
     ("llama", Layout(8, tensor=2, pipeline=2, zero=1), Layout(4, tensor=2, pipeline=2)),
-    ("tied", Layout(2, pipeline=2, more=DUALPIPEV), Layout(2, tensor=2)),
+    ("tied", Layout(2, pipeline=2, dualpipev=True), Layout(2, tensor=2)),
     ("tied", Layout(1), Layout(8, tensor=2, pipeline=2, zero=1)),
     ("tied", Layout(2, zero=3), Layout(2, pipeline=2, zero=1)),
     ("gpt2", Layout(2, pipeline=2), Layout(4, tensor=2, zero=1)),
@@ -325,12 +302,12 @@ def test_checkpoint_resumes_in_another_layout(
     """Saved, loaded elsewhere and saved again, the state is the same bit for bit; and training goes on as before."""
     whole = unbroken(model, source)
     config = config_of(base, model, target, tmp_path, checkpoint__resume=str(whole.at(3)))
-    losses = run_ranks(train_and_save, target.world, config, 6, (3,))[0]
+    losses = run_ranks(train_and_save, target.world_size, config, 6, (3,))[0]
     now, then = read_state(tmp_path / "checkpoints" / "step-00000003"), read_state(whole.at(3))
     assert now.keys() == then.keys()
     assert [name for name in then if not now[name].equal(then[name])] == []
     # Rounding differs between layouts; in bf16 by more, where gradients are summed in another type.
-    tolerance = 1e-3 if source.more[:1] == BF16 else 1e-5
+    tolerance = 1e-3 if source.changes[:1] == BF16 else 1e-5
     assert [losses[step] for step in (4, 5, 6)] == pytest.approx([whole.losses[s] for s in (4, 5, 6)], rel=tolerance)
 
 
@@ -604,11 +581,11 @@ def test_command_resumes_in_another_layout(
     """A run of six steps, and one that goes on from its third under another layout, with the same numbers."""
     values = {"training__log_every_steps": 1, "checkpoint__every_steps": 3, "checkpoint__asynchronous": True}
     whole = run_cli(config_of(base, model, source, tmp_path / "whole" / "run", **values), tmp_path / "whole",
-                    world=source.world)  # fmt: skip
+                    world=source.world_size)  # fmt: skip
     assert whole.status == 0, whole.err
     third = str(tmp_path / "whole" / "run" / "checkpoints" / "step-00000003")
     rest = run_cli(config_of(base, model, target, tmp_path / "rest" / "run", **values), tmp_path / "rest",
-                   "--resume", third, world=target.world)  # fmt: skip
+                   "--resume", third, world=target.world_size)  # fmt: skip
     assert rest.status == 0, rest.err
     assert "going on behind step 3" in rest.out
     then, now = ({row["step"]: row for row in read_rows(tmp_path / n / "run")} for n in ("whole", "rest"))

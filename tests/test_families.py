@@ -8,9 +8,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.harness import run_ranks
 from tools.parity import matrix, training_proof
-from tools.parity.compared_config import parse_layout
 from tools.parity.families import FAMILIES, Family, Task
 from tools.parity.gradient_proof import Verdict, prove, prove_causality
+from tools.parity.layout import parse_layout
 from tools.parity.matrix import Column
 from tools.parity.results import Results
 from tools.parity.training_proof import prove_training, tiny_model

@@ -12,105 +12,89 @@ import pytest
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
 from tests.training_jobs import Curve, Weights, train, train_bare
+from tools.parity.layout import Changes, Layout
 
 STEPS = 20
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One way of running the same global batch."""
+OFFLOAD: Changes = (("deepspeed.zero_optimization.offload_optimizer", {"device": "cpu"}),)
+PACKED: Changes = (("data.packing", "concatenate"),)
+SELECTIVE: Changes = (("model.activation_checkpointing", "selective"),)
+FULL: Changes = (("model.activation_checkpointing", "full"),)
 
-    world: int
-    stage: int
-    accumulation: int
-    packing: str = "none"
-    offload: bool = False
-    checkpointing: str = "none"
-    tensor: int = 1
-    sequence_parallel: bool = False
-    pipeline: int = 1
 
-    def __str__(self) -> str:
-        extra = "-offload" * self.offload + f"-{self.checkpointing}" * (self.checkpointing != "none")
-        extra += f"-pipeline{self.pipeline}" * (self.pipeline > 1)
-        extra += f"-tensor{self.tensor}" * (self.tensor > 1) + "-sequence" * self.sequence_parallel
-        return f"world{self.world}-zero{self.stage}-accumulate{self.accumulation}-{self.packing}{extra}"
+def layout_of(world_size: int, zero: int, accumulation: int, *changes: Changes, **axes: Any) -> Layout:
+    return Layout(world_size, zero=zero, accumulation=accumulation, changes=sum(changes, ()), **axes)
 
 
 LAYOUTS = [
-    Layout(1, 0, 1),
-    Layout(1, 0, 4),
-    Layout(2, 0, 2),
-    Layout(1, 1, 2),
-    Layout(2, 1, 4),
-    Layout(2, 2, 4),
-    Layout(2, 3, 1),
-    Layout(2, 3, 2, offload=True),
-    Layout(2, 3, 1, checkpointing="selective"),
-    Layout(1, 0, 2, "concatenate"),
-    Layout(2, 0, 1, tensor=2),
-    Layout(2, 1, 2, tensor=2),
-    Layout(2, 3, 1, "concatenate", tensor=2),
-    Layout(4, 1, 2, tensor=2, offload=True),
-    Layout(4, 0, 1, tensor=4),  # its two key/value heads are each held by two ranks
-    Layout(2, 0, 2, tensor=2, sequence_parallel=True),
-    Layout(2, 0, 4, pipeline=2),
-    Layout(2, 1, 4, "concatenate", pipeline=2),
-    Layout(4, 0, 2, "concatenate", pipeline=2),
-    Layout(4, 0, 2, pipeline=2, tensor=2),
-    Layout(8, 0, 2, "concatenate", pipeline=2, tensor=2, sequence_parallel=True),
+    layout_of(1, 0, 1),
+    layout_of(1, 0, 4),
+    layout_of(2, 0, 2),
+    layout_of(1, 1, 2),
+    layout_of(2, 1, 4),
+    layout_of(2, 2, 4),
+    layout_of(2, 3, 1),
+    layout_of(2, 3, 2, OFFLOAD),
+    layout_of(2, 3, 1, SELECTIVE),
+    layout_of(1, 0, 2, PACKED),
+    layout_of(2, 0, 1, tensor=2),
+    layout_of(2, 1, 2, tensor=2),
+    layout_of(2, 3, 1, PACKED, tensor=2),
+    layout_of(4, 1, 2, OFFLOAD, tensor=2),
+    layout_of(4, 0, 1, tensor=4),  # its two key/value heads are each held by two ranks
+    layout_of(2, 0, 2, tensor=2, sequence_parallel=True),
+    layout_of(2, 0, 4, pipeline=2),
+    layout_of(2, 1, 4, PACKED, pipeline=2),
+    layout_of(4, 0, 2, PACKED, pipeline=2),
+    layout_of(4, 0, 2, pipeline=2, tensor=2),
+    layout_of(8, 0, 2, PACKED, pipeline=2, tensor=2, sequence_parallel=True),
 ]
 
 MATRIX_LAYOUTS = [
-    Layout(4, 1, 2, pipeline=2, tensor=2, sequence_parallel=True, checkpointing="selective"),
-    Layout(4, 3, 2),
-    Layout(4, 3, 1, "concatenate"),
-    Layout(4, 3, 2, tensor=2),
-    Layout(4, 1, 2, tensor=4),
-    Layout(4, 3, 1, tensor=4),
-    Layout(4, 1, 4, pipeline=2, tensor=2, sequence_parallel=True),
-    Layout(8, 1, 2, pipeline=2, tensor=2),
-    Layout(4, 2, 2),
-    Layout(4, 1, 2),
-    Layout(2, 3, 2, checkpointing="full"),
-    Layout(4, 0, 2, tensor=2),
-    Layout(4, 1, 2, tensor=2, sequence_parallel=True, checkpointing="full"),
-    Layout(4, 0, 1),
-    Layout(2, 1, 1),
-    Layout(2, 2, 1),
-    Layout(2, 3, 4),
-    Layout(2, 1, 2, offload=True),
-    Layout(2, 2, 2, offload=True),
-    Layout(2, 0, 2, checkpointing="full"),
-    Layout(2, 1, 2, "concatenate"),
-    Layout(4, 1, 1, tensor=2, checkpointing="full"),
-    Layout(4, 2, 2, tensor=2),
-    Layout(4, 3, 1, tensor=2, offload=True, checkpointing="full"),
-    Layout(4, 3, 1, "concatenate", tensor=4, sequence_parallel=True),
-    Layout(2, 0, 1, pipeline=2),
-    Layout(4, 1, 2, pipeline=2, checkpointing="full"),
+    layout_of(4, 1, 2, SELECTIVE, pipeline=2, tensor=2, sequence_parallel=True),
+    layout_of(4, 3, 2),
+    layout_of(4, 3, 1, PACKED),
+    layout_of(4, 3, 2, tensor=2),
+    layout_of(4, 1, 2, tensor=4),
+    layout_of(4, 3, 1, tensor=4),
+    layout_of(4, 1, 4, pipeline=2, tensor=2, sequence_parallel=True),
+    layout_of(8, 1, 2, pipeline=2, tensor=2),
+    layout_of(4, 2, 2),
+    layout_of(4, 1, 2),
+    layout_of(2, 3, 2, FULL),
+    layout_of(4, 0, 2, tensor=2),
+    layout_of(4, 1, 2, FULL, tensor=2, sequence_parallel=True),
+    layout_of(4, 0, 1),
+    layout_of(2, 1, 1),
+    layout_of(2, 2, 1),
+    layout_of(2, 3, 4),
+    layout_of(2, 1, 2, OFFLOAD),
+    layout_of(2, 2, 2, OFFLOAD),
+    layout_of(2, 0, 2, FULL),
+    layout_of(2, 1, 2, PACKED),
+    layout_of(4, 1, 1, FULL, tensor=2),
+    layout_of(4, 2, 2, tensor=2),
+    layout_of(4, 3, 1, OFFLOAD, FULL, tensor=2),
+    layout_of(4, 3, 1, PACKED, tensor=4, sequence_parallel=True),
+    layout_of(2, 0, 1, pipeline=2),
+    layout_of(4, 1, 2, FULL, pipeline=2),
 ]
 """In `make matrix`: each of their parts is in some of the others."""
 
 
 def config_of(layout: Layout, base: dict[str, Any], **values: Any) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": layout.stage, "stage3_param_persistence_threshold": 0}
-    if layout.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return with_values(
+    config = with_values(
         base,
-        data__packing=layout.packing,
-        model__activation_checkpointing=layout.checkpointing,
-        parallel__tensor=layout.tensor,
-        parallel__pipeline=layout.pipeline,
-        parallel__sequence_parallel=layout.sequence_parallel,
+        data__packing="none",
         deepspeed__train_batch_size=BATCH,
         deepspeed__train_micro_batch_size_per_gpu=None,
         deepspeed__gradient_accumulation_steps=layout.accumulation,
-        deepspeed__zero_optimization=zero,
+        deepspeed__zero_optimization={"stage3_param_persistence_threshold": 0},
         **values,
     )
+    return layout.apply_to(config)
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +117,12 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def references(base: dict[str, Any]) -> dict[str, Reference]:
-    """By way of packing."""
-    found = {}
+    """By value of `data.packing`."""
+    by_packing = {}
     for packing in ("none", "concatenate"):
-        adamw, sgd = run_ranks(train_bare, 1, jobs_of(Layout(1, 0, 1, packing), base))[0]
-        found[packing] = Reference(adamw[0], adamw[1], sgd[1])
-    return found
+        adamw, sgd = run_ranks(train_bare, 1, jobs_of(layout_of(1, 0, 1, (("data.packing", packing),)), base))[0]
+        by_packing[packing] = Reference(adamw[0], adamw[1], sgd[1])
+    return by_packing
 
 
 def jobs_of(layout: Layout, base: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
@@ -158,8 +142,8 @@ def differences(got: Curve, expected: Curve) -> tuple[float, float]:
 )
 def test_layout_equals_reference(layout: Layout, base: dict[str, Any], references: dict[str, Reference]) -> None:
     """20 losses and norms, the weights after them, and every gradient."""
-    reference = references[layout.packing]
-    ranks = run_ranks(train, layout.world, jobs_of(layout, base))
+    reference = references[dict(layout.changes).get("data.packing", "none")]
+    ranks = run_ranks(train, layout.world_size, jobs_of(layout, base))
     (curve, weights, _), (_, weights_after_one_sgd_step, _) = ranks[0]
     loss, norm = differences(curve, reference.curve)
     assert loss < 1e-5
@@ -177,11 +161,11 @@ def test_layout_equals_reference(layout: Layout, base: dict[str, Any], reference
 def test_held_out_loss_is_equal_in_every_layout(base: dict[str, Any]) -> None:
     """45 documents in micro-batches of 1 to 8 on 1 and 4 ranks: the last batch is partial, ranks run dry."""
     found = [
-        run_ranks(train, lay.world, [(config_of(lay, base), 0)])[0][0][2]
+        run_ranks(train, lay.world_size, [(config_of(lay, base), 0)])[0][0][2]
         for lay in (
-            Layout(1, 0, 1),
-            Layout(4, 3, 1),
-            Layout(4, 0, 2, pipeline=2),
+            layout_of(1, 0, 1),
+            layout_of(4, 3, 1),
+            layout_of(4, 0, 2, pipeline=2),
         )
     ]
     assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
@@ -190,7 +174,7 @@ def test_held_out_loss_is_equal_in_every_layout(base: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fault", ["mean of means", "drop a micro-batch", "no clipping"])
 def test_layout_comparison_detects_sabotage(fault: str, base: dict[str, Any], references: dict[str, Any]) -> None:
     """The negative controls: each break makes the comparison above fail."""
-    layout = Layout(2, 0, 2)
+    layout = layout_of(2, 0, 2)
     curve = run_ranks(train, 2, [(config_of(layout, base), STEPS)], fault)[0][0][0]
-    loss, _ = differences(curve, references[layout.packing].curve)
+    loss, _ = differences(curve, references[dict(layout.changes).get("data.packing", "none")].curve)
     assert loss > 1e-4

@@ -13,9 +13,10 @@ from tests.configs import with_values
 from tests.harness import run_command
 from tools.parity import comparison_jobs, matrix, page
 from tools.parity.__main__ import main
-from tools.parity.compared_config import parse_layout, prepare
+from tools.parity.compared_config import prepare
 from tools.parity.families import Family
 from tools.parity.gradient_proof import Verdict
+from tools.parity.layout import parse_layout
 from tools.parity.results import Results, source_hash
 from trainer.errors import ConfigError
 
@@ -278,3 +279,20 @@ def test_one_command_writes_page_and_readme(monkeypatch: pytest.MonkeyPatch, tmp
     assert totals.startswith("before")
     assert totals.endswith("after")
     assert "old totals" not in totals
+
+
+@pytest.mark.fast
+def test_layout_sets_its_values_and_keeps_the_others() -> None:
+    layout = parse_layout("tensor=2,pipeline=2,data=3,zero=1,dualpipev=true")
+    assert (layout.world_size, layout.data, str(layout)) == (12, 3, "tensor=2,pipeline=2,data=3,zero=1,dualpipev=true")
+    config = {"parallel": {"tensor_plan": {}}, "deepspeed": {"zero_optimization": {"sub_group_size": 5}}}
+    changed = layout.apply_to(config)
+    assert changed["deepspeed"]["zero_optimization"] == {"sub_group_size": 5, "stage": 1}
+    assert changed["parallel"] == {
+        "tensor_plan": {},
+        "tensor": 2,
+        "pipeline": 2,
+        "sequence_parallel": False,
+        "pipeline_schedule": "dualpipev",
+    }
+    assert config["parallel"] == {"tensor_plan": {}}

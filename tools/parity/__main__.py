@@ -24,6 +24,7 @@ from trainer.distributed import Launch, prepare_environment
 prepare_environment()
 
 from tools.parity import compared_config, comparison, matrix, page, results
+from tools.parity.layout import parse_layouts
 from trainer.exit import CommandLineParser, exit_on_errors
 
 _LAYOUTS = """layouts:
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.families is not None:
         return _families(options)
-    wanted = compared_config.parse_layouts(options.layouts)
+    wanted = parse_layouts(options.layouts)
     return comparison.compare(options.config, wanted, options.set, shrink=options.shrink)
 
 

@@ -18,7 +18,7 @@ from trainer.config import strict_json
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config, scrub
 from trainer.config.read import apply_override, read_config_file
-from trainer.errors import ConfigError, Problem, first_line, suggest
+from trainer.errors import ConfigError, Problem, first_line
 from trainer.model import build_model_shape, initialize_weights
 
 STEPS = 3
@@ -36,83 +36,7 @@ SHRINK_THRESHOLD = 1_000_000
 RawConfig = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One item of `--layouts`."""
-
-    text: str
-    tensor: int = 1
-    pipeline: int = 1
-    dualpipev: bool = False
-    """DualPipeV instead of 1F1B."""
-
-    data: int = 1
-    sequence_parallel: bool = False
-    zero: int | None = None
-    """ZeRO stage; None for the file's."""
-
-    accumulation: int | None = None
-    """Micro-batches of one data rank; None for as many as keep the micro-batches those of the other layouts."""
-
-    @property
-    def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-
-_KEYS = ("tensor", "pipeline", "dualpipev", "data", "sequence_parallel", "zero", "accumulation")
-
-
-def parse_layout(text: str) -> Layout:
-    """Reads `tensor=4,pipeline=2,data=2,sequence_parallel=true,zero=1,accumulation=2`; each key may be left out.
-
-    Raises:
-        ConfigError: with every mistake in it.
-    """
-    values: dict[str, Any] = {}
-    problems = []
-    where = f"--layouts {text}"
-    for item in text.split(","):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            problems.append(Problem(where, f"expected key=value, got '{item}'", "For example tensor=2,data=2,zero=1"))
-        elif key not in _KEYS:
-            hint = suggest(key, _KEYS)
-            problems.append(Problem(where, f"unknown key '{key}'{hint}", "" if hint else f"Known: {', '.join(_KEYS)}"))
-        elif key in values:
-            problems.append(Problem(where, f"'{key}' is given twice"))
-        elif key in ("sequence_parallel", "dualpipev"):
-            values["dualpipev" if key == "dualpipev" else key] = value == "true"
-            if value not in ("true", "false"):
-                problems.append(Problem(where, f"{key}: expected true or false, got '{value}'"))
-        else:
-            lowest, highest = (0, 3) if key == "zero" else (1, 4096)
-            values[key] = int(value) if value.isdecimal() else -1
-            if not lowest <= values[key] <= highest:
-                expected = "0, 1, 2 or 3" if key == "zero" else "a whole number >= 1"
-                problems.append(Problem(where, f"{key}: expected {expected}, got '{value}'"))
-    if problems:
-        raise ConfigError(problems)
-    return Layout(text, **values)
-
-
-def parse_layouts(texts: list[str]) -> list[Layout]:
-    """All of `--layouts`.
-
-    Raises:
-        ConfigError: with every mistake in any of them.
-    """
-    found, problems = [], []
-    for text in texts:
-        try:
-            found.append(parse_layout(text))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return found
-
-
-_OF_LAYOUTS = ("tensor", "pipeline", "pipeline_schedule", "pipeline_layers", "pipeline_weights", "sequence_parallel")
+_LAYOUT_KEYS = ("tensor", "pipeline", "pipeline_schedule", "pipeline_layers", "pipeline_weights", "sequence_parallel")
 """Keys of the parallel section that the layouts say."""
 
 
@@ -169,14 +93,7 @@ def _only_what_is_used(raw: RawConfig) -> list[str]:
         raw["training"].pop("epochs", None)
         raw["training"]["max_steps"] = STEPS
     if isinstance(raw.setdefault("parallel", {}), dict):
-        for key in (
-            "tensor",
-            "pipeline",
-            "pipeline_schedule",
-            "pipeline_layers",
-            "pipeline_weights",
-            "sequence_parallel",
-        ):
+        for key in _LAYOUT_KEYS:
             raw["parallel"].pop(key, None)
     model = raw.get("model")
     attention = model.get("attention") if isinstance(model, dict) else None

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from tools import ranks
 from tools.parity import comparison_jobs
-from tools.parity.compared_config import STEPS, ComparedConfig, Layout, deepspeed_section, prepare
+from tools.parity.compared_config import STEPS, ComparedConfig, deepspeed_section, prepare
 from tools.parity.comparison_jobs import ComparisonJob, RankDifferences, Reference, Refusal
 from tools.parity.gradient_proof import TOLERANCE
+from tools.parity.layout import Layout
 from tools.parity.text import last_line
 from tools.parity.training_proof import prove_training
 from trainer.config.load import check_config
@@ -71,7 +72,7 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
         refused = [problem for line in lines for problem in line.refusal]
         if refused:
             raise ConfigError(refused)
-        is_trained = _train(subject, layouts if len(layouts) > 1 else [*layouts, Layout("one process")])
+        is_trained = _train(subject, layouts if len(layouts) > 1 else [*layouts, Layout(name="one process")])
     return int(not is_trained or any(line.verdict != "equal" for line in lines))
 
 
@@ -81,7 +82,7 @@ def _train(subject: ComparedConfig, layouts: list[Layout]) -> bool:
     sections["run"] = {"plugins": subject.raw["run"].get("plugins", [])}
     sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
     sections["deepspeed"] = {"zero_optimization": subject.raw["deepspeed"]["zero_optimization"]}
-    print(f"launch/train.py: a step as {', then as '.join(one.text for one in layouts)} from its checkpoint; the "
+    print(f"launch/train.py: a step as {', then as '.join(str(one) for one in layouts)} from its checkpoint; the "
           "export ...", flush=True)  # fmt: skip
     began = time.monotonic()
     verdict = prove_training("the model", sections, layouts, length=subject.raw["data"]["sequence_length"])
@@ -97,12 +98,8 @@ def _job(
     """The layout's part of a global batch of `global_micro_batches` micro-batches, which it may divide into fewer."""
     count = layout.data * layout.accumulation if layout.accumulation else global_micro_batches
     samples = subject.samples * global_micro_batches // count
-    raw = deepcopy(subject.raw)
-    raw["parallel"] |= {
-        "tensor": layout.tensor, "pipeline": layout.pipeline, "sequence_parallel": layout.sequence_parallel,
-        "pipeline_schedule": "dualpipev" if layout.dualpipev else "1f1b",
-    }  # fmt: skip
-    zero = raw["deepspeed"]["zero_optimization"] | ({} if layout.zero is None else {"stage": layout.zero})
+    raw = layout.apply_to(subject.raw)
+    zero = raw["deepspeed"]["zero_optimization"]
     raw["deepspeed"] = deepspeed_section(zero, count, count // layout.data, samples, sgd)
     return ComparisonJob(raw, layout, count, samples, folder)
 
@@ -112,7 +109,7 @@ def _refuse_early(jobs: list[ComparisonJob]) -> None:
     problems: list[Problem] = []
     for job in jobs:
         try:
-            loaded = check_config(job.raw, world_size=job.layout.world, device="cpu")
+            loaded = check_config(job.raw, world_size=job.layout.world_size, device="cpu")
             assign_stages(build_model_shape(loaded), loaded)
         except ConfigError as error:
             problems += [_of_layout(job.layout, problem) for problem in error.problems]
@@ -121,7 +118,7 @@ def _refuse_early(jobs: list[ComparisonJob]) -> None:
 
 
 def _of_layout(layout: Layout, problem: Problem) -> Problem:
-    where = f"--layouts {layout.text}"
+    where = f"--layouts {layout}"
     return Problem(f"{where}: {problem.path}" if problem.path else where, problem.reason, problem.remedy)
 
 
@@ -133,7 +130,7 @@ def _run_reference(
     raw = deepcopy(job.raw)
     raw["parallel"] = {}
     raw["deepspeed"] = deepspeed_section({}, job.micro_batches, job.micro_batches, job.samples, (1.0, 1.0))
-    own = ComparisonJob(raw, Layout("one process"), job.micro_batches, job.samples, str(below))
+    own = ComparisonJob(raw, Layout(name="one process"), job.micro_batches, job.samples, str(below))
     for note in subject.notes if first else ():
         print(f"note: {note}")
     rows, length = job.micro_batches * job.samples, raw["data"]["sequence_length"]
@@ -173,10 +170,10 @@ def _run_layout(
     job = _job(subject, job.layout, global_micro_batches, (expected.rate, expected.clipping), reference_job.folder)
     accumulation = job.micro_batches // job.layout.data
     extra = f", accumulation {accumulation}" if accumulation > 1 else ""
-    print(f"{job.layout.text}: {job.layout.world} process{'es' * (job.layout.world > 1)}{extra} ...", flush=True)
+    print(f"{job.layout}: {job.layout.world_size} process{'es' * (job.layout.world_size > 1)}{extra} ...", flush=True)
     began = time.monotonic()
     try:
-        results = ranks.run_ranks(comparison_jobs.layout, job.layout.world, job, expected)
+        results = ranks.run_ranks(comparison_jobs.layout, job.layout.world_size, job, expected)
     except AssertionError as error:
         line = LayoutRow(job.layout, "failed")
         line.remarks = [last_line(str(error)), f"the whole report is in {_report(str(error))}"]
@@ -252,11 +249,11 @@ def _first_block(
 
 def _print_table(lines: list[LayoutRow]) -> None:
     columns = ("layout", "processes", "loss", "norm", "gradients", "parameters", "verdict")
-    numbers = [[line.loss, line.norm, line.gradients, line.parameters] for line in lines]
-    cells = [
-        [line.layout.text, str(line.layout.world), *("" if math.isnan(n) else f"{n:.1e}" for n in row), line.verdict]
-        for line, row in zip(lines, numbers, strict=True)
-    ]
+    cells = []
+    for line in lines:
+        numbers = (line.loss, line.norm, line.gradients, line.parameters)
+        differences = ["" if math.isnan(number) else f"{number:.1e}" for number in numbers]
+        cells.append([str(line.layout), str(line.layout.world_size), *differences, line.verdict])
     widths = [max(len(row[n]) for row in [list(columns), *cells]) for n in range(len(columns))]
     print(
         "\nLargest relative differences from one process "

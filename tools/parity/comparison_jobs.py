@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tools.parity.compared_config import STEPS, Layout, RawConfig
+from tools.parity.compared_config import STEPS, RawConfig
 from tools.parity.gradient_proof import NOISE, blocks_of
+from tools.parity.layout import Layout
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config
 from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from tools.parity.compared_config import Layout, parse_layout
 from tools.parity.families import FAMILIES, Family
 from tools.parity.gradient_proof import Verdict, prove, prove_causality, prove_likeness
+from tools.parity.layout import Layout, parse_layout
 from tools.parity.results import Key, Results
 from tools.parity.text import clock, last_line
 from tools.parity.training_proof import prove_training, tiny_model
@@ -183,7 +183,7 @@ class Prover:
 
     def _training(self, row: Row) -> Verdict:
         layouts = _training_layouts(row)
-        key = (str(row.family), GENERIC, " ".join((TRAINING, *(layout.text for layout in layouts))))
+        key = (str(row.family), GENERIC, " ".join((TRAINING, *(str(layout) for layout in layouts))))
         return self._cell(key, lambda: _trained(row.family, layouts))
 
     def _causality(self, row: Row) -> Verdict:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tools.parity.compared_config import Layout, RawConfig
+from tools.parity.compared_config import RawConfig
 from tools.parity.comparison_jobs import learning_rate_scale, load_reference_model, reference_losses
 from tools.parity.families import Family
 from tools.parity.gradient_proof import TOLERANCE, Verdict, tiny_config
+from tools.parity.layout import Layout
 from tools.parity.text import last_line
 from tools.ranks import run_command, run_ranks
 from trainer.config.load import LoadedConfig, load_config
@@ -91,18 +92,18 @@ def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *,
         try:
             config = _write_config(Path(folder), sections, layouts, length)
         except ConfigError as error:
-            return Verdict(name, layouts[0].world, "refused", str(error.problems[0]))
+            return Verdict(name, layouts[0].world_size, "refused", str(error.problems[0]))
         for step, layout in enumerate(layouts, start=1):
             try:
                 result = run_command(
                     "launch/train.py", "--config", str(config), f"--set=training.max_steps={step}",
-                    *(f"--set={override}" for override in _overrides(layout)), world=layout.world,
+                    *(f"--set={override}" for override in _overrides(layout)), world=layout.world_size,
                 )  # fmt: skip
             except AssertionError as error:  # a hang
-                return Verdict(name, layout.world, "failed", f"{layout.text}: {last_line(str(error))}")
+                return Verdict(name, layout.world_size, "failed", f"{layout}: {last_line(str(error))}")
             if result.status:
                 outcome = "refused" if result.status == 2 else "failed"
-                return Verdict(name, layout.world, outcome, f"{layout.text}: {_cause(result.err)}")
+                return Verdict(name, layout.world_size, outcome, f"{layout}: {_cause(result.err)}")
         try:
             verdict: Verdict = run_ranks(compare, 1, name, str(config))[0]
         except AssertionError as error:
@@ -111,13 +112,7 @@ def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *,
 
 
 def _overrides(layout: Layout) -> list[str]:
-    return [
-        f"parallel.tensor={layout.tensor}",
-        f"parallel.pipeline={layout.pipeline}",
-        f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
-        f"parallel.pipeline_schedule={'dualpipev' if layout.dualpipev else '1f1b'}",
-        *([] if layout.zero is None else [f"deepspeed.zero_optimization.stage={layout.zero}"]),
-    ]
+    return [f"{path}={json.dumps(value)}" for path, value in layout.values.items()]
 
 
 def _cause(err: str) -> str:
