@@ -121,7 +121,7 @@ def unbroken(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     done: dict[Any, Unbroken] = {}
 
     def run(model: str, layout: Layout, **values: Any) -> Unbroken:
-        key = json.dumps([model, layout, values])
+        key = json.dumps([model, repr(layout), values])
         if key not in done:
             folder = tmp_path_factory.mktemp("unbroken")
             config = config_of(base, model, layout, folder, **values)
