@@ -26,7 +26,7 @@ from trainer.checkpoint_format import read_manifest
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.config.load import check_config, load_config
 from trainer.config.model_facts import make_causal, model_config
-from trainer.data import MicroBatch, open_batches, prepare_data
+from trainer.data import open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer
 from trainer.distributed import Launch, World, joined_world, seed_everything
 from trainer.engine import start_engine
@@ -35,6 +35,7 @@ from trainer.errors import ConfigError
 from trainer.fault_tolerance import StopRequests
 from trainer.model import build_model, build_model_shape
 from trainer.pipeline import assign_stages
+from trainer.tasks import MicroBatch
 from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
@@ -134,13 +135,13 @@ def _curve(config: dict[str, Any], launch: Launch, world: World, *, probed: bool
 def counted_run(config: dict[str, Any]) -> int:
     """Trains as the command does; how often the probe has asked for losses."""
     asked = []
-    token_losses = PlainEngine.token_losses
+    target_losses = PlainEngine.target_losses
 
     def count(engine: PlainEngine, micro_batch: MicroBatch) -> Any:
         asked.append(micro_batch)
-        return token_losses(engine, micro_batch)
+        return target_losses(engine, micro_batch)
 
-    PlainEngine.token_losses = count  # type: ignore[method-assign]
+    PlainEngine.target_losses = count  # type: ignore[method-assign]
     launch = Launch.from_environment()
     train_command(load_job(config, launch.world_size), launch, StopRequests(launch.rank))
     return len(asked)
@@ -286,7 +287,7 @@ class _Stub:
     def __init__(self, passes: list[torch.Tensor], ids: Any) -> None:
         self.passes, self.ids, self.asked = passes, ids, list[MicroBatch]()
 
-    def token_losses(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def target_losses(self, micro_batch: MicroBatch) -> torch.Tensor:
         self.asked.append(micro_batch)
         return self.passes[len(self.asked) - 1]
 
@@ -309,39 +310,41 @@ def asked(config: dict[str, Any], ids: Any, passes: list[torch.Tensor] | None = 
 def test_probe_replaces_last_quarter_of_first_sample(tiny: dict[str, Any]) -> None:
     ids = list(range(10, 10 + LENGTH + 1))
     original, changed = asked(tiny, ids)
-    assert original.input_ids_BT.tolist() == [ids[:-1]] * 2
-    assert original.labels_BT.tolist() == changed.labels_BT.tolist() == [ids[1:]] * 2
-    assert changed.input_ids_BT[CONTROL].tolist() == ids[:-1]
-    same = (changed.input_ids_BT[PROBED] == original.input_ids_BT[PROBED]).tolist()
+    assert original.inputs["input_ids"].tolist() == [ids[:-1]] * 2
+    assert original.labels.tolist() == changed.labels.tolist() == [ids[1:]] * 2
+    assert changed.inputs["input_ids"][CONTROL].tolist() == ids[:-1]
+    same = (changed.inputs["input_ids"][PROBED] == original.inputs["input_ids"][PROBED]).tolist()
     assert same == [True] * 24 + [False] * 8
-    assert 0 <= int(changed.input_ids_BT.min()) <= int(changed.input_ids_BT.max()) < VOCABULARY
-    assert original.attention_mask_BT is None
-    assert torch.equal(asked(tiny, ids)[1].input_ids_BT, changed.input_ids_BT)
+    assert 0 <= int(changed.inputs["input_ids"].min()) <= int(changed.inputs["input_ids"].max()) < VOCABULARY
+    assert original.inputs.get("attention_mask") is None
+    assert torch.equal(asked(tiny, ids)[1].inputs["input_ids"], changed.inputs["input_ids"])
     long = with_values(tiny, data__sequence_length=64)
-    assert asked(long, range(65))[0].input_ids_BT.shape == (2, 64)
+    assert asked(long, range(65))[0].inputs["input_ids"].shape == (2, 64)
     (padded, _) = asked(with_values(tiny, data__packing="none"), ids[:14])
-    assert padded.attention_mask_BT is not None
-    assert padded.attention_mask_BT.tolist() == [[1] * 12 + [0]] * 2
+    assert padded.inputs.get("attention_mask") is not None
+    assert padded.inputs.get("attention_mask").tolist() == [[1] * 12 + [0]] * 2
 
 
 @pytest.mark.fast
 def test_short_samples_are_extended_or_skipped(tiny: dict[str, Any]) -> None:
     original, changed = asked(tiny, [7, 8, 9])
-    assert original.input_ids_BT.shape == (2, LENGTH), "random ids where the data has too few"
-    assert not torch.equal(original.input_ids_BT, changed.input_ids_BT)
+    assert original.inputs["input_ids"].shape == (2, LENGTH), "random ids where the data has too few"
+    assert not torch.equal(original.inputs["input_ids"], changed.inputs["input_ids"])
     short = with_values(tiny, data__sequence_length=3)
-    assert asked(short, [7, 8, 9, 10])[0].input_ids_BT.tolist() == [[7, 8, 9]] * 2
+    assert asked(short, [7, 8, 9, 10])[0].inputs["input_ids"].tolist() == [[7, 8, 9]] * 2
     assert asked(with_values(tiny, data__sequence_length=1), [7, 8]) == []
     cut = with_values(tiny, parallel={"tensor": 4, "sequence_parallel": True})
-    assert asked(cut, range(15))[0].input_ids_BT.shape == (2, 12)
-    assert asked(with_values(cut, data__sequence_length=4), range(4))[0].input_ids_BT.shape == (2, 4)
+    assert asked(cut, range(15))[0].inputs["input_ids"].shape == (2, 12)
+    assert asked(with_values(cut, data__sequence_length=4), range(4))[0].inputs["input_ids"].shape == (2, 4)
 
 
 @pytest.mark.fast
 def test_probe_is_long_enough_for_block_sparse_attention(tiny: dict[str, Any]) -> None:
     big_bird = {**BERT, "model_type": "big_bird", "max_position_embeddings": 2048}
     config = with_values(tiny, model={"config": big_bird}, data__sequence_length=1024)
-    assert asked(config, range(200))[0].input_ids_BT.shape == (2, 705), "a shorter one would turn it off for good"
+    assert asked(config, range(200))[0].inputs["input_ids"].shape == (2, 705), (
+        "a shorter one would turn it off for good"
+    )
     assert check_config(config, world_size=1, device="cpu").facts.causal_setting == ("attention_type", "original_full")
 
 

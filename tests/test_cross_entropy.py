@@ -17,7 +17,8 @@ from tests.harness import run_ranks
 from tests.tensor_parallel_helpers import single_tensor_group
 from tools.bench.traffic import Recorder
 from trainer.errors import TesseraError
-from trainer.tasks.cross_entropy import IGNORE_INDEX, VocabularyCrossEntropy
+from trainer.tasks import IGNORE_INDEX
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 
 TOKENS = 20
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -60,14 +61,14 @@ def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequen
         (3 * got.objective).backward()
         wanted = _own_columns(logits.grad, ranks, rank, 0.0)  # type: ignore[arg-type]
         exact = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
-        torch.testing.assert_close(got.cross_entropy, expected[0].detach(), rtol=exact, atol=exact)
+        torch.testing.assert_close(got.loss, expected[0].detach(), rtol=exact, atol=exact)
         torch.testing.assert_close(got.objective, expected[1].detach(), rtol=exact, atol=exact)
-        plain = F.cross_entropy(whole.to(got.per_token.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        torch.testing.assert_close(got.per_token, plain.view(2, -1), rtol=exact, atol=exact)
+        plain = F.cross_entropy(whole.to(got.per_target.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        torch.testing.assert_close(got.per_target, plain.view(2, -1), rtol=exact, atol=exact)
         exact = 8e-3 if dtype == torch.bfloat16 else 5 * exact
         torch.testing.assert_close(own.grad, wanted, rtol=exact, atol=exact)
-        assert got.cross_entropy.dtype == torch.promote_types(dtype, torch.float32)
-        assert not got.cross_entropy.requires_grad
+        assert got.loss.dtype == torch.promote_types(dtype, torch.float32)
+        assert not got.loss.requires_grad
         assert torch.equal(own.detach(), kept), "the logits were changed"
         count += 1
     return count
@@ -108,7 +109,7 @@ def compare_loss(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
             logits.grad = None
             nothing = loss(logits, torch.full((TOKENS,), IGNORE_INDEX))
             nothing.objective.backward()
-            assert (float(nothing.cross_entropy), float(nothing.objective.detach())) == (0.0, 0.0)
+            assert (float(nothing.loss), float(nothing.objective.detach())) == (0.0, 0.0)
             assert logits.grad is not None
             assert not logits.grad.any()
             empty = loss(logits[:0], labels[:0])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,19 @@ from trainer.config.earlier_versions import StoredRun, stored_run
 from trainer.config.load import check_config
 from trainer.data import DocumentFrame, document_frame, open_batches, prepare_data, resolve_frame, resolve_prompt_prefix
 from trainer.data.batches import (
-    IGNORE_INDEX,
     BatchShape,
     EvaluationBatches,
     TrainBatches,
     allocate_evaluation_samples,
-    pad,
 )
 from trainer.data.indexed import IndexedTokens, IndexedWriter
 from trainer.data.order import SampleOrder, permute
-from trainer.data.samples import CheckedSamples, ConcatenatedSamples, DocumentSamples
+from trainer.data.samples import CheckedSamples
 from trainer.data.sources import Source, stdlib_files
 from trainer.data.tokenizer import tokenizer_hash
 from trainer.errors import ConfigError, DataError
+from trainer.tasks import IGNORE_INDEX, TASKS, Collation
+from trainer.tasks.samples import ConcatenatedSamples, DocumentSamples
 from trainer.topology import Topology
 
 pytestmark = pytest.mark.fast
@@ -472,14 +473,14 @@ def test_epoch_covers_every_target_once(world: int, tiny: dict[str, Any], tmp_pa
     rank_batches = [open_batches(loaded, prepared(config), Topology.of(world, rank)) for rank in range(world)]
     assert {batches.train.epochs_after(1) for batches in rank_batches} == {1.0}
     micros = [micro for batches in rank_batches for micro in batches.train.batch_at(1).micro_batches]
-    counts = sorted(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micros)
+    counts = sorted(micro.num_targets for micro in micros)
     assert counts == [2, 5, *[LENGTH] * 6]
     assert {batches.train.batch_at(1).tokens for batches in rank_batches} == {6 * LENGTH + 7} == {sum(counts)}
-    assert {tuple(micro.input_ids_BT.shape) for micro in micros} == {(1, LENGTH)}
-    assert all(micro.attention_mask_BT is None for micro in micros)
+    assert {tuple(micro.inputs["input_ids"].shape) for micro in micros} == {(1, LENGTH)}
+    assert all(micro.inputs.get("attention_mask") is None for micro in micros)
     held_out = [micro for batches in rank_batches for micro in batches.validation or ()]
-    assert sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in held_out) == 6 * LENGTH + 7
-    assert {micro.input_ids_BT.shape[1] for micro in held_out} == {LENGTH}
+    assert sum(micro.num_targets for micro in held_out) == 6 * LENGTH + 7
+    assert {micro.inputs["input_ids"].shape[1] for micro in held_out} == {LENGTH}
 
 
 def test_drop_last_omits_partial_samples(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -501,8 +502,11 @@ def test_load_balancing_loss_gets_padding_mask(tiny: dict[str, Any], tmp_path: P
         rank_batches = open_batches(
             check_config(config, world_size=1, device="cpu"), prepared(config), Topology.of(1, 0)
         )
-        masks = [micro.attention_mask_BT for micro in rank_batches.train.batch_at(1).micro_batches]
+        masks = [micro.inputs.get("attention_mask") for micro in rank_batches.train.batch_at(1).micro_batches]
         assert sorted(int(mask.sum()) for mask in masks if mask is not None) == expected
+
+
+COLLATE = partial(TASKS["causal_lm"].collate, collation=Collation(4, 0, pad_to_multiple_of=8, mask_padding=True))
 
 
 def test_document_samples_are_truncated_and_padded(tmp_path: Path) -> None:
@@ -510,15 +514,15 @@ def test_document_samples_are_truncated_and_padded(tmp_path: Path) -> None:
     assert [samples.ids(i).tolist() for i in range(len(samples))] == [[1, 2, 3], [5, 6, 7, 8, 9]]
     assert samples.count_targets(np.arange(2)) == 6
     assert samples.num_truncated == 1
-    batch = pad([samples.ids(i).astype(np.int64) for i in range(2)], 4, pad_id=0)
-    assert batch.input_ids_BT.tolist() == [[1, 2, 0, 0], [5, 6, 7, 8]]
-    assert batch.labels_BT.tolist() == [[2, 3, IGNORE_INDEX, IGNORE_INDEX], [6, 7, 8, 9]]
-    assert batch.attention_mask_BT is not None
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    batch = COLLATE([samples.ids(i).astype(np.int64) for i in range(2)])
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 0, 0], [5, 6, 7, 8]]
+    assert batch.labels.tolist() == [[2, 3, IGNORE_INDEX, IGNORE_INDEX], [6, 7, 8, 9]]
+    assert batch.num_targets == 6
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 def _rows(batches: TrainBatches, step: int) -> list[tuple[int, ...]]:
-    return [tuple(row) for micro in batches.batch_at(step).micro_batches for row in micro.labels_BT.tolist()]
+    return [tuple(row) for micro in batches.batch_at(step).micro_batches for row in micro.labels.tolist()]
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "none"])
@@ -535,9 +539,7 @@ def test_ranks_together_read_serial_order(packing: str, world: int, tiny: dict[s
         expected = sorted(map(_trim, _rows(serial, step)))
         assert sorted(_trim(row) for rank in ranks for row in _rows(rank, step)) == expected
         assert {rank.batch_at(step).tokens for rank in ranks} == {serial.batch_at(step).tokens}
-        counted = sum(
-            int((m.labels_BT != IGNORE_INDEX).sum()) for rank in ranks for m in rank.batch_at(step).micro_batches
-        )
+        counted = sum(m.num_targets for rank in ranks for m in rank.batch_at(step).micro_batches)
         assert counted == serial.batch_at(step).tokens
 
 
@@ -552,12 +554,12 @@ def test_micro_batches_are_layout_independent(tiny: dict[str, Any]) -> None:
         loaded = check_config(config, world_size=world, device="cpu")
         ranks = [open_batches(loaded, prepared(config), Topology.of(world, rank)).train for rank in range(world)]
         micros = [micro for rank in ranks for micro in rank.batch_at(3).micro_batches]
-        prepared_data.append(sorted(json.dumps(m.labels_BT.tolist()) for m in micros))
+        prepared_data.append(sorted(json.dumps(m.labels.tolist()) for m in micros))
     assert prepared_data[0] == prepared_data[1] == prepared_data[2]
 
 
 def _shape(**values: Any) -> BatchShape:
-    return BatchShape(**{"train": 4, "micro": 2, "data_rank": 0, "data_ranks": 1, "length": 4, "pad_id": 0, **values})
+    return BatchShape(**{"train": 4, "micro": 2, "data_rank": 0, "data_ranks": 1, "collate": COLLATE, **values})
 
 
 def _checked(tmp_path: Path, documents: list[list[int]], vocabulary: int = 100) -> CheckedSamples:
@@ -587,7 +589,7 @@ def test_evaluation_reads_each_sample_once(ranks: int, limit: int | None, tmp_pa
     samples = _checked(tmp_path, [[n, n + 1, 99] for n in range(11)])
     per_rank = [list(EvaluationBatches([samples], _shape(data_rank=r, data_ranks=ranks), limit)) for r in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1, "ranks must take equally many steps"
-    seen = [row[0] for batches in per_rank for m in batches for row in m.labels_BT.tolist() if row[0] != IGNORE_INDEX]
+    seen = [row[0] for batches in per_rank for m in batches for row in m.labels.tolist() if row[0] != IGNORE_INDEX]
     assert sorted(seen) == list(range(1, 1 + min(11, (limit or 99) * 4)))
 
 
@@ -633,7 +635,7 @@ def test_limited_evaluation_covers_every_source(ranks: int, tmp_path: Path) -> N
         sources.append(CheckedSamples(DocumentSamples(tokens, 4), tokens, 100))
     per_rank = [list(EvaluationBatches(sources, _shape(data_rank=r, data_ranks=ranks), 4)) for r in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1
-    seen = [row[0] for batches in per_rank for m in batches for row in m.labels_BT.tolist() if row[0] != IGNORE_INDEX]
+    seen = [row[0] for batches in per_rank for m in batches for row in m.labels.tolist() if row[0] != IGNORE_INDEX]
     assert sorted(seen) == [*range(9), *range(30, 34), *range(60, 63)]
 
 
@@ -647,15 +649,15 @@ def test_evaluation_counts_source_not_files(tiny: dict[str, Any], tmp_path: Path
     config = with_values(tiny, data__validation=paths, evaluation={"max_batches": 2})
     rank_batches = open_batches(check_config(config, world_size=1, device="cpu"), prepared(config), Topology.of(1, 0))
     assert rank_batches.validation is not None
-    rows = [row[0] for micro in rank_batches.validation for row in micro.labels_BT.tolist()]
+    rows = [row[0] for micro in rank_batches.validation for row in micro.labels.tolist()]
     assert rows == [1 + (ord(folder) + n) % 7 for folder in ("a", "b") for n in (0, 0, 0, 0, 0, 1, 1, 1)]
 
 
 def test_labels_are_inputs_shifted_by_one(tiny: dict[str, Any]) -> None:
     batches = open_batches(check_config(tiny, world_size=1, device="cpu"), prepared(tiny), Topology.of(1, 0)).train
     micro = batches.batch_at(1).micro_batches[0]
-    assert micro.input_ids_BT.shape == micro.labels_BT.shape == (2, LENGTH)
-    assert (micro.input_ids_BT[:, 1:] == micro.labels_BT[:, :-1]).all()
+    assert micro.inputs["input_ids"].shape == micro.labels.shape == (2, LENGTH)
+    assert (micro.inputs["input_ids"][:, 1:] == micro.labels[:, :-1]).all()
 
 
 def test_hub_dataset_streams_both_splits(tmp_path: Path) -> None:

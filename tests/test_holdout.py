@@ -159,7 +159,7 @@ def test_epochs_count_remaining_samples(held_out_config: dict[str, Any]) -> None
     read = {
         (int(ids[0]), *labels[labels >= 0].tolist())
         for micro in micros
-        for ids, labels in zip(micro.input_ids_BT, micro.labels_BT, strict=True)
+        for ids, labels in zip(micro.inputs["input_ids"], micro.labels, strict=True)
     }
     of_side = [
         {tuple(t.document(n, 33).tolist()) for t in files for n in range(len(t))}

@@ -23,7 +23,6 @@ from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check_config
 from trainer.errors import ConfigError
 from trainer.model import (
-    TASKS,
     build_from_description,
     build_model,
     describe_model,
@@ -36,15 +35,15 @@ from trainer.model import (
 )
 from trainer.model.initialize import _Initializer
 from trainer.model.read import read_weights
-from trainer.model.tasks import auxiliary_coefficient
 from trainer.sharding import shard_of
 from trainer.sharding.remote import make_remote
+from trainer.tasks import TASKS, TaskLoss, TaskModule, auxiliary_coefficient
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel import TensorMapper, read_plan
 
 pytestmark = pytest.mark.fast
 
-LOCAL: dict[str, Any] = {"world": 1, "device": "cpu"}
+LOCAL: dict[str, Any] = {"world_size": 1, "device": "cpu"}
 GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MIXTRAL = {
     "model_type": "mixtral",
@@ -190,10 +189,15 @@ def test_tied_weights_remain_one_parameter(tiny: dict[str, Any]) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def task_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> TaskLoss:
+    loss: TaskLoss = TaskModule(model, TASKS["causal_lm"], VocabularyCrossEntropy())(labels, input_ids=ids)
+    return loss
+
+
 def test_causal_lm_loss_equals_hugging_face(tiny: dict[str, Any]) -> None:
     model = initialized_model(tiny).eval()
     ids = torch.randint(0, 320, (3, 17))
-    loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids[:, :-1], ids[:, 1:])
+    loss = task_loss(model, ids[:, :-1], ids[:, 1:])
     expected = model(input_ids=ids, labels=ids).loss
     assert float(loss.loss_sum) / (3 * 16) == pytest.approx(float(expected), rel=1e-6)
     assert float(loss.auxiliary) == 0
@@ -203,7 +207,7 @@ def test_ignored_labels_do_not_contribute_to_loss(tiny: dict[str, Any]) -> None:
     model = initialized_model(tiny).eval()
     ids, labels = torch.randint(0, 320, (1, 9)), torch.full((1, 9), -100)
     labels[0, 4] = 7
-    loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids, labels)
+    loss = task_loss(model, ids, labels)
     logits = model(input_ids=ids).logits
     assert float(loss.loss_sum) == pytest.approx(float(F.cross_entropy(logits[0, 4:5], torch.tensor([7]))), rel=1e-6)
 
@@ -211,7 +215,7 @@ def test_ignored_labels_do_not_contribute_to_loss(tiny: dict[str, Any]) -> None:
 def test_load_balancing_loss_is_reported_as_auxiliary(tiny: dict[str, Any]) -> None:
     model = initialized_model(tiny, model__config=MIXTRAL).eval()
     ids = torch.randint(0, 320, (2, 9))
-    loss = TASKS["causal_lm"](model, VocabularyCrossEntropy())(ids[:, :-1], ids[:, 1:])
+    loss = task_loss(model, ids[:, :-1], ids[:, 1:])
     output = model(input_ids=ids[:, :-1], output_router_logits=True)
     assert float(loss.auxiliary) == pytest.approx(float(output.aux_loss) * model.config.router_aux_loss_coef, rel=1e-6)
 

@@ -31,10 +31,11 @@ from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.errors import ConfigError, PlanError
 from trainer.model import build_model, build_model_shape, initialize_weights, read
-from trainer.pipeline import assign_stages, balance, example_inputs, recompute, trace_dataflow
+from trainer.pipeline import assign_stages, balance, recompute, trace_dataflow
 from trainer.pipeline.balance import stage_bounds
-from trainer.pipeline.dataflow import LENGTH
+from trainer.pipeline.dataflow import BATCH, LENGTH
 from trainer.pipeline.stage import Stage, boundary_numel, parameter_stages
+from trainer.tasks import example_ids
 from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
@@ -114,7 +115,7 @@ def test_layer_costs_equal_flops() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     length = 2048
-    costs = trace_dataflow(model).costs(length, trace_dataflow(model, example_inputs(model, 2 * LENGTH)))
+    costs = trace_dataflow(model).costs(length, trace_dataflow(model, example_ids(model, BATCH, 2 * LENGTH)))
     layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
     plain = 2 * layer * length + 4 * length**2 * config.hidden_size
     head = 2 * config.hidden_size * config.vocab_size * length
@@ -127,7 +128,7 @@ def test_layer_costs_equal_flops() -> None:
 @pytest.mark.parametrize("model_type", ["mamba2", "bamba", "qwen3_next", "falcon_h1"])
 def test_layer_costs_of_chunked_kernels_are_positive(model_type: str) -> None:
     model = meta(model_type)
-    assert min(trace_dataflow(model).costs(4096, trace_dataflow(model, example_inputs(model, 2 * LENGTH)))) > 0
+    assert min(trace_dataflow(model).costs(4096, trace_dataflow(model, example_ids(model, BATCH, 2 * LENGTH)))) > 0
 
 
 @pytest.mark.fast

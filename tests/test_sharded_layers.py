@@ -17,7 +17,7 @@ from tests.harness import run_ranks
 from tests.tensor_parallel_helpers import cut, single_tensor_group
 from tools.parity.shrink import tiny
 from trainer.sharding import Joiner, shard_of
-from trainer.tasks.cross_entropy import IGNORE_INDEX
+from trainer.tasks import IGNORE_INDEX
 from trainer.tensor_parallel import TensorMapper
 
 WIDTH, HEADS, HEAD = 16, 4, 4
@@ -287,7 +287,7 @@ def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMappe
     labels[:, ::5] = IGNORE_INDEX
     loss = F.cross_entropy(whole(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     sums = mapper.cross_entropy(0.0, 0.0, None)(mine(ids).logits, labels)
-    torch.testing.assert_close(sums.cross_entropy, loss.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums.loss, loss.detach(), rtol=1e-6, atol=1e-6)
     loss.backward()
     sums.objective.backward()
     expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}

@@ -22,9 +22,9 @@ from trainer.config.load import check_config
 from trainer.config.schema import WandbSection
 from trainer.errors import ConfigError
 from trainer.run_directory import RunDirectory
+from trainer.tasks import TASKS
 from trainer.tracking.console import Console, describe
 from trainer.tracking.jsonl import JsonLines
-from trainer.tracking.meter import perplexity
 from trainer.tracking.wandb import Wandb
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +126,10 @@ def validation_loss_of_exported_model(run: Path, tiny: dict[str, Any], tmp_path:
     total = tokens = 0.0
     with torch.no_grad():
         for micro in batches:
-            logits = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT).logits
-            labels = micro.labels_BT.flatten()
+            logits = model(
+                input_ids=micro.inputs["input_ids"], attention_mask=micro.inputs.get("attention_mask")
+            ).logits
+            labels = micro.labels.flatten()
             total += float(F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum"))
             tokens += int((labels != -100).sum())
     return total / tokens
@@ -196,8 +198,8 @@ def test_jsonl_row_is_valid_json_and_flushed(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_perplexity_does_not_overflow() -> None:
-    assert perplexity(2.0) == pytest.approx(math.exp(2))
-    assert perplexity(1e6) == math.inf
+    assert TASKS["causal_lm"].metrics(2.0, {})["perplexity"] == pytest.approx(math.exp(2))
+    assert TASKS["causal_lm"].metrics(1e6, {})["perplexity"] == math.inf
 
 
 @pytest.mark.fast

@@ -81,7 +81,7 @@ def _sabotage(engine: PlainEngine, fault: str) -> None:
 
     def mean_of_means(micro: Any) -> Any:
         loss = forward(micro)
-        own = (micro.labels_BT != -100).sum() * engine._world.topology.data
+        own = (micro.labels != -100).sum() * engine._world.topology.data
         factor = engine._tokens / own / 4
         return loss._replace(loss_sum=loss.loss_sum * factor, objective=loss.objective * factor)
 
@@ -105,7 +105,7 @@ def _sabotage(engine: PlainEngine, fault: str) -> None:
         refuse = engine._check_same_samples
         rank = engine._world.topology.rank
         engine._check_same_samples = lambda micro: refuse(  # type: ignore[method-assign]
-            replace(micro, input_ids_BT=micro.input_ids_BT + rank)
+            replace(micro, inputs={"input_ids": micro.inputs["input_ids"] + rank})
         )
     elif fault == "no clipping":
         engine._max_grad_norm = 0.0
@@ -137,8 +137,8 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
         for group in optimizer.param_groups if schedule else ():
             group["lr"] = schedule[step - 1] * group["scale"]
         (micro,) = batches.train.batch_at(step).micro_batches
-        logits = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), micro.labels_BT.flatten(), ignore_index=-100)
+        logits = model(**micro.inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100)
         loss.backward()
         largest = config["deepspeed"]["gradient_clipping"] or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
@@ -356,7 +356,7 @@ def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, Even
         batch = next(steps)
         with _counting(plain):
             for micro in batch.micro_batches:
-                loss = engine._engine(micro.input_ids_BT, micro.labels_BT, micro.attention_mask_BT)
+                loss = engine._engine(micro.labels, **micro.inputs)
                 engine._engine.backward(loss.objective)
                 engine._engine.step()
         steps.close()

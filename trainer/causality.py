@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from trainer.config import LoadedConfig
-from trainer.data import MicroBatch, TrainBatches
+from trainer.data import TrainBatches
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.errors import ConfigError, Problem
+from trainer.tasks import TASKS, Collation, MicroBatch
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def verify_causality(loaded: LoadedConfig, world: World, engine: Engine, batches
     Raises:
         ConfigError: on every rank, naming the first position that sees later inputs.
     """
+    if not TASKS[loaded.config.model.task].is_causal:
+        return
     start = time.perf_counter()
     model_type, ids = loaded.facts.model_type, _sample(loaded, batches.first_ids())
     if len(ids) < 3:
@@ -121,14 +124,15 @@ def _micro_batches(loaded: LoadedConfig, ids: Tensor, first: int) -> tuple[Micro
     """The sample in two rows; and the same with other inputs from `first` on in the probed row. Labels stay."""
     other = _ordinary_ids(loaded, len(ids))
     other = torch.where(other == ids, (other + 1) % loaded.facts.vocabulary_size, other)
-    inputs, labels = torch.stack([ids[:-1]] * 2), torch.stack([ids[1:]] * 2)
-    changed = inputs.clone()
-    changed[PROBED, first:] = other[first:-1]
-    mask = None
+    collation = Collation(length=len(ids) - 1, pad_id=0, pad_to_multiple_of=1, mask_padding=False)
+    micro = TASKS[loaded.config.model.task].collate([ids.numpy()] * 2, collation)
+    inputs = dict(micro.inputs)
     if loaded.config.data.packing == "none":  # most micro-batches of the run are padded: take the same code path
-        mask = torch.ones_like(inputs)
-        mask[:, -1] = 0
-    return MicroBatch(inputs, labels, mask), MicroBatch(changed, labels, mask)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][:, -1] = 0
+    changed = inputs["input_ids"].clone()
+    changed[PROBED, first:] = other[first:-1]
+    return replace(micro, inputs=inputs), replace(micro, inputs={**inputs, "input_ids": changed})
 
 
 @contextlib.contextmanager
@@ -142,7 +146,7 @@ def _preserved_random_state(device: torch.device) -> Iterator[None]:
 
 def _losses(engine: Engine, world: World, micro: MicroBatch) -> Tensor | None:
     world.seed_step(0)
-    losses = engine.token_losses(micro)
+    losses = engine.target_losses(micro)
     return None if losses is None else losses.double().cpu()
 
 

@@ -17,10 +17,11 @@ from tools.bench.common import inline, start, table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
 from trainer.config.load import LoadedConfig, check_config
-from trainer.data.batches import MicroBatch, StepBatch
+from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, joined_world
 from trainer.engine.pipeline import PipelineEngine
 from trainer.pipeline import local_parameters
+from trainer.tasks import MicroBatch
 from trainer.topology import Topology
 
 FORWARD_SECONDS = 0.05
@@ -103,7 +104,8 @@ def _batch(case: Case, vocabulary: int) -> StepBatch:
     micro = []
     for _ in range(case.micro_batches):
         ids = torch.randint(5, vocabulary, (BATCH, LENGTH + 1), generator=draw)
-        micro.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None))
+        labels = ids[:, 1:].contiguous()
+        micro.append(MicroBatch({"input_ids": ids[:, :-1].contiguous()}, labels, labels.numel()))
     return StepBatch(tuple(micro), case.micro_batches * BATCH * LENGTH, case.micro_batches * BATCH)
 
 

@@ -31,7 +31,7 @@ from tools.parity.gradient_proof import NOISE, blocks_of
 from tools.parity.layout import Layout
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_facts import model_config
-from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
+from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather
 from trainer.engine import start_engine
@@ -39,9 +39,9 @@ from trainer.engine.pipeline import PipelineEngine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model, build_model_shape, initialize_weights
-from trainer.model.tasks import auxiliary_coefficient
 from trainer.pipeline import assign_stages
 from trainer.sharding import shard_of
+from trainer.tasks import IGNORE_INDEX, MicroBatch, auxiliary_coefficient, count_targets
 from trainer.tensor_parallel import choose_experts_implementation
 from trainer.topology import Topology
 
@@ -80,7 +80,10 @@ class ComparisonJob:
         predicted = torch.randint((length + 1) // 2, length + 1, (rows, 1), generator=draw)
         labels = ids[:, 1:].masked_fill(torch.arange(length) >= predicted, IGNORE_INDEX)
         pairs = zip(ids[:, :-1].split(self.samples), labels.split(self.samples), strict=True)
-        return [MicroBatch(one.contiguous(), other.contiguous(), None) for one, other in pairs]
+        return [
+            MicroBatch({"input_ids": inputs.contiguous()}, labels.contiguous(), count_targets(labels))
+            for inputs, labels in pairs
+        ]
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,10 @@ def load_reference_model(loaded: LoadedConfig) -> PreTrainedModel:
 def reference_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
     """(summed cross entropy, summed objective, auxiliary loss) in the words of torch."""
     options = loaded.config.training
-    output = model(input_ids=micro.input_ids_BT, attention_mask=micro.attention_mask_BT, use_cache=False)
-    logits, labels = output.logits.float().flatten(0, 1), micro.labels_BT.flatten()
+    output = model(
+        input_ids=micro.inputs["input_ids"], attention_mask=micro.inputs.get("attention_mask"), use_cache=False
+    )
+    logits, labels = output.logits.float().flatten(0, 1), micro.labels.flatten()
     cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     objective = F.cross_entropy(
         logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=options.label_smoothing
@@ -263,7 +268,7 @@ def _reference(job: ComparisonJob) -> Reference:
     rate = clipping = floor = 0.0
     for step in range(1, STEPS + 1):
         micro_batches = job.batch(step, loaded)
-        tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
+        tokens = sum(micro.num_targets for micro in micro_batches)
         loss = 0.0
         for micro in micro_batches:
             cross_entropy, objective, auxiliary = reference_losses(model, micro, loaded)
@@ -334,7 +339,7 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
         for step in range(1, STEPS + 1):
             micro_batches = job.batch(step, loaded)
             model_part = tuple(micro_batches[topology.data_rank :: topology.data])
-            tokens = sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
+            tokens = sum(micro.num_targets for micro in micro_batches)
             result = engine.train_step(StepBatch(model_part, tokens, job.micro_batches * job.samples))
             total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)

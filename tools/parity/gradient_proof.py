@@ -24,9 +24,9 @@ from tools.parity.shrink import MINIMAL, tiny
 from trainer.config.model_facts import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
-from trainer.model.tasks import auxiliary_coefficient
 from trainer.pipeline import Stage, refuse_uses_on_other_stages, shared_parameters, stage_bounds, trace_dataflow
 from trainer.sharding import Shard, fill_remote_with_zeros, shard_of, wildcard_name
+from trainer.tasks import auxiliary_coefficient
 from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, read_plan
 from trainer.topology import Topology
 

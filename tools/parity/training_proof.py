@@ -31,9 +31,9 @@ from trainer.config.load import LoadedConfig, load_config
 from trainer.config.model_facts import model_config, model_facts, scrub
 from trainer.config.schema import ModelSection
 from trainer.data import open_batches, prepare_data
-from trainer.data.batches import IGNORE_INDEX, MicroBatch
 from trainer.data.indexed import IndexedWriter, id_type
 from trainer.errors import ConfigError
+from trainer.tasks import MicroBatch
 from trainer.tensor_parallel import has_active_dropout
 from trainer.topology import Topology
 
@@ -198,7 +198,7 @@ def _compare_weights(
 
 
 def _tokens(micro_batches: list[MicroBatch]) -> int:
-    return sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
+    return sum(micro.num_targets for micro in micro_batches)
 
 
 def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: LoadedConfig) -> None:

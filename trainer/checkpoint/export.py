@@ -23,6 +23,7 @@ from trainer.checkpoint_format import (
 from trainer.data import load_tokenizer
 from trainer.errors import CheckpointError
 from trainer.model import build_from_description, load_exported, read_weights, write_model
+from trainer.tasks import random_inputs
 
 
 def export(
@@ -41,7 +42,7 @@ def export(
     """
     manifest = read_manifest(checkpoint)
     verify_files(checkpoint, manifest)
-    model = build_from_description(manifest.model)
+    model = build_from_description(manifest.model, manifest.config["model"]["task"])
     found = tokenizer or run_tokenizer_folder(checkpoint)
     write_model(
         model,
@@ -136,18 +137,17 @@ def compare_logits(checkpoint: Path, exported: Path, dtype: torch.dtype) -> Comp
         dtype: of the weights in `exported`.
     """
     manifest = read_manifest(checkpoint)
-    model: Any = build_from_description(manifest.model)
+    model: Any = build_from_description(manifest.model, manifest.config["model"]["task"])
     read_weights(model, str(checkpoint))
     model.eval()
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    precise = model(input_ids=ids).logits.double()
+    inputs = random_inputs(model, 2, 16)
+    precise = model(**inputs).logits.double()
     persistent = model.state_dict(keep_vars=True).values()
     for tensor in (tensor for tensor in persistent if tensor.is_floating_point()):
         tensor.copy_(tensor.to(dtype))
-    rounded = model(input_ids=ids).logits.double()
-    theirs: Any = load_exported(exported, torch.float32)
-    found = theirs(input_ids=ids).logits.double()
+    rounded = model(**inputs).logits.double()
+    theirs: Any = load_exported(exported, torch.float32, manifest.config["model"]["task"])
+    found = theirs(**inputs).logits.double()
     return Comparison(_max_difference(found, rounded), _max_difference(rounded, precise), float(precise.abs().max()))
 
 

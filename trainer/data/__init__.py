@@ -1,6 +1,6 @@
 """From sources of text to micro-batches: read, tokenise once, index, order, pack."""
 
-from trainer.data.batches import IGNORE_INDEX, EvaluationBatches, MicroBatch, StepBatch, TrainBatches
+from trainer.data.batches import EvaluationBatches, StepBatch, TrainBatches
 from trainer.data.epochs import resolve_steps
 from trainer.data.facts import prepared_facts, source_facts
 from trainer.data.open import Batches, open_batches
@@ -9,11 +9,9 @@ from trainer.data.special_tokens import DocumentFrame, resolve_frame, resolve_pr
 from trainer.data.tokenizer import load_tokenizer
 
 __all__ = [
-    "IGNORE_INDEX",
     "Batches",
     "DocumentFrame",
     "EvaluationBatches",
-    "MicroBatch",
     "PreparedData",
     "StepBatch",
     "TrainBatches",

@@ -9,50 +9,18 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from trainer.data.order import Integers, SampleOrder
 from trainer.data.samples import CheckedSamples
-
-IGNORE_INDEX = -100
-"""Label of a position that does not contribute to the loss (the default of torch and Hugging Face)."""
-
-DEFAULT_PAD_MULTIPLE = 8
-"""The width of a padded micro-batch is a multiple of this, which keeps kernels fast and distinct shapes few."""
+from trainer.tasks import MicroBatch
+from trainer.tasks.interface import Ids
 
 _PREFETCH_STEPS = 4
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """B samples of T tokens. Labels are the inputs shifted by one; padding has the label `IGNORE_INDEX`."""
-
-    input_ids_BT: Tensor
-    labels_BT: Tensor
-    attention_mask_BT: Tensor | None
-    """1 for a token, 0 for padding; None if there is no padding or padding needs no mask."""
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """Copy to `device`, asynchronously from pinned memory."""
-        mask = self.attention_mask_BT
-        return MicroBatch(
-            self.input_ids_BT.to(device, non_blocking=True),
-            self.labels_BT.to(device, non_blocking=True),
-            None if mask is None else mask.to(device, non_blocking=True),
-        )
-
-    def pinned(self) -> MicroBatch:
-        """Copy to pinned memory."""
-        mask = self.attention_mask_BT
-        return MicroBatch(
-            self.input_ids_BT.pin_memory(), self.labels_BT.pin_memory(), None if mask is None else mask.pin_memory()
-        )
 
 
 @dataclass(frozen=True)
@@ -67,37 +35,6 @@ class StepBatch:
     """Samples of the global batch."""
 
 
-def pad(
-    rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
-    length: int,
-    pad_id: int,
-    pad_to_multiple_of: int = DEFAULT_PAD_MULTIPLE,
-    *,
-    mask_padding: bool = True,
-) -> MicroBatch:
-    """Collate samples into one micro-batch, padded on the right.
-
-    Args:
-        rows: samples of 2 to `length + 1` ids.
-        length: maximum width T of the micro-batch.
-        pad_id: id of padding in the inputs.
-        pad_to_multiple_of: T is the smallest multiple of this that fits all samples, or `length` if that is smaller.
-        mask_padding: see `BatchShape.mask_padding`.
-    """
-    longest = max(len(row) for row in rows) - 1
-    width = min(length, -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
-    inputs = np.full((len(rows), width), pad_id, np.int64)
-    labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
-    mask = np.zeros((len(rows), width), np.int64)
-    for row_index, row in enumerate(rows):
-        count = len(row) - 1
-        inputs[row_index, :count] = row[:-1]
-        labels[row_index, :count] = row[1:]
-        mask[row_index, :count] = 1
-    attention_mask = torch.from_numpy(mask) if mask_padding and not mask.all() else None
-    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), attention_mask)
-
-
 @dataclass(frozen=True)
 class BatchShape:
     """How a global batch is split into micro-batches, and which of them belong to this rank."""
@@ -110,20 +47,8 @@ class BatchShape:
 
     data_rank: int
     data_ranks: int
-    length: int
-    """`data.sequence_length`."""
-
-    pad_id: int
-    pad_to_multiple_of: int = DEFAULT_PAD_MULTIPLE
-    """The width of a padded micro-batch is a multiple of this, unless it is `length`."""
-
-    mask_padding: bool = True
-    """Whether micro-batches with padding get an attention mask. Under a causal mask no token attends to the padding
-    after it, so the loss and its gradients need none; a load-balancing loss, which counts all tokens, needs one."""
-
-    def padded(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> MicroBatch:
-        """Collate samples of 2 to `length + 1` ids into one micro-batch of this shape."""
-        return pad(rows, self.length, self.pad_id, self.pad_to_multiple_of, mask_padding=self.mask_padding)
+    collate: Callable[[Sequence[Ids]], MicroBatch]
+    """Makes a micro-batch of samples: the task's, with the run's padding."""
 
 
 class TrainBatches:
@@ -142,7 +67,7 @@ class TrainBatches:
         """Return the number of epochs, as a fraction, that have been read after `step` steps."""
         return self._order.epochs_at(step * self._shape.train + self._sample_offset)
 
-    def first_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def first_ids(self) -> Ids:
         """Return up to `length + 1` ids of the first sample of the first source: the same on every rank."""
         return self._sources[0].ids(0)
 
@@ -165,7 +90,7 @@ class TrainBatches:
     def _micro_batch(self, source: Integers, sample: Integers, start: int) -> MicroBatch:
         indices = range(start, start + self._shape.micro)
         rows = [self._sources[source[p]].ids(int(sample[p])) for p in indices]
-        batch = self._shape.padded(rows)
+        batch = self._shape.collate(rows)
         return batch.pinned() if self._pin else batch
 
     def _count_targets(self, source: Integers, sample: Integers) -> int:
@@ -242,7 +167,7 @@ class EvaluationBatches:
     """Validation data: the first samples of each source, each exactly once and in order, for any number of ranks.
 
     All ranks yield the same number of micro-batches, because ZeRO-3 gathers weights in each forward pass. A rank
-    without samples left yields a micro-batch whose labels are all `IGNORE_INDEX`.
+    without samples left yields a micro-batch whose labels are all ignored.
     """
 
     def __init__(
@@ -274,7 +199,7 @@ class EvaluationBatches:
 
         self.samples = sum(shares)
 
-    def _read_ids(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _read_ids(self, number: int) -> Ids:
         file = int(np.searchsorted(self._file_ends, number, side="right"))
         first = int(self._file_ends[file - 1]) if file else 0
         return self._files[file].ids(number - first)
@@ -286,11 +211,6 @@ class EvaluationBatches:
             start = (number * shape.data_ranks + shape.data_rank) * shape.micro
             rows = [self._read_ids(p) for p in range(start, min(start + shape.micro, self.samples))]
             if rows:
-                yield shape.padded(rows)
+                yield shape.collate(rows)
             else:
-                padding_batch = shape.padded([self._read_ids(0)])
-                yield MicroBatch(
-                    padding_batch.input_ids_BT,
-                    torch.full_like(padding_batch.labels_BT, IGNORE_INDEX),
-                    padding_batch.attention_mask_BT,
-                )
+                yield shape.collate([self._read_ids(0)]).without_targets()

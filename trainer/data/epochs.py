@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.load import with_steps
 from trainer.data.order import SampleOrder
-from trainer.data.samples import build_samples
+from trainer.tasks import TASKS
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
@@ -51,10 +51,8 @@ def resolve_steps(loaded: LoadedConfig, prepared: PreparedData) -> LoadedConfig:
     epochs, data = loaded.config.training.epochs, loaded.config.data
     if epochs is None:
         return loaded
-    samples = [
-        len(build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last))
-        for tokens in prepared.train
-    ]
+    task = TASKS[loaded.config.model.task]
+    samples = [len(task.open_samples(tokens, data)) for tokens in prepared.train]
     epoch = build_sample_order(loaded, samples, prepared.weights).epoch_samples
     steps = steps_for_epochs(epochs, epoch, loaded.batch.batch_size)
     log.info("training.epochs %g: %s steps of %d samples; an epoch has %s samples", epochs, f"{steps:,}",

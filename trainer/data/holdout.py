@@ -19,11 +19,12 @@ import xxhash
 
 from trainer.data.documents import TextChunk
 from trainer.data.indexed import IndexedTokens
-from trainer.data.samples import build_samples
 from trainer.data.sources import Source
 from trainer.errors import ConfigError, DataError, Problem
+from trainer.tasks import TASKS, Task
 
 if TYPE_CHECKING:
+    from trainer.config import LoadedConfig
     from trainer.config.schema import DataSection
     from trainer.data.cache import Cache
 
@@ -164,7 +165,7 @@ class DocumentSubset(IndexedTokens):
 
 
 def split_held_out(
-    data: DataSection, cache: Cache, sources: Sequence[Source], train: Sequence[Sequence[IndexedTokens]]
+    loaded: LoadedConfig, cache: Cache, sources: Sequence[Source], train: Sequence[Sequence[IndexedTokens]]
 ) -> tuple[list[list[IndexedTokens]], list[IndexedTokens]]:
     """Divide the training documents by `data.held_out_fraction`.
 
@@ -177,6 +178,7 @@ def split_held_out(
     Raises:
         ConfigError: nothing would be left to train on in a source, or nothing to validate on.
     """
+    data, task = loaded.config.data, TASKS[loaded.config.model.task]
     fraction = data.held_out_fraction
     assert fraction is not None
     key = f"data.validation.{next(n for n, s in enumerate(data.validation) if s.path is None)}.fraction"
@@ -191,7 +193,7 @@ def split_held_out(
                 Problem(key, f"{fraction:g} holds out all {sum(map(len, parts)):,} documents of '{source.path}'",
                         "Give files of their own to data.validation (a .txt file is one document)")
             )  # fmt: skip
-    usable = [tokens for tokens in held_out if _has_samples(tokens, data)]
+    usable = [tokens for tokens in held_out if _has_samples(task, tokens, data)]
     if not usable:
         count = f"{sum(len(tokens) for parts in train for tokens in parts):,}"
         problem = "too little for one sample" if held_out else "none"
@@ -213,9 +215,9 @@ def _document_hashes(source: Source, tokens: IndexedTokens, cache: Cache) -> Has
     )
 
 
-def _has_samples(tokens: IndexedTokens, data: DataSection) -> bool:
+def _has_samples(task: Task, tokens: IndexedTokens, data: DataSection) -> bool:
     try:
-        build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
+        task.open_samples(tokens, data)
     except DataError:
         return False
     return True

@@ -22,10 +22,10 @@ from trainer.data.compressed import DecompressedFile
 from trainer.data.epochs import build_sample_order
 from trainer.data.indexed import IndexedTokens
 from trainer.data.prepare import PreparedData, document_frame, load_named_tokenizer, open_prepared
-from trainer.data.samples import build_samples
 from trainer.data.sources import Source
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import DataError
+from trainer.tasks import TASKS
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
@@ -217,7 +217,7 @@ def _open_cached(loaded: LoadedConfig) -> PreparedData | None:
 
 
 def _exact_report(loaded: LoadedConfig, prepared: PreparedData, names: list[tuple[str, str]]) -> DataReport:
-    data = loaded.config.data
+    data, task = loaded.config.data, TASKS[loaded.config.model.task]
     files = iter([*prepared.train, *prepared.validation])
     counts = (*prepared.train_files, *prepared.validation_files)
     reports = []
@@ -225,10 +225,7 @@ def _exact_report(loaded: LoadedConfig, prepared: PreparedData, names: list[tupl
         parts = list(islice(files, count))
         documents, tokens = sum(map(len, parts)), sum(part.tokens for part in parts)
         reports.append(SourceReport(key, name, documents, tokens, True, "counted"))
-    samples = [
-        len(build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last))
-        for tokens in prepared.train
-    ]
+    samples = [len(task.open_samples(tokens, data)) for tokens in prepared.train]
     return DataReport(tuple(reports), build_sample_order(loaded, samples, prepared.weights).epoch_samples, True)
 
 

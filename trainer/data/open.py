@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.batches import DEFAULT_PAD_MULTIPLE, BatchShape, EvaluationBatches, TrainBatches
+from trainer.data.batches import BatchShape, EvaluationBatches, TrainBatches
 from trainer.data.epochs import build_sample_order
-from trainer.data.samples import CheckedSamples, DocumentSamples, build_samples
+from trainer.data.samples import CheckedSamples
+from trainer.tasks import TASKS, Collation
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from trainer.topology import Topology
 
 log = logging.getLogger(__name__)
+
+PAD_MULTIPLE = 8
+"""The width of a padded micro-batch is a multiple of this, which keeps kernels fast and distinct shapes few."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     Raises:
         DataError: a source too small for one sample.
     """
-    data = loaded.config.data
+    data, task = loaded.config.data, TASKS[loaded.config.model.task]
 
     def open_samples(tokens: IndexedTokens) -> CheckedSamples:
-        samples = build_samples(tokens, data.packing, data.sequence_length, drop_last=data.drop_last)
-        if isinstance(samples, DocumentSamples) and samples.num_truncated:
+        samples = task.open_samples(tokens, data)
+        if samples.num_truncated:
             log.warning("%s: %d of %d documents are longer than data.sequence_length + 1 = %d and are cut there",
                         tokens.bin_path, samples.num_truncated, len(tokens), data.sequence_length + 1)  # fmt: skip
         return CheckedSamples(samples, tokens, loaded.facts.vocabulary_size)
@@ -57,17 +62,20 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
                    if i is not None), 0)  # fmt: skip
     parallel, is_concatenated = loaded.config.parallel, data.packing == "concatenate"
+    collation = Collation(
+        length=data.sequence_length,
+        pad_id=pad_id,
+        pad_to_multiple_of=data.sequence_length
+        if is_concatenated  # all of one shape, as engines may rely on
+        else math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
+        mask_padding=not is_concatenated or loaded.facts.has_load_balancing_loss,
+    )
     shape = BatchShape(
         train=loaded.batch.batch_size,
         micro=loaded.batch.micro_batch_size,
         data_rank=topology.data_rank,
         data_ranks=topology.data,
-        length=data.sequence_length,
-        pad_id=pad_id,
-        pad_to_multiple_of=data.sequence_length
-        if is_concatenated  # all of one shape, as engines may rely on
-        else math.lcm(DEFAULT_PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
-        mask_padding=not is_concatenated or loaded.facts.has_load_balancing_loss,
+        collate=partial(task.collate, collation=collation),
     )
     order = build_sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)

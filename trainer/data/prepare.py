@@ -319,7 +319,7 @@ def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
     train = [open_source(source) for source in sources["train"]]
     held_out: list[IndexedTokens] = []
     if data.held_out_fraction is not None:
-        train, held_out = split_held_out(data, cache, sources["train"], train)
+        train, held_out = split_held_out(loaded, cache, sources["train"], train)
     validation_tokens = iter([open_source(source) for source in sources["validation"]])
     validation = [held_out if section.path is None else next(validation_tokens) for section in data.validation]
     for source, parts in zip(sources["train"], train, strict=True):

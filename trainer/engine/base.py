@@ -12,15 +12,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.compat.deepspeed.optimizer_layouts import layout_of
-from trainer.data.batches import MicroBatch
 from trainer.distributed import World
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.replica_verifier import ReplicaVerifier
 from trainer.engine.state import TrainingState
 from trainer.errors import DataError
 from trainer.sharding import Joiner, is_owned
+from trainer.tasks import MicroBatch, Task
 from trainer.tensor_parallel import Mapper
 from trainer.topology import Axis
+
+
+class EvaluationSums:
+    """Sums over the micro-batches that this rank has evaluated."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.extra = {name: torch.zeros((), dtype=torch.float64, device=device) for name in task.extra_sums}
+        self.targets = 0
+
+    def add(self, loss: Tensor, extra: Mapping[str, Tensor]) -> None:
+        """Add sums over some micro-batches (scalars)."""
+        self.loss = self.loss + loss
+        for name in self.extra:
+            self.extra[name] = self.extra[name] + extra[name]
 
 
 class BaseEngine:
@@ -32,9 +47,16 @@ class BaseEngine:
     """
 
     def __init__(
-        self, engine: Any, world: World, mapper: Mapper, max_grad_norm: float | None, *, loss_stage: int = 0
+        self,
+        engine: Any,
+        world: World,
+        mapper: Mapper,
+        max_grad_norm: float | None,
+        *,
+        task: Task,
+        loss_stage: int = 0,
     ) -> None:
-        self._engine, self._world, self._mapper = engine, world, mapper
+        self._engine, self._world, self._mapper, self._task = engine, world, mapper, task
         self._max_grad_norm = max_grad_norm
         """The norm to clip at where this engine clips; None where DeepSpeed does."""
 
@@ -59,7 +81,9 @@ class BaseEngine:
 
     def _check_same_samples(self, micro: MicroBatch) -> None:
         """Looks whether the ranks that share a model were given the same samples, as all they compute supposes."""
-        checksum = zlib.crc32(micro.input_ids_BT.numpy().tobytes())
+        checksum = 0
+        for _, tensor in sorted(micro.inputs.items()):
+            checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
         for axis in self._model_axes():
             ranks = self._world.topology.group(axis)
             checksums: list[int | None] = [None] * len(ranks)
@@ -98,13 +122,16 @@ class BaseEngine:
             loss_sum, auxiliary_sum, norm, learning_rate, count if self._reports_loss else 0, applied, idle_share
         )
 
-    def _reduce_evaluation(self, loss_sum: Tensor, tokens: int) -> Evaluation:
-        """Over all ranks, from this one's."""
-        gathered = self.all_gather_scalars(
-            [loss_sum, float(tokens)] if self._reports_loss else [torch.zeros_like(loss_sum), 0.0]
-        )
-        whole = int(sum(row[1] for row in gathered))
-        return Evaluation(sum(row[0] for row in gathered) / max(1, whole), whole)
+    def _reduce_evaluation(self, sums: EvaluationSums) -> Evaluation:
+        """Return the evaluation over all ranks. Collective: all ranks must call it."""
+        names = self._task.extra_sums
+        values: list[Tensor | float] = [sums.loss, float(sums.targets), *(sums.extra[name] for name in names)]
+        if not self._reports_loss:
+            values = [0.0] * len(values)
+        loss, targets, *extra = map(sum, zip(*self.all_gather_scalars(values), strict=True))
+        count = max(1, int(targets))
+        means = {name: value / count for name, value in zip(names, extra, strict=True)}
+        return Evaluation(loss / count, int(targets), self._task.metrics(loss / count, means))
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers that the model is stored with, whole. On all ranks."""

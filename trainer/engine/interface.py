@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from trainer.data.batches import MicroBatch, StepBatch
+from trainer.data.batches import StepBatch
 from trainer.engine.state import TrainingState
+from trainer.tasks import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Evaluation:
 
     loss: float
     tokens: int
+    metrics: Mapping[str, float]
+    """The task's metrics."""
 
 
 class Engine(Protocol):
@@ -65,11 +68,11 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """The token-weighted loss over all ranks' micro-batches; all ranks must pass equally many."""
 
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor | None:
-        """The cross entropy of each label of one micro-batch, computed as in evaluation. All ranks must call it.
+    def target_losses(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Compute the loss of each label of one micro-batch as in evaluation. Collective: all ranks must call it.
 
         Returns:
-            (B, T) in fp32, 0 where the label is ignored; None on pipeline stages that do not compute the loss.
+            fp32 in the shape of the labels, 0 where a label is ignored; None on stages that do not compute the loss.
         """
 
     def all_gather_scalars(self, values: list[Tensor | float]) -> list[list[float]]:

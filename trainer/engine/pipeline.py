@@ -11,8 +11,7 @@ import contextlib
 import io
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -24,16 +23,15 @@ from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
+from trainer.data.batches import StepBatch
 from trainer.distributed import World
-from trainer.engine.base import BaseEngine
+from trainer.engine.base import BaseEngine, EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult
 from trainer.engine.optimizer_setup import OptimizerSetup
-from trainer.model import TaskLoss
 from trainer.pipeline import BoundaryTensors, Stage, StageAssignment, local_parameters, shared_parameters
 from trainer.sharding import is_owned, local_and_remote_parameters, shard_of
+from trainer.tasks import MicroBatch, TaskLoss, TaskModule, pad_to_common_shape
 from trainer.tensor_parallel import Mapper
 
 EVALUATION_MICRO_BATCHES_PER_STAGE = 4
@@ -43,24 +41,24 @@ EVALUATION_MICRO_BATCHES_PER_STAGE = 4
 class StageModule(nn.Module):
     """What DeepSpeed sees of a stage: from what is received to what is sent, micro-batch after micro-batch."""
 
-    def __init__(self, task: nn.Module, stage: Stage, mapper: Mapper, device: torch.device) -> None:
+    def __init__(self, module: TaskModule, stage: Stage, mapper: Mapper, device: torch.device) -> None:
         super().__init__()
-        self.task, self.mapper = task, mapper
+        self.task_module, self.mapper = module, mapper
         self._stage, self._device = stage, device
         self._micro_batches: deque[MicroBatch] = deque()
         self._loss_weights = (0.0, 0.0)
         self._first_backward_pending = True
         """Until the first backward pass is through."""
 
-        self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.first_token_losses: Tensor | None = None
+        self.sums = EvaluationSums(module.task, device)
+        self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.first_target_losses: Tensor | None = None
         """Of the schedule's first micro-batch, where the loss is computed."""
 
     @property
     def model(self) -> nn.Module:
         """The Hugging Face model, of which this stage's layers compute."""
-        model: nn.Module = self.task.model  # type: ignore[assignment]
-        return model
+        return self.task_module.model
 
     def load_micro_batches(
         self, micro_batches: Iterable[MicroBatch], weight: float = 0.0, auxiliary_weight: float = 0.0
@@ -69,24 +67,25 @@ class StageModule(nn.Module):
         assert not self._micro_batches, "a schedule has not computed all of its micro-batches"
         self._micro_batches.extend(micro_batches)
         self._loss_weights = weight, auxiliary_weight
-        self.loss_sum = self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        self.first_token_losses = None
+        self.sums = EvaluationSums(self.task_module.task, self._device)
+        self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.first_target_losses = None
 
     def forward(self, received: BoundaryTensors | Tensor) -> BoundaryTensors | Tensor:
         micro = self._micro_batches.popleft().to(self._device)
 
         def compute() -> TaskLoss:
-            loss: TaskLoss = self.task(micro.input_ids_BT, micro.labels_BT, attention_mask_BT=micro.attention_mask_BT)
+            loss: TaskLoss = self.task_module(micro.labels, **micro.inputs)
             return loss
 
         result = self._stage.run(compute, received if isinstance(received, tuple) else (received,))
         if not isinstance(result, TaskLoss):
             self.mapper.end_forward(self._device)
             return result[0] if len(result) == 1 else result
-        self.loss_sum = self.loss_sum + result.loss_sum.detach()
+        self.sums.add(result.loss_sum.detach(), result.extra)
         self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
-        if self.first_token_losses is None:
-            self.first_token_losses = result.token_losses_BT
+        if self.first_target_losses is None:
+            self.first_target_losses = result.target_losses
         weight, auxiliary_weight = self._loss_weights
         return result.objective * weight + result.auxiliary * auxiliary_weight
 
@@ -110,7 +109,8 @@ class PipelineEngine(BaseEngine):
     ) -> None:  # fmt: skip
         is_dualpipev = isinstance(engine, DualPipeVEngine)
         loss_stage = 0 if is_dualpipev else world.topology.pipeline - 1
-        super().__init__(engine, world, stages[0].mapper, max_grad_norm, loss_stage=loss_stage)
+        task = stages[0].task_module.task
+        super().__init__(engine, world, stages[0].mapper, max_grad_norm, task=task, loss_stage=loss_stage)
         self._stages, self._parameter_ranks = stages, parameter_ranks
         self._norm_parameters = [
             p for p in self._parameters if is_owned(p) and not getattr(p, "ds_pipe_replicated", False)
@@ -186,27 +186,27 @@ class PipelineEngine(BaseEngine):
         self._clock.begin()
         self._engine.train_batch(iter(()))
         self._engine.timers("train_batch").reset()  # else it keeps two events a step for ever
-        sums = self._stages[-1].loss_sum, self._stages[-1].auxiliary_sum
+        sums = self._stages[-1].sums.loss, self._stages[-1].auxiliary_sum
         return self._step_result(sums, self._grad_norm, learning_rate, count, self._clock.idle_share)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """See `Engine.evaluate`."""
-        loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
+        sums = EvaluationSums(self._task, self._world.device)
         remaining, count = iter(batches), EVALUATION_MICRO_BATCHES_PER_STAGE * self._world.topology.pipeline
         with self._dynamic_shapes():
             while micro_batches := tuple(islice(remaining, count)):
-                tokens += sum(int((micro.labels_BT != IGNORE_INDEX).sum()) for micro in micro_batches)
+                sums.targets += sum(micro.num_targets for micro in micro_batches)
                 self._run_forward(micro_batches)
-                loss_sum = loss_sum + self._stages[-1].loss_sum
-        return self._reduce_evaluation(loss_sum, tokens)
+                sums.add(self._stages[-1].sums.loss, self._stages[-1].sums.extra)
+        return self._reduce_evaluation(sums)
 
     @torch.no_grad()
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor | None:
-        """See `Engine.token_losses`."""
+    def target_losses(self, micro_batch: MicroBatch) -> Tensor | None:
+        """See `Engine.target_losses`."""
         with self._dynamic_shapes():
             self._run_forward((micro_batch,))
-        return self._stages[-1].first_token_losses
+        return self._stages[-1].first_target_losses
 
     @contextlib.contextmanager
     def _dynamic_shapes(self) -> Iterator[None]:
@@ -223,7 +223,7 @@ class PipelineEngine(BaseEngine):
         engine = self._engine
         engine.reset_activation_shape()
         if self._min_micro_batches > 1:
-            micro_batches = _pad_to_common_shape(micro_batches, self._min_micro_batches)
+            micro_batches = pad_to_common_shape(micro_batches, self._min_micro_batches)
         for stage in self._stages:
             stage.load_micro_batches(micro_batches)
         engine.micro_batches = len(micro_batches)  # DualPipeV's buffers are counted by it, also in evaluation
@@ -363,26 +363,6 @@ def _backward_dualpipev(engine: Any, buffer_id: int, phase: int) -> None:
         _backward(engine, buffer_id)
     if engine.stage_id == 0 and phase == 0:
         buffers["inputs"][buffer_id] = None
-
-
-def _pad_to_common_shape(micro_batches: Sequence[MicroBatch], min_count: int) -> tuple[MicroBatch, ...]:
-    """The same micro-batches in one shape, with others that predict nothing until there are `min_count`."""
-    rows = max(micro.input_ids_BT.shape[0] for micro in micro_batches)
-    width = max(micro.input_ids_BT.shape[1] for micro in micro_batches)
-
-    def pad(tensor: Tensor, value: int) -> Tensor:
-        return F.pad(tensor, (0, width - tensor.shape[1], 0, rows - tensor.shape[0]), value=value)
-
-    padded = [
-        MicroBatch(
-            pad(micro.input_ids_BT, 0),
-            pad(micro.labels_BT, IGNORE_INDEX),
-            None if micro.attention_mask_BT is None else pad(micro.attention_mask_BT, 1),
-        )
-        for micro in micro_batches
-    ]
-    empty = replace(padded[0], labels_BT=torch.full_like(padded[0].labels_BT, IGNORE_INDEX))
-    return (*padded, *[empty] * (min_count - len(padded)))
 
 
 def start_pipeline(

@@ -8,11 +8,11 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
-from trainer.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
-from trainer.engine.base import BaseEngine
+from trainer.data.batches import StepBatch
+from trainer.engine.base import BaseEngine, EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult
-from trainer.model import TaskLoss
 from trainer.sharding import shard_of
+from trainer.tasks import MicroBatch, TaskLoss
 
 _MODEL_PREFIX = "model."
 """Of parameter names in a task module, before the Hugging Face name."""
@@ -28,9 +28,7 @@ class PlainEngine(BaseEngine):
 
     def _forward(self, micro: MicroBatch) -> TaskLoss:
         on_device = micro.to(self._world.device)
-        loss: TaskLoss = self._engine(
-            on_device.input_ids_BT, on_device.labels_BT, attention_mask_BT=on_device.attention_mask_BT
-        )
+        loss: TaskLoss = self._engine(on_device.labels, **on_device.inputs)
         return loss
 
     def train_step(self, batch: StepBatch, *, verify_step: int | None = None) -> StepResult:
@@ -65,19 +63,20 @@ class PlainEngine(BaseEngine):
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """See `Engine.evaluate`."""
         self._engine.eval()
-        loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=self._world.device), 0
+        sums = EvaluationSums(self._task, self._world.device)
         for micro in batches:
             self._world.phases.advance()
-            tokens += int((micro.labels_BT != IGNORE_INDEX).sum())
-            loss_sum = loss_sum + self._forward(micro).loss_sum
+            sums.targets += micro.num_targets
+            loss = self._forward(micro)
+            sums.add(loss.loss_sum, loss.extra)
         self._engine.train()
-        return self._reduce_evaluation(loss_sum, tokens)
+        return self._reduce_evaluation(sums)
 
     @torch.no_grad()
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """See `Engine.token_losses`."""
+    def target_losses(self, micro_batch: MicroBatch) -> Tensor:
+        """See `Engine.target_losses`."""
         self._engine.eval()
-        losses = self._forward(micro_batch).token_losses_BT
+        losses = self._forward(micro_batch).target_losses
         self._engine.train()
         return losses
 

@@ -27,9 +27,10 @@ from trainer.engine.optimizer_setup import OptimizerSetup
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
 from trainer.engine.plain import PlainEngine
-from trainer.model import TASKS, give_weights, weight_options
+from trainer.model import give_weights, returns_head_output, weight_options
 from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, recompute, share_parameters
 from trainer.sharding import fill_remote_with_zeros
+from trainer.tasks import TASKS, TaskModule
 from trainer.tensor_parallel import Mapper, build_mapper
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,11 +81,10 @@ def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
     return build_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
 
 
-def _task(model: Any, loaded: LoadedConfig, mapper: Mapper) -> nn.Module:
-    options = loaded.config.training
+def _task_module(model: Any, loaded: LoadedConfig, mapper: Mapper, *, can_defer_head: bool) -> TaskModule:
+    options, task = loaded.config.training, TASKS[loaded.config.model.task]
     cross_entropy = mapper.cross_entropy(options.label_smoothing, options.z_loss, options.loss_chunk_tokens)
-    task: nn.Module = TASKS[loaded.config.model.task](model.train(), cross_entropy)
-    return task
+    return TaskModule(model.train(), task, cross_entropy, can_defer_head=can_defer_head)
 
 
 def _max_grad_norm(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
@@ -95,6 +95,8 @@ def _start_plain(
     model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
     optimizer_setup: OptimizerSetup, blank: bool,
 ) -> PlainEngine:  # fmt: skip
+    # Under ZeRO-3 a weight is there only while its own module runs.
+    can_defer_head = settings["zero_optimization"]["stage"] < 3 and returns_head_output(model, loaded)
     mapper, grid = _mapper(model, loaded, world), Grid(world)
     dtype = _DTYPES[loaded.config.deepspeed.precision]
     partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
@@ -107,12 +109,12 @@ def _start_plain(
     give_weights(model, loaded, shard_and_partition, blank=blank)
     mapper.install()
     recompute(model, assignment.recomputed)
-    task = _task(model, loaded, mapper)
-    engine = optimizer_setup.initialize(task, [model], settings, mpu=grid)
+    module = _task_module(model, loaded, mapper, can_defer_head=can_defer_head)
+    engine = optimizer_setup.initialize(module, [model], settings, mpu=grid)
     _undo_first_step(engine.optimizer)
     keep_unaligned_gradients(engine.optimizer)
     engine.train()
-    return PlainEngine(engine, world, mapper, _max_grad_norm(loaded, settings))
+    return PlainEngine(engine, world, mapper, _max_grad_norm(loaded, settings), task=module.task)
 
 
 def _undo_first_step(optimizer: Any) -> None:
@@ -138,6 +140,7 @@ def _start_pipeline(
     optimizer_setup: OptimizerSetup, blank: bool,
 ) -> PipelineEngine:  # fmt: skip
     assert assignment.dataflow is not None
+    can_defer_head = returns_head_output(model, loaded)
     parameter_ranks = assignment.parameter_ranks(model)
     stage_indices = assignment.stages_of_rank(world.topology.stage)
     models = [model, *(copy.deepcopy(model) for _ in stage_indices[1:])]
@@ -157,7 +160,8 @@ def _start_pipeline(
         stage.install()
         recompute(stage_model, assignment.recomputed)
         fill_remote_with_zeros(stage_model, world.device, _DTYPES[loaded.config.deepspeed.precision])
-        modules.append(StageModule(_task(stage_model, loaded, mapper), stage, mapper, world.device))
+        module = _task_module(stage_model, loaded, mapper, can_defer_head=can_defer_head)
+        modules.append(StageModule(module, stage, mapper, world.device))
     fixed_shape = loaded.config.data.packing == "concatenate"
     max_grad_norm = _max_grad_norm(loaded, settings)
     return start_pipeline(

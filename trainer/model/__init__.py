@@ -5,14 +5,12 @@ from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import describe_model, load_exported, write_model
 from trainer.model.generate import generate_texts
 from trainer.model.initialize import initialize_weights
+from trainer.model.output_head import returns_head_output
 from trainer.model.parameter_groups import WeightOptions, weight_options
 from trainer.model.read import read_weights
-from trainer.model.tasks import TASKS, TaskLoss
 
 __all__ = [
-    "TASKS",
     "ModelCost",
-    "TaskLoss",
     "WeightOptions",
     "build_from_description",
     "build_model",
@@ -26,6 +24,7 @@ __all__ = [
     "model_cost",
     "peak_flops",
     "read_weights",
+    "returns_head_output",
     "state_bytes",
     "weight_options",
     "write_model",

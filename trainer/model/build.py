@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from trainer.checkpoint_format import is_checkpoint
 from trainer.config.model_facts import load_model_config, model_config, parse_model_config
 from trainer.config.schema import ModelSection
+from trainer.config.tasks import DEFAULT_TASK
 from trainer.distributed import agree
 from trainer.errors import ConfigError, Problem, first_line
 from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weight_headers, read_weights
+from trainer.tasks import TASKS
 from trainer.tensor_parallel import (
     choose_experts_implementation,
     has_active_dropout,
@@ -42,8 +44,7 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
         PlanError: if the tensor plan and the model do not fit together.
     """
     section, parallel = loaded.config.model, loaded.config.parallel
-    arguments = {"attn_implementation": loaded.attention, "dtype": torch.float32}
-    model = _on_meta(section, model_config(section), arguments)
+    model = _construct(model_config(section), section.task, section, attn_implementation=loaded.attention)
     if section.path is not None and loaded.initialize == "pretrained":
         check_weight_headers(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
     weight_options(model, loaded.config.training, decay=0)
@@ -68,25 +69,20 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if key not in section.config:
                 setattr(config, key, getattr(tokenizer, key))
-    arguments: dict[str, Any] = {
-        "attn_implementation": loaded.attention,
-        "dtype": torch.float32,
-    }
-    model = _on_meta(section, config, arguments)
+    model = _construct(config, section.task, section, attn_implementation=loaded.attention)
     if section.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def build_from_description(description: Mapping[str, Any]) -> PreTrainedModel:
+def build_from_description(description: Mapping[str, Any], task: str = DEFAULT_TASK) -> PreTrainedModel:
     """A model on the meta device from what `describe_model` said about it.
 
     Raises:
         ConfigError: if transformers refuses it.
     """
-    section = ModelSection(config={})
-    config = parse_model_config(description["config"], "the checkpoint")
-    model = _on_meta(section, config, {"dtype": torch.float32})
+    config = parse_model_config(description["config"], "the checkpoint", task)
+    model = _construct(config, task)
     if description["generation"]:
         model.generation_config = GenerationConfig.from_dict(dict(description["generation"]))
     return model
@@ -105,8 +101,9 @@ def load_model(path: str, key: str = "model.path") -> PreTrainedModel:
     try:
         config = load_model_config(path, weights_are_read=True)
         config.use_cache = True
-        dtype = torch.float32 if is_checkpoint(Path(path).expanduser()) else config.dtype or torch.float32
-        model = _on_meta(ModelSection(path=path), config, {"dtype": dtype})
+        stored = torch.float32 if is_checkpoint(Path(path).expanduser()) else config.dtype
+        dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        model = _construct(config, DEFAULT_TASK, dtype=dtype)
         read_weights(model, path)
     except ConfigError as error:
         named = (replace(problem, path=problem.path.replace("model.path", key)) for problem in error.problems)
@@ -141,12 +138,34 @@ def give_weights(
         initialize_weights(model, loaded.config.run.seed, complete)
 
 
-def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> PreTrainedModel:
+def _construct(
+    config: PreTrainedConfig,
+    task: str,
+    section: ModelSection | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **arguments: str,
+) -> PreTrainedModel:
+    """Construct a model on the meta device.
+
+    Args:
+        config: of transformers.
+        task: whose auto class constructs it.
+        section: the user's settings, which messages name; None for a model that is only read.
+        dtype: of the parameters.
+        arguments: further ones of the auto class.
+
+    Raises:
+        ConfigError: if transformers refuses it.
+    """
+    section = section or ModelSection(config={})
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **arguments)
+            model: PreTrainedModel = TASKS[task].auto_class.from_config(
+                config, dtype=dtype, trust_remote_code=False, **arguments
+            )
     except Exception as error:  # the families' constructors check in their own ways, or fail by their arithmetic
-        raise ConfigError(_refusal(section, error)) from None
+        raise ConfigError(_construction_problem(section, error)) from None
     if section.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise ConfigError(
             Problem(
@@ -158,11 +177,11 @@ def _on_meta(section: ModelSection, config: Any, arguments: dict[str, Any]) -> P
     return model
 
 
-def _refusal(section: ModelSection, error: Exception) -> Problem:
-    first = first_line(error)
-    chosen = section.attention is not None and isinstance(error, ImportError)
-    if "attn" in first.lower() or "attention" in first.lower() or chosen:
-        reason = first.split(". Please request")[0]
+def _construction_problem(section: ModelSection, error: Exception) -> Problem:
+    cause = first_line(error)
+    is_missing_package = section.attention is not None and isinstance(error, ImportError)
+    if "attn" in cause.lower() or "attention" in cause.lower() or is_missing_package:
+        reason = cause.split(". Please request")[0]
         remedy = "Set 'eager'" if section.attention == "sdpa" else "Set 'sdpa' or 'eager'"
         return Problem("model.attention", f"'{section.attention}' cannot be used: {reason}", remedy)
-    return Problem("model", f"transformers refuses it: {first}")
+    return Problem("model", f"transformers refuses it: {cause}")

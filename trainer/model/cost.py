@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from trainer.config.model_sizes import EXPERTS, EXPERTS_PER_TOKEN
-from trainer.model.meta import MetaMode, matrix_flops
+from trainer.model.meta import MetaMode, matrix_flops, traceable
+from trainer.tasks import example_ids
 
 PEAK_FLOPS: dict[str, float] = {
     "A100": 312e12,
@@ -140,23 +141,16 @@ def _trace(model: PreTrainedModel, longest: int) -> _Trace | None:
     positions = _integers(model.config.get_text_config(decoder=True), "max_position_embeddings")
     length = min([longest, *(count * longest // _LENGTHS[1] for count in positions if count > 0)])
     trace = _Trace(length)
-    ids = torch.zeros((1, length), dtype=torch.long, device="meta")
     given = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    training, attention = model.training, model.config._attn_implementation
     handles = [register_module_forward_pre_hook(trace.enter), register_module_forward_hook(trace.leave)]
     try:
-        if attention not in ("eager", "sdpa"):  # kernels that run on a GPU only compute the same products
-            model.set_attn_implementation("eager")
-        with torch.no_grad(), trace:
-            model.eval()(input_ids=ids, **given)
+        with traceable(model), torch.no_grad(), trace:
+            model.eval()(**example_ids(model, 1, length), **given)
     except Exception:  # whatever an operation without values raises
         return None
     finally:
         for handle in handles:
             handle.remove()
-        if attention not in ("eager", "sdpa"):
-            model.set_attn_implementation(attention)
-        model.train(training)
     return trace
 
 

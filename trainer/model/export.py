@@ -17,14 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from trainer.checkpoint_format import FileRecord, write_safetensors
+from trainer.config.tasks import DEFAULT_TASK
 from trainer.errors import ConfigError, Problem
 from trainer.files import convert_bare_exceptions_to_os_errors, hash_file, remove, replace_folder, sync_tree
 from trainer.sharding import local_and_remote_parameters
+from trainer.tasks import TASKS
 from trainer.tensor_parallel import choose_experts_implementation
 from trainer.units import format_bytes
 
@@ -115,9 +116,10 @@ def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
     For the language model of a multimodal family (Emu3, Mllama) that is the family's, with the model's own inside.
     """
     config = model.config
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    classes = [entry for task in TASKS.values() for entry in task.class_names.items()]
+    if config.model_type in dict(classes):
         return config
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+    for model_type, name in classes:
         kind: Any = CONFIG_MAPPING[model_type]
         if name == type(model).__name__ and kind.sub_configs.get("text_config") is type(config):
             found: PreTrainedConfig = kind(text_config=config.to_dict())
@@ -254,16 +256,15 @@ def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[FileRecord, ..
     return tuple(files)
 
 
-def load_exported(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_exported(folder: Path, dtype: torch.dtype | None = None, task: str = DEFAULT_TASK) -> PreTrainedModel:
     """The model in a folder that `write_model` wrote, ready to generate.
 
     Args:
         dtype: to compute in; default: that of the weights in the files.
+        task: `model.task`.
     """
-    from transformers import AutoModelForCausalLM
-
     transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = TASKS[task].auto_class.from_pretrained(
         str(folder), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
     )
     choose_experts_implementation(model, model.dtype)

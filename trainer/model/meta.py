@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
 
 
 class MetaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,6 +29,23 @@ class MetaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._grouped_mm.default:  # its meta kernel checks shapes for one device's kernels
             return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def traceable(model: PreTrainedModel) -> Iterator[None]:
+    """Replace attention kernels that only run on a GPU by eager attention, which has the same matrix products.
+
+    Restores the implementation, and whether the model is in training mode.
+    """
+    is_training, attention = model.training, model.config._attn_implementation
+    try:
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.train(is_training)
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation(attention)
 
 
 def matrix_flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -6,7 +6,7 @@ from trainer.pipeline.recompute import recompute
 from trainer.pipeline.shared_parameters import local_parameters, share_parameters, shared_parameters
 from trainer.pipeline.stage import BoundaryTensors, Stage
 from trainer.pipeline.stage_assignment import ONE_STAGE, StageAssignment, assign_stages, refuse_uses_on_other_stages
-from trainer.pipeline.trace import example_inputs, trace_dataflow
+from trainer.pipeline.trace import trace_dataflow
 
 __all__ = [
     "ONE_STAGE",
@@ -16,7 +16,6 @@ __all__ = [
     "StageAssignment",
     "assign_stages",
     "balance",
-    "example_inputs",
     "local_parameters",
     "recompute",
     "refuse_uses_on_other_stages",

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
 from trainer.pipeline.balance import stage_bounds
-from trainer.pipeline.dataflow import LENGTH, Dataflow
+from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow
 from trainer.pipeline.stage import boundary_numel, parameter_stages
-from trainer.pipeline.trace import example_inputs, trace_dataflow
+from trainer.pipeline.trace import trace_dataflow
+from trainer.tasks import TASKS
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
@@ -99,10 +100,9 @@ def assign_stages(model: PreTrainedModel, loaded: LoadedConfig) -> StageAssignme
         return ONE_STAGE
     if parallel.pipeline > 1:
         _refuse_layers_left_out(model)
-    dataflow, evaluated = (
-        trace_dataflow(model),
-        trace_dataflow(model, example_inputs(model, 2 * LENGTH), training=False),
-    )
+    task = TASKS[loaded.config.model.task]
+    dataflow = trace_dataflow(model, task.example_inputs(model, BATCH, LENGTH))
+    evaluated = trace_dataflow(model, task.example_inputs(model, BATCH, 2 * LENGTH), training=False)
     recomputed = tuple(_attention(model, dataflow, evaluated)) if selective else ()
     if parallel.pipeline == 1:
         return StageAssignment(recomputed=recomputed)

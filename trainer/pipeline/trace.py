@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem, first_line
-from trainer.model.meta import MetaMode, matrix_flops
+from trainer.model.meta import MetaMode, matrix_flops, traceable
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
+from trainer.tasks import example_ids
 
 UNSPLITTABLE = {
     "reformer": "runs its layers in an autograd function of its own, which computes them again from the last one",
@@ -227,21 +228,13 @@ def _units(layer_calls: list[str], layers: dict[str, tuple[str, str]]) -> Iterat
         yield unit
 
 
-def example_inputs(model: PreTrainedModel, length: int = LENGTH) -> dict[str, Tensor]:
-    """Ids on the meta device, as the model's task takes them."""
-    ids = torch.zeros((BATCH, length), dtype=torch.long, device="meta")
-    takes = inspect.signature(model.forward).parameters
-    two_sided = model.config.is_encoder_decoder and "decoder_input_ids" in takes
-    return {"input_ids": ids} | ({"decoder_input_ids": ids.clone()} if two_sided else {})
-
-
 def trace_dataflow(
     model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, training: bool = True
 ) -> Dataflow:
     """Follows one forward pass of a model whose tensors are on the meta device.
 
     Args:
-        inputs: on the meta device; `example_inputs` by default.
+        inputs: on the meta device; ids by default.
         training: whether it is followed as in training, or as in evaluation.
 
     Raises:
@@ -255,14 +248,11 @@ def trace_dataflow(
     handles = []
     for name, module in model.named_modules():
         handles += _listen(follower, name, module)
-    given: dict[str, Any] = dict(inputs or example_inputs(model))
+    given: dict[str, Any] = dict(inputs or example_ids(model, BATCH, LENGTH))
     if "use_cache" in inspect.signature(model.forward).parameters:
         given["use_cache"] = False
-    before = model.training, model.config._attn_implementation
     try:
-        if before[1] not in ("eager", "sdpa"):  # the others are kernels of a GPU, for the same products
-            model.set_attn_implementation("eager")
-        with torch.no_grad(), follower:
+        with traceable(model), torch.no_grad(), follower:
             output = model.train(training)(**given)
             follower.ends(output)
     except Exception as error:  # whatever an operation without values raises
@@ -272,9 +262,6 @@ def trace_dataflow(
                     "Set parallel.pipeline to 1")
         ) from None  # fmt: skip
     finally:
-        model.train(before[0])
-        if before[1] != model.config._attn_implementation:
-            model.set_attn_implementation(before[1])
         for handle in handles:
             handle.remove()
     twice = [name for name, count in Counter(follower.layer_calls).items() if count > 1]

@@ -6,8 +6,9 @@ Inception Architecture", section 7; z-loss after Chowdhery et al. 2022, "PaLM", 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +17,23 @@ from torch import Tensor
 
 from trainer.distributed.collectives import Group
 from trainer.errors import TesseraError
-
-IGNORE_INDEX = -100
-"""The label of a token that is not predicted."""
+from trainer.tasks.micro_batch import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):
-    """Sums over the predicted tokens of a micro-batch."""
+    """Sums over the targets of a micro-batch."""
 
-    cross_entropy: Tensor
-    """-log p(label): what is reported. Scalar without a gradient."""
+    loss: Tensor
+    """Reported loss, for instance -log p(label). Scalar without a gradient."""
 
     objective: Tensor
-    """What is minimised: the cross entropy with label smoothing, and the z-loss. Scalar."""
+    """Minimized loss, for instance with label smoothing and z-loss. Scalar."""
 
-    per_token: Tensor
-    """The cross entropy of each token, 0 where the label is ignored. The labels' shape, without a gradient."""
+    per_target: Tensor
+    """Reported loss of each label, 0 where it is ignored. The labels' shape, without a gradient."""
+
+    extra: Mapping[str, Tensor] = MappingProxyType({})
+    """Further sums, by the names in `Task.extra_sums`. Scalars without a gradient."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ class VocabularyCrossEntropy:
                 f"the logits have {logits.shape[-1]} columns where this rank's part of the head has {self.width}: the "
                 "model does not compute them with the module that it calls its output embeddings"
             )
-        per_token, objective = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        per_target, objective = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
             logits.flatten(0, -2), labels.flatten(), self
         )
-        return LossSums(per_token.sum(), objective, per_token.view(labels.shape))
+        return LossSums(per_target.sum(), objective, per_target.view(labels.shape))
 
     def _reduced(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.ranks > 1:

@@ -14,6 +14,9 @@ from trainer.units import format_duration
 
 log = logging.getLogger(__name__)
 
+_NOT_METRICS = ("step", "split", "attempt", "loss", "tokens")
+"""Keys of a validation row besides the task's metrics."""
+
 
 def _count(value: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -25,7 +28,8 @@ def _count(value: float) -> str:
 def describe(row: Row, steps: int) -> str:
     """One line for a row of metrics."""
     if row["split"] == "validation":
-        return f"step {row['step']}/{steps}  validation loss {row['loss']:.4f}  perplexity {row['perplexity']:,.2f}"
+        metrics = [f"{name} {value:,.2f}" for name, value in row.items() if name not in _NOT_METRICS]
+        return "  ".join([f"step {row['step']}/{steps}", f"validation loss {row['loss']:.4f}", *metrics])
     norm = "-" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
     waiting = 100 * row["data_wait_seconds"] / max(row["step_seconds"], 1e-9)
     parts = [

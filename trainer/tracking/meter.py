@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -25,11 +24,6 @@ def memory_bytes_max(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinity where that is more than a float holds."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass
@@ -126,6 +120,6 @@ class Meter:
             "split": "validation",
             "attempt": self.attempt,
             "loss": evaluation.loss,
-            "perplexity": perplexity(evaluation.loss),
+            **evaluation.metrics,
             "tokens": evaluation.tokens,
         }

@@ -1,0 +1,177 @@
+"""The task seam: what training, evaluation and export ask of a task, and what a task may ask of a model."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from trainer.config.schema import DataSection
+from trainer.tasks.cross_entropy import LossSums, VocabularyCrossEntropy
+from trainer.tasks.micro_batch import MicroBatch
+
+Ids = npt.NDArray[np.int64]
+"""(T,): the token ids of one sample."""
+
+StoredIds = npt.NDArray[Any]
+"""(T,): token ids in the integer type of their file."""
+
+
+class TokenDocuments(Protocol):
+    """Documents of a token file."""
+
+    bin_path: Path
+
+    @property
+    def lengths(self) -> npt.NDArray[np.signedinteger[Any]]:
+        """(documents,): tokens of each."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+
+    def stream(self, start: int, length: int) -> StoredIds:
+        """Return at most `length` ids from token `start` of all documents in a row."""
+
+    def document(self, number: int, limit: int | None = None) -> StoredIds:
+        """Return at most the first `limit` ids of a document."""
+
+
+class Samples(Protocol):
+    """Samples of a token file, by number."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_truncated(self) -> int:
+        """Documents whose ids are not all read."""
+
+    def ids(self, number: int) -> StoredIds:
+        """Return the ids of a sample, inputs and labels together."""
+
+    def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
+        """Count the predictions in these samples together, without reading them."""
+
+
+class Needs(enum.Enum):
+    """What a task's loss reads from a forward pass."""
+
+    LOGITS = "logits"
+    """The model's output."""
+
+    HIDDEN_AND_HEAD = "hidden states and output embeddings"
+    """The input of the output embeddings, and a function from it to logits. A loss may apply it in chunks of tokens, so
+    that the logits of a micro-batch never exist at once."""
+
+
+@dataclass(frozen=True)
+class Collation:
+    """How samples become a micro-batch."""
+
+    length: int
+    """Inputs of the longest sample."""
+
+    pad_id: int
+    pad_to_multiple_of: int
+    """Of the padded width, unless it is `length`."""
+
+    mask_padding: bool
+    """Whether padding is masked out where the task does not need it to be. Under a causal mask no token attends to the
+    padding after it; a load-balancing loss, which counts all tokens, still needs the mask."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The output of one forward pass, in the form that the task needs."""
+
+    output: ModelOutput
+    """The model's output. Its logits are empty where the head is applied by the loss."""
+
+    hidden: Tensor
+    """(B, T, D): the input of `head`. The logits themselves where the family changes what its head returns."""
+
+    head: Callable[[Tensor], Tensor]
+    """(..., D) -> (..., v): the columns of the logits that this tensor rank holds."""
+
+
+class TaskLoss(NamedTuple):
+    """The contribution of one micro-batch: sums that add up over micro-batches and ranks."""
+
+    loss_sum: Tensor
+    """The reported loss, summed over the targets. fp32 scalar without a gradient."""
+
+    objective: Tensor
+    """The minimized loss, summed over the targets; with label smoothing and z-loss. fp32 scalar."""
+
+    auxiliary: Tensor
+    """The family's own additional loss (load balancing of a mixture), weighted by its coefficient; 0 where there is
+    none. fp32 scalar."""
+
+    target_losses: Tensor
+    """The reported loss of each label, in the labels' shape; 0 where it is ignored. fp32, without a gradient."""
+
+    extra: Mapping[str, Tensor]
+    """Further sums, by the names in `Task.extra_sums`. Scalars without a gradient."""
+
+
+class Task(Protocol):
+    """What a model learns. Implementations are stateless."""
+
+    name: str
+    """Value of `model.task`."""
+
+    auto_class: type[Any]
+    """One of transformers' auto classes: builds a model from its configuration or from files."""
+
+    class_names: Mapping[str, str]
+    """Name of the model class by model type, as transformers maps them."""
+
+    needs: Needs
+    is_causal: bool
+    """Whether the loss at a position must not depend on later inputs, which is probed before the first step."""
+
+    forward_options: Mapping[str, object]
+    """Constant keyword arguments of the forward pass."""
+
+    extra_sums: tuple[str, ...]
+    """Names of the sums beside the loss that `loss` returns and `metrics` reads."""
+
+    def open_samples(self, tokens: TokenDocuments, data: DataSection) -> Samples:
+        """Return the samples of a token file.
+
+        Raises:
+            DataError: if there is not one.
+        """
+
+    def collate(self, rows: Sequence[Ids], collation: Collation) -> MicroBatch:
+        """Collate the ids of samples into one micro-batch."""
+
+    def example_inputs(self, model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+        """Return inputs on the meta device for a forward pass without values.
+
+        Shapes are (batch, length), followed by dimensions of the model.
+        """
+
+    def loss(self, prediction: Prediction, labels: Tensor, cross_entropy: VocabularyCrossEntropy) -> LossSums:
+        """Return the loss of a micro-batch, summed over its targets.
+
+        Args:
+            labels: (B, ...), as `collate` returns them.
+            cross_entropy: of logits, of which this tensor rank may hold some columns only.
+        """
+
+    def metrics(self, loss: float, extra: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of an evaluation.
+
+        Args:
+            loss: mean over all targets.
+            extra: sums over all targets divided by their number, by the names in `extra_sums`.
+        """
