@@ -259,7 +259,7 @@ BAD_INPUTS = [
     Bad("unknown kind of file", 2, ("is of no kind that can be read",), values=train_file("a.pdf"), files={"a.pdf": b"x"}),
     Bad("unknown built-in", 2, ("unknown built-in corpus 'builtin:wikipedia'",), values={"data__train": [{"path": "builtin:wikipedia"}]}),
     Bad("token file without index", 2, ("has no index",), values={**train_file("a.bin"), "data__validation": []}, files={"a.bin": b"x"}),
-    Bad("hub without network", 2, ("'hf://nobody/nothing' cannot be had from the hub",), values={"data__train": [{"path": "hf://nobody/nothing"}]}),
+    Bad("hub without network", 2, ("'hf://nobody/nothing' cannot be loaded from the hub",), values={"data__train": [{"path": "hf://nobody/nothing"}]}),
     Bad("text and tokens in one folder", 2, ("holds both text and token files",), values={"data__train": [{"path": "{tmp}/both"}]}, files={"both/a.txt": b"x", "both/a.bin": b"x", "both/a.idx": b"x"}),
     Bad("tokens without their tokenizer", 2, ("data.tokenizer: required to read",), values=train_file("low.bin"), files={"low.bin": b"{tokens to 300}", "low.idx": b""}),
     Bad("cache that cannot be written", 2, ("data.cache_dir", "cannot be written to"), values={"data__cache_dir": "/proc/nowhere"}),
