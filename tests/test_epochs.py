@@ -87,8 +87,8 @@ def test_schedule_follows_resolved_steps(epochs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
-        ({"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 30}}, "30 is less than the 37 steps"),
-        ({"type": "WSD", "params": {"total_num_steps": "auto", "decay_num_steps": 40}}, "total_num_steps = 37"),
+        ({"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 30}}, "must be at least the 37 steps"),
+        ({"type": "WSD", "params": {"total_num_steps": "auto", "decay_num_steps": 40}}, "warmup_num_steps = 37"),
     ],
 )
 def test_schedule_longer_than_resolved_steps_is_reported(

@@ -230,7 +230,7 @@ def test_dry_run_shows_two_stages_per_rank(tiny: dict[str, Any], tmp_path: Path)
 def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(tiny, parallel__pipeline=2, deepspeed__train_micro_batch_size_per_gpu=8)
     said = dry_run(config, tmp_path).out
-    assert "1 micro-batches on 2 stages: each stage waits for 50% of the time" in said
+    assert "1 micro-batches on 2 pipeline ranks: a bubble of 50%" in said
 
 
 @pytest.mark.parametrize(

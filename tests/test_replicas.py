@@ -298,9 +298,9 @@ def test_command_exits_5_within_verification_interval(base: dict[str, Any], tmp_
     ("values", "world", "expected"),
     [
         ({}, 2, None),
-        ({}, 1, "there is one rank: there is nothing to compare"),
-        (zero(3), 2, "ZeRO 3 keeps one copy of each weight: there is nothing to compare"),
-        ({**zero(3), "parallel__tensor": 2}, 4, "only weights that tensor ranks share are compared"),
+        ({}, 1, "has nothing to compare: there is one rank"),
+        (zero(3), 2, "has nothing to compare: ZeRO 3 keeps one copy of each weight"),
+        ({**zero(3), "parallel__tensor": 2}, 4, "compares only weights replicated over tensor ranks"),
     ],
 )
 def test_layout_without_replicas_warns(

@@ -30,7 +30,7 @@ from tools.parity.compared_config import STEPS, RawConfig
 from tools.parity.gradient_proof import NOISE, blocks_of
 from tools.parity.layout import Layout
 from trainer.config.load import LoadedConfig, check_config
-from trainer.config.model_facts import model_config
+from trainer.config.model_config import model_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather

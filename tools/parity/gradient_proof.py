@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tools.parity.families import CLASSES, Family
 from tools.parity.shrink import MINIMAL, tiny
-from trainer.config.model_facts import make_causal
+from trainer.config.causal_attention import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.pipeline import Stage, refuse_uses_on_other_stages, shared_parameters, stage_bounds, trace_dataflow
