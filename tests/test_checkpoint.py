@@ -55,7 +55,7 @@ from trainer.checkpoint_format import (
     write_items_file,
 )
 from trainer.compat.deepspeed import nvme
-from trainer.compat.deepspeed.optimizer_layouts import _map_file
+from trainer.compat.deepspeed.zero_layouts import map_file
 from trainer.config.deepspeed import is_async_io_available
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
@@ -219,10 +219,10 @@ def test_nvme_state_equals_state_in_memory(
 def test_truncated_swap_file_is_refused(tmp_path: Path) -> None:
     """To map it would fill what is missing with zeros."""
     (tmp_path / "state.swp").write_bytes(b"\0" * 12)
-    assert _map_file(tmp_path / "state.swp", 3, torch.float32).numel() == 3
+    assert map_file(tmp_path / "state.swp", 3, torch.float32).numel() == 3
     for path, size in ((tmp_path / "state.swp", 12), (tmp_path / "absent.swp", 0)):
         with pytest.raises(CheckpointError, match=f"{path.name}: {size} bytes of 16 were written"):
-            _map_file(path, 4, torch.float32)
+            map_file(path, 4, torch.float32)
 
 
 @pytest.mark.fast
