@@ -436,8 +436,8 @@ def _compare_outputs(
             if (
                 actual.shape != expected_tensor.shape
                 and actual.ndim == expected_tensor.ndim
-                and "tensor" in world.groups
+                and world.topology.tensor > 1
             ):
                 dim = next(n for n in range(actual.ndim) if actual.shape[n] != expected_tensor.shape[n])
-                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups["tensor"])), dim)
+                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups.of("tensor"))), dim)
             differences.outputs[key] = _difference(actual, expected_tensor, float(expected_tensor.abs().max()) or 1.0)

@@ -253,7 +253,7 @@ class _PipelineStage:
     ) -> None:
         self._stage, self._world = stage, world
         self._shared = list(shared_parameters([model], parameter_ranks, world))
-        self._ranks = world.topology.group("pipeline")
+        self._ranks = world.topology.ranks_of("pipeline")
         self.is_last = stage.is_last
 
     def loss(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -275,7 +275,7 @@ class _PipelineStage:
 
     def reports(self, report: Any) -> list[Any]:
         found: list[Any] = [None] * len(self._ranks)
-        dist.all_gather_object(found, report, group=self._world.groups["pipeline"])
+        dist.all_gather_object(found, report, group=self._world.groups.of("pipeline"))
         return found
 
     def _send(self, tensors: tuple[Tensor, ...], stage: int) -> None:
@@ -417,9 +417,9 @@ def prove(
                 plan, mapper = Plan([], [], {}), IdentityMapper()
                 if topology.tensor > 1:
                     plan = read_plan(cut, user or {}, topology.tensor, topology.tensor_rank)
-                    group, rank = world.groups["tensor"], topology.tensor_rank
+                    group, rank = world.groups.of("tensor"), topology.tensor_rank
                     mapper = TensorMapper(
-                        cut, plan, group, topology.tensor, rank, world.tensor_subgroup,
+                        cut, plan, group, topology.tensor, rank, world.groups.tensor_subgroup,
                         sequence_parallel=sequence_parallel,
                     )  # fmt: skip
                 stage, parameter_ranks = _staged(family, cut, world) if pipeline > 1 else (None, {})

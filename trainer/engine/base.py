@@ -22,7 +22,6 @@ from trainer.errors import DataError
 from trainer.sharding import Joiner, is_owned
 from trainer.tasks import MicroBatch, Task
 from trainer.tensor_parallel import Mapper
-from trainer.topology import Axis
 
 
 class BaseEngine:
@@ -52,7 +51,7 @@ class BaseEngine:
         self._world, self._mapper, self._task = world, mapper, task
         self._max_grad_norm = max_grad_norm
         self._is_first_step = True
-        self._joiner = Joiner(world.groups.get("tensor"), world.topology.tensor)
+        self._joiner = Joiner(world.groups.of("tensor") if world.topology.tensor > 1 else None, world.topology.tensor)
         self._parameters = [p for p in deepspeed_engine.module.parameters() if p.requires_grad]
         self._norm_parameters = [p for p in self._parameters if is_owned(p) and not is_counted_elsewhere(p)]
         self._reports_loss = world.topology.tensor_rank == 0 and world.topology.stage == loss_stage
@@ -86,11 +85,6 @@ class BaseEngine:
         groups = self.deepspeed_engine.optimizer.param_groups
         return float(next((group for group in groups if group.get("use_muon")), groups[0])["lr"])
 
-    def _model_axes(self) -> list[Axis]:
-        """List the axes along which ranks hold different weights and read the same samples."""
-        axes: tuple[Axis, ...] = ("tensor", "pipeline")
-        return [axis for axis in axes if axis in self._world.groups]
-
     def _check_same_samples(self, micro_batch: MicroBatch) -> None:
         """Check that all ranks of a model-parallel group received the same batch.
 
@@ -102,10 +96,10 @@ class BaseEngine:
         checksum = 0
         for _, tensor in sorted(micro_batch.inputs.items()):
             checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
-        for axis in self._model_axes():
-            ranks = self._world.topology.group(axis)
+        for axis in self._world.topology.shares_samples():
+            ranks = self._world.topology.ranks_of(axis)
             checksums: list[int | None] = [None] * len(ranks)
-            dist.all_gather_object(checksums, checksum, group=self._world.groups[axis])
+            dist.all_gather_object(checksums, checksum, group=self._world.groups.of(axis))
             if len(set(checksums)) > 1:
                 raise DataError(
                     f"rank {self._world.topology.rank}: the ranks {ranks} of a {axis} group read different samples. "
@@ -120,8 +114,8 @@ class BaseEngine:
         """
         norm = nn.utils.get_total_norm([p.grad for p in self._norm_parameters if p.grad is not None])
         squared = norm.square().to(self._world.device)
-        for axis in self._model_axes():
-            dist.all_reduce(squared, group=self._world.groups[axis])
+        for axis in reversed(self._world.topology.shares_samples()):  # the order is part of the rounding
+            dist.all_reduce(squared, group=self._world.groups.of(axis))
         norm = squared.sqrt()
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)

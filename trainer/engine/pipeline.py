@@ -185,7 +185,7 @@ class PipelineEngine(BaseEngine):
         Of the pipeline ranks that hold a weight, the first one broadcasts it.
         """
         topology = self._world.topology
-        ranks, group = topology.group("pipeline"), self._world.groups["pipeline"]
+        ranks, group = topology.ranks_of("pipeline"), self._world.groups.of("pipeline")
         local = local_parameters(self.models)
         dtype = next(iter(self._pipeline.module.parameters())).dtype
         for name, shape in self._full_shapes():

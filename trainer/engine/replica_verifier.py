@@ -192,7 +192,7 @@ class ReplicaVerifier:
         dist.all_gather_object(
             fragments, [None if replica is None else self._master_fragment(replica) for replica in local]
         )
-        holders_of_masters = [topology.rank] if self._layout.is_replicated else topology.group("data")
+        holders_of_masters = [topology.rank] if self._layout.is_replicated else topology.ranks_of("data")
         contradicted = [
             replica is not None
             and any(
