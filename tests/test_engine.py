@@ -10,12 +10,12 @@ import pytest
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
+from tests.reference_optimizers import scheduled_learning_rates
 from tests.test_model import GPT2, MIXTRAL
 from tests.training_jobs import (
     auxiliary_loss,
     count_events,
     learning_rates,
-    scheduled_learning_rates,
     train,
     train_bare,
 )

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.checkpoint_jobs import read_state, run_jobs
 from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
-from tests.training_jobs import Outcome, learning_rates, scheduled_learning_rates, train, train_bare
+from tests.reference_optimizers import scheduled_learning_rates
+from tests.training_jobs import Outcome, learning_rates, train, train_bare
 from trainer.checkpoint.retention import checkpoint_name
 from trainer.config.deepspeed import weight_decay
 from trainer.config.load import check_config

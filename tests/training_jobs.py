@@ -7,21 +7,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import lr_schedules
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.reference_optimizers import scheduled_learning_rates, torch_optimizer
+from tools.parity.reference import ReferenceStep, load_reference_model, train_reference
 from trainer.config.load import LoadedConfig, check_config
 from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world, local_device
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
-from trainer.model import build_model, build_model_shape, initialize_weights, model_cost
+from trainer.model import build_model, build_model_shape, model_cost
 from trainer.pipeline import assign_stages
 from trainer.topology import Topology
 from trainer.tracking import Meter
@@ -126,123 +125,24 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     whole_batch.pop("gradient_accumulation_steps", None)
     loaded = load_job({**config, "deepspeed": whole_batch}, 1)
     batches = open_batches(loaded, prepared, Topology.of(1, 0))
-    model = build_model(loaded, prepared.tokenizer)
-    model.set_experts_implementation("eager")
-    initialize_weights(model, loaded.config.run.seed)
-    model.train()
-    optimizer = _torch_optimizer(config, model)
-    schedule = scheduled_learning_rates(config, steps)
-    curve = []
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups if schedule else ():
-            group["lr"] = schedule[step - 1] * group["scale"]
-        (micro,) = batches.train.batch_at(step).micro_batches
-        logits = model(**micro.inputs).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100)
-        loss.backward()
-        largest = config["deepspeed"]["gradient_clipping"] or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((float(loss), float(norm)))
+    model = load_reference_model(loaded, prepared.tokenizer).train()
+    optimizer = torch_optimizer(config, model)
+    rates = scheduled_learning_rates(config, steps)
+
+    def before_update(step: ReferenceStep) -> float | None:
+        for group in optimizer.param_groups if rates else ():
+            group["lr"] = rates[step.number - 1] * group["scale"]
+        return config["deepspeed"]["gradient_clipping"] or None
+
+    taken = train_reference(
+        model,
+        optimizer,
+        (batches.train.batch_at(step).micro_batches for step in range(1, steps + 1)),
+        loaded.config.training,
+        before_update=before_update,
+    )
+    curve = [(step.loss, step.grad_norm) for step in taken]
     return curve, {name: p.detach().numpy() for name, p in model.named_parameters()}, None
-
-
-def _torch_optimizer(config: dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
-    section = config["deepspeed"]["optimizer"]
-    params = dict(section["params"])
-    optimizer_class = {"Lion": Lion, "Muon": Muon}.get(section["type"]) or getattr(torch.optim, section["type"])
-    if optimizer_class is torch.optim.AdamW:
-        params.setdefault("weight_decay", 0.0)  # DeepSpeed's default; torch's is 0.01
-    return optimizer_class(_torch_groups(config, model), **params)
-
-
-def scheduled_learning_rates(config: dict[str, Any], steps: int) -> list[float]:
-    """The unscaled rates of the configuration's schedule, from its class alone; none without a schedule."""
-    section = config["deepspeed"].get("scheduler")
-    if section is None:
-        return []
-    alone = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config["deepspeed"]["optimizer"]["params"]["lr"])
-    source = lr_schedules if hasattr(lr_schedules, section["type"]) else torch.optim.lr_scheduler
-    schedule = getattr(source, section["type"])(alone, **section["params"])
-    learning_rates = []
-    for _ in range(steps):
-        learning_rates.append(alone.param_groups[0]["lr"])
-        alone.step()
-        schedule.step()
-    return learning_rates
-
-
-def _torch_groups(config: dict[str, Any], model: torch.nn.Module) -> list[dict[str, Any]]:
-    """A group for each weight, by rules of its own: of the models here, all biases and norms are called so."""
-    training, rate = config["training"], config["deepspeed"]["optimizer"]["params"]["lr"]
-    exclude = training.get("weight_decay_exclude", ["*bias", "*norm.weight"])
-    groups = []
-    for name, parameter in model.named_parameters():
-        scales = training.get("learning_rate_scales", {}).items()
-        scale = next((factor for pattern, factor in scales if fnmatchcase(name, pattern)), 1.0)
-        group: dict[str, Any] = {"params": [parameter], "lr": rate * scale, "scale": scale, "name": name}
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
-            group["weight_decay"] = 0.0
-        groups.append(group)
-    return groups
-
-
-class Lion(torch.optim.Optimizer):
-    """Chen et al. 2023, algorithm 2: the sign of an interpolated momentum, with decoupled weight decay."""
-
-    def __init__(self, params: Any, lr: float, betas: list[float], weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            first, second = group["betas"]
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                update = (first * momentum + (1 - first) * p.grad).sign()
-                p -= group["lr"] * (update + group["weight_decay"] * p)
-                momentum.mul_(second).add_(p.grad, alpha=1 - second)
-
-
-class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024: the orthogonalised momentum of each matrix, by five Newton-Schulz iterations, with AdamW for
-    embeddings, the head and vectors. As DeepSpeed has it: momentum is an exponential average, with Nesterov's look
-    ahead, and tall matrices' updates are scaled by sqrt(rows / columns)."""
-
-    def __init__(
-        self, params: Any, lr: float, momentum: float, weight_decay: float, adam_lr: float,
-        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10,
-    ) -> None:  # fmt: skip
-        for group in params:
-            name, (parameter,) = group["name"], group["params"]
-            group["matrix"] = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-            group["lr"] = group["scale"] * (lr if group["matrix"] else adam_lr)
-        super().__init__(params, {"momentum": momentum, "weight_decay": weight_decay})
-        adam = [group for group in self.param_groups if not group["matrix"]]
-        self._adam = torch.optim.AdamW(adam, betas=betas, eps=eps, weight_decay=weight_decay)
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        self._adam.step()
-        for group in self.param_groups:
-            if group["matrix"]:
-                (p,) = group["params"]
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(momentum, group["momentum"])) * max(1, p.shape[0] / p.shape[1]) ** 0.5
-                p -= group["lr"] * (update + group["weight_decay"] * p)
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """U S V^T with all of S near 1."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
@@ -356,9 +256,9 @@ def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, Even
         batch = next(steps)
         with _counting(plain):
             for micro in batch.micro_batches:
-                loss = engine.deepspeed_engine(micro.labels, **micro.inputs)
-                engine.deepspeed_engine.backward(loss.objective)
-                engine.deepspeed_engine.step()
+                loss = engine._engine(micro.labels, **micro.inputs)
+                engine._engine.backward(loss.objective)
+                engine._engine.step()
         steps.close()
     return quiet, logging, plain
 
@@ -370,7 +270,7 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
         batches, engine, _ = _start(config, launch, world)
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
-        shared = {name for name, stages in engine.stages_of_shared_weights.items() if len(stages) > 1}
+        shared = {name for name, stages in engine._parameter_ranks.items() if len(stages) > 1}
         held = (pair for own in engine.models for pair in own.named_parameters())
         return {name: parameter.detach().float().numpy() for name, parameter in held if name in shared}
 

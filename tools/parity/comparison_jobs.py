@@ -9,37 +9,38 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.schedule import OptimizerStep
 from deepspeed.utils import safe_get_full_grad
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tools.parity.compared_config import STEPS, RawConfig
+from tools.parity.dropout import disable_dropout
 from tools.parity.gradient_proof import NOISE, blocks_of
 from tools.parity.layout import Layout
+from tools.parity.reference import ReferenceStep, load_reference_model, scaled_sgd, train_reference
 from trainer.config.load import LoadedConfig, check_config
-from trainer.config.model_config import model_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather
-from trainer.engine import Engine, start_engine
+from trainer.engine import start_engine
+from trainer.engine.pipeline import PipelineEngine
+from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError, Problem, TesseraError
-from trainer.model import build_model, build_model_shape, initialize_weights
+from trainer.model import build_model, build_model_shape
 from trainer.pipeline import assign_stages
 from trainer.sharding import shard_of
-from trainer.tasks import IGNORE_INDEX, MicroBatch, auxiliary_coefficient, count_targets
-from trainer.tensor_parallel import choose_experts_implementation
+from trainer.tasks import IGNORE_INDEX, MicroBatch, count_targets
 from trainer.topology import Topology
 
 _SEED = 2026
@@ -124,22 +125,6 @@ class RankDifferences:
     outputs: dict[str, float]
 
 
-def without_dropout(model: PreTrainedModel) -> list[str]:
-    """Sets every rate of dropout (and of a router's noise) in the model to 0. Returns those that were not."""
-    differences = []
-    parts = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", None) or {}]
-    holders: list[Any] = [model.config, *(part for part in parts if part is not None), *model.modules()]
-    for holder in holders:
-        for key, value in list(vars(holder).items()):
-            is_rate = key == "p" and isinstance(holder, nn.modules.dropout._DropoutNd)
-            drops = is_rate or "drop" in key or "jitter" in key
-            if drops and isinstance(value, float) and value > 0:
-                setattr(holder, key, 0.0)
-                if not isinstance(holder, nn.Module):
-                    differences.append(f"{key} {value:g}")
-    return list(dict.fromkeys(differences))
-
-
 class BlockOutputs:
     """Keeps what the outermost blocks put out in the first forward pass of a step."""
 
@@ -190,54 +175,6 @@ def _floating_tensors(output: Any) -> Iterator[Tensor]:
             yield from _floating_tensors(item)
 
 
-def load_reference_model(loaded: LoadedConfig) -> PreTrainedModel:
-    """The plain Hugging Face model with its weights; pretrained ones read by transformers itself."""
-    if loaded.initialize == "random":
-        model = build_model(loaded)
-        initialize_weights(model, loaded.config.run.seed)
-        choose_experts_implementation(model, torch.float32)
-        return model
-    path = loaded.config.model.path
-    assert path is not None
-    folder = Path(path).expanduser()
-    read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder) if folder.is_dir() else path,
-        config=model_config(loaded.config.model),
-        attn_implementation=loaded.attention,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    choose_experts_implementation(read, torch.float32)
-    return read
-
-
-def reference_losses(model: PreTrainedModel, micro: MicroBatch, loaded: LoadedConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed cross entropy, summed objective, auxiliary loss) in the words of torch."""
-    options = loaded.config.training
-    output = model(
-        input_ids=micro.inputs["input_ids"], attention_mask=micro.inputs.get("attention_mask"), use_cache=False
-    )
-    logits, labels = output.logits.float().flatten(0, 1), micro.labels.flatten()
-    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    objective = F.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=options.label_smoothing
-    )
-    if options.z_loss:
-        objective = objective + options.z_loss * logits[labels != IGNORE_INDEX].logsumexp(-1).square().sum()
-    auxiliary = getattr(output, "aux_loss", None)
-    if not isinstance(auxiliary, Tensor):
-        return cross_entropy.detach(), objective, torch.zeros(())
-    return cross_entropy.detach(), objective, auxiliary.float() * auxiliary_coefficient(model.config)
-
-
-def learning_rate_scale(name: str, loaded: LoadedConfig) -> float:
-    """The factor of `training.learning_rate_scales` for a weight; 1 where no pattern matches its name."""
-    scales = loaded.config.training.learning_rate_scales
-    patterns = ((re.escape(pattern).replace(r"\*", ".*"), scale) for pattern, scale in scales.items())
-    return next((scale for pattern, scale in patterns if re.fullmatch(pattern, name)), 1.0)
-
-
 def reference(job: ComparisonJob) -> Reference | Refusal:
     """One process, plain torch and Hugging Face: no engine of any kind."""
     try:
@@ -256,42 +193,29 @@ def _reference(job: ComparisonJob) -> Reference:
     model = load_reference_model(loaded)
     if sum(p.numel() for p in model.parameters()) > _LARGE:
         torch.set_num_threads(os.cpu_count() or 1)
-    dropout = without_dropout(model)
+    dropout = disable_dropout(model)
     model.train()
     kept, folder = BlockOutputs(model), Path(job.folder)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses, norms, outputs = [], [], {}
-    rate = clipping = floor = 0.0
-    for step in range(1, STEPS + 1):
-        micro_batches = job.batch(step, loaded)
-        tokens = sum(micro.num_targets for micro in micro_batches)
-        loss = 0.0
-        for micro in micro_batches:
-            cross_entropy, objective, auxiliary = reference_losses(model, micro, loaded)
-            (objective / tokens + auxiliary / len(micro_batches)).backward()
-            loss += float(cross_entropy) / tokens
+    optimizer = scaled_sgd(model, 0.0, loaded.config.training)
+    scale = _StepScale()
+    outputs: dict[str, Tensor] = {}
+
+    def before_update(step: ReferenceStep) -> float:
+        _require_finite(step)
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        norm = float(nn.utils.get_total_norm(list(gradients.values())))
-        if not (math.isfinite(loss) and math.isfinite(norm) and norm > 0):
-            raise ConfigError(Problem("model", f"in step {step} one process computes a loss of {loss} and a gradient "
-                                      f"norm of {norm}, on random tokens", "Nothing can be compared"))  # fmt: skip
-        if step == 1:
-            # Clipping bites, and a step lowers the loss by a tenth, to first order.
-            clipping = norm / 2
-            rate = 0.1 * loss / (clipping * norm)
-            floor = NOISE * max(float(g.abs().max()) for g in gradients.values())
+        if step.number == 1:
+            scale.choose(step, gradients)
+            for group in optimizer.param_groups:
+                group["lr"] = scale.rate * group["scale"]
             save_file({name: g.contiguous() for name, g in gradients.items()}, folder / "gradients.safetensors")
-        if step < STEPS:
-            outputs |= {key: tensor.contiguous() for key, tensor in kept.of_step(step)}
-        nn.utils.clip_grad_norm_(trained.values(), clipping)
-        with torch.no_grad():
-            for name, p in trained.items():
-                if p.grad is not None:
-                    p -= rate * learning_rate_scale(name, loaded) * p.grad
-                p.grad = None
-        losses.append(loss)
-        norms.append(norm)
+        if step.number < STEPS:
+            outputs.update({key: tensor.contiguous() for key, tensor in kept.of_step(step.number)})
+        return scale.clipping
+
+    batches = (job.batch(step, loaded) for step in range(1, STEPS + 1))
+    steps = train_reference(model, optimizer, batches, loaded.config.training, before_update=before_update)
     after = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     persistent = model.state_dict()
     buffers = {name: b.detach().clone().contiguous() for name, b in model.named_buffers() if name in persistent}
@@ -300,7 +224,43 @@ def _reference(job: ComparisonJob) -> Reference:
     scales = _scales(before, after)
     count = sum(p.numel() for p in after.values())
     seconds = time.monotonic() - began
-    return Reference(losses, norms, rate, clipping, floor, scales, kept.blocks, list(outputs), count, dropout, seconds)
+    return Reference(
+        losses=[step.loss for step in steps],
+        norms=[step.grad_norm for step in steps],
+        rate=scale.rate,
+        clipping=scale.clipping,
+        floor=scale.floor,
+        scales=scales,
+        blocks=kept.blocks,
+        outputs=list(outputs),
+        parameters=count,
+        dropout=dropout,
+        seconds=seconds,
+    )
+
+
+@dataclass
+class _StepScale:
+    """Learning rate, clipping and the resolution of gradients, chosen after the first backward pass."""
+
+    rate: float = 0.0
+    clipping: float = 0.0
+    floor: float = 0.0
+
+    def choose(self, step: ReferenceStep, gradients: dict[str, Tensor]) -> None:
+        """Let clipping bite, and a step lower the loss by a tenth, to first order."""
+        self.clipping = step.grad_norm / 2
+        self.rate = 0.1 * step.loss / (self.clipping * step.grad_norm)
+        self.floor = NOISE * max(float(gradient.abs().max()) for gradient in gradients.values())
+
+
+def _require_finite(step: ReferenceStep) -> None:
+    if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm) and step.grad_norm > 0):
+        reason = (
+            f"in step {step.number} one process computes a loss of {step.loss} and a gradient norm of "
+            f"{step.grad_norm}, on random tokens"
+        )
+        raise ConfigError(Problem("model", reason, "Nothing can be compared"))
 
 
 def _scales(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
@@ -328,29 +288,23 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
     with joined_world(launch, topology, seed=_SEED) as world:
         loaded = check_config(job.raw, world_size=launch.world_size, device="cpu")
         model = build_model(loaded)
-        without_dropout(model)
+        disable_dropout(model)
         engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
         kept = [BlockOutputs(model_part) for model_part in engine.models]
         differences = RankDifferences([], [], {}, {}, {})
-
-        def compare_gradients() -> None:
-            _compare_gradients(engine.models, job, expected, differences)
-
+        _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, differences))
         for step in range(1, STEPS + 1):
             micro_batches = job.batch(step, loaded)
             model_part = tuple(micro_batches[topology.data_rank :: topology.data])
             tokens = sum(micro.num_targets for micro in micro_batches)
-            result = engine.train_step(
-                StepBatch(model_part, tokens, job.micro_batches * job.samples),
-                before_update=compare_gradients if step == 1 else None,
-            )
+            result = engine.train_step(StepBatch(model_part, tokens, job.micro_batches * job.samples))
             total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
             differences.losses.append(_relative(total / tokens, expected.losses[step - 1]))
             differences.norms.append(_relative(norm, expected.norms[step - 1]))
             if step < STEPS and topology.data_rank == 0:
                 _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, differences)
-        _compare_parameters(engine, world, job, expected, differences)
+        _compare_parameters(engine, job, expected, differences)
         return differences
 
 
@@ -368,14 +322,39 @@ def _difference(actual: Tensor, expected_tensor: Tensor, scale: float) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
+def _after_first_backward(engine: PlainEngine | PipelineEngine, look: Callable[[], None]) -> None:
+    """Calls `look` when the gradients of the first optimizer step are complete, and not yet clipped."""
+    if isinstance(engine, PipelineEngine):
+        instructions = engine._engine._INSTRUCTION_MAP
+        step = instructions[OptimizerStep]
+
+        def looking(*args: Any, **kwargs: Any) -> Any:
+            instructions[OptimizerStep] = step
+            look()
+            return step(*args, **kwargs)
+
+        instructions[OptimizerStep] = looking
+        return
+    backward = engine._engine.backward
+
+    def looking_behind(*args: Any, **kwargs: Any) -> Any:
+        result = backward(*args, **kwargs)
+        if engine._engine.is_gradient_accumulation_boundary():
+            engine._engine.backward = backward
+            look()
+        return result
+
+    engine._engine.backward = looking_behind
+
+
 @torch.no_grad()
 def _compare_gradients(
-    models: list[nn.Module], job: ComparisonJob, expected: Reference, differences: RankDifferences
+    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
     """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
         reference_names = set(file.keys())
-        for name, parameter in (pair for model in models for pair in model.named_parameters()):
+        for name, parameter in (pair for model_part in engine.models for pair in model_part.named_parameters()):
             if not parameter.requires_grad:
                 continue
             shard = shard_of(parameter)
@@ -399,15 +378,15 @@ def _compare_gradients(
 
 @torch.no_grad()
 def _compare_parameters(
-    engine: Engine, world: World, job: ComparisonJob, expected: Reference, differences: RankDifferences
+    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
     """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
-    parameters = (parameter for model in engine.models for parameter in model.parameters())
-    elsewhere = {shard.name for p in parameters if not p.requires_grad and (shard := shard_of(p)) is not None}
+    module = engine._engine.module
+    elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
         reference_names = set(file.keys())
         for name, actual in engine.full_weights():
-            if name in elsewhere and world.topology.tensor_rank:
+            if name in elsewhere and engine._world.topology.tensor_rank:
                 continue
             if name not in reference_names:
                 differences.parameters[name] = math.inf
@@ -436,8 +415,8 @@ def _compare_outputs(
             if (
                 actual.shape != expected_tensor.shape
                 and actual.ndim == expected_tensor.ndim
-                and world.topology.tensor > 1
+                and "tensor" in world.groups
             ):
                 dim = next(n for n in range(actual.ndim) if actual.shape[n] != expected_tensor.shape[n])
-                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups.of("tensor"))), dim)
+                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups["tensor"])), dim)
             differences.outputs[key] = _difference(actual, expected_tensor, float(expected_tensor.abs().max()) or 1.0)

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tools.parity.dropout import disable_config_dropout, parts_of
 from tools.parity.families import CLASSES, Family
+from tools.parity.reference import auxiliary_loss, loss_sums
 from tools.parity.shrink import MINIMAL, tiny
-from trainer.config.causal_attention import make_causal
+from tools.parity.stage_runner import PipelineStage, SingleStage
+from trainer.config.model_facts import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
-from trainer.pipeline import Stage, refuse_uses_on_other_stages, shared_parameters, stage_bounds, trace_dataflow
+from trainer.pipeline import Stage, refuse_uses_on_other_stages, stage_bounds, trace_dataflow
 from trainer.sharding import Shard, fill_remote_with_zeros, shard_of, wildcard_name
-from trainer.tasks import auxiliary_coefficient
 from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, read_plan
 from trainer.topology import Topology
 
@@ -79,20 +80,16 @@ def tiny_config(family: Family) -> PreTrainedConfig:
     config = tiny(family.model_type, **family.fields)
     if family.task == "causal_lm":
         make_causal(config)
-    _without_dropout(config)
+    disable_config_dropout(config)
+    _return_router_logits(config)
     return config
 
 
-def _without_dropout(config: Any) -> None:
-    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
-    for part in (config, *parts):
-        for key, value in list(vars(part).items()) if part is not None else []:
-            if "drop" in key and isinstance(value, float):
-                setattr(part, key, 0.0)
-            if key == "output_router_logits":
-                setattr(part, key, True)
-            if key == "use_cache":
-                setattr(part, key, False)
+def _return_router_logits(config: PreTrainedConfig) -> None:
+    for part in parts_of(config):
+        for key, value in (("output_router_logits", True), ("use_cache", False)):
+            if key in vars(part):
+                setattr(part, key, value)
 
 
 def _signature(model: nn.Module) -> tuple[set[str], set[tuple[str, str]]]:
@@ -199,13 +196,6 @@ def _inputs(family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Ten
     return inputs, labels
 
 
-def _auxiliary(model: PreTrainedModel, output: Any) -> Tensor | float:
-    loss = getattr(output, "aux_loss", None)
-    if not isinstance(loss, Tensor):
-        return 0.0
-    return loss * auxiliary_coefficient(model.config)
-
-
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """The model's blocks: what lies in a list of modules."""
     return {
@@ -229,70 +219,6 @@ def _seed_every_block(model: nn.Module) -> None:
         block.register_forward_pre_hook(seeded(zlib.crc32(name.encode())))
 
 
-class _SingleStage:
-    """The whole model on every tensor rank."""
-
-    is_last = True
-
-    def loss(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Forward and backward; the loss, detached."""
-        loss = compute()
-        loss.backward()
-        return loss.detach()
-
-    def reports(self, report: Any) -> list[Any]:
-        """What the stages have to say, each its own."""
-        return [report]
-
-
-class _PipelineStage:
-    """One stage of a model, which speaks with its neighbours."""
-
-    def __init__(
-        self, model: PreTrainedModel, stage: Stage, parameter_ranks: dict[str, tuple[int, ...]], world: World
-    ) -> None:
-        self._stage, self._world = stage, world
-        self._shared = list(shared_parameters([model], parameter_ranks, world))
-        self._ranks = world.topology.ranks_of("pipeline")
-        self.is_last = stage.is_last
-
-    def loss(self, compute: Callable[[], Tensor]) -> Tensor:
-        received = () if self._stage.is_first else self._receive(self._stage.number - 1)
-        result = self._stage.run(compute, tuple(tensor.clone() for tensor in received))  # as DeepSpeed does
-        if isinstance(result, Tensor):
-            result.backward()
-        else:
-            self._send(result, self._stage.number + 1)
-            real = tuple(tensor for tensor in result if tensor.is_floating_point())
-            torch.autograd.backward(real, self._receive(self._stage.number + 1))
-        if received:
-            real = tuple(tensor for tensor in received if tensor.is_floating_point())
-            gradients = tuple(torch.zeros_like(t) if t.grad is None else t.grad.contiguous() for t in real)
-            self._send(gradients, self._stage.number - 1)
-        for parameter, group in self._shared:
-            dist.all_reduce(parameter.grad, group=group)
-        return result.detach() if isinstance(result, Tensor) else torch.zeros(())
-
-    def reports(self, report: Any) -> list[Any]:
-        found: list[Any] = [None] * len(self._ranks)
-        dist.all_gather_object(found, report, group=self._world.groups.of("pipeline"))
-        return found
-
-    def _send(self, tensors: tuple[Tensor, ...], stage: int) -> None:
-        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-        dist.send_object_list([shapes], self._ranks[stage])
-        for tensor in tensors:
-            dist.send(tensor.detach(), self._ranks[stage])
-
-    def _receive(self, stage: int) -> tuple[Tensor, ...]:
-        box: list[Any] = [None]
-        dist.recv_object_list(box, self._ranks[stage])
-        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in box[0]]
-        for tensor in tensors:
-            dist.recv(tensor, self._ranks[stage])
-        return tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in tensors)
-
-
 def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, dict[str, tuple[int, ...]]]:
     """This rank's stage of a model, its weights elsewhere gone; and the stages that hold each weight."""
     with torch.device("meta"):
@@ -306,76 +232,102 @@ def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, 
     return stage, stage.drop_remote_parameters()
 
 
+@dataclass
+class _ShardedModel:
+    """A copy of the family's model as this rank trains it."""
+
+    model: PreTrainedModel
+    mapper: Mapper
+    plan: Plan
+    runner: SingleStage | PipelineStage
+
+
 def _compare(
-    family: Family,
-    plain: PreTrainedModel,
-    cut: PreTrainedModel,
-    mapper: Mapper,
-    plan: Plan,
-    topology: Topology,
-    stage_runner: _SingleStage | _PipelineStage,
-    more: dict[str, Tensor],
+    family: Family, plain: PreTrainedModel, sharded: _ShardedModel, topology: Topology, more: dict[str, Tensor]
 ) -> Verdict:
-    """Runs both models forward and backward; on every rank, its own part of each gradient against the plain one."""
+    """Run both models forward and backward, and compare this rank's shard of each gradient with the plain one.
+
+    Collective: all ranks must call it.
+    """
     inputs, labels = _inputs(family, plain)
     inputs |= more
-    for model in (plain, cut):
+    for model in (plain, sharded.model):
         _seed_every_block(model)
-    try:
-        output = plain(**inputs)
-    except Exception as error:  # sizes that a constructor takes and no forward pass can have
-        raise _NotBuilt(f"Hugging Face's own model fails: {type(error).__name__}: {error}".splitlines()[0]) from None
-    logits = output.logits[:, -LENGTH:]  # behind those of an image
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten()) + _auxiliary(plain, output)
-    loss.backward()
-    cross_entropy = mapper.cross_entropy(0.0, 0.0, None)
+    plain_loss = _plain_loss(plain, inputs, labels)
+    plain_loss.backward()  # type: ignore[no-untyped-call]
+    cross_entropy = sharded.mapper.cross_entropy(0.0, 0.0, None)
 
     def compute() -> Tensor:
-        output = cut(**inputs)
-        own = cross_entropy(output.logits[:, -LENGTH:], labels).objective / labels.numel()
-        return own + _auxiliary(cut, output)
+        output = sharded.model(**inputs)
+        objective = cross_entropy(output.logits[:, -LENGTH:], labels).objective / labels.numel()
+        return objective + auxiliary_loss(sharded.model, output)
 
-    own = stage_runner.loss(compute)
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    floor = NOISE * max(float(g.abs().max()) for g in expected.values() if g is not None)
-    if not (math.isfinite(floor) and bool(loss.isfinite())):
+    stage_loss = sharded.runner.loss(compute)
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    floor = NOISE * max(float(g.abs().max()) for g in gradients.values() if g is not None)
+    if not (math.isfinite(floor) and bool(plain_loss.isfinite())):
         raise _NotBuilt("Hugging Face's own model computes a loss or a gradient that is not finite")
+    worst = _largest(_gradient_errors(sharded.model, gradients, floor), topology.world_size)
+    losses = (float(plain_loss.detach()), float(sum(sharded.runner.reports(stage_loss))))
+    verdict = Verdict(str(family), topology.world_size, "right", loss=losses)
+    verdict.worst_name, verdict.worst = max(worst.items(), key=lambda item: item[1])
+    _describe_plan(verdict, plain, sharded.plan)
+    trained = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    _judge(verdict, worst, trained, is_sharded=topology.tensor > 1)
+    return verdict
+
+
+def _plain_loss(model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    try:
+        output = model(**inputs)
+    except Exception as error:  # sizes that a constructor takes and no forward pass can have
+        raise _NotBuilt(f"Hugging Face's own model fails: {type(error).__name__}: {error}".splitlines()[0]) from None
+    _, objective = loss_sums(output.logits[:, -LENGTH:], labels)  # after those of an image
+    return objective / labels.numel() + auxiliary_loss(model, output)
+
+
+def _gradient_errors(model: nn.Module, gradients: dict[str, Tensor | None], floor: float) -> dict[str, float]:
+    """Return the largest difference of each local gradient, as a share of the plain one's largest element."""
     errors: dict[str, float] = {}
-    for name, parameter in cut.named_parameters():
+    for name, parameter in model.named_parameters():
         shard = shard_of(parameter) or Shard.full(name, parameter.shape, owner=True)
         if not parameter.requires_grad:
             continue
-        wanted = expected[shard.name]
-        wanted = torch.zeros(shard.full_shape) if wanted is None else wanted
-        got = torch.zeros(shard.local_shape()) if parameter.grad is None else parameter.grad
-        error = float((got - shard.extract(wanted)).abs().max()) / max(float(wanted.abs().max()), floor)
+        plain = gradients[shard.name]
+        expected = torch.zeros(shard.full_shape) if plain is None else plain
+        actual = torch.zeros(shard.local_shape()) if parameter.grad is None else parameter.grad
+        error = float((actual - shard.extract(expected)).abs().max()) / max(float(expected.abs().max()), floor)
         # A weight may lie in several parameters, and a maximum passes over what is not a number.
         errors[shard.name] = max(errors.get(shard.name, 0.0), error if math.isfinite(error) else math.inf)
-    gathered: list[Any] = [None] * topology.world_size
+    return errors
+
+
+def _largest(errors: dict[str, float], world_size: int) -> dict[str, float]:
+    """Return the largest error of each name over all ranks. Collective: all ranks must call it."""
+    gathered: list[dict[str, float]] = [{}] * world_size
     dist.all_gather_object(gathered, errors)
-    own = sum(stage_runner.reports(own))
-    worst: dict[str, float] = {}
-    for found in gathered:
-        for name, error in found.items():
-            worst[name] = max(worst.get(name, 0.0), error)
-    verdict = Verdict(str(family), topology.world_size, "right", loss=(float(loss.detach()), float(own)))
-    verdict.worst_name, verdict.worst = max(worst.items(), key=lambda item: item[1])
+    names = {name for of_rank in gathered for name in of_rank}
+    return {name: max(of_rank.get(name, 0.0) for of_rank in gathered) for name in names}
+
+
+def _describe_plan(verdict: Verdict, plain: PreTrainedModel, plan: Plan) -> None:
     blocks = blocks_of(plain)
     verdict.share_cut = plan.sharded_fraction(blocks)
     verdict.share_without_gradient = _share_without_gradient(plain)
     verdict.whole = {
-        wildcard_name(p.name): p.style.argument or str(p.style)
-        for p in plan.entries
-        if len(p.shape) > 1 and not p.is_sharded and any(p.name.startswith(f"{block}.") for block in blocks)
+        wildcard_name(entry.name): entry.style.argument or str(entry.style)
+        for entry in plan.entries
+        if len(entry.shape) > 1 and not entry.is_sharded and any(entry.name.startswith(f"{block}.") for block in blocks)
     }
-    missing = {name for name, parameter in plain.named_parameters() if parameter.requires_grad} - worst.keys()
-    wrong = {wildcard_name(name) for name, error in worst.items() if not error <= TOLERANCE} | set(missing)
+
+
+def _judge(verdict: Verdict, worst: dict[str, float], trained: set[str], *, is_sharded: bool) -> None:
+    wrong = {wildcard_name(name) for name, error in worst.items() if not error <= TOLERANCE}
+    wrong |= trained - worst.keys()
     if wrong or not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", ", ".join(sorted(wrong)[:4])
-    elif (topology.tensor > 1 and verdict.share_cut < 0.9) or verdict.share_without_gradient > 0.05:
+    elif (is_sharded and verdict.share_cut < 0.9) or verdict.share_without_gradient > 0.05:
         verdict.outcome = "partly"
-    return verdict
 
 
 def _share_without_gradient(model: nn.Module) -> float:
@@ -408,34 +360,45 @@ def prove(
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size // pipeline, pipeline=pipeline)
     with joined_world(launch, topology, seed=1) as world:
-        found = []
-        mapper: Mapper
+        verdicts = []
         for family in families:
             try:
                 plain = reference_model(family, like_default=like_default).to(dtype)
-                cut = copy.deepcopy(plain)
-                plan, mapper = Plan([], [], {}), IdentityMapper()
-                if topology.tensor > 1:
-                    plan = read_plan(cut, user or {}, topology.tensor, topology.tensor_rank)
-                    group, rank = world.groups.of("tensor"), topology.tensor_rank
-                    mapper = TensorMapper(
-                        cut, plan, group, topology.tensor, rank, world.groups.tensor_subgroup,
-                        sequence_parallel=sequence_parallel,
-                    )  # fmt: skip
-                stage, parameter_ranks = _staged(family, cut, world) if pipeline > 1 else (None, {})
-                mapper.shard_parameters(cut.parameters())
-                mapper.install()
-                stage_runner: _SingleStage | _PipelineStage = _SingleStage()
-                if stage is not None:
-                    stage.install()
-                    fill_remote_with_zeros(cut, torch.device("cpu"), dtype)
-                    stage_runner = _PipelineStage(cut, stage, parameter_ranks, world)
-                found.append(_compare(family, plain, cut, mapper, plan, topology, stage_runner, more or {}))
+                sharded = _shard(family, copy.deepcopy(plain), world, user or {}, sequence_parallel=sequence_parallel)
+                verdicts.append(_compare(family, plain, sharded, topology, more or {}))
             except _NotBuilt as error:
-                found.append(Verdict(str(family), topology.world_size, "not built", str(error)))
+                verdicts.append(Verdict(str(family), topology.world_size, "not built", str(error)))
             except ConfigError as error:
-                found.append(Verdict(str(family), topology.world_size, "refused", str(error.problems[0])))
-        return found
+                verdicts.append(Verdict(str(family), topology.world_size, "refused", str(error.problems[0])))
+        return verdicts
+
+
+def _shard(
+    family: Family, model: PreTrainedModel, world: World, user: dict[str, str], *, sequence_parallel: bool
+) -> _ShardedModel:
+    """Make a model this rank's shard of its stage. Collective: all ranks must call it."""
+    topology = world.topology
+    plan: Plan = Plan([], [], {})
+    mapper: Mapper = IdentityMapper()
+    if topology.tensor > 1:
+        plan = read_plan(model, user, topology.tensor, topology.tensor_rank)
+        mapper = TensorMapper(
+            model,
+            plan,
+            world.groups["tensor"],
+            topology.tensor,
+            topology.tensor_rank,
+            world.tensor_subgroup,
+            sequence_parallel=sequence_parallel,
+        )
+    stage, parameter_ranks = _staged(family, model, world) if topology.pipeline > 1 else (None, {})
+    mapper.shard_parameters(model.parameters())
+    mapper.install()
+    if stage is None:
+        return _ShardedModel(model, mapper, plan, SingleStage())
+    stage.install()
+    fill_remote_with_zeros(model, torch.device("cpu"), next(model.parameters()).dtype)
+    return _ShardedModel(model, mapper, plan, PipelineStage(model, stage, parameter_ranks, world))
 
 
 def outcome_counts(verdicts: list[Verdict]) -> Iterator[str]:

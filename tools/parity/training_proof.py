@@ -12,7 +12,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +20,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tools.parity.compared_config import RawConfig
-from tools.parity.comparison_jobs import learning_rate_scale, load_reference_model, reference_losses
+from tools.parity.dropout import without_dropout
 from tools.parity.families import Family
 from tools.parity.gradient_proof import TOLERANCE, Verdict, tiny_config
 from tools.parity.layout import Layout
+from tools.parity.reference import held_out_loss, load_reference_model, scaled_sgd, train_reference
 from tools.parity.text import last_line
 from tools.ranks import run_command, run_ranks
-from trainer.config.load import LoadedConfig, load_config
-from trainer.config.model_config import model_config, scrub
-from trainer.config.model_facts import model_facts
+from trainer.config.load import load_config
+from trainer.config.model_facts import model_config, model_facts, scrub
 from trainer.config.schema import ModelSection
 from trainer.data import open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter, id_type
 from trainer.errors import ConfigError
-from trainer.tasks import MicroBatch
 from trainer.tensor_parallel import has_active_dropout
 from trainer.topology import Topology
 
@@ -68,14 +66,6 @@ def tiny_model(family: Family) -> RawConfig:
     whole = json.loads(tiny_config(family).to_json_string(use_diff=False))
     config = scrub({key: value for key, value in whole.items() if "__float__" not in json.dumps(value)})
     return {"model": {"config": config, "initialize": "random"}}
-
-
-def _without_dropout(value: Any, key: str = "") -> Any:
-    """A model's configuration with every rate of dropout, and of a router's noise, at 0."""
-    if isinstance(value, dict):
-        return {inner: _without_dropout(below, inner) for inner, below in value.items()}
-    drops_out = ("drop" in key or "jitter" in key) and isinstance(value, float)
-    return 0.0 if drops_out else value
 
 
 def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *, length: int = LENGTH) -> Verdict:
@@ -129,7 +119,7 @@ def _write_config(folder: Path, sections: RawConfig, layouts: Sequence[Layout], 
     model = sections["model"]
     raw = {
         **sections,
-        "model": model | {"config": _without_dropout(model["config"])} if model.get("config") else model,
+        "model": model | {"config": without_dropout(model["config"])} if model.get("config") else model,
         "run": {**sections.get("run", {}), "output_dir": str(folder / "run"), "seed": 5},
         "data": {
             "train": [{"path": str(folder / "train.bin")}], "validation": [{"path": str(folder / "validation.bin")}],
@@ -161,8 +151,13 @@ def compare(name: str, path: str) -> Verdict:
     batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0))
     model, run = load_reference_model(loaded).train(), Path(loaded.config.run.output_dir)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for step in range(1, loaded.steps + 1):
-        _step(model, list(batches.train.batch_at(step).micro_batches), loaded)
+    train_reference(
+        model,
+        scaled_sgd(model, RATE, loaded.config.training),
+        (batches.train.batch_at(step).micro_batches for step in range(1, loaded.steps + 1)),
+        loaded.config.training,
+        before_update=lambda step: 1.0,
+    )
     transformers_logging.disable_progress_bar()
     exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(run / "final"), attn_implementation=loaded.attention, dtype=torch.float32, trust_remote_code=False
@@ -170,7 +165,7 @@ def compare(name: str, path: str) -> Verdict:
     verdict = Verdict(name, 1, "right")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reported = [row["loss"] for row in rows if row["split"] == "validation"][-1]
-    verdict.loss = _held_out_loss(exported.eval(), batches.validation, loaded), reported
+    verdict.loss = held_out_loss(exported.eval(), batches.validation, loaded.config.training), reported
     if not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
         verdict.outcome, verdict.reason = "wrong", "the export's held-out loss is not the run's"
     elif has_active_dropout(model):  # the two draw different numbers
@@ -196,27 +191,3 @@ def _compare_weights(
             verdict.worst, verdict.worst_name = error, name
     if not verdict.worst <= _DRIFT:
         verdict.outcome, verdict.reason = "wrong", f"{verdict.worst_name} is not what a bare loop trains"
-
-
-def _tokens(micro_batches: list[MicroBatch]) -> int:
-    return sum(micro.num_targets for micro in micro_batches)
-
-
-def _step(model: PreTrainedModel, micro_batches: list[MicroBatch], loaded: LoadedConfig) -> None:
-    tokens = _tokens(micro_batches)
-    for micro in micro_batches:
-        _, objective, auxiliary = reference_losses(model, micro, loaded)
-        (objective / tokens + auxiliary / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    nn.utils.clip_grad_norm_(trained.values(), 1.0)
-    torch.optim.SGD(
-        [{"params": [p], "lr": RATE * learning_rate_scale(name, loaded)} for name, p in trained.items()]
-    ).step()
-    for p in trained.values():
-        p.grad = None
-
-
-@torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, batches: Any, loaded: LoadedConfig) -> float:
-    micro_batches = list(batches)
-    return sum(float(reference_losses(model, micro, loaded)[0]) for micro in micro_batches) / _tokens(micro_batches)

@@ -1,4 +1,4 @@
-"""Streaming reader of .json files that hold one array of objects."""
+"""Reads a .json file: an array of objects, one element after the other, or one object a line."""
 
 from __future__ import annotations
 
@@ -20,41 +20,40 @@ _decoder = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Element:
-    """One element of the array."""
+    """An element of the array."""
 
     where: str
-    """File, line and element number, for error messages."""
+    """File, line and number, for messages."""
 
     value: Any
     size: int
-    """Length in the file, in characters."""
+    """Characters that it takes in the file."""
 
 
 def is_array(file: Path) -> bool:
-    """Return whether the file holds an array, by its first character.
+    """Whether the file holds an array: its first character is a bracket.
 
     Raises:
         DataError: it begins with neither an array nor an object.
     """
     with open_decompressed(file) as handle:
-        first = Scanner(file, handle, _CHUNK_BYTES).peek()
+        first = _Scanner(file, handle, _CHUNK_BYTES).peek()
     if first not in ("", "[", "{"):
         raise DataError(f"{file}: line 1: expected an array of objects, or one object a line (got {first!r})")
     return first == "["
 
 
 def read_elements(file: Path, max_characters: int) -> Iterator[Element]:
-    """Yield the elements of the array in `file`; memory holds one of them and the read-ahead.
+    """The elements of the array in `file`. No more than one of them is in memory, and what has been read ahead.
 
     Args:
-        file: may be compressed.
-        max_characters: limit on the length of an element.
+        largest: characters of an element at most.
 
     Raises:
-        DataError: the file is not a JSON array; the message names the line.
+        DataError: naming file and line, for what is no JSON array.
     """
     with open_decompressed(file) as handle:
-        text = Scanner(file, handle, max_characters)
+        text = _Scanner(file, handle, max_characters)
         text.expect("[")
         number, separator = 0, text.peek()
         if separator == "]":
@@ -67,30 +66,18 @@ def read_elements(file: Path, max_characters: int) -> Iterator[Element]:
             raise DataError(f"{file}: line {text.line()}: {rest!r} after the end of the array")
 
 
-class Scanner:
-    """Decoded text of a file from the current position; reads more bytes on demand."""
+class _Scanner:
+    """Characters of a file, from the current position on."""
 
     def __init__(self, file: Path, handle: BinaryIO, max_characters: int) -> None:
-        """Start at the beginning of an open file.
-
-        Args:
-            file: its path, for error messages.
-            handle: the file, decompressed.
-            max_characters: limit on the length of an element.
-        """
         self._file, self._handle, self._max_characters = file, handle, max_characters
         self._decode = codecs.getincrementaldecoder("utf-8")()
         self._text, self._position = "", 0
         self._lines = self._counted = 0
-        """Number of line ends before position `_counted` of `_text`."""
-
-    @property
-    def buffer_size(self) -> int:
-        """Number of decoded characters in memory."""
-        return len(self._text)
+        """Line ends before position `_counted` of `_text`."""
 
     def line(self, position: int | None = None) -> int:
-        """Return the line number of the current position, or of `position` in the buffer.
+        """Line number of the current position, or of `position` in the buffer.
 
         Positions must not decrease between calls, so that each character is counted once.
         """
@@ -100,7 +87,7 @@ class Scanner:
         return 1 + self._lines
 
     def _read(self, size: int) -> bool:
-        """Read up to `size` more bytes; return False at the end of the file."""
+        """Read so many bytes more. False at the end of the file."""
         raw = self._handle.read(size)
         self.line()
         self._text, self._position, self._counted = self._text[self._position :], 0, 0
@@ -115,7 +102,7 @@ class Scanner:
         return bool(raw)
 
     def peek(self) -> str:
-        """Return the next character that is not whitespace, without consuming it; empty at the end of the file."""
+        """The next character that is no space; empty at the end."""
         while True:
             while self._position < len(self._text) and self._text[self._position] in _WHITESPACE:
                 self._position += 1
@@ -125,7 +112,7 @@ class Scanner:
                 return ""
 
     def expect(self, characters: str) -> str:
-        """Consume one of these characters and return it."""
+        """Pass one of these characters, and return it."""
         next_character = self.peek()
         if not next_character or next_character not in characters:
             wanted = " or ".join(repr(character) for character in characters)
@@ -135,11 +122,7 @@ class Scanner:
         return next_character
 
     def read_element(self, number: int) -> Element:
-        """Consume one value.
-
-        While the value is incomplete, the buffer is doubled and parsed again from the start of the value, so the total
-        time is linear in its length.
-        """
+        """Pass one value. Where it is incomplete, as much again is read as there is, so that the time is linear."""
         self.peek()
         while True:
             where = f"{self._file}: line {self.line()} (element {number})"

@@ -281,10 +281,10 @@ def build_mapper(
     return TensorMapper(
         model,
         plan,
-        world.groups.of("tensor"),
+        world.groups["tensor"],
         place.tensor,
         place.tensor_rank,
-        world.groups.tensor_subgroup,
+        world.tensor_subgroup,
         sequence_parallel=sequence_parallel,
         dtype=dtype,
     )

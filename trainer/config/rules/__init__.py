@@ -1,25 +1,23 @@
-"""Rules across keys and sections, by subject. Each has a failing example in the tests.
+"""What no single key can see: rules across sections, in one table. Each has a failing example in the tests.
 
-Importing a module of this package registers its rules.
+A module for each theme adds its rules to the table when it is imported here.
 """
 
-from trainer.config.rules import data, layout, model, offload, optimizer, output, schedule, warnings
-from trainer.config.rules.registry import RULES, WARNINGS, Device, Draft, Processes, Rule, TrainingLength
+from trainer.config.rules import data, layout, model, offload, optimizer, schedule, secrets
+from trainer.config.rules.registry import RULES, Device, Draft, Rule
+from trainer.config.rules.warnings import configuration_warnings
 
 __all__ = [
     "RULES",
-    "WARNINGS",
     "Device",
     "Draft",
-    "Processes",
     "Rule",
-    "TrainingLength",
+    "configuration_warnings",
     "data",
     "layout",
     "model",
     "offload",
     "optimizer",
-    "output",
     "schedule",
-    "warnings",
+    "secrets",
 ]
