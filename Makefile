@@ -11,7 +11,7 @@ PIP     := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 COMMA   := ,
 step     = @echo; echo '--- $(1) ---'
 
-.PHONY: help install quickstart test check matrix soak bench schema clean
+.PHONY: help install quickstart test check matrix soak mutants bench schema clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ matrix: $(VENV)/.installed-test  ## the long tests
 soak: $(VENV)/.installed-test  ## runs killed at random instants, over and over (about half an hour on 2 cores)
 	$(PY) -m pytest -m soak
 
+mutants: $(VENV)/.installed-test  ## small faults in trainer/, which the fast tests must detect (under 40 minutes on 2 cores)
+	$(PY) -m tools.mutants
+
 bench: $(VENV)/.installed-dev  ## every figure of the README (about a quarter of an hour on 2 cores)
 	$(PIP) -q -e '.[bench]'
 	$(PY) -m tools.bench data
@@ -57,7 +60,7 @@ bench: $(VENV)/.installed-dev  ## every figure of the README (about a quarter of
 	$(PY) -m tools.bench guards
 	$(PY) -m tools.bench overhead
 
-schema: $(VENV)/.installed  ## write ds_configs/schema.json and docs/configuration.md
+schema: $(VENV)/.installed  ## write ds_configs/schema.json anew
 	$(PY) -m tools.schema
 
 clean:  ## remove what the tools leave behind; runs/ and the virtual environment stay
