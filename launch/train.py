@@ -90,6 +90,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     from trainer.pipeline import assign_stages
     from trainer.topology import Topology
     from trainer.tracking import Meter, open_trackers
+    from trainer.update import Synchronous
 
     config = loaded.config
     shape = build_model_shape(loaded)
@@ -110,7 +111,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
         checkpoints = Checkpoints(
             loaded, run.directory, world, batches.fingerprint, describe_model(model), batches.evaluated_samples
         )
-        engine = start_engine(model, loaded, world, stages, blank=checkpoints.found)
+        engine = Synchronous().wrap(start_engine(model, loaded, world, stages, blank=checkpoints.found), world)
         if not checkpoints.found:
             verify_causality(loaded, world, engine, batches.train)
         progress, directory = checkpoints.restore(engine), checkpoints.directory

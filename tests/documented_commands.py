@@ -87,7 +87,7 @@ COMMANDS: dict[str, Run] = {
     "python -m tools.bench checkpoint": Run(add=("--quick", "--folder", "."), matrix=True),
     "python -m tools.bench replicas": _QUICK,
     "python -m tools.bench guards": _QUICK,
-    "python -m tools.schema": Run(says=("schema.json written",)),
+    "python -m tools.schema": Run(says=("ds_configs/schema.json", "docs/configuration.md")),
     "python -m tools.extensions ShareMemCommBuilder FusedAdamBuilder": Run(matrix=True),
     "python -m tools.extensions CPUAdamBuilder": Run(matrix=True),
 }  # fmt: skip

@@ -24,8 +24,8 @@ def single_tensor_group() -> Iterator[World]:
 def cut(model: PreTrainedModel, world: World, user: dict[str, str] | None = None, **options: Any) -> TensorMapper:
     place = world.topology
     plan = read_plan(model, user or {}, place.tensor, place.tensor_rank)
-    group = world.groups["tensor"]
-    mapper = TensorMapper(model, plan, group, place.tensor, place.tensor_rank, world.tensor_subgroup, **options)
+    group = world.groups.of("tensor")
+    mapper = TensorMapper(model, plan, group, place.tensor, place.tensor_rank, world.groups.tensor_subgroup, **options)
     mapper.shard_parameters(model.parameters())
     mapper.install()
     return mapper

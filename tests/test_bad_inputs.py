@@ -13,9 +13,12 @@ import pytest
 from tests.bad_inputs import BAD_INPUTS, Bad
 from tests.configs import VOCABULARY, with_values
 from tests.harness import run_command
+from trainer.config.load import load_config
 from trainer.config.rules import RULES
 from trainer.data.indexed import IndexedWriter
 from trainer.data.tokenizer import train_tokenizer
+from trainer.errors import ConfigError
+from trainer.sanitize import sanitize_text
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
@@ -50,23 +53,44 @@ def fill_placeholders(value: Any, **names: Path) -> Any:
     return json.loads(text)
 
 
+@pytest.mark.fast
 def test_bad_inputs_table_is_complete() -> None:
     assert len(BAD_INPUTS) >= 40
     assert max(Counter(bad.name for bad in BAD_INPUTS).values()) == 1
 
 
+@pytest.mark.fast
 def test_every_rule_has_failing_example() -> None:
     assert {rule.name for rule in RULES} == {bad.rule for bad in BAD_INPUTS if bad.rule}
 
 
+def write_config(bad: Bad, config: dict[str, Any], folder: Path, tokenizer: Path) -> Path:
+    """Write the files of a row below a folder, and its configuration."""
+    inputs = folder / "input"
+    inputs.mkdir()
+    write_files(bad, inputs)
+    filled = fill_placeholders(with_values(config, **bad.values), tmp=inputs, tokenizer=tokenizer)
+    path = folder / "config.json"
+    path.write_text(json.dumps(filled) if bad.text is None else bad.text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "bad", [bad for bad in BAD_INPUTS if bad.status == 2 and not bad.needs_data], ids=lambda bad: bad.name
+)
+def test_bad_configuration_is_refused_on_loading(bad: Bad, tiny: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(write_config(bad, tiny, tmp_path, tmp_path), world_size=1, device="cpu")
+    count = f"{len(refused.value.problems)} mistakes"
+    message = sanitize_text(f"{count}\n{refused.value}")
+    for words in bad.says:
+        assert words in message
+
+
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
 def test_bad_input_is_refused(bad: Bad, tiny: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
-    folder = tmp_path / "input"
-    folder.mkdir()
-    write_files(bad, folder)
-    config = fill_placeholders(with_values(tiny, **bad.values), tmp=folder, tokenizer=tokenizer)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config) if bad.text is None else bad.text, encoding="utf-8")
+    path = write_config(bad, tiny, tmp_path, tokenizer)
     ended = run_command(TRAIN, "--config", str(path))
     assert ended.status == bad.status, ended.err
     assert "Traceback" not in ended.err

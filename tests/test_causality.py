@@ -23,9 +23,10 @@ from tests.training_jobs import job_topology, load_job
 from trainer import causality
 from trainer.causality import CONTROL, PROBED, Finding, verify_causality
 from trainer.checkpoint_format import read_manifest
+from trainer.config.causal_attention import make_causal
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.config.load import check_config, load_config
-from trainer.config.model_facts import make_causal, model_config
+from trainer.config.model_config import model_config
 from trainer.data import open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer
 from trainer.distributed import Launch, World, joined_world, seed_everything

@@ -55,11 +55,12 @@ from trainer.checkpoint_format import (
     write_items_file,
 )
 from trainer.compat.deepspeed import nvme
-from trainer.compat.deepspeed.optimizer_layouts import _map_file
+from trainer.compat.deepspeed.zero_layouts import map_file
 from trainer.config.deepspeed import is_async_io_available
 from trainer.config.schema import CheckpointSection
 from trainer.distributed import Launch, joined_world
-from trainer.engine import ScalarState, TrainingState
+from trainer.engine import ScalarState
+from trainer.engine.state import DeepSpeedTrainingState
 from trainer.errors import CheckpointError
 from trainer.files import hash_file
 from trainer.sharding import Shard, chunks_of_flat_range, chunks_of_fragment
@@ -219,15 +220,15 @@ def test_nvme_state_equals_state_in_memory(
 def test_truncated_swap_file_is_refused(tmp_path: Path) -> None:
     """To map it would fill what is missing with zeros."""
     (tmp_path / "state.swp").write_bytes(b"\0" * 12)
-    assert _map_file(tmp_path / "state.swp", 3, torch.float32).numel() == 3
+    assert map_file(tmp_path / "state.swp", 3, torch.float32).numel() == 3
     for path, size in ((tmp_path / "state.swp", 12), (tmp_path / "absent.swp", 0)):
         with pytest.raises(CheckpointError, match=f"{path.name}: {size} bytes of 16 were written"):
-            _map_file(path, 4, torch.float32)
+            map_file(path, 4, torch.float32)
 
 
 @pytest.mark.fast
 def test_unaligned_gradients_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvme, "_block_of", lambda folder: 512)
+    monkeypatch.setattr(nvme, "_block_bytes", lambda folder: 512)
     swapper = SimpleNamespace(swap_folder=tmp_path, _adjust_for_misaligned_lengths=lambda tensors, offsets: tensors)
     nvme.keep_unaligned_gradients(SimpleNamespace(optimizer_swapper=swapper))
     found = swapper._adjust_for_misaligned_lengths([torch.zeros(3) for _ in range(3)], [0, 100, 128])
@@ -237,7 +238,7 @@ def test_unaligned_gradients_stay_in_memory(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.fast
 def test_nvme_folder_is_separate_for_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvme.optimizer_utils, "AIO_ALIGNED_BYTES", 1024)
-    monkeypatch.setattr(nvme, "_block_of", lambda folder: 4096)
+    monkeypatch.setattr(nvme, "_block_bytes", lambda folder: 4096)
     paths = set()
     for run in ("one/run", "two/run", "two/run"):
         offload = {"device": "nvme", "nvme_path": str(tmp_path)}
@@ -804,7 +805,7 @@ def test_fp16_loss_scale_round_trips() -> None:
     inner.loss_scaler = scaler  # type: ignore[attr-defined]
     engine.optimizer = inner
     model = torch.nn.Linear(1, 1)
-    state = TrainingState(engine, None, [model], None)  # type: ignore[arg-type]
+    state = DeepSpeedTrainingState(engine, None, [model], None)  # type: ignore[arg-type]
     vars(scaler).update(cur_scale=1024.0, cur_iter=7, last_overflow_iter=5, cur_hysteresis=1)
     numbers = json.loads(json.dumps(vars(state.scalar_state())))
     expected = dict(vars(scaler))

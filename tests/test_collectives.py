@@ -60,7 +60,7 @@ def _laid_out(values: Tensor, layout: str) -> Tensor:
 
 def compare_collective(pair: Pair, dim: int, layout: str, slope_layout: str, world: World) -> None:
     """One rank's part of what `pair.whole` computes for all, forward and backward; inputs stay what they were."""
-    rank, ranks, group = world.topology.rank, world.topology.world_size, world.groups["tensor"]
+    rank, ranks, group = world.topology.rank, world.topology.world_size, world.groups.of("tensor")
     what = f"{pair.name}, dim {dim}, {layout}, gradient {slope_layout}"
 
     def same(a: Tensor | None, b: Tensor | None) -> None:

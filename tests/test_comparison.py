@@ -173,7 +173,7 @@ def test_start_facts_contain_versions_and_source_but_no_secret(config: dict[str,
     loaded = check_config(with_values(config, checkpoint={"upload": secret}), world_size=2, device="cpu")
     facts = {fact.key: fact for fact in start_facts(loaded, Launch(0, 2, 0, 2))}
     for key in ("WORLD_SIZE", "device", "version of torch", "version of deepspeed", "version of python",
-                "trainer/loop.py", "launch/train.py", "model.config.hidden_size", "model: vocabulary",
+                "trainer/loop.py", "launch/train.py", "model.config.hidden_size", "model: vocabulary_size",
                 "deepspeed.optimizer.params.lr", "data.train", "data.sequence_length"):  # fmt: skip
         assert key in facts, key
     assert "password" not in json.dumps([fact.value for fact in facts.values()])

@@ -23,6 +23,9 @@ from trainer.compat.guard import ALLOW_UNSUPPORTED, mentioned_names
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parent.parent
+UNCOPIED = ("__dict__", "__weakref__", "__slots__", "__qualname__")
+"""Members of a class that `type` makes itself."""
+
 IDS = [dependency.distribution for dependency in DEPENDENCIES]
 
 
@@ -124,7 +127,7 @@ def with_renamed(owner: Any, name: str) -> Any:
     """A copy of a module, class or function whose attributes and code have another word for `name`."""
     if isinstance(owner, type):
         members = {key: value for base in reversed(owner.__mro__[:-1]) for key, value in vars(base).items()}
-        members = {key: value for key, value in members.items() if key not in ("__dict__", "__weakref__", "__slots__")}
+        members = {key: value for key, value in members.items() if key not in UNCOPIED}
         return type(
             owner.__name__, (), {key: with_renamed(value, name) for key, value in members.items() if key != name}
         )

@@ -14,7 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.configs import with_values
 from tests.harness import run_command
+from tools.configuration_page import configuration_page
 from tools.parity.shrink import tiny as tiny_family
+from tools.schema import schema_text
 from trainer.config import rules
 from trainer.config.deepspeed import (
     RESOLVED_AUTOS,
@@ -27,7 +29,8 @@ from trainer.config.deepspeed import (
     required_extensions,
 )
 from trainer.config.load import check_config, load_config
-from trainer.config.model_facts import model_facts, parse_model_config, scrub
+from trainer.config.model_config import parse_model_config, scrub
+from trainer.config.model_facts import model_facts
 from trainer.config.model_sizes import relation_problems, size_problems
 from trainer.config.read import apply_override, merge, read_config_file
 from trainer.data.inspection import DataReport
@@ -36,6 +39,8 @@ from trainer.errors import ConfigError
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
+GENERATED = {"ds_configs/schema.json": schema_text, "docs/configuration.md": configuration_page}
+"""Writer of each file that is generated from the schema."""
 
 
 def problems(config: dict[str, Any], world: int = 1) -> list[str]:
@@ -279,10 +284,9 @@ def test_dry_run_refuses_indivisible_world_size(tiny: dict[str, Any], tmp_path: 
     assert "8 is not a multiple of" in ended.err
 
 
-def test_schema_file_is_current() -> None:
-    from tools.schema import schema_text
-
-    assert (ROOT / "ds_configs" / "schema.json").read_text() == schema_text(), "run `python -m tools.schema`"
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_file_is_current(name: str) -> None:
+    assert (ROOT / name).read_text() == GENERATED[name](), "run `python -m tools.schema`"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
@@ -331,7 +335,7 @@ def test_nvme_offload_requires_async_io(
         assert [problem.path for problem in loaded.warnings] == ["checkpoint.asynchronous"]
         assert required_extensions(loaded.deepspeed_json) == ["CPUAdamBuilder", "AsyncIOBuilder"]
     else:
-        with pytest.raises(ConfigError, match=r"async_io cannot be compiled here.*Install libaio-dev"):
+        with pytest.raises(ConfigError, match=r"async_io, which cannot be compiled here.*Install libaio-dev"):
             check_config(values, world_size=1, device="cpu")
 
 

@@ -91,7 +91,7 @@ class Widest(TorchDispatchMode):
 def compare_loss(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
     """`check_loss`, and how many collectives, how many tokens at a time, and nothing to predict."""
     with single_tensor_group() as world:
-        ranks, rank, group = world.topology.world_size, world.topology.rank, world.groups["tensor"]
+        ranks, rank, group = world.topology.world_size, world.topology.rank, world.groups.of("tensor")
         count = sum(check_loss(ranks, rank, group, vocabulary, types) for vocabulary in vocabularies)
         width = 7
         for smoothing, chunk in itertools.product((0.0, 0.1), (None, 3)):

@@ -29,30 +29,34 @@ from trainer.distributed import (
     seed_everything,
 )
 from trainer.errors import CheckpointError, ConfigError, Problem
-from trainer.topology import Topology
+from trainer.topology import AXES, Axis, Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
 
-def _sums(pipeline: int, tensor: int) -> dict[str, int]:
+PRODUCTS: list[tuple[Axis, ...]] = [("pipeline", "tensor"), ("replica", "data"), AXES]
+
+
+def _sums(sizes: dict[str, int]) -> dict[tuple[Axis, ...], int]:
     """The sum of the ranks in each of this rank's groups."""
     launch = Launch.from_environment()
-    topology = Topology.of(launch.world_size, launch.rank, pipeline=pipeline, tensor=tensor)
-    with joined_world(launch, topology, seed=1) as world:
-        found = {}
-        for axis, group in world.groups.items():
+    with joined_world(launch, Topology.of(launch.world_size, launch.rank, **sizes), seed=1) as world:
+        sums = {}
+        for axes in (*((axis,) for axis in AXES), *PRODUCTS):
             value = torch.tensor(launch.rank)
-            torch.distributed.all_reduce(value, group=group)
-            found[axis] = int(value)
-    return found
+            torch.distributed.all_reduce(value, group=world.groups.of(*axes))
+            sums[axes] = int(value)
+    return sums
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), [(2, 2), (1, 4), (1, 1)])
-def test_process_groups_sum_over_their_axis(pipeline: int, tensor: int) -> None:
-    for rank, found in enumerate(run_ranks(_sums, 8, pipeline, tensor)):
-        place = Topology.of(8, rank, pipeline=pipeline, tensor=tensor)
-        axes = [axis for axis in ("pipeline", "data", "tensor") if len(place.group(axis)) > 1]
-        assert found == {axis: sum(place.group(axis)) for axis in axes}
+@pytest.mark.parametrize(
+    "sizes",
+    [{"pipeline": 2, "tensor": 2}, {"tensor": 4}, {}, {"replica": 2, "pipeline": 2}, {"replica": 2, "expert": 2}],
+)
+def test_process_groups_sum_over_their_axes(sizes: dict[str, int]) -> None:
+    for rank, sums in enumerate(run_ranks(_sums, 8, sizes)):
+        topology = Topology.of(8, rank, **sizes)
+        assert sums == {axes: sum(topology.ranks_of(*axes)) for axes in sums}
 
 
 HOLDER = """
@@ -204,12 +208,14 @@ def test_train_command_exits_2_on_an_invalid_environment() -> None:
 
 @pytest.mark.fast
 def test_seed_everything_is_equal_on_ranks_that_share_samples() -> None:
-    def draw(rank: int) -> float:
-        seed_everything(7, Topology.of(8, rank, tensor=2))
+    def draw(rank: int, topology: Topology | None = None) -> float:
+        seed_everything(7, topology or Topology.of(8, rank, tensor=2))
         return float(torch.rand(()))
 
-    assert draw(0) == draw(1), "tensor ranks of one replica"
-    assert len({draw(rank) for rank in (0, 2, 4, 6)}) == 4, "data ranks differ"
+    assert draw(0) == draw(1), "tensor ranks"
+    assert len({draw(rank) for rank in (0, 2, 4, 6)}) == 4, "data ranks"
+    topologies = [Topology(0), *(Topology(1, **{axis: 2}) for axis in AXES if axis != "tensor")]
+    assert len({draw(0, topology) for topology in topologies}) == 6, "every other axis"
 
 
 @pytest.mark.fast

@@ -1,4 +1,4 @@
-"""Reading of documents: in pieces, within limits of memory, and from files that end their reader."""
+"""Reading documents: in chunks, within memory limits, and from files that crash their reader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,7 +30,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("seed", range(20))
 def test_chunks_join_to_document(seed: int, tmp_path: Path) -> None:
-    """Whatever characters a piece ends at, also within lines longer than a piece."""
+    """For any character at the end of a chunk, also within lines that are longer than a chunk."""
     draw = random.Random(seed)
     text = "".join(draw.choices(LETTERS, weights=[9, 9, draw.choice([0, 2]), 3, 3, 3, draw.choice([0, 0.05])], k=3000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
@@ -51,40 +50,41 @@ def test_chunks_split_before_single_spaces() -> None:
 
 
 def test_two_mebibyte_document_is_one_chunk() -> None:
-    """Token files of earlier versions hold such documents tokenized as a whole."""
+    """Earlier versions tokenized such documents in one call, and their token files must stay valid."""
     text = "word " * ((2 << 20) // 5)
     assert list(split_document(text, 7)) == [TextChunk(text, True, 7)]
 
 
 def test_long_line_uses_bounded_memory(tmp_path: Path) -> None:
-    """8 MB in one line, tokenized: 0.4 GB, and before 1.3 GB. A line of 33 MB took 4.9 GB."""
+    """Tokenizing a line of 8 MB takes 0.4 GB; in one call of the tokenizer it took 1.3 GB."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "seven wizards brew potions " * 300_000}) + "\n")
     script = f"""
 import resource
 from pathlib import Path
 import numpy
 from trainer.data.special_tokens import DocumentFrame
-from trainer.data.prepare import tokenize_source
+from trainer.data.tokenization import DocumentEncoder, tokenize_source
 from trainer.data.sources import Source
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 out = Path({str(tmp_path)!r})
 train_tokenizer(iter(["seven wizards brew potions"]), 300, out)
 tokenizer = load_tokenizer(str(out), "x")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tokenize_source(Source(str(out / "a.jsonl"), "train", "text"), tokenizer, 300, DocumentFrame(), out)
+tokenize_source(Source(str(out / "a.jsonl"), "train", "text"), DocumentEncoder(tokenizer, DocumentFrame(), 300), out)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout.split()[-1]) < 700_000, "kibibytes"
+    assert int(ended.stdout.split()[-1]) < 700_000, "KiB"
 
 
-def rows(path: Path, **options: Any) -> list[str]:
-    return [chunk.text for chunk in Source(str(path), "train", "text", **options).chunks()]
+def rows(path: Path) -> list[str]:
+    """Read the texts of a table."""
+    return [chunk.text for chunk in Source(str(path), "train", "text").chunks()]
 
 
 def message_of(path: Path) -> str:
-    """What is said about a file; empty where it can be read."""
+    """Return the error message of a file; empty if it can be read."""
     try:
         rows(path)
     except DataError as error:
@@ -93,7 +93,7 @@ def message_of(path: Path) -> str:
 
 
 def test_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends its reader at the reader's limit, not this process."""
+    """A file of 20 kB that expands to 250 MB exceeds the memory limit of its reader, not that of the trainer."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -106,20 +106,20 @@ def test_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_reader_crash_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As C++ libraries do on some damaged files."""
+    """C++ libraries abort on some damaged files."""
     (tmp_path / "table_reader.py").write_text(
         'import os, sys\nprint(\'{"file": 0}\\n{"rows": ["one"]}\', flush=True)\nprint("bad alloc", file=sys.stderr)\n'
         "sys.stderr.flush()\nos.abort()\n"
     )
     (tmp_path / "a.parquet").write_bytes(b"x")
     monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: it ended .* after row 1 \(SIGABRT: bad alloc\)"):
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: .* died after row 1 \(SIGABRT: bad alloc\)"):
         rows(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_damaged_tables_are_data_errors(suffix: str, tmp_path: Path) -> None:
-    """Random bytes overwritten: the right rows, or a message that names the file."""
+    """Overwrite random bytes: either the rows are read, or the error names the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,16 +129,16 @@ def test_damaged_tables_are_data_errors(suffix: str, tmp_path: Path) -> None:
     else:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-    sound, draw, failed = path.read_bytes(), random.Random(5), 0
+    undamaged, draw, num_failed = path.read_bytes(), random.Random(5), 0
     for _ in range(12):
-        raw = bytearray(sound)
+        raw = bytearray(undamaged)
         for _ in range(10):
             raw[draw.randrange(len(raw))] = draw.choice([0, 0x7F, 0x80, 0xFF])
         path.write_bytes(raw)
-        said = message_of(path)
-        assert not said or str(path) in said
-        failed += bool(said)
-    assert failed > 0
+        message = message_of(path)
+        assert not message or str(path) in message
+        num_failed += bool(message)
+    assert num_failed > 0
 
 
 def test_closing_iterator_ends_reader_process(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_csv_numbers_keep_their_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_memory_mapped_table_may_exceed_limit(is_saved: bool, tmp_path: Path) -> None:
-    """Mapping a file takes addresses, and no memory."""
+    """Mapping a file takes up address space but no memory."""
     import datasets
     import pyarrow as pa
 

@@ -19,7 +19,8 @@ from tests.configs import with_values
 from tests.harness import CommandResult, run_command
 from trainer.config.load import check_config
 from trainer.data import prepare_data, resolve_steps
-from trainer.data.inspection import MAX_INSPECTED_ROWS, inspect_data
+from trainer.data.inspection import inspect_data
+from trainer.data.source_sample import MAX_INSPECTED_ROWS
 from trainer.data.tokenizer import train_tokenizer
 from trainer.dry_run import describe
 

@@ -1,4 +1,4 @@
-"""`training.epochs`: the number of steps is derived exactly, and everything that reads it follows."""
+"""`training.epochs`: the number of steps is exact, and schedules and checkpoints follow it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
 @pytest.fixture
 def epochs(tiny: dict[str, Any]) -> dict[str, Any]:
-    """A run of 1.5 epochs."""
+    """Configure a run of 1.5 epochs."""
     auto = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}}
-    return with_values(tiny, training={"epochs": 1.5, "log_every_steps": 5}, deepspeed__scheduler=auto,
-                       data__validation=[], checkpoint=None)  # fmt: skip
+    training = {"epochs": 1.5, "log_every_steps": 5}
+    return with_values(tiny, training=training, deepspeed__scheduler=auto, data__validation=[], checkpoint=None)
 
 
 def loaded_from(config: dict[str, Any], world: int = 1) -> LoadedConfig:
@@ -37,27 +37,34 @@ def loaded_from(config: dict[str, Any], world: int = 1) -> LoadedConfig:
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("epochs", "samples", "batch", "steps"),
-    [(1.0, 800, 8, 100), (1.0, 801, 8, 101), (0.07, 100, 1, 7), (0.7, 10, 7, 1), (3.0, 7, 8, 3), (1e-6, 10, 8, 1),
-     (0.3, 10**15, 1, 3 * 10**14)],
-)  # fmt: skip
+    [
+        (1.0, 800, 8, 100),
+        (1.0, 801, 8, 101),
+        (0.07, 100, 1, 7),
+        (0.7, 10, 7, 1),
+        (3.0, 7, 8, 3),
+        (1e-6, 10, 8, 1),
+        (0.3, 10**15, 1, 3 * 10**14),
+    ],
+)
 def test_steps_for_epochs_are_exact(epochs: float, samples: int, batch: int, steps: int) -> None:
-    """0.07 x 100 is 7 and not 7.000000000000001, which would be 8 steps."""
+    """0.07 * 100 is 7, not 7.000000000000001, which would be rounded up to 8 steps."""
     assert steps_for_epochs(epochs, samples, batch) == steps
 
 
 @pytest.mark.fast
 def test_epochs_read_every_sample(epochs: dict[str, Any]) -> None:
-    """Under every number of ranks the same number of steps; the step before the last would read too few."""
+    """Every number of ranks gives the same number of steps, and one step fewer would not read all samples."""
     config = with_values(epochs, training__epochs=2, data__packing="none")
-    found = set()
+    steps_of_worlds = set()
     for world in (1, 2, 4):
         loaded = loaded_from(config, world)
         prepared = prepare_data(loaded)
         loaded = resolve_steps(loaded, prepared)
         train = open_batches(loaded, prepared, Topology.of(world, 0)).train
-        found.add(loaded.steps)
+        steps_of_worlds.add(loaded.steps)
         assert train.epochs_after(loaded.steps) >= 2 > train.epochs_after(loaded.steps - 1)
-    assert len(found) == 1
+    assert len(steps_of_worlds) == 1
 
 
 @pytest.mark.fast
@@ -67,22 +74,26 @@ def test_schedule_follows_resolved_steps(epochs: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError):
         loaded.steps  # noqa: B018
     assert loaded.deepspeed_json["scheduler"]["params"]["total_num_steps"] == "auto"
-    counted = with_steps(loaded, 37)
-    assert counted.steps == 37
-    assert counted.deepspeed_json["scheduler"]["params"]["total_num_steps"] == 37
+    resolved = with_steps(loaded, 37)
+    assert resolved.steps == 37
+    assert resolved.deepspeed_json["scheduler"]["params"]["total_num_steps"] == 37
     explicit = with_values(epochs, deepspeed__scheduler__params__total_num_steps=36)
-    counted = with_steps(loaded_from(explicit), 37)
-    assert "36 is less than the 37 steps of training.epochs (1.5)" in str(counted.warnings[0])
+    resolved = with_steps(loaded_from(explicit), 37)
+    assert "36 is less than the 37 steps of training.epochs (1.5)" in str(resolved.warnings[0])
     assert not with_steps(loaded_from(explicit), 36).warnings
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("scheduler", "words"),
-    [({"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 30}}, "30 is less than the 37 steps"),
-     ({"type": "WSD", "params": {"total_num_steps": "auto", "decay_num_steps": 40}}, "total_num_steps = 37")],
-)  # fmt: skip
-def test_schedule_longer_than_resolved_steps_is_reported(scheduler: Any, words: str, epochs: dict[str, Any]) -> None:
+    [
+        ({"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 30}}, "must be at least the 37 steps"),
+        ({"type": "WSD", "params": {"total_num_steps": "auto", "decay_num_steps": 40}}, "warmup_num_steps = 37"),
+    ],
+)
+def test_schedule_longer_than_resolved_steps_is_reported(
+    scheduler: dict[str, Any], words: str, epochs: dict[str, Any]
+) -> None:
     loaded = loaded_from(with_values(epochs, deepspeed__scheduler=scheduler))
     with pytest.raises(ConfigError) as refused:
         with_steps(loaded, 37)
@@ -116,8 +127,10 @@ def outcome(run: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
 
 
 def test_run_stops_after_epochs(epochs: dict[str, Any], tmp_path: Path) -> None:
-    """It is the run of the derived number of steps, on two processes too; finished, it says so, and more epochs resume
-    it. A default run leaves checkpoints while it trains."""
+    """It equals the run of the derived number of steps; more epochs resume it, fewer are refused.
+
+    Checkpoints are written at the default interval.
+    """
     run = tmp_path / "run"
     epochs = with_values(epochs, training__epochs=0.25)
     ended = start(epochs, tmp_path, world=2)

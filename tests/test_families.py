@@ -15,7 +15,7 @@ from tools.parity.matrix import Column
 from tools.parity.results import Results
 from tools.parity.training_proof import prove_training, tiny_model
 from tools.parity.variations import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN, WIDTH, variations
-from trainer.config.model_facts import NON_CAUSAL_FAMILIES
+from trainer.config.causal_attention import NON_CAUSAL_FAMILIES
 from trainer.tensor_parallel import TensorMapper, collectives, layers
 from trainer.tensor_parallel.families import FAMILIES as PLANS
 

@@ -1,4 +1,4 @@
-"""`{"fraction": F}` in data.validation: which documents are held out, and that nothing of them is trained on."""
+"""`{"fraction": F}` in data.validation: the documents that are held out are not trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ fast = pytest.mark.fast
 
 
 def belongs_to_validation(text: str) -> bool:
-    """The rule, said again."""
+    """Apply the documented rule."""
     return xxhash.xxh3_64(text.encode()).intdigest() / 2**64 < FRACTION
 
 
@@ -58,7 +58,7 @@ def decoded(data: PreparedData, files: list[IndexedTokens]) -> Counter[str]:
 
 @fast
 def test_documents_are_split_by_text_hash(held_out_config: dict[str, Any], corpus: Path) -> None:
-    """Against the rule applied to the file by hand: no document is lost, none is on both sides."""
+    """Compared with the documented rule: no document is lost, and none is on both sides."""
     data = prepared(held_out_config)
     texts = texts_of(corpus / "train.jsonl")
     held_out = Counter(text for text in texts if belongs_to_validation(text))
@@ -71,7 +71,7 @@ def test_documents_are_split_by_text_hash(held_out_config: dict[str, Any], corpu
 def test_split_ignores_order_files_and_duplicates(
     held_out_config: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
-    """The same documents in another order, in two sources, and each twice: the same ones are held out."""
+    """Shuffled, in two sources, and twice each: the same documents are held out."""
     texts = texts_of(corpus / "train.jsonl")
     first = prepared(held_out_config)
     shuffled = [*texts, *texts]
@@ -87,7 +87,7 @@ def test_split_ignores_order_files_and_duplicates(
 
 @fast
 def test_token_files_are_split_by_id_hash(held_out_config: dict[str, Any], tmp_path: Path) -> None:
-    """Whatever their id type is; duplicates in another file are on the same side."""
+    """For any id type; duplicates in another file are on the same side."""
     draw = np.random.default_rng(3)
     documents = [draw.integers(0, 300, size=draw.integers(1, 90)).tolist() for _ in range(200)]
     for name, dtype, order in (("a", np.uint16, documents), ("b", np.int32, documents[::-1])):
@@ -96,11 +96,13 @@ def test_token_files_are_split_by_id_hash(held_out_config: dict[str, Any], tmp_p
                 writer.add(ids)
     sources = [{"path": str(tmp_path / f"{name}.bin"), "weight": weight} for name, weight in (("a", 1), ("b", 0.5))]
     data = prepared(with_values(held_out_config, data__train=sources))
-    found = [{tuple(t.document(n).tolist()) for n in range(len(t))} for t in (*data.train, *data.validation)]
-    assert found[0] == found[1]
-    assert found[2] == found[3]
-    assert not found[0] & found[2]
-    assert found[0] | found[2] == set(map(tuple, documents))
+    train_a, train_b, held_out_a, held_out_b = (
+        {tuple(tokens.document(n).tolist()) for n in range(len(tokens))} for tokens in (*data.train, *data.validation)
+    )
+    assert train_a == train_b
+    assert held_out_a == held_out_b
+    assert not train_a & held_out_a
+    assert train_a | held_out_a == set(map(tuple, documents))
     assert data.weights == (1.0, 0.5)
     again = prepared(with_values(held_out_config, data__train=sources))
     assert [t.fingerprint() for t in again.train] == [t.fingerprint() for t in data.train]
@@ -119,7 +121,7 @@ def test_subset_stream_concatenates_documents(tmp_path: Path) -> None:
     for share in (0.0, 0.1, 0.5, 0.9, 1.0):
         mask = draw.random(60) < share
         subset = DocumentSubset(tokens, mask)
-        joined = [i for ids, chosen in zip(documents, mask, strict=True) if chosen for i in ids]
+        joined = [i for ids, is_selected in zip(documents, mask, strict=True) if is_selected for i in ids]
         assert subset.tokens == len(joined)
         assert len(subset) == mask.sum()
         for start in range(len(joined)):
@@ -136,7 +138,7 @@ def test_fraction_is_a_share_of_hash_space() -> None:
 
 @fast
 def test_tokenizer_training_skips_held_out_text() -> None:
-    """Documents in several pieces count as wholes; what is longer than the limit is cut, and still divided."""
+    """Documents in several chunks are hashed as one; longer ones than the limit are truncated after hashing."""
     texts = [f"document {number} " * (number % 4 + 1) for number in range(60)]
     chunks = [chunk for text in texts for chunk in (TextChunk(text[:6], False, 6), TextChunk(text[6:], True, 9))]
     kept = "".join(chunk.text for chunk in drop_held_out(iter(chunks), FRACTION, 100))
@@ -148,7 +150,7 @@ def test_tokenizer_training_skips_held_out_text() -> None:
 
 @fast
 def test_epochs_count_remaining_samples(held_out_config: dict[str, Any]) -> None:
-    """The steps of an epoch are those of the documents that are trained on, and every batch is one of them."""
+    """An epoch reads exactly the documents that are not held out."""
     config = with_values(held_out_config, training={"epochs": 1}, data__packing="none")
     loaded = check_config(config, world_size=1, device="cpu")
     data = prepare_data(loaded)
@@ -161,12 +163,12 @@ def test_epochs_count_remaining_samples(held_out_config: dict[str, Any]) -> None
         for micro in micros
         for ids, labels in zip(micro.inputs["input_ids"], micro.labels, strict=True)
     }
-    of_side = [
-        {tuple(t.document(n, 33).tolist()) for t in files for n in range(len(t))}
+    train_documents, held_out_documents = (
+        {tuple(tokens.document(n, 33).tolist()) for tokens in files for n in range(len(tokens))}
         for files in (data.train, data.validation)
-    ]
-    assert read == of_side[0]
-    assert not read & of_side[1]
+    )
+    assert read == train_documents
+    assert not read & held_out_documents
 
 
 def start(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1) -> CommandResult:
@@ -180,14 +182,16 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 
 
 def test_run_trains_without_held_out_documents(held_out_config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    """On two ranks it is, bit for bit, the run on two files that were divided by hand. Another fraction is another
-    run."""
+    """On two ranks it equals, bit for bit, the run on two files split by the rule; another fraction is refused."""
     texts = texts_of(corpus / "train.jsonl")
+    train_texts = [text for text in texts if not belongs_to_validation(text)]
+    validation_texts = [text for text in texts if belongs_to_validation(text)]
     by_hand = with_values(
-        held_out_config, run__output_dir=str(tmp_path / "by-hand"),
-        data__train=[{"path": write_texts(tmp_path / "t.jsonl", [t for t in texts if not belongs_to_validation(t)])}],
-        data__validation=[{"path": write_texts(tmp_path / "v.jsonl", [t for t in texts if belongs_to_validation(t)])}],
-    )  # fmt: skip
+        held_out_config,
+        run__output_dir=str(tmp_path / "by-hand"),
+        data__train=[{"path": write_texts(tmp_path / "t.jsonl", train_texts)}],
+        data__validation=[{"path": write_texts(tmp_path / "v.jsonl", validation_texts)}],
+    )
     for config in (held_out_config, by_hand):
         ended = start(config, tmp_path, world=2)
         assert ended.status == 0, ended.err
@@ -195,7 +199,9 @@ def test_run_trains_without_held_out_documents(held_out_config: dict[str, Any], 
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"]["validation"] == [{"fraction": FRACTION, "weight": 1.0}]
     stored = json.loads((tmp_path / "by-hand" / "config.json").read_text())
-    assert stored["data"]["validation"] == [{"path": str(tmp_path / "v.jsonl"), "weight": 1.0}], "as begun runs have it"
+    assert stored["data"]["validation"] == [{"path": str(tmp_path / "v.jsonl"), "weight": 1.0}], (
+        "as in runs without a fraction"
+    )
     refused = start(with_values(held_out_config, data__validation=[{"fraction": 0.3}]), tmp_path)
     assert refused.status == 2
     assert "data.validation: " in refused.err

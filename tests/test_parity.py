@@ -123,7 +123,7 @@ def test_wrong_gradient_is_located(
     ("arguments", "message"),
     [
         (["--layouts", "tensr=2"], "--layouts tensr=2: unknown key 'tensr'; did you mean 'tensor'?"),
-        (["--layouts", "tensor=3"], "--layouts tensor=3: parallel.tensor: 3 ranks cannot share the 4 attention heads"),
+        (["--layouts", "tensor=3"], "--layouts tensor=3: parallel.tensor: must divide the 4 attention heads"),
         (["--layouts", "tensor=2", "--set", "model.config.hiden_size=8"], "model.config.hiden_size: unknown key"),
     ],
 )

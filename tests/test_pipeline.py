@@ -24,6 +24,7 @@ from tools.parity.__main__ import main
 from tools.parity.families import Family
 from tools.parity.gradient_proof import Verdict, prove
 from tools.parity.shrink import tiny as tiny_model
+from trainer.compat.deepspeed.pipeline import instructions_of
 from trainer.config.load import check_config
 from trainer.config.schema import ParallelSection
 from trainer.data import open_batches, prepare_data
@@ -230,7 +231,7 @@ def test_dry_run_shows_two_stages_per_rank(tiny: dict[str, Any], tmp_path: Path)
 def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(tiny, parallel__pipeline=2, deepspeed__train_micro_batch_size_per_gpu=8)
     said = dry_run(config, tmp_path).out
-    assert "1 micro-batches on 2 stages: each stage waits for 50% of the time" in said
+    assert "1 micro-batches on 2 pipeline ranks: a bubble of 50%" in said
 
 
 @pytest.mark.parametrize(
@@ -461,7 +462,7 @@ def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
         assignment = assign_stages(build_model_shape(loaded), loaded)
         engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         now = most = 0
-        instructions = engine._engine._INSTRUCTION_MAP
+        instructions = instructions_of(engine.deepspeed_engine)
         for kind, change in ((ForwardPass, 1), (BackwardPass, -1)):
 
             def executes(*args: Any, run: Any = instructions[kind], change: int = change, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ from tests.configs import with_values
 from tools.parity.families import FAMILIES, Family
 from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check_config
-from trainer.config.model_facts import load_model_config
+from trainer.config.model_config import load_model_config
 from trainer.errors import ConfigError
 from trainer.model import build_model, build_model_shape, give_weights
 from trainer.model.read import check_weight_headers, read_weights

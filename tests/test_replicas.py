@@ -17,7 +17,7 @@ from tests.harness import run_command, run_ranks
 from tests.training_jobs import _start, job_topology
 from trainer.config.load import check_config
 from trainer.distributed import Launch, joined_world
-from trainer.engine.replica_verifier import ReplicaSet
+from trainer.engine.replica_set import ReplicaSet
 from trainer.engine.tensor_hash import hash_bits
 from trainer.errors import ReplicasDifferError
 from trainer.topology import Topology
@@ -128,7 +128,7 @@ def flipped(config: dict[str, Any], cases: list[Case], after_update: bool = Fals
                 if rank == launch.rank:
                     flip(engine, name)
                 if after_update:
-                    engine._replica_verifier.verify(2)
+                    engine.replica_verifier.verify(2)
                 engine.train_step(second if not after_update else third, verify_step=2)
                 messages.append("")
             except ReplicasDifferError as error:
@@ -147,11 +147,11 @@ def check_flips(config: dict[str, Any], ranks: int, cases: list[tuple[Case, str]
         assert messages[-1] == "", "negative control"
         for (values, name, rank), expected in cases:
             message = messages[jobs.index((values, name, rank))]
-            assert message.startswith("step 2: copies of weights differ (equal after step 1). "), (values, message)
+            assert message.startswith("step 2: replicas of weights differ (equal after step 1). "), (values, message)
             assert f"{name}: {expected.format(host=HOST)}." in message, (values, message)
 
 
-BOTH = "ranks 0, 1 on {host} not the same, and neither a majority nor master weights tell who is wrong"
+BOTH = "ranks 0, 1 on {host} differ, and neither a majority nor master weights tell which is wrong"
 WRONG = "rank {rank} on {{host}} of ranks {ranks} on {{host}} wrong"
 
 
@@ -285,7 +285,7 @@ def test_command_exits_5_within_verification_interval(base: dict[str, Any], tmp_
     ended = run_command(str(tmp_path / "faulty.py"), TRAIN, "--config", str(tmp_path / "config.json"), world=2)
     assert ended.status == 5, ended.err
     assert (
-        f"error: step 4: copies of weights differ (equal after step 2). {NORM}: {BOTH.format(host=HOST)}" in ended.err
+        f"error: step 4: replicas of weights differ (equal after step 2). {NORM}: {BOTH.format(host=HOST)}" in ended.err
     )
     assert "resume from a checkpoint of step 2 or before" in ended.err
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
@@ -298,9 +298,9 @@ def test_command_exits_5_within_verification_interval(base: dict[str, Any], tmp_
     ("values", "world", "expected"),
     [
         ({}, 2, None),
-        ({}, 1, "there is one rank: there is nothing to compare"),
-        (zero(3), 2, "ZeRO 3 keeps one copy of each weight: there is nothing to compare"),
-        ({**zero(3), "parallel__tensor": 2}, 4, "only weights that tensor ranks share are compared"),
+        ({}, 1, "has nothing to compare: there is one rank"),
+        (zero(3), 2, "has nothing to compare: ZeRO 3 keeps one copy of each weight"),
+        ({**zero(3), "parallel__tensor": 2}, 4, "compares only weights replicated over tensor ranks"),
     ],
 )
 def test_layout_without_replicas_warns(

@@ -323,7 +323,7 @@ def odd_vocabularies(names: list[str]) -> dict[str, int]:
                 parameter.grad = torch.zeros_like(parameter)
                 assert not _behind(parameter).any()
                 padded[name] += _behind(parameter).numel() // 2
-            joiner = Joiner(world.groups["tensor"], world.topology.tensor)
+            joiner = Joiner(world.groups.of("tensor"), world.topology.tensor)
             joined = dict(item for n, p in mine.named_parameters() for item in joiner.add(n, p.data, shard_of(p)))
             assert joined.keys() == dict(whole.named_parameters()).keys()
             for key, parameter in whole.named_parameters():

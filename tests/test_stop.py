@@ -152,7 +152,7 @@ def test_rank_zero_hosts_the_store_until_all_ranks_have_read(
     stops = []
     for rank in (0, 1):
         world = SimpleNamespace(
-            store=store, topology=SimpleNamespace(rank=rank, world_size=2), device=SimpleNamespace(type="cpu")
+            store=store, full_topology=SimpleNamespace(rank=rank, world_size=2), device=SimpleNamespace(type="cpu")
         )
         requests = StopRequests(rank)
         requests._request = StopRequest("SIGTERM", 0.0)
@@ -178,7 +178,7 @@ def test_stop_exits_75_without_an_error(
         statuses.append(status)
         raise SystemExit(status)
 
-    monkeypatch.setattr(exit, "_leave", leave)
+    monkeypatch.setattr(exit, "_end_process", leave)
     with pytest.raises(SystemExit), exit.exit_on_errors(Launch(rank=rank, world_size=2)):
         raise Preempted("stopped after step 3: SIGTERM")
     assert statuses == [75]

@@ -190,7 +190,7 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
         loaded = load_job(config, launch.world_size)
         prepared = prepare_data(loaded, launch, world.store)
         assignment = assign_stages(build_model_shape(loaded), loaded)
-        world.tensor_subgroup(2)
+        world.groups.tensor_subgroup(2)
         checkpoint_group()
         start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         found: dict[str, list[float]] = {"before": _of_groups()}

@@ -1,4 +1,4 @@
-"""A model folder without a tokenizer: enough for token ids, and refused for text."""
+"""A model directory without a tokenizer is accepted for token files and refused for text."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-OF_TOKENIZERS = ("token", "vocab", "merges", "special")
-"""How the names of a tokenizer's files begin."""
+TOKENIZER_FILE_PREFIXES = ("token", "vocab", "merges", "special")
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir() if file.name.startswith(OF_TOKENIZERS)]
+    return [file.name for file in folder.iterdir() if file.name.startswith(TOKENIZER_FILE_PREFIXES)]
 
 
 @pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.matrix)])
 def test_run_without_tokenizer_trains_and_exports(model_type: str, tiny: dict[str, Any], tmp_path: Path) -> None:
-    """For gpt2, transformers makes an empty tokenizer of a folder without one."""
+    """From a directory without vocabulary files transformers builds an empty tokenizer for gpt2."""
     model = AutoModelForCausalLM.from_config(tiny_family(model_type, vocab_size=VOCABULARY))
     model.save_pretrained(tmp_path / "model")
     draw = random.Random(0)
@@ -37,9 +36,12 @@ def test_run_without_tokenizer_trains_and_exports(model_type: str, tiny: dict[st
         for _ in range(60):
             writer.add([draw.randrange(VOCABULARY) for _ in range(40)])
     config = with_values(
-        tiny, model={"path": str(tmp_path / "model")}, data__train=[{"path": str(tmp_path / "tokens.bin")}],
-        data__validation=[], training__max_steps=2,
-    )  # fmt: skip
+        tiny,
+        model={"path": str(tmp_path / "model")},
+        data__train=[{"path": str(tmp_path / "tokens.bin")}],
+        data__validation=[],
+        training__max_steps=2,
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     ended = run_command(str(ROOT / "launch" / "train.py"), "--config", str(tmp_path / "config.json"))
     assert ended.status == 0, ended.err

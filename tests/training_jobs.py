@@ -256,9 +256,9 @@ def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, Even
         batch = next(steps)
         with _counting(plain):
             for micro in batch.micro_batches:
-                loss = engine._engine(micro.labels, **micro.inputs)
-                engine._engine.backward(loss.objective)
-                engine._engine.step()
+                loss = engine.deepspeed_engine(micro.labels, **micro.inputs)
+                engine.deepspeed_engine.backward(loss.objective)
+                engine.deepspeed_engine.step()
         steps.close()
     return quiet, logging, plain
 
@@ -270,7 +270,7 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
         batches, engine, _ = _start(config, launch, world)
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
-        shared = {name for name, stages in engine._parameter_ranks.items() if len(stages) > 1}
+        shared = {name for name, stages in engine.stages_of_shared_weights.items() if len(stages) > 1}
         held = (pair for own in engine.models for pair in own.named_parameters())
         return {name: parameter.detach().float().numpy() for name, parameter in held if name in shared}
 

@@ -1,6 +1,8 @@
-"""Writes `ds_configs/schema.json`, by which editors complete and check configurations.
+"""Writes what is generated from the configuration's schema.
 
 python -m tools.schema
+
+`ds_configs/schema.json` lets editors complete and check configurations; `docs/configuration.md` documents every key.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from trainer.distributed import prepare_environment
 
 prepare_environment()
 
+from tools.configuration_page import configuration_page
 from trainer.config.schema import Config
 
-PATH = Path(__file__).parent.parent / "ds_configs" / "schema.json"
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "ds_configs" / "schema.json"
+PAGE = ROOT / "docs" / "configuration.md"
 
 
 def schema_text() -> str:
-    """The JSON Schema of a configuration file: the sections, and what only files have."""
+    """Return the JSON Schema of a configuration file: the sections, and the keys that only files have."""
     schema: dict[str, Any] = Config.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties = schema["properties"]
@@ -34,16 +39,18 @@ def schema_text() -> str:
     }
     properties["extends"] = {"type": "string", "description": "A file whose values this one overrides."}
     properties["$schema"] = {"type": "string"}
-    properties["tessera"] = {"type": "object", "description": "About a run; written by it and ignored when read."}
-    schema.pop("required", None)  # a file may take them from the one it extends
+    properties["tessera"] = {"type": "object", "description": "Metadata of a run. Ignored when the file is run again."}
+    schema.pop("required", None)  # a file may inherit them from the one that it extends
     return json.dumps(schema, indent=1) + "\n"
 
 
 def main() -> None:
+    """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    PATH.write_text(schema_text())
-    print(f"{PATH} written")
+    for path, text in ((SCHEMA, schema_text()), (PAGE, configuration_page())):
+        path.write_text(text)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ from typing import Any
 from trainer.checkpoint import preview_resume
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import first_learning_rates, required_extensions, weight_decay
-from trainer.config.load import with_steps
-from trainer.config.rules import RULES, Draft
-from trainer.config.schema import SECTIONS
+from trainer.config.load import device_problems, with_steps
 from trainer.data import document_frame
 from trainer.data.epochs import steps_for_epochs
 from trainer.data.inspection import DataReport, inspect_data
@@ -197,13 +195,6 @@ def _data_lines(loaded: LoadedConfig, report: DataReport) -> Iterator[str]:
            f"epochs of {about}{report.epoch_samples:,} samples")  # fmt: skip
 
 
-def _device_problems(loaded: LoadedConfig) -> list[Problem]:
-    """What keeps this configuration from running on this machine; another one may have other devices."""
-    sections = {name: getattr(loaded.config, name) for name in SECTIONS}
-    draft = Draft(**sections, facts=loaded.facts, world_size=loaded.world_size, device=local_device())
-    return [problem for rule in RULES if rule.name == "device_supported" for problem in rule.check(draft)]
-
-
 def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -> Iterator[str]:
     yield from (f"warning: on this machine it would be refused: {problem}" for problem in device)
     for source in report.sources:
@@ -276,7 +267,7 @@ def describe(loaded: LoadedConfig) -> str:
         loaded = with_steps(
             loaded, steps_for_epochs(loaded.config.training.epochs, report.epoch_samples, loaded.batch.batch_size)
         )
-    device = _device_problems(loaded)
+    device = device_problems(loaded, local_device())
     where = ", but not on this machine" if device else ""
     model = build_model_shape(loaded)
     cost, assignment = model_cost(model), assign_stages(model, loaded)

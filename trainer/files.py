@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, as 32 hexadecimal digits."""
+    """Return the xxh3-128 hash of a file as 32 hexadecimal digits."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -22,11 +23,28 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def unwritable_reason(folder: Path) -> str | None:
+    """Return why nothing can be created in a directory, which may not exist yet; None if something can.
+
+    Creates an anonymous file in its nearest existing parent: mode bits do not describe root, network file systems or
+    read-only mounts.
+    """
+    path = Path(os.path.abspath(folder))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        return f"'{existing}' is a file"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"'{existing}' cannot be written to: {error.strerror}"
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small file atomically and durably: a reader finds the old or the new text, also after a power cut.
+    """Replace a small file atomically and durably: a reader sees the old or the new text, even after a power failure.
 
     Raises:
-        OSError: the old file is unchanged then, and no temporary file is left.
+        OSError: The old file is unchanged, and no temporary file is left.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -42,15 +60,15 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def open_without_following_links(path: str, flags: int) -> int:
-    """An `opener` for `open` that refuses a symbolic link, so that nothing outside its folder is ever written to."""
+    """Open a file, but not through a symbolic link, so that a write never leaves its folder. An `opener` of `open`."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a symbolic link (never what it points to), or a whole directory; nothing if it is absent.
+    """Remove a file, a symbolic link (never its target) or a directory tree; do nothing if it is absent.
 
     Raises:
-        OSError: some of it cannot be removed.
+        OSError: Some of it cannot be removed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -60,7 +78,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def convert_bare_exceptions_to_os_errors() -> Iterator[None]:
-    """Turn exceptions of the class `Exception` itself, by which Rust's packages tell of a full disk, into OSError."""
+    """Convert exceptions of the class `Exception` itself, which packages in Rust raise on a full disk, to OSError."""
     try:
         yield
     except Exception as error:
@@ -70,7 +88,7 @@ def convert_bare_exceptions_to_os_errors() -> Iterator[None]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and name below a directory to the disk, and its own name in its parent's."""
+    """Flush all files and names of a directory tree to the disk, including its own name in its parent."""
     for parent, _, names in os.walk(folder):
         for name in names:
             sync_file(Path(parent) / name)
@@ -79,9 +97,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Rename the complete directory `partial` to `folder`, which may exist, and make that durable.
+    """Rename the complete directory `partial` to `folder`, which may exist, durably.
 
-    A process that is killed in between leaves `folder` old, absent or new, never a mixture.
+    A process that is killed in between leaves `folder` old, absent or new, never mixed.
     """
     old = folder.with_name(f".{folder.name}.deleted")
     remove(old)
@@ -98,12 +116,12 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's bytes to the disk."""
+    """Flush the content of a file to the disk."""
     _sync(path, os.O_RDONLY)
 
 
 def sync_directory(path: Path) -> None:
-    """Make new names and renames in a directory durable."""
+    """Flush new names and renames in a directory to the disk."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import shlex
 import subprocess
@@ -21,7 +20,7 @@ from trainer.config import LoadedConfig
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, METADATA_KEY, upgrade_config, value_at
 from trainer.errors import ConfigError, Problem
 from trainer.events import Event, append_event, read_events
-from trainer.files import convert_bare_exceptions_to_os_errors, remove, replace_folder, replace_text
+from trainer.files import convert_bare_exceptions_to_os_errors, remove, replace_folder, replace_text, unwritable_reason
 from trainer.final_model import find_damage
 from trainer.run_config import is_non_negative_int, read_run_config
 from trainer.sanitize import redact_json
@@ -147,10 +146,8 @@ def run_metadata(loaded: LoadedConfig) -> dict[str, Any]:
 
 
 def _refuse_unwritable(path: Path) -> None:
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if existing.is_dir() else "is a file"
-        raise ConfigError(Problem("run.output_dir", f"{existing} {reason}", "Take another folder, or its permissions"))
+    if reason := unwritable_reason(path):
+        raise ConfigError(Problem("run.output_dir", reason, "Choose another folder, or change its permissions"))
 
 
 def _refuse_shorter_training(loaded: LoadedConfig, path: Path, step: int, epochs: float | None) -> None:

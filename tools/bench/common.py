@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.checkpoint import Checkpoints
 from trainer.config.load import LoadedConfig, check_config
-from trainer.config.model_facts import scrub
+from trainer.config.model_config import scrub
 from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter
 from trainer.distributed import Launch, World

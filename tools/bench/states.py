@@ -65,7 +65,7 @@ def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> d
 
 def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:
     """In the middle of the second step: the moments are there since the first, the gradients still accumulate."""
-    inner = engine._engine
+    inner = engine.deepspeed_engine
     ids = torch.zeros((loaded.batch.micro_batch_size, 64), dtype=torch.long)
     for micro_batch in range(3):
         loss = inner(ids, ids)

@@ -16,7 +16,7 @@ from tools.parity.shrink import shrunk
 from tools.parity.text import shortened
 from trainer.config import strict_json
 from trainer.config.load import LoadedConfig, check_config
-from trainer.config.model_facts import model_config, scrub
+from trainer.config.model_config import model_config, scrub
 from trainer.config.read import apply_override, read_config_file
 from trainer.errors import ConfigError, Problem, first_line
 from trainer.model import build_model_shape, initialize_weights

@@ -11,13 +11,12 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.pipe.schedule import OptimizerStep
 from deepspeed.utils import safe_get_full_grad
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,9 +32,7 @@ from trainer.config.load import LoadedConfig, check_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather
-from trainer.engine import start_engine
-from trainer.engine.pipeline import PipelineEngine
-from trainer.engine.plain import PlainEngine
+from trainer.engine import Engine, start_engine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model, build_model_shape
 from trainer.pipeline import assign_stages
@@ -292,19 +289,25 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
         engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
         kept = [BlockOutputs(model_part) for model_part in engine.models]
         differences = RankDifferences([], [], {}, {}, {})
-        _after_first_backward(engine, lambda: _compare_gradients(engine, job, expected, differences))
+
+        def compare_gradients() -> None:
+            _compare_gradients(engine.models, job, expected, differences)
+
         for step in range(1, STEPS + 1):
             micro_batches = job.batch(step, loaded)
             model_part = tuple(micro_batches[topology.data_rank :: topology.data])
             tokens = sum(micro.num_targets for micro in micro_batches)
-            result = engine.train_step(StepBatch(model_part, tokens, job.micro_batches * job.samples))
+            result = engine.train_step(
+                StepBatch(model_part, tokens, job.micro_batches * job.samples),
+                before_update=compare_gradients if step == 1 else None,
+            )
             total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
             norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
             differences.losses.append(_relative(total / tokens, expected.losses[step - 1]))
             differences.norms.append(_relative(norm, expected.norms[step - 1]))
             if step < STEPS and topology.data_rank == 0:
                 _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, differences)
-        _compare_parameters(engine, job, expected, differences)
+        _compare_parameters(engine, world, job, expected, differences)
         return differences
 
 
@@ -322,39 +325,14 @@ def _difference(actual: Tensor, expected_tensor: Tensor, scale: float) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def _after_first_backward(engine: PlainEngine | PipelineEngine, look: Callable[[], None]) -> None:
-    """Calls `look` when the gradients of the first optimizer step are complete, and not yet clipped."""
-    if isinstance(engine, PipelineEngine):
-        instructions = engine._engine._INSTRUCTION_MAP
-        step = instructions[OptimizerStep]
-
-        def looking(*args: Any, **kwargs: Any) -> Any:
-            instructions[OptimizerStep] = step
-            look()
-            return step(*args, **kwargs)
-
-        instructions[OptimizerStep] = looking
-        return
-    backward = engine._engine.backward
-
-    def looking_behind(*args: Any, **kwargs: Any) -> Any:
-        result = backward(*args, **kwargs)
-        if engine._engine.is_gradient_accumulation_boundary():
-            engine._engine.backward = backward
-            look()
-        return result
-
-    engine._engine.backward = looking_behind
-
-
 @torch.no_grad()
 def _compare_gradients(
-    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, differences: RankDifferences
+    models: list[nn.Module], job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
     """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
         reference_names = set(file.keys())
-        for name, parameter in (pair for model_part in engine.models for pair in model_part.named_parameters()):
+        for name, parameter in (pair for model in models for pair in model.named_parameters()):
             if not parameter.requires_grad:
                 continue
             shard = shard_of(parameter)
@@ -378,15 +356,15 @@ def _compare_gradients(
 
 @torch.no_grad()
 def _compare_parameters(
-    engine: PlainEngine | PipelineEngine, job: ComparisonJob, expected: Reference, differences: RankDifferences
+    engine: Engine, world: World, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
     """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
-    module = engine._engine.module
-    elsewhere = {shard.name for p in module.parameters() if not p.requires_grad and (shard := shard_of(p)) is not None}
+    parameters = (parameter for model in engine.models for parameter in model.parameters())
+    elsewhere = {shard.name for p in parameters if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
         reference_names = set(file.keys())
         for name, actual in engine.full_weights():
-            if name in elsewhere and engine._world.topology.tensor_rank:
+            if name in elsewhere and world.topology.tensor_rank:
                 continue
             if name not in reference_names:
                 differences.parameters[name] = math.inf
@@ -415,8 +393,8 @@ def _compare_outputs(
             if (
                 actual.shape != expected_tensor.shape
                 and actual.ndim == expected_tensor.ndim
-                and "tensor" in world.groups
+                and world.topology.tensor > 1
             ):
                 dim = next(n for n in range(actual.ndim) if actual.shape[n] != expected_tensor.shape[n])
-                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups["tensor"])), dim)
+                actual = torch.cat(list(all_gather(actual.unsqueeze(0), 0, world.groups.of("tensor"))), dim)
             differences.outputs[key] = _difference(actual, expected_tensor, float(expected_tensor.abs().max()) or 1.0)

@@ -23,7 +23,7 @@ from tools.parity.families import CLASSES, Family
 from tools.parity.reference import auxiliary_loss, loss_sums
 from tools.parity.shrink import MINIMAL, tiny
 from tools.parity.stage_runner import PipelineStage, SingleStage
-from trainer.config.model_facts import make_causal
+from trainer.config.causal_attention import make_causal
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.pipeline import Stage, refuse_uses_on_other_stages, stage_bounds, trace_dataflow
@@ -385,10 +385,10 @@ def _shard(
         mapper = TensorMapper(
             model,
             plan,
-            world.groups["tensor"],
+            world.groups.of("tensor"),
             topology.tensor,
             topology.tensor_rank,
-            world.tensor_subgroup,
+            world.groups.tensor_subgroup,
             sequence_parallel=sequence_parallel,
         )
     stage, parameter_ranks = _staged(family, model, world) if topology.pipeline > 1 else (None, {})

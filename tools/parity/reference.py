@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.generic import ModelOutput
 
 from trainer.config.load import LoadedConfig
-from trainer.config.model_facts import model_config
+from trainer.config.model_config import model_config
 from trainer.config.schema import TrainingSection
 from trainer.model import build_model, initialize_weights
 from trainer.tasks import IGNORE_INDEX, MicroBatch, auxiliary_coefficient

@@ -38,7 +38,7 @@ class PipelineStage:
     ) -> None:
         self._stage, self._world = stage, world
         self._shared = list(shared_parameters([model], parameter_ranks, world))
-        self._ranks = world.topology.group("pipeline")
+        self._ranks = world.topology.ranks_of("pipeline")
         self.is_last = stage.is_last
 
     def loss(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ class PipelineStage:
 
     def reports(self, report: Any) -> list[Any]:
         found: list[Any] = [None] * len(self._ranks)
-        dist.all_gather_object(found, report, group=self._world.groups["pipeline"])
+        dist.all_gather_object(found, report, group=self._world.groups.of("pipeline"))
         return found
 
     def _send(self, tensors: tuple[Tensor, ...], stage: int) -> None:

@@ -28,7 +28,8 @@ from tools.parity.reference import held_out_loss, load_reference_model, scaled_s
 from tools.parity.text import last_line
 from tools.ranks import run_command, run_ranks
 from trainer.config.load import load_config
-from trainer.config.model_facts import model_config, model_facts, scrub
+from trainer.config.model_config import model_config, scrub
+from trainer.config.model_facts import model_facts
 from trainer.config.schema import ModelSection
 from trainer.data import open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter, id_type

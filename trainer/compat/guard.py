@@ -40,11 +40,11 @@ class Dependency:
     """Names by group. A group is checked at once, before the first use of its names."""
 
     def version(self) -> str:
-        """Installed version."""
+        """Read the installed version."""
         return importlib.metadata.version(self.distribution)
 
     def remedy(self) -> str:
-        """What a user can do about an incompatible version."""
+        """Say what a user can do about an incompatible version."""
         return f"Install a supported version ({self.distribution}{self.supported})"
 
 
@@ -99,7 +99,7 @@ def _missing(path: str, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def mentioned_names(owner: Any) -> set[str]:
-    """Names and strings in the code of a class with its bases, a module's functions and classes, or a function.
+    """Collect names and strings in the code of a class with its bases, of a module, or of a function.
 
     Finds what `hasattr` cannot: attributes of instances, and attributes that the code sets on parameters or looks for
     on them. A name that no code mentions has no effect when we set it, and no value when we read it.
@@ -125,7 +125,7 @@ def _codes(owner: Any) -> Iterator[CodeType]:
 
 
 def _code_of(function: Any) -> Iterator[CodeType]:
-    """Code of a function and of those that it decorates."""
+    """Yield the code of a function and of those that it decorates."""
     while function is not None:
         code = getattr(function, "__code__", None)
         if isinstance(code, CodeType):

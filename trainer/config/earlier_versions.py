@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint_format import MANIFEST, read_manifest
-from trainer.config.model_facts import causal_switch
+from trainer.config.causal_attention import causal_switch
 from trainer.config.schema import SECTIONS
 from trainer.errors import CheckpointError, Problem
 

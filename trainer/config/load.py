@@ -1,4 +1,4 @@
-"""From files and overrides to a checked `Config`: every mistake is found in one pass."""
+"""From files and overrides to a checked `Config`. All problems are reported in one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from trainer.compat import check_names
 from trainer.compat.deepspeed.names import CONFIGURATION, DEEPSPEED
-from trainer.config import rules as cross_section
+from trainer.config.causal_attention import with_causal_attention
 from trainer.config.deepspeed import (
     Batch,
     batch_arithmetic,
@@ -20,22 +20,13 @@ from trainer.config.deepspeed import (
     normalize_section,
     resolve,
 )
-from trainer.config.earlier_versions import (
-    NO_LEGACY_DEFAULTS,
-    LegacyDefaults,
-    apply_legacy_defaults,
-)
-from trainer.config.model_facts import (
-    ModelFacts,
-    default_attention,
-    model_config,
-    model_facts,
-    with_causal_attention,
-)
+from trainer.config.earlier_versions import NO_LEGACY_DEFAULTS, LegacyDefaults, apply_legacy_defaults
+from trainer.config.model_config import model_config
+from trainer.config.model_facts import ModelFacts, default_attention, model_facts
 from trainer.config.plugins import import_plugins
 from trainer.config.read import apply_override, named_deepspeed_file, read_config_file
-from trainer.config.rules import Device, Draft, configuration_warnings
-from trainer.config.schema import SECTIONS, Config
+from trainer.config.rules import RULES, WARNINGS, Device, Draft, Processes, Rule, TrainingLength
+from trainer.config.schema import SECTIONS, Config, ModelSection, RunSection
 from trainer.config.validate import unknown_sections, validate_section
 from trainer.errors import ConfigError, Problem
 from trainer.sanitize import redact_json
@@ -45,37 +36,48 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration that passed every rule, with what was derived from it."""
+    """A configuration that passed every rule, with what is derived from it."""
 
     config: Config
+    """The sections, as the user set them, with defaults. Contains secrets of URLs."""
+
     facts: ModelFacts
+    """Numbers of the model's configuration."""
+
     batch: Batch
+    """Sizes of the global batch and the micro-batches."""
+
     world_size: int
+    """Number of processes; the smallest possible one if it is open (a dry run)."""
+
     deepspeed_json: Raw
-    """What DeepSpeed receives: resolved, plain JSON."""
+    """The `deepspeed` section that DeepSpeed receives: resolved, as plain JSON."""
 
     derived_steps: int | None = None
-    """Optimizer steps of `training.epochs`; None while they have not been counted (`with_steps`)."""
+    """Optimizer steps of `training.epochs`; None while they are not counted (`with_steps`)."""
 
     warnings: tuple[Problem, ...] = ()
+    """Valid values that are probably not intended."""
+
     legacy_defaults: LegacyDefaults = NO_LEGACY_DEFAULTS
-    """What a resumed run keeps of the earlier version that began it."""
+    """Defaults of the earlier version that began the run, which a resumed run keeps."""
 
     @property
     def data_ranks(self) -> int:
-        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        """Size of the data axis."""
+        return self.world_size // self.config.parallel.model_parallel_size
 
     @property
     def known_steps(self) -> int | None:
-        """Optimizer steps in all; None while those of `training.epochs` have not been counted."""
+        """Optimizer steps of the run; None while those of `training.epochs` are not counted."""
         return self.derived_steps if self.config.training.max_steps is None else self.config.training.max_steps
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all.
+        """Optimizer steps of the run.
 
         Raises:
-            RuntimeError: those of `training.epochs` have not been counted yet.
+            RuntimeError: Those of `training.epochs` are not counted yet.
         """
         if self.known_steps is None:
             raise RuntimeError("the steps of training.epochs are known once the data are prepared")
@@ -83,155 +85,172 @@ class LoadedConfig:
 
     @property
     def length_unit(self) -> Literal["max_steps", "epochs"]:
-        """The key of `training` that says how long the run is."""
+        """The key of `training` that sets the length of the run."""
         return "max_steps" if self.config.training.epochs is None else "epochs"
 
     def resolved(self) -> Raw:
-        """The whole configuration as plain JSON, defaults and the resolved `deepspeed` section included.
+        """Return the whole configuration as plain JSON, with defaults and the resolved `deepspeed` section.
 
-        Secrets in URLs are redacted, because it is what is stored and logged: `config` has them.
+        It is stored and logged, so secrets of URLs are redacted.
         """
-        whole = self.config.model_dump(mode="json", exclude={"deepspeed"})
-        whole["run"]["name"] = self.name
-        whole["model"]["initialize"] = self.initialize
-        whole["model"]["attention"] = self.attention
-        resolved: Raw = redact_json({**whole, "deepspeed": self.deepspeed_json})
+        sections = self.config.model_dump(mode="json", exclude={"deepspeed"})
+        sections["run"]["name"] = self.name
+        sections["model"]["initialize"] = self.initialize
+        sections["model"]["attention"] = self.attention
+        resolved: Raw = redact_json({**sections, "deepspeed": self.deepspeed_json})
         return resolved
 
     @cached_property
     def attention(self) -> str:
+        """Attention implementation of transformers, by default the family's."""
         section = self.config.model
         return section.attention or default_attention(model_config(section), section.task)
 
     @property
     def name(self) -> str:
+        """Name of the run for trackers."""
         return self.config.run.name or Path(self.config.run.output_dir).expanduser().resolve().name
 
     @property
     def initialize(self) -> str:
+        """Where the weights come from: `pretrained` or `random`."""
         return self.config.model.initialize or ("pretrained" if self.config.model.path else "random")
 
 
-def _skipped(needs: Iterable[str], invalid: set[str]) -> bool:
-    def touches(a: str, b: str) -> bool:
-        return a == b or a.startswith(b + ".") or b.startswith(a + ".")
-
-    return any(touches(need, path) for need in needs for path in invalid)
-
-
 def _inspect_model(draft: Draft) -> list[Problem]:
-    section = draft.model
-    if section is None or (section.path is None) == (section.config is None):
+    """Set the facts of a draft's model, and its causal attention; return the problems."""
+    section = draft.sections.get("model")
+    if not isinstance(section, ModelSection) or (section.path is None) == (section.config is None):
         return []
     try:
-        draft.model = section = with_causal_attention(section)
+        draft.sections["model"] = section = with_causal_attention(section)
         draft.facts = model_facts(model_config(section))
     except ConfigError as error:
         return error.problems
     return []
 
 
-def _checked(rule: cross_section.Rule, draft: Draft) -> list[Problem]:
-    """The problems of a rule; a path that the file system refuses to look at, such as an overlong one, is one too."""
-    try:
-        return list(rule.check(draft))
-    except OSError as error:
-        return [Problem(rule.needs[0], f"a path cannot be examined: {error}")]
+def _problems(draft: Draft, rules: Iterable[Rule]) -> list[Problem]:
+    """Return the problems of all rules. A path that cannot be examined, such as an overlong one, is a problem too."""
+    problems: list[Problem] = []
+    for rule in rules:
+        try:
+            problems += rule.problems(draft)
+        except OSError as error:
+            problems.append(Problem(rule.keys[0], f"a path cannot be examined: {error}"))
+    return problems
+
+
+def _build_sections(draft: Draft, raw: Raw, deepspeed_file: str | None) -> list[Problem]:
+    """Add the sections of `raw` to the draft, and absent ones with their defaults; return the problems."""
+    problems: list[Problem] = []
+    for name, field in Config.model_fields.items():
+        if name not in raw and field.is_required():
+            problems.append(Problem(name, "required, but missing"))
+            draft.invalid.add(name)
+            continue
+        result = validate_section(name, raw.setdefault(name, {}))
+        problems += result.problems
+        if name == "deepspeed" and isinstance(raw[name], dict):
+            problems += missing_values(raw[name], result.unresolved_autos, deepspeed_file)
+        draft.invalid |= result.invalid
+        if result.section is None:
+            draft.invalid.add(name)
+        else:
+            draft.sections[name] = result.section
+    return problems
 
 
 def check_config(
     raw: Raw, *, world_size: int | None, device: Device | None, deepspeed_file: str | None = None
 ) -> LoadedConfig:
-    """Builds and checks a merged configuration.
+    """Build and check a merged configuration.
 
     Args:
-        raw: the merged JSON. world_size: the number of processes, None when open. device: see `Draft.device`.
-        deepspeed_file: the DeepSpeed file that was merged in, by the name to show.
+        raw: The merged JSON.
+        world_size: Number of processes; None if it is open.
+        device: Device that the run computes on; None if it is unknown.
+        deepspeed_file: Name of the DeepSpeed file that was merged in, for messages.
 
     Raises:
-        ConfigError: with every problem there is.
+        ConfigError: With all problems.
     """
     raw = json.loads(json.dumps(raw))
+    draft = Draft(Processes(world_size, device))
     problems = unknown_sections(raw)
-    draft = Draft(world_size=world_size, device=device)
-    invalid: set[str] = set()
-    given: Any = raw.get("deepspeed")
-    if isinstance(given, dict):
-        raw["deepspeed"] = normalize_section(given, device)
-    for name, field in Config.model_fields.items():
-        if name not in raw:
-            if field.is_required():
-                problems.append(Problem(name, "required, but missing"))
-                invalid.add(name)
-                continue
-            raw[name] = {}
-        found = validate_section(name, raw[name], draft)
-        problems += found.problems
-        if name == "deepspeed" and isinstance(given, dict):
-            problems += missing_values(raw[name], found.unresolved_autos, deepspeed_file)
-        invalid |= found.invalid
-        if getattr(draft, name) is None:
-            invalid.add(name)
-    if draft.run is not None and (unusable := list(import_plugins(draft.run.plugins))):
-        problems += unusable
-        invalid.add("model")  # whose class may be theirs
-    if not _skipped(("model",), invalid):
+    deepspeed: Any = raw.get("deepspeed")
+    if isinstance(deepspeed, dict):
+        raw["deepspeed"] = normalize_section(deepspeed, device)
+    problems += _build_sections(draft, raw, deepspeed_file)
+    run = draft.sections.get("run")
+    if isinstance(run, RunSection) and (plugin_problems := list(import_plugins(run.plugins))):
+        problems += plugin_problems
+        draft.invalid.add("model")  # its class may be registered by a plugin
+    if draft.is_valid("model"):
         problems += _inspect_model(draft)
-    for rule in cross_section.RULES:
-        if not _skipped(rule.needs, invalid):
-            problems += _checked(rule, draft)
+    problems += _problems(draft, RULES)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     loaded = _finish(draft)
-    return replace(loaded, warnings=(*fp32_fallback_warnings(given, raw["deepspeed"]), *loaded.warnings))
+    return replace(loaded, warnings=(*fp32_fallback_warnings(deepspeed, raw["deepspeed"]), *loaded.warnings))
 
 
 def _finish(draft: Draft) -> LoadedConfig:
-    config = Config.model_construct(**{name: getattr(draft, name) for name in SECTIONS})
-    assert draft.facts is not None
-    data_ranks = draft.data_ranks
-    assert data_ranks is not None
-    batch = batch_arithmetic(config.deepspeed, data_ranks)
-    assert isinstance(batch, Batch)
+    """Return the configuration of a draft without problems."""
+    sections: dict[str, Any] = {name: draft.sections[name] for name in SECTIONS}
+    config = Config.model_construct(**sections)
+    facts, data_ranks = draft.facts, draft.processes.data_ranks(config.parallel, config.deepspeed)
+    batch = None if data_ranks is None else batch_arithmetic(config.deepspeed, data_ranks)
+    if facts is None or data_ranks is None or not isinstance(batch, Batch):
+        raise RuntimeError("a configuration without problems has a model and a batch")
+    steps = TrainingLength.of(config.training, draft.derived_steps).steps
     return LoadedConfig(
         config=config,
-        facts=draft.facts,
+        facts=facts,
         batch=batch,
-        world_size=data_ranks * config.parallel.tensor * config.parallel.pipeline,
-        deepspeed_json=resolve(
-            config.deepspeed,
-            data_ranks=data_ranks,
-            steps=draft.steps,
-            hidden_size=draft.facts.hidden_size,
-        ),
+        world_size=data_ranks * config.parallel.model_parallel_size,
+        deepspeed_json=resolve(config.deepspeed, data_ranks=data_ranks, steps=steps, hidden_size=facts.hidden_size),
         derived_steps=draft.derived_steps,
-        warnings=tuple(configuration_warnings(draft)),
+        warnings=tuple(_problems(draft, WARNINGS)),
     )
 
 
 def with_steps(loaded: LoadedConfig, steps: int) -> LoadedConfig:
-    """`loaded`, whose steps `training.epochs` gives, resolved with their number.
+    """Return the configuration resolved with the counted steps of `training.epochs`.
 
     Raises:
-        ConfigError: with the problems of all rules that read the number of steps.
+        ConfigError: With the problems of all rules that read the number of steps.
     """
-    sections = {name: getattr(loaded.config, name) for name in SECTIONS}
-    draft = Draft(**sections, facts=loaded.facts, world_size=loaded.world_size, derived_steps=steps)
-    rules = [rule for rule in cross_section.RULES if "training.max_steps" in rule.needs]
-    if problems := [problem for rule in rules for problem in rule.check(draft)]:
+    draft = Draft.of(loaded.config, loaded.facts, Processes(loaded.world_size), derived_steps=steps)
+    length_rules = [rule for rule in RULES if TrainingLength in rule.parameters.values()]
+    if problems := _problems(draft, length_rules):
         raise ConfigError(problems)
     return replace(_finish(draft), legacy_defaults=loaded.legacy_defaults)
+
+
+def device_problems(loaded: LoadedConfig, device: Device) -> list[Problem]:
+    """Return why a configuration that was checked without a device cannot run on this one."""
+    draft = Draft.of(loaded.config, loaded.facts, Processes(loaded.world_size, device))
+    return _problems(draft, [rule for rule in RULES if rule.name == "device_supported"])
 
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, device: Device | None = None
 ) -> LoadedConfig:
-    """Reads, merges, overrides, checks and resolves the configuration at `path`.
+    """Read, merge, override, check and resolve a configuration file.
 
-    Where it resumes a run, keys added since that run began keep the meaning they had (`earlier_versions.py`).
+    Where it resumes a run, keys that were added since that run began keep the meaning they had
+    (`earlier_versions.py`).
+
+    Args:
+        path: The file.
+        overrides: Assignments `a.b=value`.
+        world_size: Number of processes; None if it is open.
+        device: Device that the run computes on; None if it is unknown.
 
     Raises:
-        ConfigError: with every problem that was found.
+        ConfigError: With all problems.
+        IncompatibleDependencyError: The installed DeepSpeed lacks an internal name that reading its section needs.
     """
     check_names(DEEPSPEED, CONFIGURATION)
     raw, deepspeed_file = read_config_file(Path(path)), named_deepspeed_file(Path(path))
@@ -246,7 +265,5 @@ def load_config(
     if any(assignment.partition("=")[0].strip() == "deepspeed" for assignment in overrides):
         deepspeed_file = None
     legacy_defaults = apply_legacy_defaults(raw)
-    return replace(
-        check_config(raw, world_size=world_size, device=device, deepspeed_file=deepspeed_file),
-        legacy_defaults=legacy_defaults,
-    )
+    loaded = check_config(raw, world_size=world_size, device=device, deepspeed_file=deepspeed_file)
+    return replace(loaded, legacy_defaults=legacy_defaults)

@@ -16,6 +16,8 @@ class TaskFamilies:
     """What the models are called, for messages."""
 
     remedy: str
+    """What to do about a family without such a model, for messages."""
+
     is_causal: bool
     """Whether attention must not see later tokens."""
 
@@ -23,5 +25,6 @@ class TaskFamilies:
 TASK_FAMILIES: dict[str, TaskFamilies] = {
     "causal_lm": TaskFamilies("MODEL_FOR_CAUSAL_LM_MAPPING", "causal language model", "Take a decoder", is_causal=True),
 }
+"""Accepted values of `model.task`."""
 
 DEFAULT_TASK = "causal_lm"

@@ -1,4 +1,4 @@
-"""From sources of text to micro-batches: read, tokenise once, index, order, pack."""
+"""Data pipeline from text sources to micro-batches: read, tokenize once, index, order, pack."""
 
 from trainer.data.batches import EvaluationBatches, StepBatch, TrainBatches
 from trainer.data.epochs import resolve_steps

@@ -1,7 +1,7 @@
-"""A directory of token files and tokenizers that are built once and verified whenever they are opened.
+"""Content-addressed cache of token files and tokenizers: built once, verified whenever they are opened.
 
-One process on each host builds and verifies, before the process group exists; the other ranks of the host wait for
-its word in the key-value store. Nothing here can run into the timeout of a collective.
+One process per host builds and verifies before the process group exists; the other ranks of the host wait for a key in
+the key-value store. No collective is involved, so building may take longer than the timeout of a collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\.(?P<entry>.+?)\.(?P<locked>locked-)?[0-9a-f]{8}\.partial")
 _UNLOCKED_AGE_SECONDS = 24 * 3600.0
-"""Earlier versions held no lock by which to tell whether an unfinished directory is still written."""
+"""Age at which an unfinished directory of an earlier version, which held no lock, counts as abandoned."""
 
 _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SECONDS_BETWEEN_LINES = 30.0
@@ -43,53 +42,55 @@ Check = Callable[[Path], None]
 
 @dataclass
 class Cache:
-    """A directory of entries, each built once and then only read."""
+    """A directory of entries, each of which is built once and then only read."""
 
     root: Path
     launch: Launch = field(default_factory=Launch)
-    """Local rank 0 builds and verifies the entries of its host."""
+    """Position of this process; local rank 0 builds and verifies the entries of its host."""
 
     store: Store | None = None
     """Shared by all ranks; None for a single process."""
 
     blocks: int | None = 64
-    """Blocks of each file to verify when an entry is opened; None for all."""
+    """Number of blocks per file to verify when an entry is opened; None for all."""
 
     def __post_init__(self) -> None:
         builder = self.launch.rank - self.launch.local_rank
-        # All ranks count their openings alike, so that a second one in a process waits for its own word.
+        # All ranks count caches in the same order, so that a second cache of a process waits for keys of its own.
         count = 0 if self.store is None else self.store.add(f"data/openings/{self.launch.rank}", 1)
         self._key = f"data/{builder}/{count}"
         self._entries = 0
 
     @property
     def is_builder(self) -> bool:
-        """Whether this process builds and verifies; the other ranks of the host wait for it."""
+        """True on the one rank of each host that builds and verifies."""
         return self.launch.local_rank == 0
 
     def entry(
         self,
-        signature: Any,
-        content: Callable[[], Any],
+        signature: object,
+        content: Callable[[], object],
         prefix: str,
         build: Callable[[Path], None],
         *,
         check: Check | None = None,
         adopt_unhashed: bool = False,
     ) -> Path:
-        """The directory of what `content()` describes, verified, and built by `build(directory)` if it is not there.
+        """Return the verified directory of an entry; build it if it is missing or damaged.
 
-        All ranks of a host must call it with the same arguments, in the same order.
+        All ranks of a host must call it with equal arguments and in the same order.
 
         Args:
-            appearance: JSON by which to find, without reading the sources, the content hash found earlier.
-            content: JSON that describes everything that the result depends on.
-            prefix: of the directory's name.
-            check: raises DataError if the files of an entry do not fit together.
-            adopts: give an entry of an earlier version hashes of its present content instead of building it again.
+            signature: JSON that is cheap to compute and maps, through an alias file, to the content hash of an earlier
+                call, so that unchanged sources are not read again.
+            content: returns JSON of everything that the result depends on.
+            prefix: prefix of the directory name.
+            build: writes the files of the entry to an empty directory.
+            check: raises DataError if the files of an entry are inconsistent with each other.
+            adopt_unhashed: hash an entry of an earlier version instead of rebuilding it.
 
         Raises:
-            ConfigError: the cache cannot be written to; ranks of a host see different data.
+            ConfigError: the cache cannot be written to, or the ranks of a host see different data.
         """
         digest = _digest(signature)
         key = f"{self._key}/{self._entries}"
@@ -97,7 +98,7 @@ class Cache:
         if not self.is_builder:
             return self.root / self._wait_for_entry(key, digest)
         if self.store is not None:
-            self.store.set(f"{key}/appearance", digest)
+            self.store.set(f"{key}/signature", digest)
         with self._refuse_full_disk():
             folder = _Entry(self, digest, check, adopt_unhashed).open(content, prefix, build)
         if self.store is not None:
@@ -105,7 +106,7 @@ class Cache:
         return folder
 
     def sweep(self) -> None:
-        """Delete what killed builders have left, but nothing that a living process is writing."""
+        """Delete unfinished directories of killed builders; those of running ones are locked and stay."""
         for partial in self.root.glob(".*.partial") if self.is_builder else ():
             match = _PARTIAL.fullmatch(partial.name)
             if match is None:
@@ -118,7 +119,7 @@ class Cache:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def lock(self, name: str) -> str:
-        """The lock file of a name."""
+        """Return the path of the lock file of an entry or alias."""
         return str(self.root / f".{name}.lock")
 
     @contextlib.contextmanager
@@ -129,45 +130,51 @@ class Cache:
             if not _is_disk_error(error, self.root):
                 raise
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                Problem("data.cache_dir", f"'{self.root}' cannot be written to: {reason}",
-                        "Free space on its disk, or set data.cache_dir to another one")
-            ) from None  # fmt: skip
+            problem = f"'{self.root}' cannot be written to: {reason}"
+            remedy = "Free space on its disk, or set data.cache_dir to another one"
+            raise ConfigError(Problem("data.cache_dir", problem, remedy)) from None
 
     def _wait_for_entry(self, key: str, digest: str) -> str:
         builder = self.launch.rank - self.launch.local_rank
-        if self._wait_for_key(f"{key}/appearance", builder) != digest:
-            raise RanksDifferError(
-                Problem("data", f"rank {self.launch.rank} sees other files than rank {builder}, which prepares the "
-                        "data of this host (names, sizes, modification times, or data and model keys differ)",
-                        "Start all ranks with the same configuration and working directory")
-            )  # fmt: skip
+        if self._wait_for_key(f"{key}/signature", builder) != digest:
+            reason = (
+                f"rank {self.launch.rank} sees other files than rank {builder}, which prepares the data of this host "
+                "(names, sizes, modification times, or data and model keys differ)"
+            )
+            remedy = "Start all ranks with the same configuration and working directory"
+            raise RanksDifferError(Problem("data", reason, remedy))
         return self._wait_for_key(f"{key}/entry", builder)
 
     def _wait_for_key(self, key: str, builder: int) -> str:
-        """The value of a key, once the builder has set it."""
+        """Wait until the builder has set a key, and return its value."""
         if self.store is None:
-            raise ValueError("only the builder can open a cache without a store")
+            raise ValueError("a rank that is not the builder needs a store")
         if wait_for_keys(self.store, {key: f"rank {builder}"}, "prepare the data of this host", JOIN_TIMEOUT):
             raise DataError(f"{self.root}: rank {builder} has not prepared the data in {JOIN_TIMEOUT}")
         return str(self.store.get(key).decode())
 
 
 class NotCachedError(Exception):
-    """An entry would have to be built."""
+    """The entry is missing, so it would have to be built."""
 
 
 class CacheView(Cache):
-    """Finds entries, and neither builds nor verifies nor changes any."""
+    """Read-only view of a cache: finds entries without building or verifying any."""
 
     def entry(
-        self, signature: Any, content: Callable[[], Any], prefix: str, build: Callable[[Path], None],
-        *, check: Check | None = None, adopt_unhashed: bool = False,
-    ) -> Path:  # fmt: skip
-        """See `Cache.entry`.
+        self,
+        signature: object,
+        content: Callable[[], object],
+        prefix: str,
+        build: Callable[[Path], None],
+        *,
+        check: Check | None = None,
+        adopt_unhashed: bool = False,
+    ) -> Path:
+        """Return the directory of an entry. See `Cache.entry`.
 
         Raises:
-            NotCachedError: it is not there.
+            NotCachedError: it is missing.
         """
         folder = _Entry(self, _digest(signature), check, adopt_unhashed).resolve_alias()
         if folder is None or not (folder / RECORD_FILE).is_file():
@@ -176,7 +183,7 @@ class CacheView(Cache):
 
 
 class _Entry:
-    """One entry as its builder opens it."""
+    """One call of `Cache.entry` in the builder."""
 
     def __init__(self, cache: Cache, digest: str, check: Check | None, adopt_unhashed: bool) -> None:
         self._cache, self._check, self._adopts = cache, check, adopt_unhashed
@@ -184,26 +191,26 @@ class _Entry:
         self._blocks = cache.blocks
         self._last_damage = ""
 
-    def open(self, content: Callable[[], Any], prefix: str, build: Callable[[Path], None]) -> Path:
-        """See `Cache.entry`."""
+    def open(self, content: Callable[[], object], prefix: str, build: Callable[[Path], None]) -> Path:
+        """Return the directory of the entry, built if necessary. See `Cache.entry`."""
         if (folder := self.resolve_alias()) is not None and self._is_valid(folder):
             return folder
         root = self._cache.root
         self._alias.parent.mkdir(parents=True, exist_ok=True)
         with _hold_lock(self._cache.lock(self._alias.stem[:32])):
             if (other := self.resolve_alias()) is not None and other != folder and self._is_valid(other):
-                return other  # another run has built it in the meantime
+                return other  # another run has built it while this one waited for the lock
             name = f"{prefix}-{_digest(content())[:32]}"
             with _hold_lock(self._cache.lock(name)):
                 if not self._is_valid(root / name, locked=True):
                     if self._last_damage:
-                        log.warning("%s is built again: %s", root / name, self._last_damage)
+                        log.warning("rebuilding cache entry %s: %s", root / name, self._last_damage)
                     self._build(root / name, build)
             replace_text(self._alias, json.dumps({"name": name}))
         return root / name
 
     def resolve_alias(self) -> Path | None:
-        """The directory that was found for this appearance earlier."""
+        """Return the directory that an earlier call recorded for this signature."""
         try:
             name = json.loads(self._alias.read_text())["name"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -220,7 +227,7 @@ class _Entry:
         except (DataError, ValueError) as error:
             damage = str(error)
         if damage is not None:
-            self._last_damage, self._blocks = damage, None  # a second look must find it again
+            self._last_damage, self._blocks = damage, None  # a second verification must find it again
             return False
         with contextlib.suppress(TimeoutError, OSError), FileLock(self._cache.lock(folder.name), timeout=0):
             update_mtimes(folder)
@@ -256,7 +263,7 @@ class _Entry:
 
 @contextlib.contextmanager
 def _hold_lock(path: str) -> Iterator[None]:
-    """Hold a lock; log while another process holds it."""
+    """Hold a file lock; log while another process holds it."""
     lock, start = FileLock(path), time.monotonic()
     while True:
         try:
@@ -264,7 +271,7 @@ def _hold_lock(path: str) -> Iterator[None]:
             break
         except TimeoutError:
             waited = format_duration(time.monotonic() - start)
-            log.info("waiting %s for another process that prepares the same data (it holds %s)", waited, path)
+            log.info("waiting for another process that prepares the same data (%s, it holds %s)", waited, path)
     try:
         yield
     finally:
@@ -272,7 +279,10 @@ def _hold_lock(path: str) -> Iterator[None]:
 
 
 def _is_disk_error(error: Exception, root: Path) -> bool:
-    """Whether an error comes from writing the cache. Rust's tokenizers raise a plain Exception with the number."""
+    """Return whether an error comes from writing the cache.
+
+    The tokenizers library, written in Rust, raises a bare Exception that has the error number in its text.
+    """
     if isinstance(error, OSError):
         is_in_cache = error.filename is not None and str(error.filename).startswith(str(root))
         return is_in_cache or error.errno in _DISK_ERRNOS
@@ -287,5 +297,5 @@ def _latest_mtime(folder: Path) -> float:
     return max(times, default=time.time())
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Opens text files for reading, decompressed as they are read."""
+"""Streaming decompression of text files."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ import lzma
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from trainer.config.paths import compression_of
 from trainer.errors import DataError, first_line
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 _BUFFER_BYTES = 1 << 20
 
 
-def _open_zstandard(raw: BinaryIO) -> Any:
-    import pyarrow  # here, because it takes longer to load than a small file
+class _Stream(Protocol):
+    def read1(self, size: int = ..., /) -> bytes: ...
 
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    def close(self) -> None: ...
 
 
-_DECOMPRESSORS: Mapping[str, Callable[[BinaryIO], Any]] = {
+def _open_zstandard(raw: BinaryIO) -> _Stream:
+    import pyarrow  # deferred, because the import takes longer than reading a small file
+
+    stream: _Stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    return stream
+
+
+_DECOMPRESSORS: Mapping[str, Callable[[BinaryIO], _Stream]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
@@ -32,7 +42,7 @@ _DECOMPRESSORS: Mapping[str, Callable[[BinaryIO], Any]] = {
 
 
 class DecompressedFile(io.RawIOBase):
-    """The decompressed bytes of a file. Frames that follow one another are read as one stream."""
+    """Decompressed bytes of a file; concatenated frames are read as one stream."""
 
     def __init__(self, path: Path, compression: str) -> None:
         self._path, self._file = path, path.open("rb")
@@ -42,14 +52,15 @@ class DecompressedFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """See `io.RawIOBase`.
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Read up to `len(buffer)` bytes. See `io.RawIOBase`.
 
         Raises:
-            DataError: the file is damaged or truncated, with the line up to which it can be read.
+            DataError: the file is damaged or truncated; the message names the first unreadable line.
         """
+        view = memoryview(buffer)
         try:
-            data = self._stream.read1(len(buffer))  # `read` would lose what it has when it fails
+            data = self._stream.read1(len(view))  # `read` loses the bytes before the damage
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             first = first_line(error)
             raise DataError(
@@ -57,12 +68,12 @@ class DecompressedFile(io.RawIOBase):
                 "truncated, or not what its name says"
             ) from None
         self._lines += data.count(b"\n")
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         return len(data)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the compressed file that have been read."""
+        """Number of compressed bytes that have been read."""
         return self._file.tell()
 
     def close(self) -> None:
@@ -72,7 +83,7 @@ class DecompressedFile(io.RawIOBase):
 
 
 def open_decompressed(path: Path) -> BinaryIO:
-    """The content of a file, decompressed where its name says that it is compressed."""
+    """Open a file for reading; decompress it if its name has the suffix of a compression."""
     compression = compression_of(path)
     if not compression:
         return path.open("rb")

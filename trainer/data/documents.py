@@ -1,4 +1,4 @@
-"""Documents of text files, in pieces that are small enough to tokenize."""
+"""Read the documents of text files, in chunks that are small enough to tokenize."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from trainer.data.json_array import read_elements
 from trainer.errors import DataError
 
 _CHUNK_SIZE = 1 << 20
-"""Bytes or characters of a piece, about."""
+"""Approximate size of a chunk, in bytes or characters."""
 
 _BOUNDARY_WINDOW = 1 << 16
-"""Bytes or characters before the end of a piece in which a place to cut is looked for."""
+"""Bytes or characters before the end of a chunk that are searched for a position to split at."""
 
 _SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
-"""A single space, before which most tokenizers begin a token wherever they cut."""
+"""A single space between two words: most tokenizers start a token there, so splitting before it changes no ids."""
 
 _SINGLE_SPACE_BYTE = re.compile(_SINGLE_SPACE.pattern.encode())
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Part of a document. Long documents come in pieces, because a tokenizer takes 150 times the memory of its text."""
+    """Part of a document. Long documents are split, because tokenization takes 150 times the memory of the text."""
 
     text: str
     is_last: bool
-    """Whether the document ends with this piece."""
+    """True for the last chunk of a document."""
 
     size: int
-    """Bytes (of files) or characters (of tables) that this piece stands for; progress is counted in them."""
+    """Bytes (in files) or characters (in tables) of the source that this chunk accounts for, to report progress."""
 
 
 def split_document(text: str, size: int) -> Iterator[TextChunk]:
-    """A document that is in memory, in pieces.
+    """Split a document that is in memory into chunks.
 
     Args:
-        size: of the document in its file, see `Piece.size`.
+        text: the document.
+        size: size of the document in its file, see `TextChunk.size`.
     """
     start = 0
     while len(text) - start > 2 * _CHUNK_SIZE:
@@ -55,7 +56,7 @@ def split_document(text: str, size: int) -> Iterator[TextChunk]:
 
 
 def read_text_file(file: Path) -> Iterator[TextChunk]:
-    """A text file as one document. Pieces end at line ends, or within lines that are longer than a piece."""
+    """Read a text file as one document, split at line ends, or within lines that are longer than a chunk."""
     with open_decompressed(file) as handle:
         line, remainder = 1, b""
         while True:
@@ -76,19 +77,19 @@ def read_text_file(file: Path) -> Iterator[TextChunk]:
 
 
 def _cut_within_line(raw: bytes) -> int:
-    """Where to cut a piece that ends within a line: before a single space, or else between two characters."""
+    """Find the position to split within a line: before the last single space, or else between two characters."""
     first = max(1, len(raw) - _BOUNDARY_WINDOW)
     spaces = [match.start() for match in _SINGLE_SPACE_BYTE.finditer(raw, first)]
     if spaces:
         return spaces[-1]
     cut = len(raw) - 1
-    while cut > len(raw) - 5 and raw[cut] & 0xC0 == 0x80:  # within a character of UTF-8
+    while cut > len(raw) - 5 and raw[cut] & 0xC0 == 0x80:  # continuation byte of UTF-8
         cut -= 1
     return cut
 
 
 def read_json_array(file: Path, text_field: str, max_bytes: int) -> Iterator[TextChunk]:
-    """The documents of a .json array; see `read_json_lines`."""
+    """Read the documents of a .json array. See `read_json_lines`."""
     for element in read_elements(file, max_bytes):
         if element.size > max_bytes:
             raise document_too_large(element.where, element.size, max_bytes)
@@ -96,13 +97,15 @@ def read_json_array(file: Path, text_field: str, max_bytes: int) -> Iterator[Tex
 
 
 def read_json_lines(file: Path, text_field: str, max_bytes: int) -> Iterator[TextChunk]:
-    """The documents of a .jsonl file, one a line.
+    """Read the documents of a .jsonl file, one per line.
 
     Args:
-        largest: bytes of a line at most.
+        file: may be compressed.
+        text_field: name of the field that holds the text.
+        max_bytes: limit on the length of a line.
 
     Raises:
-        DataError: naming file and line.
+        DataError: a line cannot be read as a document; the message names it.
     """
     with open_decompressed(file) as handle:
         number = 0
@@ -119,7 +122,16 @@ def read_json_lines(file: Path, text_field: str, max_bytes: int) -> Iterator[Tex
 
 
 def decode_utf8(raw: bytes, file: Path, first_line: int) -> str:
-    """Raises: DataError, naming the line, for what is not UTF-8."""
+    """Decode UTF-8.
+
+    Args:
+        raw: part of a file.
+        file: its path, for the error message.
+        first_line: number of the line at which `raw` starts.
+
+    Raises:
+        DataError: the bytes are not UTF-8; the message names the line.
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -142,10 +154,10 @@ def _parse_line(line: str, where: str, text_field: str) -> str:
 
 
 def extract_text(row: object, where: str, text_field: str) -> str:
-    """The text of a row of JSON.
+    """Return the text of a parsed JSON row.
 
     Raises:
-        DataError: it holds none.
+        DataError: it is not an object, lacks the field, or the field is not text.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
@@ -156,10 +168,10 @@ def extract_text(row: object, where: str, text_field: str) -> str:
 
 
 def validate_text(value: object, where: str, text_field: str) -> str:
-    """The text that a row holds; null is no text.
+    """Return the value of a text field; null is an empty text.
 
     Raises:
-        DataError: it is of another type, or not Unicode.
+        DataError: it is of another type, or is not valid Unicode.
     """
     if value is None:
         return ""
@@ -168,15 +180,17 @@ def validate_text(value: object, where: str, text_field: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half a surrogate pair at character {error.start}, which is no text") from None
+        raise DataError(f"{where}: half a surrogate pair at character {error.start}") from None
     return value
 
 
 def document_too_large(where: str, size: int | None, max_bytes: int) -> DataError:
-    """The error of a document of more than `max_bytes` bytes.
+    """Return the error for a document of more than `max_bytes` bytes.
 
     Args:
-        where: file and line or row. size: in bytes; None where not all of it was read.
+        where: file and line or row.
+        size: size in bytes; None if the document was not read to its end.
+        max_bytes: `data.max_document_bytes`.
     """
     actual = f"more than {max_bytes:,}" if size is None else f"{size:,}"
     return DataError(

@@ -1,15 +1,15 @@
-"""What ranks compare about data: how the files look before they are read, and what they became."""
+"""Facts about the data that ranks compare: file signatures before reading, and token files after preparation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from trainer.config.schema import DEFAULT_CACHE
-from trainer.data.sources import Source
+from trainer.data.sources import FileSignature, Source
 from trainer.data.tokenizer import tokenizer_hash
 from trainer.fault_tolerance import Fact
 
@@ -23,8 +23,10 @@ _SAME_TOKENS = "Give all hosts the same data files and tokenizer"
 
 
 def source_facts(loaded: LoadedConfig) -> Iterator[Fact]:
-    """How the files of each source look, without reading them: the same on all ranks of a host, of which one prepares
-    them."""
+    """Yield names, sizes and times of the files of each source, without reading them.
+
+    They must be equal on all ranks of a host, because one of these ranks prepares the data for all.
+    """
     data = loaded.config.data
     for split in ("train", "validation"):
         for number, section in enumerate(getattr(data, split)):
@@ -34,16 +36,17 @@ def source_facts(loaded: LoadedConfig) -> Iterator[Fact]:
             yield Fact(f"data.{split}.{number}.path", _describe_files(files), _SAME_FILES, is_per_host=True)
 
 
-def _describe_files(files: Sequence[Sequence[Any]]) -> str:
-    """Names, sizes and times of files, shortened to a few words and a hash."""
+def _describe_files(files: FileSignature) -> str:
+    """Summarize names, sizes and times of files in a few words and a hash."""
     digest = xxhash.xxh3_64(repr(files).encode()).hexdigest()
-    size = f", {sum(file[1] for file in files)} bytes" if all(isinstance(file[1], int) for file in files) else ""
+    sizes = [file[1] for file in files]
+    size = f", {sum(map(int, sizes))} bytes" if all(isinstance(size, int) for size in sizes) else ""
     others = f" and {len(files) - 1} other files" if len(files) > 1 else ""
     return f"{files[0][0] if files else 'no file'}{others}{size} ({digest[:8]})"
 
 
 def prepared_facts(loaded: LoadedConfig, prepared: PreparedData) -> Iterator[Fact]:
-    """What the sources became: the same on all ranks, wherever each host keeps it."""
+    """Yield the content of the token files and the tokenizer, which must be equal on all ranks of all hosts."""
     tokenizer, cache = prepared.tokenizer, Path(loaded.config.data.cache_dir or DEFAULT_CACHE).expanduser()
     yield Fact("tokenizer", None if tokenizer is None else tokenizer_hash(tokenizer)[:12], _SAME_TOKENS)
     yield Fact("special tokens", prepared.frame_json, _SAME_TOKENS)
@@ -54,7 +57,7 @@ def prepared_facts(loaded: LoadedConfig, prepared: PreparedData) -> Iterator[Fac
 
 
 def _describe_tokens(tokens: IndexedTokens, cache: Path) -> str:
-    """Sizes and a hash: of the fingerprint, and for an entry of the cache of its key, in which all content is."""
+    """Summarize token files: sizes, and a hash of the fingerprint and of the name of the cache entry."""
     entry = tokens.bin_path.parent
     content = f"{entry.name if entry.parent == cache else ''} {tokens.fingerprint()}"
     return f"{len(tokens)} documents, {tokens.tokens} tokens ({xxhash.xxh3_64(content.encode()).hexdigest()})"

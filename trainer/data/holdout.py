@@ -1,8 +1,8 @@
-"""Documents held out of the training data for validation, chosen by the hash of their content.
+"""Hold out training documents for validation, selected by the hash of their content.
 
-A document is held out where the 64-bit hash of its content is below `fraction` x 2^64. So the choice depends on
-nothing but the content: the order of documents and files, the number of processes and the seed do not matter, and
-exact duplicates, also in different sources, are on the same side.
+A document is held out if the 64-bit hash of its content is below `fraction * 2^64`. The selection depends only on the
+content: not on the order of documents and files, the number of processes, or the seed. Exact duplicates, also across
+sources, fall on the same side of the split.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from trainer.data.documents import TextChunk
-from trainer.data.indexed import IndexedTokens
+from trainer.data.indexed import IndexedTokens, TokenIds
 from trainer.data.sources import Source
 from trainer.errors import ConfigError, DataError, Problem
 from trainer.tasks import TASKS, Task
@@ -29,30 +29,28 @@ if TYPE_CHECKING:
     from trainer.data.cache import Cache
 
 HASHES = "document_hashes.npy"
-"""Beside the token files of a text source: xxh3-64 of the UTF-8 text of each document, in their order."""
+"""File next to the token files of a text source: xxh3-64 of the UTF-8 text of each document, in document order."""
 
 Hashes = npt.NDArray[np.uint64]
 
 
 class DocumentHasher:
-    """Hashes documents that arrive in pieces."""
+    """Computes the hashes of documents that arrive in chunks."""
 
     def __init__(self) -> None:
+        """Open the first document."""
         self._hasher = xxhash.xxh3_64()
         self._hashes: list[int] = []
 
     def update(self, text: str) -> None:
-        """Append a piece to the open document."""
+        """Append text to the open document."""
         self._hasher.update(text.encode())
 
     def end(self, *, is_written: bool = True) -> int:
-        """End the open document.
+        """End the open document and return its hash.
 
         Args:
-            counts: False for a document that the token files leave out.
-
-        Returns:
-            The hash.
+            is_written: False for a document that the token files omit, whose hash is not saved.
         """
         content_hash = self._hasher.intdigest()
         self._hasher.reset()
@@ -61,13 +59,15 @@ class DocumentHasher:
         return content_hash
 
     def save(self, folder: Path) -> None:
-        """Write the hashes of all documents that count to `folder`."""
+        """Write the hashes of the written documents to `folder`."""
         np.save(folder / HASHES, np.asarray(self._hashes, np.uint64), allow_pickle=False)
 
 
 def drop_held_out(chunks: Iterable[TextChunk], fraction: float, limit: int) -> Iterator[TextChunk]:
-    """The pieces of those documents that are not held out. Of a document, pieces up to `limit` characters are kept in
-    memory until its end, and the others are left out."""
+    """Yield the chunks of the documents that are not held out.
+
+    A document is buffered until its end, when its hash is known; text beyond `limit` characters is dropped.
+    """
     hasher, kept, size = DocumentHasher(), list[TextChunk](), 0
     for chunk in chunks:
         hasher.update(chunk.text)
@@ -81,8 +81,10 @@ def drop_held_out(chunks: Iterable[TextChunk], fraction: float, limit: int) -> I
 
 
 def write_id_hashes(tokens: IndexedTokens, folder: Path) -> None:
-    """Write the hashes of token documents to `folder`: xxh3-64 of their ids as little-endian 32-bit integers, so that
-    the id type of the file does not matter."""
+    """Write the hashes of tokenized documents to `folder`.
+
+    Ids are hashed as little-endian 32-bit integers, so that the hash does not depend on the id type of the file.
+    """
     hashes = np.empty(len(tokens), np.uint64)
     for number in range(len(tokens)):
         hashes[number] = xxhash.xxh3_64_intdigest(tokens.document(number).astype("<i4").tobytes())
@@ -90,63 +92,65 @@ def write_id_hashes(tokens: IndexedTokens, folder: Path) -> None:
 
 
 def read_hashes(folder: Path, documents: int) -> Hashes:
-    """The hashes in `folder`.
+    """Read the hashes in `folder`.
 
     Raises:
-        DataError: they are damaged, or not those of so many documents.
+        DataError: the file is damaged, or does not have `documents` hashes.
     """
     try:
         hashes: Hashes = np.load(folder / HASHES, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{folder / HASHES}: cannot be read: {error}. Delete {folder}") from None
     if hashes.shape != (documents,) or hashes.dtype != np.uint64:
-        raise DataError(f"{folder / HASHES}: not the hashes of {documents} documents. Delete {folder}")
+        raise DataError(f"{folder / HASHES}: expected {documents} hashes, got {hashes.shape}. Delete {folder}")
     return hashes
 
 
 def is_held_out(content_hash: int, fraction: float) -> bool:
-    """Whether the document with this hash is held out."""
+    """Return whether the document with this hash is held out."""
     return content_hash < _limit(fraction)
 
 
 def held_out_mask(hashes: Hashes, fraction: float) -> npt.NDArray[np.bool_]:
-    """Which documents are held out."""
+    """Return a mask that is True for held-out documents."""
     mask: npt.NDArray[np.bool_] = hashes < np.uint64(_limit(fraction))
     return mask
 
 
 def _limit(fraction: float) -> int:
-    """Hashes below it are held out. `fraction` is between 0 and 1, both excluded."""
+    """Return the smallest hash that is not held out, for a fraction in (0, 1)."""
     return min(int(Fraction(str(fraction)) * 2**64), 2**64 - 1)
 
 
 class DocumentSubset(IndexedTokens):
-    """Some documents of token files, in their order, as token files of their own. Nothing is copied."""
+    """View of some documents of a pair of token files, in their order. No ids are copied."""
 
     def __init__(self, tokens: IndexedTokens, mask: npt.NDArray[np.bool_]) -> None:
-        """Args:
-        tokens: contiguous. mask: True for the documents of the subset.
+        """Select documents.
+
+        Args:
+            tokens: contiguous token files.
+            mask: True for the documents of the subset.
         """
-        self.__dict__.update(tokens.__dict__)
         self._parent, self._mask = tokens, mask
-        self.lengths, self._offsets = tokens.lengths[mask], tokens._offsets[mask]
-        itemsize = self._ids.dtype.itemsize
-        starts = self._offsets // itemsize
+        self.bin_path, self.idx_path, self.ids = tokens.bin_path, tokens.idx_path, tokens.ids
+        self.lengths, self.offsets = tokens.lengths[mask], tokens.offsets[mask]
+        starts = self.offsets // self.ids.dtype.itemsize
         is_first = np.ones(len(starts), np.bool_)
         is_first[1:] = starts[1:] != (starts + self.lengths)[:-1]
         positions = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         self._segment_starts = starts[is_first]
-        """Position in the file of each run of adjacent documents of the subset."""
+        """Position in the file of each segment: a maximal run of adjacent documents of the subset."""
         self._segment_positions = positions[is_first]
-        """Position of the same in the subset's own stream."""
+        """Position of each segment in the stream of the subset."""
 
     def fingerprint(self) -> str:
-        """That of all documents, and which of them are in the subset."""
-        chosen = xxhash.xxh3_128_hexdigest(np.packbits(self._mask).tobytes())
-        return f"{self._parent.fingerprint()}-{chosen}"
+        """Return the fingerprint of the parent and a hash of the selection."""
+        selection = xxhash.xxh3_128_hexdigest(np.packbits(self._mask).tobytes())
+        return f"{self._parent.fingerprint()}-{selection}"
 
-    def stream(self, start: int, length: int) -> npt.NDArray[Any]:
-        """`length` ids from position `start` of the subset's documents joined together; fewer at the end."""
+    def stream(self, start: int, length: int) -> TokenIds:
+        """Return `length` ids, fewer at the end, from position `start` of the subset's concatenated documents."""
         end, parts = min(start + length, self.tokens), []
         segment = int(np.searchsorted(self._segment_positions, start, side="right")) - 1
         while start < end:
@@ -154,29 +158,32 @@ class DocumentSubset(IndexedTokens):
             is_last_segment = segment + 1 == len(self._segment_positions)
             stop = end if is_last_segment else min(end, int(self._segment_positions[segment + 1]))
             first = int(self._segment_starts[segment]) + start - position
-            parts.append(self._ids[first : first + stop - start])
+            parts.append(self.ids[first : first + stop - start])
             start, segment = stop, segment + 1
-        return parts[0] if len(parts) == 1 else np.concatenate([self._ids[:0], *parts])
+        return parts[0] if len(parts) == 1 else np.concatenate([self.ids[:0], *parts])
 
     @property
     def is_contiguous(self) -> bool:
-        """`stream` joins the documents."""
+        """Always True: `stream` skips the gaps."""
         return True
 
 
 def split_held_out(
     loaded: LoadedConfig, cache: Cache, sources: Sequence[Source], train: Sequence[Sequence[IndexedTokens]]
 ) -> tuple[list[list[IndexedTokens]], list[IndexedTokens]]:
-    """Divide the training documents by `data.held_out_fraction`.
+    """Split the training documents by `data.held_out_fraction`.
 
     Args:
-        train: the token files of each of `sources`.
+        loaded: the configuration.
+        cache: stores the hashes of documents given as token files.
+        sources: training sources.
+        train: token files of each of `sources`.
 
     Returns:
         (token files of each source without the held-out documents, token files of the held-out documents).
 
     Raises:
-        ConfigError: nothing would be left to train on in a source, or nothing to validate on.
+        ConfigError: a source would have no training documents left, or there would be nothing to validate on.
     """
     data, task = loaded.config.data, TASKS[loaded.config.model.task]
     fraction = data.held_out_fraction
@@ -189,23 +196,21 @@ def split_held_out(
         held_out += [DocumentSubset(t, mask) for t, mask in zip(parts, masks, strict=True) if mask.any()]
         train_parts.append([DocumentSubset(t, ~mask) for t, mask in zip(parts, masks, strict=True) if not mask.all()])
         if not train_parts[-1]:
-            raise ConfigError(
-                Problem(key, f"{fraction:g} holds out all {sum(map(len, parts)):,} documents of '{source.path}'",
-                        "Give files of their own to data.validation (a .txt file is one document)")
-            )  # fmt: skip
+            reason = f"{fraction:g} holds out all {sum(map(len, parts)):,} documents of '{source.path}'"
+            remedy = "Set data.validation to separate files (a .txt file is one document)"
+            raise ConfigError(Problem(key, reason, remedy))
     usable = [tokens for tokens in held_out if _has_samples(task, tokens, data)]
     if not usable:
         count = f"{sum(len(tokens) for parts in train for tokens in parts):,}"
         problem = "too little for one sample" if held_out else "none"
-        raise ConfigError(
-            Problem(key, f"{fraction:g} of {count} training documents holds out {problem}",
-                    "Raise it, or give files of their own to data.validation (a .txt file is one document)")
-        )  # fmt: skip
+        reason = f"{fraction:g} of {count} training documents holds out {problem}"
+        remedy = "Raise it, or set data.validation to separate files (a .txt file is one document)"
+        raise ConfigError(Problem(key, reason, remedy))
     return train_parts, usable
 
 
 def _document_hashes(source: Source, tokens: IndexedTokens, cache: Cache) -> Hashes:
-    """Those that tokenising wrote; of token files, which come without, of the ids."""
+    """Read the hashes written by tokenization, or hash the ids of a source given as token files."""
     if not source.is_indexed:
         return read_hashes(tokens.bin_path.parent, len(tokens))
     stats = [(path.resolve(), path.stat()) for path in (tokens.bin_path, tokens.idx_path)]

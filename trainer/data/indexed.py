@@ -1,9 +1,9 @@
-"""Indexed token files in Megatron's format: `NAME.bin` holds the ids, `NAME.idx` where each document lies.
+r"""Token files in Megatron's indexed format: `NAME.bin` holds the ids, `NAME.idx` the extent of each document.
 
-The index, little-endian (Megatron-LM, `megatron/core/datasets/indexed_dataset.py`):
-9 bytes `MMIDIDX\\0\\0`; u64 version = 1; u8 code of the id type; u64 number of sequences S; u64 number of document
-borders D; i32[S] lengths in tokens; i64[S] offsets in bytes; i64[D] borders, in sequences, from 0 to S.
-Here every document is one sequence, so D = S + 1.
+Layout of the index, little-endian (Megatron-LM, `megatron/core/datasets/indexed_dataset.py`):
+9 bytes `MMIDIDX\0\0`; u64 version = 1; u8 code of the id type; u64 number of sequences S; u64 number of document
+boundaries D; i32[S] lengths in tokens; i64[S] offsets in bytes; i64[D] boundaries, in sequences, from 0 to S.
+Files written here have one sequence per document, so D = S + 1.
 """
 
 from __future__ import annotations
@@ -21,35 +21,46 @@ import xxhash
 
 from trainer.errors import DataError
 
+TokenIds = npt.NDArray[np.integer[Any]]
+"""Ids of an unsigned 16-bit or signed 32-bit type, as stored."""
+
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DTYPE_CODES: dict[int, type[np.integer[Any]]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
 _HEADER = struct.Struct("<QBQQ")
 _MAX_DOCUMENT_TOKENS = 2**31 - 1
 _FINGERPRINT_SAMPLE = 1 << 16
-"""Numbers read at each of the places of a fingerprint."""
+"""Values that a fingerprint reads at each of its 16 positions."""
 
 
 def id_type(vocabulary: int) -> type[np.uint16] | type[np.int32]:
-    """The smallest id type that Megatron uses for a vocabulary of this size."""
+    """Return the smallest id type that Megatron uses for a vocabulary of this size."""
     return np.uint16 if vocabulary < 65500 else np.int32
 
 
 class IndexedWriter:
-    """Writes one document after the other, each in as many parts as it comes in; `close` writes the index."""
+    """Writes documents, each in any number of parts; `close` writes the index."""
 
     def __init__(self, prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
+        """Create `prefix.bin`."""
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         self._bin = prefix.with_suffix(".bin").open("wb")
         self._lengths: list[int] = []
         self.open_length = 0
-        """Ids written of the document that has not ended yet."""
+        """Number of ids in the open document."""
 
     def extend(self, ids: Sequence[int]) -> None:
         """Append ids to the open document.
 
         Raises:
-            DataError: more ids than the index can express.
+            DataError: the document exceeds the 32-bit length of the index.
         """
         self.open_length += len(ids)
         if self.open_length > _MAX_DOCUMENT_TOKENS:
@@ -57,16 +68,17 @@ class IndexedWriter:
         self._bin.write(np.asarray(ids, dtype=self._dtype).tobytes())
 
     def end(self) -> None:
-        """Ends the open document; the next ids begin another one."""
+        """End the open document."""
         self._lengths.append(self.open_length)
         self.open_length = 0
 
     def add(self, ids: Sequence[int]) -> None:
-        """Appends a whole document."""
+        """Append a complete document."""
         self.extend(ids)
         self.end()
 
     def close(self) -> None:
+        """Close `prefix.bin` and write `prefix.idx`."""
         self._bin.close()
         lengths = np.asarray(self._lengths, dtype=np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
@@ -81,29 +93,39 @@ class IndexedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
             self.close()
             return
-        with contextlib.suppress(OSError):  # a full disk fails again
+        with contextlib.suppress(OSError):  # flushing to a full disk fails again
             self._bin.close()
 
 
 class IndexedTokens:
-    """Reads documents by number, through memory maps: nothing is loaded that is not asked for.
+    """Random access to documents through a memory map."""
 
-    Raises:
-        DataError: if either file is damaged, or they do not belong together.
-    """
+    lengths: npt.NDArray[np.int32]
+    """Number of ids of each document."""
+
+    offsets: npt.NDArray[np.int64]
+    """Position of each document in `ids`, in bytes."""
+
+    ids: TokenIds
+    """Ids of the file, memory-mapped."""
 
     def __init__(self, prefix: Path) -> None:
+        """Open `prefix.bin` and `prefix.idx`.
+
+        Raises:
+            DataError: a file is damaged, or they do not belong together.
+        """
         self.bin_path = prefix.with_suffix(".bin")
         self.idx_path = prefix.with_suffix(".idx")
         self._read_index()
         self._check_bin()
         size = self.bin_path.stat().st_size
-        self._ids = np.memmap(self.bin_path, dtype=self._dtype, mode="r") if size else np.empty(0, self._dtype)
+        self.ids = np.memmap(self.bin_path, dtype=self._dtype, mode="r") if size else np.empty(0, self._dtype)
 
     def _read_index(self) -> None:
         try:
@@ -111,27 +133,27 @@ class IndexedTokens:
         except OSError as error:
             raise DataError(f"{self.idx_path}: cannot be read: {error.strerror}") from None
         if raw[:9] != _MAGIC:
-            raise DataError(f"{self.idx_path}: not a Megatron index (it begins with {raw[:9]!r})")
+            raise DataError(f"{self.idx_path}: not a Megatron index (got {raw[:9]!r} as its first bytes)")
         if len(raw) < 9 + _HEADER.size:
             raise DataError(f"{self.idx_path}: truncated inside its header ({len(raw)} bytes)")
         version, code, sequences, borders = _HEADER.unpack_from(raw, 9)
         if version != 1 or code not in _DTYPE_CODES:
-            raise DataError(f"{self.idx_path}: version {version} with id type {code} is not known")
+            raise DataError(f"{self.idx_path}: unknown version or id type (got {version} and {code})")
         expected = 9 + _HEADER.size + 12 * sequences + 8 * borders
         if len(raw) < expected:
             raise DataError(f"{self.idx_path}: truncated: {len(raw)} bytes of {expected}")
         self._dtype = np.dtype(_DTYPE_CODES[code])
         offset = 9 + _HEADER.size
-        self.lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, offset)
-        self._offsets: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, offset + 4 * sequences)
+        self.lengths = np.frombuffer(raw, "<i4", sequences, offset)
+        self.offsets = np.frombuffer(raw, "<i8", sequences, offset + 4 * sequences)
         self._check_borders(np.frombuffer(raw, "<i8", borders, offset + 12 * sequences))
 
     def _check_borders(self, borders: npt.NDArray[np.int64]) -> None:
-        """Documents begin and end at sequences, in order, from the first to the last."""
+        """Check that the document boundaries are ascending and span all sequences."""
         sequences = len(self.lengths)
         if len(borders) < 1 or borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any():
             raise DataError(
-                f"{self.idx_path}: its {len(borders):,} document borders do not lead from 0 to {sequences:,} "
+                f"{self.idx_path}: its {len(borders):,} document boundaries do not ascend from 0 to {sequences:,} "
                 "sequences: damaged"
             )
 
@@ -144,12 +166,12 @@ class IndexedTokens:
             raise DataError(f"{self.bin_path}: {size} bytes is not a whole number of {self._dtype} ids")
         if not len(self.lengths):
             return
-        if int(self.lengths.min()) < 0 or int(self._offsets.min()) < 0 or (self._offsets % self._dtype.itemsize).any():
+        if int(self.lengths.min()) < 0 or int(self.offsets.min()) < 0 or (self.offsets % self._dtype.itemsize).any():
             raise DataError(f"{self.idx_path}: negative lengths, or offsets between two ids: damaged")
-        is_within = self._offsets <= size  # so that their sum with a length cannot overflow
-        last = int((self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize)[is_within].max(initial=0))
+        is_within = self.offsets <= size  # excludes offsets whose sum with a length overflows
+        last = int((self.offsets + self.lengths.astype(np.int64) * self._dtype.itemsize)[is_within].max(initial=0))
         if not is_within.all() or last > size:
-            largest = max(last, int(self._offsets.max()))
+            largest = max(last, int(self.offsets.max()))
             raise DataError(
                 f"{self.bin_path}: {size} bytes, but {self.idx_path.name} points to byte {largest}: "
                 "truncated, or not the files of one pair"
@@ -164,30 +186,33 @@ class IndexedTokens:
         return len(self.lengths)
 
     def fingerprint(self) -> str:
-        """xxh3-128 of the number and the lengths of documents and of a sample of the ids: the same wherever the files
-        lie, and cheap for any size."""
-        hashed = xxhash.xxh3_128(f"{len(self)} {len(self._ids)} {self._dtype}".encode())
-        for values in (self.lengths, self._ids):
+        """Return the xxh3-128 of the number of documents and ids and of samples of the lengths and ids.
+
+        It does not depend on the path, and takes constant time.
+        """
+        hashed = xxhash.xxh3_128(f"{len(self)} {len(self.ids)} {self.ids.dtype}".encode())
+        for values in (self.lengths, self.ids):
             for start in np.linspace(0, max(0, len(values) - _FINGERPRINT_SAMPLE), num=16, dtype=np.int64):
                 hashed.update(values[start : start + _FINGERPRINT_SAMPLE].tobytes())
         return hashed.hexdigest()
 
     @property
     def tokens(self) -> int:
+        """Total number of ids of all documents."""
         return int(self.lengths.sum(dtype=np.int64))
 
-    def document(self, number: int, limit: int | None = None) -> npt.NDArray[Any]:
-        """The ids of document `number`, at most the first `limit`."""
-        start = int(self._offsets[number]) // self._dtype.itemsize
+    def document(self, number: int, limit: int | None = None) -> TokenIds:
+        """Return the ids of document `number`, truncated to `limit`."""
+        start = int(self.offsets[number]) // self.ids.dtype.itemsize
         length = int(self.lengths[number])
-        return self._ids[start : start + (length if limit is None else min(length, limit))]
+        return self.ids[start : start + (length if limit is None else min(length, limit))]
 
-    def stream(self, start: int, length: int) -> npt.NDArray[Any]:
-        """`length` ids from position `start` of all documents joined together."""
-        return self._ids[start : start + length]
+    def stream(self, start: int, length: int) -> TokenIds:
+        """Return `length` ids, fewer at the end, from position `start` of the concatenated documents."""
+        return self.ids[start : start + length]
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the documents lie one after the other without gaps, so that `stream` joins them."""
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self._dtype.itemsize
-        return bool(len(ends) == 0 or (self._offsets[0] == 0 and np.array_equal(self._offsets[1:], ends[:-1])))
+        """Whether the documents are stored in order without gaps, which `stream` requires."""
+        ends = np.cumsum(self.lengths, dtype=np.int64) * self.ids.dtype.itemsize
+        return bool(len(ends) == 0 or (self.offsets[0] == 0 and np.array_equal(self.offsets[1:], ends[:-1])))

@@ -1,7 +1,7 @@
-"""Hashes per block of the files of a cache entry, and what is verified against them.
+"""Block hashes of the files of a cache entry, and their verification.
 
-`complete.json` of an entry: `{"format": 2, "block_bytes": N, "files": {NAME: {"size", "mtime_ns", "hashes": [...]}}}`
-with one xxh3-128 hash a block. Format 1, of earlier versions, has no hashes.
+Format of `complete.json`: `{"format": 2, "block_bytes": N, "files": {NAME: {"size", "mtime_ns", "hashes": [...]}}}`
+with one xxh3-128 hash per block. Format 1, written by earlier versions, has no hashes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file of an entry was when it was written."""
+    """Size, modification time and block hashes of a file when it was written."""
 
     size: int
     mtime_ns: int
     hashes: tuple[str, ...]
-    """Of each block of `block_bytes`."""
+    """One per block of `block_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,20 @@ class Record:
 
     block_bytes: int
     files: dict[str, FileRecord]
-    """By name relative to the entry."""
+    """By path relative to the entry."""
 
     def write(self, folder: Path) -> None:
-        """Replace `complete.json` of `folder`, durably."""
+        """Replace `complete.json` of `folder` atomically and durably."""
         total_bytes = {"format": _FORMAT, **asdict(self)}
         replace_text(folder / RECORD_FILE, json.dumps(total_bytes, separators=(",", ":")))
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of an entry; None where it has no hashes, because an earlier version wrote it.
+    """Read the record of an entry; return None if it has no hashes, because an earlier version wrote it.
 
     Raises:
-        ValueError: `complete.json` is damaged. OSError: it cannot be read.
+        ValueError: `complete.json` is damaged.
+        OSError: it cannot be read.
     """
     try:
         raw: Any = json.loads((folder / RECORD_FILE).read_bytes())
@@ -68,7 +69,7 @@ def read_record(folder: Path) -> Record | None:
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{RECORD_FILE} is damaged ({type(error).__name__})") from None
     if raw["format"] != _FORMAT or record.block_bytes < 1 or any(_is_inconsistent(f, record) for f in files.values()):
-        raise ValueError(f"{RECORD_FILE} is damaged (its values do not fit together)")
+        raise ValueError(f"{RECORD_FILE} is damaged (inconsistent values)")
     return record
 
 
@@ -77,7 +78,7 @@ def _is_inconsistent(file: FileRecord, record: Record) -> bool:
 
 
 def seal(folder: Path) -> None:
-    """Sync the files of an entry to the disk, read every block back from there, and write `complete.json`.
+    """Sync the files of an entry to the disk, verify every block by reading it back, and write `complete.json`.
 
     Raises:
         OSError: the disk is full, fails, or does not return what was written.
@@ -90,7 +91,7 @@ def seal(folder: Path) -> None:
     record = Record(BLOCK_BYTES, files)
     for name in names:
         sync_file(folder / name)
-        _drop_cached_pages(folder / name)
+        drop_cached_pages(folder / name)
     for directory in sorted(p for p in folder.rglob("*") if p.is_dir()):
         sync_directory(directory)
     if (damage := _find_damage(folder, record, None)) is not None:
@@ -99,13 +100,14 @@ def seal(folder: Path) -> None:
 
 
 def find_damage(folder: Path, *, blocks: int | None) -> str | None:
-    """What is wrong with an entry that has hashes; None if nothing was found.
+    """Verify an entry that has hashes; return a description of the damage, or None.
 
-    Every file is there with its size. A file whose modification time has changed is verified in full; of the others
-    the first, the last, and random other blocks, others in each call.
+    Existence and size of every file are checked. A file whose modification time has changed is verified in full; of
+    other files the first block, the last one, and a random sample, which differs between calls.
 
     Args:
-        blocks: of each file; None for all.
+        folder: the entry.
+        blocks: number of blocks to verify in each file; None for all.
 
     Raises:
         ValueError: see `read_record`.
@@ -125,11 +127,11 @@ def _find_damage(folder: Path, record: Record, blocks: int | None) -> str | None
         try:
             stat = (folder / name).stat()
             if stat.st_size != file.size:
-                return f"{name} has {stat.st_size:,} bytes instead of {file.size:,}"
+                return f"{name}: size is {stat.st_size:,} bytes, expected {file.size:,}"
             selected = _select_blocks(len(file.hashes), blocks if stat.st_mtime_ns == file.mtime_ns else None)
             for block, block_hash in _hash_blocks(folder / name, record.block_bytes, selected):
                 if block_hash != file.hashes[block]:
-                    return f"{name}: wrong hash of block {block} (from byte {block * record.block_bytes:,} on)"
+                    return f"{name}: hash mismatch in block {block} (at byte {block * record.block_bytes:,})"
                 progress.add(record.block_bytes)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -158,19 +160,19 @@ def _hash_blocks(path: Path, block_bytes: int, blocks: Iterable[int]) -> Iterato
             yield block, xxhash.xxh3_128_hexdigest(buffer[:filled])
 
 
-def _drop_cached_pages(path: Path) -> None:
-    """Make the next reader of a synced file read the disk."""
+def drop_cached_pages(path: Path) -> None:
+    """Evict a synced file from the page cache, so that the next read comes from the disk."""
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def update_mtimes(folder: Path) -> None:
-    """Record new modification times, such as those of a copy, of files that have been verified in full.
+    """Record changed modification times, such as those of a copy, of files that have been verified in full.
 
     Only one process at a time may call it for an entry.
 
     Raises:
-        OSError: `complete.json` is unchanged then, and the next opening verifies those files in full again.
+        OSError: `complete.json` is unchanged, so the next verification reads those files in full again.
     """
     record = read_record(folder)
     assert record is not None

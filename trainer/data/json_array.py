@@ -1,4 +1,4 @@
-"""Reads a .json file: an array of objects, one element after the other, or one object a line."""
+"""Streaming reader of .json files that hold one array of objects."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ _decoder = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Element:
-    """An element of the array."""
+    """One element of the array."""
 
     where: str
-    """File, line and number, for messages."""
+    """File, line and element number, for error messages."""
 
     value: Any
     size: int
-    """Characters that it takes in the file."""
+    """Length in the file, in characters."""
 
 
 def is_array(file: Path) -> bool:
-    """Whether the file holds an array: its first character is a bracket.
+    """Return whether the file holds an array, by its first character.
 
     Raises:
         DataError: it begins with neither an array nor an object.
     """
     with open_decompressed(file) as handle:
-        first = _Scanner(file, handle, _CHUNK_BYTES).peek()
+        first = Scanner(file, handle, _CHUNK_BYTES).peek()
     if first not in ("", "[", "{"):
         raise DataError(f"{file}: line 1: expected an array of objects, or one object a line (got {first!r})")
     return first == "["
 
 
 def read_elements(file: Path, max_characters: int) -> Iterator[Element]:
-    """The elements of the array in `file`. No more than one of them is in memory, and what has been read ahead.
+    """Yield the elements of the array in `file`; memory holds one of them and the read-ahead.
 
     Args:
-        largest: characters of an element at most.
+        file: may be compressed.
+        max_characters: limit on the length of an element.
 
     Raises:
-        DataError: naming file and line, for what is no JSON array.
+        DataError: the file is not a JSON array; the message names the line.
     """
     with open_decompressed(file) as handle:
-        text = _Scanner(file, handle, max_characters)
+        text = Scanner(file, handle, max_characters)
         text.expect("[")
         number, separator = 0, text.peek()
         if separator == "]":
@@ -66,18 +67,30 @@ def read_elements(file: Path, max_characters: int) -> Iterator[Element]:
             raise DataError(f"{file}: line {text.line()}: {rest!r} after the end of the array")
 
 
-class _Scanner:
-    """Characters of a file, from the current position on."""
+class Scanner:
+    """Decoded text of a file from the current position; reads more bytes on demand."""
 
     def __init__(self, file: Path, handle: BinaryIO, max_characters: int) -> None:
+        """Start at the beginning of an open file.
+
+        Args:
+            file: its path, for error messages.
+            handle: the file, decompressed.
+            max_characters: limit on the length of an element.
+        """
         self._file, self._handle, self._max_characters = file, handle, max_characters
         self._decode = codecs.getincrementaldecoder("utf-8")()
         self._text, self._position = "", 0
         self._lines = self._counted = 0
-        """Line ends before position `_counted` of `_text`."""
+        """Number of line ends before position `_counted` of `_text`."""
+
+    @property
+    def buffer_size(self) -> int:
+        """Number of decoded characters in memory."""
+        return len(self._text)
 
     def line(self, position: int | None = None) -> int:
-        """Line number of the current position, or of `position` in the buffer.
+        """Return the line number of the current position, or of `position` in the buffer.
 
         Positions must not decrease between calls, so that each character is counted once.
         """
@@ -87,7 +100,7 @@ class _Scanner:
         return 1 + self._lines
 
     def _read(self, size: int) -> bool:
-        """Read so many bytes more. False at the end of the file."""
+        """Read up to `size` more bytes; return False at the end of the file."""
         raw = self._handle.read(size)
         self.line()
         self._text, self._position, self._counted = self._text[self._position :], 0, 0
@@ -102,7 +115,7 @@ class _Scanner:
         return bool(raw)
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next character that is not whitespace, without consuming it; empty at the end of the file."""
         while True:
             while self._position < len(self._text) and self._text[self._position] in _WHITESPACE:
                 self._position += 1
@@ -112,7 +125,7 @@ class _Scanner:
                 return ""
 
     def expect(self, characters: str) -> str:
-        """Pass one of these characters, and return it."""
+        """Consume one of these characters and return it."""
         next_character = self.peek()
         if not next_character or next_character not in characters:
             wanted = " or ".join(repr(character) for character in characters)
@@ -122,7 +135,11 @@ class _Scanner:
         return next_character
 
     def read_element(self, number: int) -> Element:
-        """Pass one value. Where it is incomplete, as much again is read as there is, so that the time is linear."""
+        """Consume one value.
+
+        While the value is incomplete, the buffer is doubled and parsed again from the start of the value, so the total
+        time is linear in its length.
+        """
         self.peek()
         while True:
             where = f"{self._file}: line {self.line()} (element {number})"

@@ -1,4 +1,4 @@
-"""Opens prepared data for one rank of a topology."""
+"""Open prepared data as the batches of one rank."""
 
 from __future__ import annotations
 
@@ -28,46 +28,59 @@ PAD_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Batches:
-    """The data of a run, as this rank sees it."""
+    """Training and validation batches of one rank."""
 
     train: TrainBatches
     validation: EvaluationBatches | None
     fingerprint: Mapping[str, Any]
-    """Of the training data and the order in which it is read: with the same one, step n reads the same samples."""
+    """Identifies the training data and its mixture: with equal fingerprints and seeds, step n reads equal samples."""
 
     @property
     def evaluated_samples(self) -> tuple[int, ...]:
-        """Validation samples of each source that an evaluation reads; empty without validation data."""
+        """Number of validation samples of each source that an evaluation reads; empty without validation data."""
         return () if self.validation is None else self.validation.shares
 
 
 def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topology, *, pin: bool = False) -> Batches:
-    """This rank's share of the data.
+    """Open this rank's share of the data.
+
+    Args:
+        loaded: the configuration.
+        prepared: token files of all sources.
+        topology: determines which micro-batches belong to this rank.
+        pin: copy micro-batches to pinned memory.
 
     Raises:
-        DataError: a source too small for one sample.
+        DataError: a source is too small for one sample.
     """
     data, task = loaded.config.data, TASKS[loaded.config.model.task]
 
     def open_samples(tokens: IndexedTokens) -> CheckedSamples:
         samples = task.open_samples(tokens, data)
         if samples.num_truncated:
-            log.warning("%s: %d of %d documents are longer than data.sequence_length + 1 = %d and are cut there",
-                        tokens.bin_path, samples.num_truncated, len(tokens), data.sequence_length + 1)  # fmt: skip
+            log.warning(
+                "%s: truncating %d of %d documents to data.sequence_length + 1 = %d tokens",
+                tokens.bin_path,
+                samples.num_truncated,
+                len(tokens),
+                data.sequence_length + 1,
+            )
         return CheckedSamples(samples, tokens, loaded.facts.vocabulary_size)
 
     train = [open_samples(tokens) for tokens in prepared.train]
     validation = [open_samples(tokens) for tokens in prepared.validation]
     tokenizer = prepared.tokenizer
-    pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
-                   if i is not None), 0)  # fmt: skip
+    special_ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    pad_id = next((token_id for token_id in special_ids if token_id is not None), 0)
     parallel, is_concatenated = loaded.config.parallel, data.packing == "concatenate"
+    # Concatenated samples keep one shape, which the pipeline engine relies on; a sequence sharded over the tensor
+    # ranks must be divisible by their number.
+    padded_multiple = math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1)
+    width_multiple = data.sequence_length if is_concatenated else padded_multiple
     collation = Collation(
         length=data.sequence_length,
         pad_id=pad_id,
-        pad_to_multiple_of=data.sequence_length
-        if is_concatenated  # all of one shape, as engines may rely on
-        else math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1),
+        pad_to_multiple_of=width_multiple,
         mask_padding=not is_concatenated or loaded.facts.has_load_balancing_loss,
     )
     shape = BatchShape(
@@ -79,8 +92,8 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     )
     order = build_sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)
-    log.info("training reads %s samples of up to %d tokens: %.2f epochs",
-             f"{loaded.steps * shape.train:,}", data.sequence_length, batches.epochs_after(loaded.steps))  # fmt: skip
+    num_samples, num_epochs = f"{loaded.steps * shape.train:,}", batches.epochs_after(loaded.steps)
+    log.info("training reads %s samples of up to %d tokens: %.2f epochs", num_samples, data.sequence_length, num_epochs)
     limit = loaded.config.evaluation.max_batches
     validation_batches = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None
     sources = [tokens.fingerprint() for tokens in prepared.train]

@@ -1,9 +1,8 @@
-"""Which sample is read when: a pure function of (seed, epoch, position). No iterator, nothing to replay.
+"""Sample order as a pure function of (seed, epoch, position), so that resuming replays nothing.
 
-A permutation of n samples is a Feistel network on the smallest even number of bits that holds n, with
-cycle-walking: a value that falls outside [0, n) is sent through the network again until it falls inside
-(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Any position costs the same, and nothing
-of size n is ever stored.
+A permutation of n samples is a Feistel network on the smallest even number of bits that holds n, with cycle-walking: a
+value outside [0, n) passes through the network again until it is inside (Black and Rogaway, "Ciphers with Arbitrary
+Finite Domains", 2002). Every position takes constant time, and nothing of size n is stored.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*values: int) -> int:
-    """64 well-mixed bits of a few integers (splitmix64's finaliser over a running sum)."""
+    """Hash integers to 64 bits (the finalizer of splitmix64 over a running sum)."""
     state = 0x9E3779B97F4A7C15
     for value in values:
         state = (state + (value & _MASK) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) & _MASK
@@ -32,13 +31,14 @@ def mix(*values: int) -> int:
 
 
 def _round_function(value: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """Apply the round function of the Feistel network: any function will do, it need not be invertible."""
     value = (value + np.uint64(key)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(32))
 
 
 def permute(positions: Integers, size: int, *key: int) -> Integers:
-    """The images of `positions`, each in [0, size), under the permutation that `key` names."""
+    """Map `positions`, each in [0, size), through the permutation of [0, size) selected by `key`."""
     if size <= 1:
         return np.zeros_like(positions)
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -46,6 +46,8 @@ def permute(positions: Integers, size: int, *key: int) -> Integers:
     keys = [mix(*key, number) for number in range(_ROUNDS)]
     value = positions.astype(np.uint64)
     outside = np.ones(value.shape, dtype=bool)
+    # The network permutes [0, 4^half_bits), which is less than four times `size`. Walking the cycle of each value until
+    # it is back in [0, size) restricts that permutation to one of [0, size), in fewer than four rounds on average.
     while outside.any():
         walking = value[outside]
         left, right = walking >> half_bits, walking & mask
@@ -58,14 +60,14 @@ def permute(positions: Integers, size: int, *key: int) -> Integers:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The order in which a mixture of sources is read.
+    """Order in which a mixture of sources is read, independent of the number of ranks.
 
-    An epoch reads `round(weight x samples)` of each source: 2.0 reads a source twice, each time in a new
-    order; 0.5 reads half of it, and the other half in the next epoch. Nothing depends on the world size.
+    An epoch reads `round(weight * samples)` samples of each source: with weight 2.0 it reads the source twice, in two
+    different orders; with 0.5 it reads one half, and the next epoch reads the other half.
     """
 
     samples: tuple[int, ...]
-    """Samples in each source."""
+    """Number of samples of each source."""
 
     weights: tuple[float, ...]
     seed: int
@@ -76,22 +78,23 @@ class SampleOrder:
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """Samples that one epoch takes from each source."""
+        """Number of samples that an epoch reads from each source."""
         return tuple(max(1, round(w * n)) for n, w in zip(self.samples, self.weights, strict=True))
 
     @property
     def epoch_samples(self) -> int:
+        """Number of samples of an epoch."""
         return sum(self.shares)
 
     def epochs_at(self, position: int) -> float:
-        """How many epochs lie before `position`, as a fraction."""
+        """Return the number of epochs before `position`, as a fraction."""
         return position / self.epoch_samples
 
     def lookup(self, positions: Sequence[int] | Integers) -> tuple[Integers, Integers]:
-        """(source, sample) at each global position, counted from the start of training.
+        """Return (source index, sample index within the source) of each global position.
 
         Args:
-            positions: any global sample positions >= 0, in any order.
+            positions: positions >= 0 counted from the start of training, in any order.
         """
         global_positions = np.asarray(positions, dtype=np.int64)
         source, sample = np.empty_like(global_positions), np.empty_like(global_positions)
@@ -111,7 +114,8 @@ class SampleOrder:
         for number in np.unique(source):
             selected = source == number
             size, share = self.samples[number], self.shares[number]
-            # Counted through all epochs, so that a source is read whole before any of it is read again.
+            # Positions within the source count through all epochs, so that every sample of the source is read once
+            # before any is read again, also where the weight is no integer.
             source_positions = epoch_positions[selected] - (source_ends[number] - share) + epoch * share
             permuted = np.empty_like(source_positions)
             for pass_number in np.unique(source_positions // size):

@@ -1,31 +1,25 @@
-"""Tokenizes once, into a cache named by content: by one process per host, while the others wait for it."""
+"""Build the token files of all sources in a content-addressed cache, and open them.
+
+One process per host builds; the other ranks of the host wait for it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint_format import is_checkpoint, run_tokenizer_folder
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.cache import Cache
-from trainer.data.documents import TextChunk
 from trainer.data.holdout import HASHES, DocumentHasher, drop_held_out, split_held_out
-from trainer.data.indexed import IndexedTokens, IndexedWriter, id_type
-from trainer.data.progress import Progress
-from trainer.data.sources import Source
+from trainer.data.indexed import IndexedTokens
+from trainer.data.sources import FileSignature, Source
 from trainer.data.special_tokens import DocumentFrame, resolve_frame
-from trainer.data.tokenizer import (
-    END_OF_TEXT,
-    TRAINING_BYTES,
-    check_tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-)
+from trainer.data.tokenization import DocumentEncoder, check_token_entry, open_contiguous, tokenize_source
+from trainer.data.tokenizer import END_OF_TEXT, TRAINING_BYTES, check_tokenizer, load_tokenizer, train_tokenizer
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, DataError
 
@@ -37,35 +31,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_BATCH_BYTES = 1 << 20
-"""Text that is tokenized at a time; a tokenizer takes some 150 times as much memory."""
-
-_FINGERPRINT = "fingerprint.txt"
+_TOKENIZER_FORMAT = 1
 _SAMPLED_BLOCKS = 64
-"""Blocks of token files that a start verifies, over all sources."""
+"""Blocks of token files that are verified at start, over all sources."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything that training reads, as token files, and the tokenizer that made them."""
+    """Token files of all sources, and the tokenizer that produced them."""
 
     train: list[IndexedTokens]
     weights: tuple[float, ...]
-    """How often an epoch reads each of `train`."""
+    """How many times an epoch reads each of `train`."""
 
     train_files: tuple[int, ...]
-    """How many of `train` each source of `data.train` has."""
+    """Number of consecutive files of `train` that belong to each source of `data.train`."""
 
     validation: list[IndexedTokens]
     validation_files: tuple[int, ...]
-    """How many of `validation` each source of `data.validation` has."""
+    """Number of consecutive files of `validation` that belong to each source of `data.validation`."""
 
     tokenizer: PreTrainedTokenizerBase | None
-    """None where all sources were token files already and no tokenizer was named."""
+    """None if all sources are token files and no tokenizer is named."""
 
     frame: DocumentFrame | None
-    """What stands around each document; None where all sources were token files already."""
+    """Special tokens around each document; None if all sources are token files."""
 
     @property
     def frame_json(self) -> dict[str, Any] | None:
@@ -73,72 +63,75 @@ class PreparedData:
         return None if self.frame is None else self.frame.as_json()
 
 
-def _batch_chunks(chunks: Iterator[TextChunk]) -> Iterator[list[TextChunk]]:
-    batch: list[TextChunk] = []
-    size = 0
-    for chunk in chunks:
-        batch.append(chunk)
-        size += chunk.size
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def prepare_data(
+    loaded: LoadedConfig, launch: Launch | None = None, store: Store | None = None, *, verify_data: bool = False
+) -> PreparedData:
+    """Build or verify the token files of every source on this host, and open them. All ranks must call it.
 
-
-def tokenize_source(
-    source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: int, frame: DocumentFrame, out: Path,
-    hasher: DocumentHasher | None = None,
-) -> None:  # fmt: skip
-    """Writes the documents of `source`, each in its frame, as `out/tokens.bin` and `.idx`.
+    A source consists either of text or of token files, never of both (`path_problems` refuses a mixture). Token files
+    given by the user have no block hashes; only their index is checked.
 
     Args:
-        hasher: hashes the documents that are written.
+        loaded: the configuration.
+        launch: local rank 0 builds and verifies. Default: a single process.
+        store: key-value store through which the other ranks of the host wait for the builder.
+        verify_data: verify every block of the cache instead of a sample.
 
     Raises:
-        DataError: for anything wrong inside the files, or if there is no document in them.
+        ConfigError: no usable tokenizer, a hub dataset that is not available, or a cache that cannot be written to.
+        DataError: the content of a file is invalid.
     """
-    progress = Progress(f"tokenising {source.path} ({source.split})", source.total_bytes)
-    empty = 0
-    with IndexedWriter(out / "tokens", id_type(vocabulary)) as writer:
-        documents = 0
-        for batch in _batch_chunks(source.chunks()):
-            encoded = tokenizer([chunk.text for chunk in batch], add_special_tokens=False, verbose=False)["input_ids"]
-            for chunk, ids in zip(batch, encoded, strict=True):
-                if hasher is not None:
-                    hasher.update(chunk.text)
-                if hasher is not None and chunk.is_last:
-                    hasher.end(is_written=bool(ids or writer.open_length))
-                if ids:
-                    writer.extend(ids if writer.open_length else [*frame.prefix, *ids])
-                progress.add(chunk.size)
-                if chunk.is_last and writer.open_length == 0:
-                    empty += 1
-                elif chunk.is_last:
-                    writer.extend(frame.suffix)
-                    writer.end()
-                    documents += 1
-    if documents == 0:
-        raise DataError(f"{source.path}: no text in it ({empty} empty documents)")
-    (out / _FINGERPRINT).write_text(_open_contiguous(out / "tokens").fingerprint())
-    if empty:
-        log.warning("%s: %d empty documents left out of %d", source.path, empty, empty + documents)
+    data = loaded.config.data
+    root = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
+    blocks = max(4, _SAMPLED_BLOCKS // (len(data.train) + len(data.validation)))
+    cache = Cache(root, launch or Launch(), store, None if verify_data else blocks)
+    cache.sweep()
+    return open_prepared(loaded, cache)
 
 
-def _training_text(sources: list[Source], fraction: float | None) -> Iterator[str]:
-    remaining = TRAINING_BYTES
-    for source in sources:
-        chunks = source.chunks()
-        for chunk in chunks if fraction is None else drop_held_out(chunks, fraction, TRAINING_BYTES):
-            if chunk.text:
-                yield chunk.text
-            remaining -= chunk.size
-            if remaining <= 0:
-                return
+def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
+    """Open the token files of every source; `cache` builds missing ones. See `prepare_data`."""
+    data = loaded.config.data
+    train_sources = [Source(s.path, "train", data.text_field, data.max_document_bytes) for s in data.train]
+    validation_sources = [
+        Source(s.path, "validation", data.text_field, data.max_document_bytes)
+        for s in data.validation
+        if s.path is not None
+    ]
+    tokenizer, encoder = _prepare_encoder(loaded, train_sources, validation_sources, cache)
+    train = [_open_source(source, encoder, loaded, cache) for source in train_sources]
+    held_out: list[IndexedTokens] = []
+    if data.held_out_fraction is not None:
+        train, held_out = split_held_out(loaded, cache, train_sources, train)
+    validation_files = iter([_open_source(source, encoder, loaded, cache) for source in validation_sources])
+    validation = [held_out if section.path is None else next(validation_files) for section in data.validation]
+    for source, files in zip(train_sources, train, strict=True):
+        _log_size(f"train data: {source.path}", files)
+    for section, files in zip(data.validation, validation, strict=True):
+        name = section.path or f"{section.fraction:g} of the training documents, which are excluded from training"
+        _log_size(f"validation data: {name}", files)
+    return PreparedData(
+        train=[tokens for files in train for tokens in files],
+        weights=tuple(section.weight for section, files in zip(data.train, train, strict=True) for _ in files),
+        train_files=tuple(map(len, train)),
+        validation=[tokens for files in validation for tokens in files],
+        validation_files=tuple(map(len, validation)),
+        tokenizer=tokenizer,
+        frame=None if encoder is None else encoder.frame,
+    )
+
+
+def _log_size(name: str, files: Sequence[IndexedTokens]) -> None:
+    num_tokens = sum(tokens.tokens for tokens in files)
+    log.info("%s: %s documents, %s tokens", name, f"{sum(map(len, files)):,}", f"{num_tokens:,}")
 
 
 def load_named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the configuration names; None where one is trained."""
+    """Load the tokenizer that the configuration names; return None if one has to be trained.
+
+    Raises:
+        ConfigError: there is none, or it is unusable.
+    """
     data, model = loaded.config.data, loaded.config.model
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer, "data.tokenizer")
@@ -149,10 +142,10 @@ def load_named_tokenizer(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None
 
 
 def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
-    """What will stand around each document, before anything is read or trained.
+    """Determine the special tokens around each document, before any data is read and any tokenizer is trained.
 
     Returns:
-        None where all sources are token files already.
+        None if all sources are token files.
 
     Raises:
         ConfigError: no usable tokenizer.
@@ -166,40 +159,46 @@ def document_frame(loaded: LoadedConfig) -> DocumentFrame | None:
     return resolve_frame(tokenizer, data.special_tokens)
 
 
-def _refuse_changed_source(source: Source, initial_signature: Sequence[Sequence[Any]]) -> None:
-    """Refuse what was built from files that changed in the meantime: the cache would keep it under the hash of another
-    content, for every later run.
+def _prepare_encoder(
+    loaded: LoadedConfig, train: Sequence[Source], validation: Sequence[Source], cache: Cache
+) -> tuple[PreTrainedTokenizerBase | None, DocumentEncoder | None]:
+    """Load or train the tokenizer, and combine it with the special tokens; no encoder if there is no text."""
+    data, vocabulary_size = loaded.config.data, loaded.facts.vocabulary_size
+    train_texts = [source for source in train if not source.is_indexed]
+    has_text = bool(train_texts) or not all(source.is_indexed for source in validation)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if has_text or data.tokenizer:
+        tokenizer = load_named_tokenizer(loaded) or _trained_tokenizer(loaded, train_texts, cache)
+    elif loaded.config.model.path:
+        tokenizer = _load_tokenizer_for_export(loaded)
+    if tokenizer is None:
+        return None, None
+    check_tokenizer(tokenizer, vocabulary_size)
+    if not has_text:
+        return tokenizer, None
+    frame = resolve_frame(tokenizer, data.special_tokens)
+    log.info('documents: %s (data.special_tokens "%s")', frame, data.special_tokens)
+    return tokenizer, DocumentEncoder(tokenizer, frame, vocabulary_size)
 
-    Raises:
-        DataError: names, sizes or modification times differ from `initial_signature`, the appearance that was hashed.
-    """
-    if source.signature() != initial_signature:
-        raise DataError(f"{source.path}: changed while it was read. Start again once nothing writes to it")
 
-
-def _prepare_tokenizer(loaded: LoadedConfig, text_sources: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
-    if (configured := load_named_tokenizer(loaded)) is not None:
-        return configured
-    data = loaded.config.data
-
-    initial_signature = [s.signature() for s in text_sources]
+def _trained_tokenizer(loaded: LoadedConfig, sources: list[Source], cache: Cache) -> PreTrainedTokenizerBase:
+    """Load the tokenizer trained on `sources` from the cache, which trains it if it is missing."""
+    data, vocabulary_size = loaded.config.data, loaded.facts.vocabulary_size
+    initial_signature = [source.signature() for source in sources]
 
     def build(folder: Path) -> None:
-        log.info(
-            "training a tokenizer of %d entries on %s",
-            loaded.facts.vocabulary_size,
-            ", ".join(s.path for s in text_sources),
-        )
-        train_tokenizer(_training_text(text_sources, data.held_out_fraction), loaded.facts.vocabulary_size, folder)
-        for source, signature in zip(text_sources, initial_signature, strict=True):
+        names = ", ".join(source.path for source in sources)
+        log.info("training a tokenizer of %d entries on %s", vocabulary_size, names)
+        train_tokenizer(_training_text(sources, data.held_out_fraction), vocabulary_size, folder)
+        for source, signature in zip(sources, initial_signature, strict=True):
             _refuse_changed_source(source, signature)
 
-    settings = ["byte-level BPE", _FORMAT, TRAINING_BYTES, data.text_field, loaded.facts.vocabulary_size]
+    settings = ["byte-level BPE", _TOKENIZER_FORMAT, TRAINING_BYTES, data.text_field, vocabulary_size]
     if data.held_out_fraction is not None:
         settings.append(data.held_out_fraction)
     folder = cache.entry(
         [settings, initial_signature],
-        lambda: [settings, [s.content_hash() for s in text_sources]],
+        lambda: [settings, [source.content_hash() for source in sources]],
         "tokenizer",
         build,
         adopt_unhashed=True,
@@ -207,8 +206,21 @@ def _prepare_tokenizer(loaded: LoadedConfig, text_sources: list[Source], cache: 
     return load_tokenizer(str(folder), "data.tokenizer")
 
 
-def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the model, which no data needs; None if it has none."""
+def _training_text(sources: Sequence[Source], fraction: float | None) -> Iterator[str]:
+    """Yield the first `TRAINING_BYTES` of text that are not held out for validation."""
+    remaining = TRAINING_BYTES
+    for source in sources:
+        chunks = source.chunks()
+        for chunk in chunks if fraction is None else drop_held_out(chunks, fraction, TRAINING_BYTES):
+            if chunk.text:
+                yield chunk.text
+            remaining -= chunk.size
+            if remaining <= 0:
+                return
+
+
+def _load_tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
+    """Load the model's tokenizer, which is only written next to the trained model; return None if it has none."""
     try:
         return load_named_tokenizer(loaded)
     except ConfigError as error:
@@ -216,41 +228,23 @@ def _tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | Non
         return None
 
 
-def _check_tokens(folder: Path) -> None:
-    """Check the token files of a cache entry: their index, and the fingerprint that a run compares on resuming."""
-    fingerprint = _open_contiguous(folder / "tokens").fingerprint()
-    if fingerprint != (expected := (folder / _FINGERPRINT).read_text()):
-        raise DataError(f"{folder}: its fingerprint is {fingerprint} instead of {expected}")
-
-
-def _open_contiguous(path: Path) -> IndexedTokens:
-    tokens = IndexedTokens(path)
-    if not tokens.is_contiguous:
-        raise DataError(f"{tokens.idx_path}: its documents do not lie one after the other in {tokens.bin_path.name}")
-    return tokens
-
-
 def _open_source(
-    source: Source, loaded: LoadedConfig, cache: Cache, tokenizer: PreTrainedTokenizerBase | None,
-    frame: DocumentFrame | None,
-) -> list[IndexedTokens]:  # fmt: skip
-    """The token files of a source; of text, made unless they are in the cache."""
+    source: Source, encoder: DocumentEncoder | None, loaded: LoadedConfig, cache: Cache
+) -> list[IndexedTokens]:
+    """Open the token files of a source; text is tokenized unless the cache has its token files."""
     data = loaded.config.data
     if source.is_indexed:
-        return [_open_contiguous(file) for file in source.files]
-    assert tokenizer is not None
-    assert frame is not None
-    settings = [_FORMAT, tokenizer_hash(tokenizer), data.text_field, frame.cache_key,
-                id_type(loaded.facts.vocabulary_size).__name__]  # fmt: skip
-    is_split = source.split == "train" and data.held_out_fraction is not None
-    if is_split:
+        return [open_contiguous(file) for file in source.files]
+    assert encoder is not None
+    settings = encoder.cache_settings(data.text_field)
+    needs_hashes = source.split == "train" and data.held_out_fraction is not None
+    if needs_hashes:
         settings.append(HASHES)
-
     initial_signature = source.signature()
 
     def build(out: Path) -> None:
-        hasher = DocumentHasher() if is_split else None
-        tokenize_source(source, tokenizer, loaded.facts.vocabulary_size, frame, out, hasher)
+        hasher = DocumentHasher() if needs_hashes else None
+        tokenize_source(source, encoder, out, hasher=hasher)
         _refuse_changed_source(source, initial_signature)
         if hasher is not None:
             hasher.save(out)
@@ -260,83 +254,18 @@ def _open_source(
         lambda: [settings, source.content_hash()],
         "tokens",
         build,
-        check=_check_tokens,
+        check=check_token_entry,
     )
-    return [_open_contiguous(folder / "tokens")]
+    return [open_contiguous(folder / "tokens")]
 
 
-def prepare_data(
-    loaded: LoadedConfig, launch: Launch | None = None, store: Store | None = None, *, verify_data: bool = False
-) -> PreparedData:
-    """Build and verify the token files of every source on this host, and open them. All ranks must call it.
+def _refuse_changed_source(source: Source, initial_signature: FileSignature) -> None:
+    """Check that the files have not changed since `initial_signature`, from which the cache key was computed.
 
-    A source is either text or token files, never both (`path_problems` refuses the mixture). Users' own token files
-    have no hashes; their index is checked.
-
-    Args:
-        launch: local rank 0 builds and verifies. Default: a single process.
-        store: through which the other ranks of the host wait for it.
-        verify_data: verify every block of the cache instead of a sample.
+    Otherwise the cache would serve the new content under the hash of the old one to every later run.
 
     Raises:
-        ConfigError: no usable tokenizer, a hub dataset that is not available, a cache that cannot be written to.
-        DataError: something wrong inside a file.
+        DataError: names, sizes or modification times differ.
     """
-    data = loaded.config.data
-    root = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
-    blocks = max(4, _SAMPLED_BLOCKS // (len(data.train) + len(data.validation)))
-    cache = Cache(root, launch or Launch(), store, None if verify_data else blocks)
-    cache.sweep()
-    return open_prepared(loaded, cache)
-
-
-def open_prepared(loaded: LoadedConfig, cache: Cache) -> PreparedData:
-    """Open the token files of every source, which `cache` builds where they are missing. See `prepare_data`."""
-    data, max_document_bytes = loaded.config.data, loaded.config.data.max_document_bytes
-    sources = {
-        "train": [Source(s.path, "train", data.text_field, max_document_bytes) for s in data.train],
-        "validation": [
-            Source(s.path, "validation", data.text_field, max_document_bytes)
-            for s in data.validation
-            if s.path is not None
-        ],
-    }
-    text_sources = [s for s in sources["train"] if not s.is_indexed]
-    tokenizer: PreTrainedTokenizerBase | None = None
-    frame: DocumentFrame | None = None
-    validation_texts = [s for s in sources["validation"] if not s.is_indexed]
-    if text_sources or validation_texts or data.tokenizer:
-        tokenizer = _prepare_tokenizer(loaded, text_sources, cache)
-    elif loaded.config.model.path:
-        tokenizer = _tokenizer_for_export(loaded)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, loaded.facts.vocabulary_size)
-        if text_sources or validation_texts:
-            frame = resolve_frame(tokenizer, data.special_tokens)
-            log.info('documents: %s (data.special_tokens "%s")', frame, data.special_tokens)
-
-    open_source = partial(_open_source, loaded=loaded, cache=cache, tokenizer=tokenizer, frame=frame)
-    train = [open_source(source) for source in sources["train"]]
-    held_out: list[IndexedTokens] = []
-    if data.held_out_fraction is not None:
-        train, held_out = split_held_out(loaded, cache, sources["train"], train)
-    validation_tokens = iter([open_source(source) for source in sources["validation"]])
-    validation = [held_out if section.path is None else next(validation_tokens) for section in data.validation]
-    for source, parts in zip(sources["train"], train, strict=True):
-        _log_size(f"train data: {source.path}", parts)
-    for section, parts in zip(data.validation, validation, strict=True):
-        share = section.path or f"{section.fraction:g} of the training documents, which are not trained on"
-        _log_size(f"validation data: {share}", parts)
-    return PreparedData(
-        [part for parts in train for part in parts],
-        tuple(section.weight for section, parts in zip(data.train, train, strict=True) for _ in parts),
-        tuple(map(len, train)),
-        [part for parts in validation for part in parts],
-        tuple(map(len, validation)),
-        tokenizer,
-        frame,
-    )
-
-
-def _log_size(what: str, parts: Sequence[IndexedTokens]) -> None:
-    log.info("%s: %s documents, %s tokens", what, f"{sum(map(len, parts)):,}", f"{sum(p.tokens for p in parts):,}")
+    if source.signature() != initial_signature:
+        raise DataError(f"{source.path}: changed while it was read. Start again when no process writes to it")

@@ -1,4 +1,4 @@
-"""Where text comes from: files of several kinds, folders, the hub, and the standard library's own source."""
+"""Sources of text: files of several formats, directories, hub datasets, and the standard library's own source."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trainer.config import strict_json
 from trainer.config.paths import (
@@ -39,6 +39,9 @@ from trainer.errors import ConfigError, DataError, Problem, first_line
 
 Split = Literal["train", "validation"]
 
+FileSignature = list[list[str | int]]
+"""[path, size in bytes, modification time in ns] of each file, or [path, split, commit] of a hub dataset."""
+
 DEFAULT_MAX_DOCUMENT_BYTES = 64_000_000
 """Default of `data.max_document_bytes`."""
 
@@ -48,38 +51,39 @@ _EXCLUDED_FOLDERS = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of `data.train` or `data.validation`, resolved to what there is to read."""
+    """One entry of `data.train` or `data.validation`, resolved to files or a hub dataset."""
 
     path: str
     split: Split
     text_field: str
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
-    """Bytes of a document at most, where it is in memory as a whole."""
+    """Limit on the size of documents that are in memory as a whole."""
 
     @property
     def files(self) -> list[Path]:
+        """Files to read, in order; empty for a hub dataset."""
         if self.path == BUILTIN:
             return stdlib_files(self.split)
         return [] if self.path.startswith(HUB) else matching_files(self.path)
 
     @property
     def is_indexed(self) -> bool:
-        """Whether the tokens are there already, as .bin and .idx."""
+        """Whether the source consists of token files (.bin and .idx)."""
         return has_only_token_files(self.path)
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of text to read, where that is known beforehand: not of what is compressed."""
+        """Total bytes of text; None if it is not known beforehand, as for tables and compressed files."""
         files = self.files
         if not files or any(f.is_dir() or f.suffix in TABLES or compression_of(f) for f in files):
             return None
         return sum(f.stat().st_size for f in files)
 
-    def signature(self) -> list[list[Any]]:
-        """What tells, without reading, whether the source is still the same: names, sizes, times."""
+    def signature(self) -> FileSignature:
+        """Return names, sizes and modification times of the files, or the commit of a hub dataset."""
         if self.path.startswith(HUB):
             return [[self.path, self.split, _hub_revision(self.path)]]
-        file_signatures = []
+        file_signatures: FileSignature = []
         for file in self.files:
             parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
             for part in parts:
@@ -88,7 +92,7 @@ class Source:
         return file_signatures
 
     def content_hash(self) -> str:
-        """A hash of what the source says, whatever its files are called."""
+        """Return a hash of the text, which does not depend on the names of the files."""
         hasher = hashlib.sha256(self.split.encode() if self.path.startswith(HUB) or self._is_saved_dataset else b"")
         if self.path.startswith(HUB):
             hasher.update(json.dumps([self.path, _hub_revision(self.path)]).encode())
@@ -106,10 +110,10 @@ class Source:
         return len(files) == 1 and files[0].is_dir()
 
     def chunks(self) -> Iterator[TextChunk]:
-        """The text, in order.
+        """Yield the text of all documents in order.
 
         Raises:
-            DataError: naming the file and the line, row or byte, for anything that cannot be read as text.
+            DataError: something cannot be read as text; the message names the file and the line, row or byte.
         """
         if self.path.startswith(HUB):
             yield from self._read_hub()
@@ -139,25 +143,25 @@ class Source:
                 where = f"{self.path}: row {number}"
                 if self.text_field not in row:
                     available = ", ".join(f"'{key}'" for key in row)
-                    raise DataError(f"{where} has no field '{self.text_field}', only {available}")
+                    raise DataError(f"{where}: no field '{self.text_field}', only {available}. Set data.text_field")
                 text = validate_text(row[self.text_field], where, self.text_field)
                 if len(text) > self.max_document_bytes:
                     raise document_too_large(where, len(text.encode()), self.max_document_bytes)
                 yield from split_document(text, len(text))
         except (DataError, ConfigError):
             raise
-        except Exception as error:  # whatever pyarrow, pandas and fsspec raise on damaged files
+        except Exception as error:  # pyarrow, pandas and fsspec raise many types on damaged files
             cause = error.__cause__ or error
             first = first_line(cause)
             raise DataError(f"{self.path}: cannot be read: {first}") from error
 
 
 def stdlib_files(split: Split) -> list[Path]:
-    """The standard library's own modules, divided into train and validation by the file's name."""
+    """Return the modules of the standard library, split into train and validation by a hash of their path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]  # site-packages may hold 100,000 files
+        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS]  # site-packages may have 100,000 files
         modules += [Path(folder, name) for name in names if name.endswith(".py")]
     files = []
     for file in sorted(modules):
@@ -168,17 +172,17 @@ def stdlib_files(split: Split) -> list[Path]:
 
 
 def _split_folder(file: Path, split: Split) -> Path:
-    """Of a folder with several splits, saved by `datasets`, the folder of this one; any other file itself.
+    """Return the subdirectory of a split if `file` is a saved dataset with several splits, else `file` itself.
 
     Raises:
-        ConfigError: it has no such split.
+        ConfigError: the dataset lacks the split.
     """
     if not file.is_dir() or not has_dataset_splits(file):
         return file
     try:
         splits = [str(name) for name in strict_json.read(file / "dataset_dict.json")["splits"]]
     except (ConfigError, LookupError, TypeError) as error:
-        raise DataError(f"{file}: not a dataset that can be loaded: {error}") from None
+        raise DataError(f"{file}: cannot be loaded as a dataset: {error}") from None
     if split not in splits:
         raise ConfigError(Problem(f"data.{split}", f"'{file}' has no split '{split}', only {', '.join(splits)}"))
     return file / split
@@ -194,15 +198,15 @@ def _hub_error(path: str, error: Exception) -> ConfigError:
     return ConfigError(
         Problem(
             "data",
-            f"'{path}' cannot be had from the hub: {first}",
-            "Check the name and the network, or give local files",
+            f"'{path}' cannot be loaded from the hub: {first}",
+            "Check the name and the network, or use local files",
         )
     )
 
 
 @functools.cache
 def _hub_revision(path: str) -> str:
-    """The commit that the dataset is at, so that a changed dataset is tokenised anew."""
+    """Return the current commit of a dataset, so that a changed dataset is tokenized again."""
     from huggingface_hub import HfApi
 
     try:
@@ -211,12 +215,15 @@ def _hub_revision(path: str) -> str:
         raise _hub_error(path, error) from None
 
 
-def _load_hub_dataset(path: str, split: Split) -> Any:
+def _load_hub_dataset(path: str, split: Split) -> Iterable[Mapping[str, object]]:
     import datasets
 
     name, configuration = _hub_name(path)
     revision = _hub_revision(path)
     try:
-        return datasets.load_dataset(name, configuration, split=split, streaming=True, revision=revision)
+        rows: Iterable[Mapping[str, object]] = datasets.load_dataset(
+            name, configuration, split=split, streaming=True, revision=revision
+        )
     except Exception as error:
         raise _hub_error(path, error) from None
+    return rows

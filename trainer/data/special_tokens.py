@@ -1,4 +1,4 @@
-"""The special tokens around each document, `data.special_tokens`: found by asking the tokenizer, not by its class."""
+"""Special tokens around each document (`data.special_tokens`), determined by probing the tokenizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 SpecialTokens = Literal["tokenizer", "end", "none"]
 
 _PROBES = ("seven wizards", "a", "Brew 2 potions, quickly!")
-"""Texts encoded with and without special tokens; the frame must be the same for all."""
+"""Texts that are encoded with and without special tokens; the difference must be the same for all of them."""
 
 
 @dataclass(frozen=True)
 class DocumentFrame:
-    """Ids before and after each document. A document that is cut into samples has them once, not in each sample."""
+    """Ids before and after each document: once per document, not once per sample that it is cut into."""
 
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
@@ -38,54 +38,59 @@ class DocumentFrame:
         return {name: list(values) for name, values in asdict(self).items()}
 
     @property
-    def cache_key(self) -> Any:
-        """What tells token files of one frame from those of another. Without a prefix, and with at most one id after
-        the text, it is the id alone, as earlier versions wrote it, so that their token files stay valid."""
+    def cache_key(self) -> int | dict[str, list[int]] | None:
+        """The frame's part of a cache key.
+
+        Without a prefix and with at most one id in the suffix it is that id alone, as in earlier versions, so that
+        their token files stay valid.
+        """
         if not self.prefix and len(self.suffix) <= 1:
             return self.suffix[0] if self.suffix else None
         return {"prefix": list(self.prefix), "suffix": list(self.suffix)}
 
 
 def resolve_frame(tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens) -> DocumentFrame:
-    """The frame that `data.special_tokens` asks of this tokenizer.
+    """Return the frame that `data.special_tokens` selects for this tokenizer.
 
     Raises:
-        ConfigError: the tokenizer has no end-of-text token where one is needed, or does not frame all texts alike.
+        ConfigError: the tokenizer lacks a required end-of-text token, or its special tokens depend on the text.
     """
     end = tokenizer.eos_token_id
     prefix, suffix = find_added_ids(tokenizer) if special_tokens == "tokenizer" else ((), ())
     if special_tokens != "none" and end is not None and end not in suffix:
         suffix = (*suffix, end)
     if special_tokens != "none" and not suffix:
-        raise ConfigError(
-            Problem("data.special_tokens", f'"{special_tokens}" needs an end-of-text token, and the tokenizer has none',
-                    'Set it to "none"')
-        )  # fmt: skip
+        reason = f'"{special_tokens}" needs an end-of-text token, and the tokenizer has none'
+        raise ConfigError(Problem("data.special_tokens", reason, 'Set it to "none"'))
     return DocumentFrame(prefix, suffix, _token_texts(tokenizer, prefix), _token_texts(tokenizer, suffix))
 
 
 def resolve_prompt_prefix(tokenizer: PreTrainedTokenizerBase, run: StoredRun | None) -> tuple[int, ...]:
-    """Ids before each prompt: those before each document of the run that trained the model.
+    """Return the ids to put before each prompt: those before each document of the run that trained the model.
 
     Args:
-        run: what its directory or a checkpoint stores; None for a model of unknown origin, whose prompts get what the
-            tokenizer adds to every text.
+        tokenizer: the model's tokenizer.
+        run: configuration stored in the run directory or checkpoint; None for a model of unknown origin, whose prompts
+            get the ids that the tokenizer adds to every text.
     """
     if run is not None and "document_frame" in run.about:
         return tuple((run.about["document_frame"] or {}).get("prefix", ()))
     if run is not None and run.written["data"].get("special_tokens") != "tokenizer":
-        return ()  # nor do earlier versions, which do not know the key, put anything before a document
+        return ()  # the same holds for earlier versions, which lack the key and have no document prefix
     try:
         return find_added_ids(tokenizer)[0]
-    except ConfigError:  # it does not add the same ids to every text
+    except ConfigError:  # its special tokens depend on the text
         return ()
 
 
 def find_added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids before, ids after) that the tokenizer adds to a single text.
+    """Return the ids that the tokenizer adds before and after a single text.
+
+    The plain ids are searched in the framed ones. A probe may match at several offsets (a text that repeats its own
+    special tokens), so the candidates of all probes are intersected.
 
     Raises:
-        ConfigError: what it adds depends on the text.
+        ConfigError: the added ids depend on the text.
     """
     common = None
     for text in _PROBES:
@@ -96,10 +101,11 @@ def find_added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
         frames = {(tuple(framed[:n]), tuple(framed[n + len(plain) :])) for n in starts}
         common = frames if common is None else common & frames
     if not common or len(common) > 1:
-        raise ConfigError(
-            Problem("data.special_tokens", 'the tokenizer does not add the same special tokens to every text (got '
-                    f'"tokenizer", {type(tokenizer).__name__})', 'Set it to "end" or "none"')
-        )  # fmt: skip
+        reason = (
+            "the tokenizer does not add the same special tokens to every text "
+            f'(got "tokenizer", {type(tokenizer).__name__})'
+        )
+        raise ConfigError(Problem("data.special_tokens", reason, 'Set it to "end" or "none"'))
     return common.pop()
 
 

@@ -1,13 +1,13 @@
-"""Rows of tables and folders saved by `datasets` as JSON lines on standard output, as a process of its own.
+"""Child process that writes the rows of tables and of datasets saved by `datasets` to stdout as JSON lines.
 
-Libraries in C++ end the process on some damaged files, and small files can claim gigabytes. Here that ends a child
-with a limit on its memory, and `tables.py` says which file it was. Imports nothing of the trainer, so that it starts
-fast.
+Some damaged files crash the C++ libraries that read them, and small files can expand to gigabytes. Here they crash a
+child process with a memory limit, and `tables.py` reports the file. The script imports nothing of the trainer, so that
+it starts fast.
 
     python table_reader.py FIELD LARGEST MEMORY FILE...
 
-Lines: `{"file": n}` when a file begins; `{"rows": [text or null, ...]}`; `{"row": n, "type": name}`,
-`{"row": n, "bytes": size}`, `{"fields": [...]}` or `{"error": text}` for what is wrong; `{"end": true}`.
+Lines: `{"file": n}` at the start of a file; `{"rows": [text or null, ...]}`; `{"row": n, "type": name}`,
+`{"row": n, "bytes": size}`, `{"fields": [...]}` or `{"error": text}` for an error; `{"end": true}`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _column_index(names: list[str], field: str) -> int:
 
 
 def _parquet(path: str, field: str) -> Iterator[Any]:
-    """Columns of few rows each, because a dictionary makes many large texts of a small file."""
+    """Yield small batches, because dictionary encoding expands a small file to many large texts."""
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(path)
@@ -98,12 +98,12 @@ def _saved_dataset(path: str, field: str) -> Iterator[Any]:
 _READERS = {".parquet": _parquet, ".arrow": _arrow, ".csv": _csv, "": _saved_dataset}
 
 
-def _write_line(**line: Any) -> None:
+def _write_line(**line: object) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
 
 
 def _read_file(path: str, field: str, max_bytes: int) -> bool:
-    """Say the rows of a file. False if something is wrong in it."""
+    """Write the rows of a file, or the error; return False after an error."""
     number, batch, size = 0, list[str | None](), 0
     suffix = "" if os.path.isdir(path) else os.path.splitext(path)[1]
     for column in _READERS[suffix](path, field):
@@ -130,9 +130,10 @@ def _read_file(path: str, field: str, max_bytes: int) -> bool:
 
 
 def main() -> None:
+    """Read the files named on the command line."""
     field, max_bytes, memory, *files = sys.argv[1:]
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(stop, signal.SIG_IGN)  # the parent decides; without it, the pipe breaks
+        signal.signal(stop, signal.SIG_IGN)  # the parent stops the reader; if it dies, the pipe breaks
     resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number, path in enumerate(files):

@@ -1,4 +1,4 @@
-"""The tokenizer: the model's, another one by name, or one trained on the corpus."""
+"""Load, train and check tokenizers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 50_000_000
-"""How much text a tokenizer is trained on; more changes little and costs memory."""
+"""Text that a tokenizer is trained on; more changes the result little and costs memory."""
 
 
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or on the hub; code in the repository is never run.
+    """Load a tokenizer from a directory or from the hub. Code in the repository is never executed.
+
+    Args:
+        name: path or hub id.
+        key: configuration key that named it, for the error message.
 
     Raises:
-        ConfigError: at `key`, if there is none.
+        ConfigError: there is none, or it encodes any text as no token.
     """
     from transformers import AutoTokenizer
 
@@ -33,7 +37,9 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
             str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, trust_remote_code=False
         )
         if len(tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()) <= 1:
-            raise ValueError("it has no vocabulary")  # what transformers makes of a folder without one
+            raise ValueError(
+                "it has no vocabulary"
+            )  # transformers builds one from a directory without vocabulary files
         if not any(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES):
             raise ValueError(f"it encodes any text, such as {_PROBES[0]!r}, as no token")
     except Exception as error:
@@ -50,13 +56,18 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
 
 _PROBES = ("seven wizards", "12", "\u4e03\u4eba")
 _VOCABULARY_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-"""Files of which a tokenizer's folder has at least one, unless it works on bytes or characters."""
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Files of which a tokenizer's directory has at least one, unless it works on bytes or characters."""
 
 
 def _missing_files(name: str) -> str:
-    """What a local folder lacks of a tokenizer; empty where that is not known."""
+    """Describe the files that a local directory lacks; empty if it is not local or has one of them."""
     folder = Path(name).expanduser()
     if not folder.is_dir() or any((folder / file).exists() for file in _VOCABULARY_FILES):
         return ""
@@ -66,9 +77,9 @@ def _missing_files(name: str) -> str:
 
 
 def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
-    """Trains a byte-level BPE of exactly `vocabulary` entries at most, and saves it to `folder`.
+    """Train a byte-level BPE of at most `vocabulary` entries and save it to `folder`.
 
-    It adds nothing to a text; its entry 0 is the end-of-text token.
+    It adds no special tokens to a text. Entry 0 is the end-of-text token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -84,14 +95,17 @@ def train_tokenizer(text: Iterator[str], vocabulary: int, folder: Path) -> None:
     )
     backend.train_from_iterator(text, trainer)
     fast_tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     fast_tokenizer.save_pretrained(str(folder))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what the tokenizer does to text."""
+    """Return a hash of everything that determines the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         raw: Any = json.loads(backend.to_str())
@@ -103,14 +117,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Refuses a tokenizer that can produce ids which the model has no embedding for.
+    """Check that the model has an embedding for every id of the tokenizer.
 
     Raises:
-        ConfigError: naming both sizes.
+        ConfigError: the tokenizer's vocabulary is larger than the model's; the message names both sizes.
     """
     if len(tokenizer) > vocabulary:
-        raise ConfigError(
-            Problem("model.config.vocab_size",
-                    f"{vocabulary} is smaller than the tokenizer's vocabulary of {len(tokenizer)}",
-                    "Raise vocab_size, or set data.tokenizer to one that fits")
-        )  # fmt: skip
+        reason = f"{vocabulary} is smaller than the tokenizer's vocabulary of {len(tokenizer)}"
+        remedy = "Raise vocab_size, or set data.tokenizer to one that fits"
+        raise ConfigError(Problem("model.config.vocab_size", reason, remedy))

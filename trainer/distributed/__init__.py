@@ -1,16 +1,19 @@
 """The ranks of a run: environment, logs, the store they share, process groups, agreement."""
 
 from torch.distributed import PrefixStore, Store
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from trainer.distributed.agreement import agree
-from trainer.distributed.environment import Launch, get_free_port, local_device, prepare_environment
+from trainer.distributed.environment import Launch, local_device, prepare_environment
 from trainer.distributed.extensions import load_extension
+from trainer.distributed.groups import ProcessGroups
+from trainer.distributed.join import joined_world
 from trainer.distributed.logs import configure_logging
 from trainer.distributed.phases import JOIN_TIMEOUT, Phase, PhaseMark, Phases
 from trainer.distributed.shared_memory import remove_stale_buffers
 from trainer.distributed.store import open_second_connection, open_store
 from trainer.distributed.waiting import join_names, publish_value, receive_value, wait_for_keys
-from trainer.distributed.world import World, joined_world, seed_everything
+from trainer.distributed.world import World, seed_everything
 
 __all__ = [
     "JOIN_TIMEOUT",
@@ -19,6 +22,7 @@ __all__ = [
     "PhaseMark",
     "Phases",
     "PrefixStore",
+    "ProcessGroups",
     "Store",
     "World",
     "agree",

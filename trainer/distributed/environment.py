@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from trainer.compat.dependencies import exit_on_unsupported_versions
 from trainer.errors import ConfigError, Problem
@@ -86,12 +86,6 @@ def _read_count(name: str, default: str, minimum: int, stop: int | None, problem
     return max(minimum, 1) if stop is None else minimum
 
 
-def get_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def complete_environment(launch: Launch) -> None:
     """DeepSpeed reads the launcher's variables; a plain `python` start has none."""
     defaults = {
@@ -103,4 +97,4 @@ def complete_environment(launch: Launch) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(get_free_port())
+        os.environ["MASTER_PORT"] = str(get_free_port())  # type: ignore[no-untyped-call]

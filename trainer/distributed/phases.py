@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 
+from trainer.compat.torch.process_groups import set_timeout_of_all_groups
+
 Phase = Literal["start", "data", "join", "build", "resume", "step", "evaluate", "save", "final", "finished"]
 
 LIMITED: tuple[Phase, ...] = ("step", "evaluate", "save", "final")
@@ -68,7 +70,8 @@ class Phases:
         self._entries[phase] += 1
         timeout = self._timeout_of(phase)
         if timeout != self.timeout or self._entries[phase] <= 2:
-            set_collective_timeout(timeout)
+            if dist.is_initialized():
+                set_timeout_of_all_groups(timedelta(seconds=timeout))
             self.timeout = timeout
         self.mark = PhaseMark(self.mark.phase_index + 1, 0, phase, step)
 
@@ -83,15 +86,3 @@ class Phases:
         if phase in ("step", "evaluate") and self._entries[phase] == 1:
             return max(self._configured, COMPILE_SECONDS)
         return self._configured
-
-
-def set_collective_timeout(seconds: float) -> None:
-    """Set the timeout of collectives in every process group of this rank, whoever has created it.
-
-    Gloo's point-to-point operations keep the timeout that their group was created with; the watchdog ends those.
-    """
-    if not dist.is_initialized():
-        return
-    registry = dist.distributed_c10d._world.pg_map
-    for group in list(registry):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -1,8 +1,16 @@
 """One interface over DeepSpeed's engines."""
 
-from trainer.engine.interface import Engine, Evaluation, StepResult
+from trainer.engine.interface import (
+    Engine,
+    Evaluation,
+    Scalars,
+    ScalarState,
+    StepResult,
+    TensorChunk,
+    TrainingState,
+)
 from trainer.engine.start import start_engine
-from trainer.engine.state import Scalars, ScalarState, TensorChunk, TrainingState, merge_scalars
+from trainer.engine.state import merge_scalars
 
 __all__ = [
     "Engine",

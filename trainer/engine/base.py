@@ -1,129 +1,170 @@
-"""What DeepSpeed's two engines have in common here: norms, exchanges, and whether ranks read what they should."""
+"""What the engines with and without a pipeline share: clipping, results, gathering, checks of the first step."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 from trainer.compat.deepspeed.optimizer_layouts import layout_of
+from trainer.compat.deepspeed.pipeline import is_counted_elsewhere
 from trainer.distributed import World
-from trainer.engine.interface import Evaluation, StepResult
+from trainer.engine.evaluation_sums import EvaluationSums
+from trainer.engine.interface import Evaluation, StepResult, TrainingState
 from trainer.engine.replica_verifier import ReplicaVerifier
-from trainer.engine.state import TrainingState
+from trainer.engine.state import DeepSpeedTrainingState
 from trainer.errors import DataError
 from trainer.sharding import Joiner, is_owned
 from trainer.tasks import MicroBatch, Task
 from trainer.tensor_parallel import Mapper
-from trainer.topology import Axis
-
-
-class EvaluationSums:
-    """Sums over the micro-batches that this rank has evaluated."""
-
-    def __init__(self, task: Task, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.extra = {name: torch.zeros((), dtype=torch.float64, device=device) for name in task.extra_sums}
-        self.targets = 0
-
-    def add(self, loss: Tensor, extra: Mapping[str, Tensor]) -> None:
-        """Add sums over some micro-batches (scalars)."""
-        self.loss = self.loss + loss
-        for name in self.extra:
-            self.extra[name] = self.extra[name] + extra[name]
 
 
 class BaseEngine:
-    """An engine of DeepSpeed with the model of this rank.
-
-    The loss of a micro-batch is its summed cross entropy times data ranks / tokens of the global batch. DeepSpeed
-    averages gradients over the data ranks, so their sum is the gradient of the token-weighted mean over the
-    global batch, whatever the layout and however unevenly the tokens are spread.
-    """
+    """An engine of DeepSpeed around this rank's part of the model."""
 
     def __init__(
         self,
-        engine: Any,
+        deepspeed_engine: DeepSpeedEngine,
         world: World,
         mapper: Mapper,
-        max_grad_norm: float | None,
         *,
         task: Task,
+        max_grad_norm: float | None,
         loss_stage: int = 0,
     ) -> None:
-        self._engine, self._world, self._mapper, self._task = engine, world, mapper, task
+        """Wrap an engine of DeepSpeed.
+
+        Args:
+            deepspeed_engine: from `deepspeed.initialize`.
+            world: of this rank.
+            mapper: of the rank's model, or of the first of its stages.
+            task: that the model learns.
+            max_grad_norm: norm to clip gradients to, 0 for none; None where DeepSpeed clips.
+            loss_stage: pipeline stage that computes the loss.
+        """
+        self.deepspeed_engine = deepspeed_engine
+        self._world, self._mapper, self._task = world, mapper, task
         self._max_grad_norm = max_grad_norm
-        """The norm to clip at where this engine clips; None where DeepSpeed does."""
-
-        self._first_backward_pending = True
-        """Until the first backward pass is through."""
-
-        self._joiner = Joiner(world.groups.get("tensor"), world.topology.tensor)
-        self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
-        self._norm_parameters = [p for p in self._parameters if is_owned(p)]
+        self._is_first_step = True
+        self._joiner = Joiner(world.groups.of("tensor") if world.topology.tensor > 1 else None, world.topology.tensor)
+        self._parameters = [p for p in deepspeed_engine.module.parameters() if p.requires_grad]
+        self._norm_parameters = [p for p in self._parameters if is_owned(p) and not is_counted_elsewhere(p)]
         self._reports_loss = world.topology.tensor_rank == 0 and world.topology.stage == loss_stage
-        """Whether this rank speaks for the ranks that work on the same samples."""
+        """True on the one rank of each model-parallel group that reports its losses."""
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """See `Engine.models`."""
+        raise NotImplementedError
+
+    @property
+    def stages_of_shared_weights(self) -> Mapping[str, tuple[int, ...]]:
+        """Pipeline ranks that hold each weight; empty without a pipeline."""
+        return {}
+
+    @cached_property
+    def state(self) -> TrainingState:
+        """See `Engine.state`."""
+        return DeepSpeedTrainingState(self.deepspeed_engine, self._world, self.models, self._mapper)
+
+    @cached_property
+    def replica_verifier(self) -> ReplicaVerifier:
+        """Compares replicated weights between ranks."""
+        layout = layout_of(self.deepspeed_engine.optimizer)
+        return ReplicaVerifier(self.models, self.stages_of_shared_weights, layout, self._world)
+
+    # The parts of a step ----------------------------------------------------------------------------------------------
 
     def _learning_rate(self) -> float:
-        """The unscaled learning rate; of Muon's two, the matrices'."""
-        groups = self._engine.optimizer.param_groups
+        """Read the unscaled learning rate; of Muon's two, that of matrices."""
+        groups = self.deepspeed_engine.optimizer.param_groups
         return float(next((group for group in groups if group.get("use_muon")), groups[0])["lr"])
 
-    def _model_axes(self) -> list[Axis]:
-        """Axes along which ranks hold different weights and read the same samples."""
-        axes: tuple[Axis, ...] = ("tensor", "pipeline")
-        return [axis for axis in axes if axis in self._world.groups]
+    def _check_same_samples(self, micro_batch: MicroBatch) -> None:
+        """Check that all ranks of a model-parallel group received the same batch.
 
-    def _check_same_samples(self, micro: MicroBatch) -> None:
-        """Looks whether the ranks that share a model were given the same samples, as all they compute supposes."""
+        Collective: all ranks of the model-parallel group must call it.
+
+        Raises:
+            DataError: if the batches differ; losses and gradients would mix them.
+        """
         checksum = 0
-        for _, tensor in sorted(micro.inputs.items()):
+        for _, tensor in sorted(micro_batch.inputs.items()):
             checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
-        for axis in self._model_axes():
-            ranks = self._world.topology.group(axis)
+        for axis in self._world.topology.shares_samples():
+            ranks = self._world.topology.ranks_of(axis)
             checksums: list[int | None] = [None] * len(ranks)
-            dist.all_gather_object(checksums, checksum, group=self._world.groups[axis])
+            dist.all_gather_object(checksums, checksum, group=self._world.groups.of(axis))
             if len(set(checksums)) > 1:
                 raise DataError(
                     f"rank {self._world.topology.rank}: the ranks {ranks} of a {axis} group read different samples. "
-                    "They must see the same data: is data.cache_dir, or a data file, another one on some host?"
+                    "They must read the same data: check data.cache_dir and the data files on all hosts"
                 )
 
     def _clip_gradients(self, max_norm: float) -> Tensor:
-        """Norm of all gradients, which are then scaled down to `max_norm`; stays on the device."""
+        """Scale all gradients down to a norm. Collective: all ranks of the model-parallel group must call it.
+
+        Returns:
+            The norm before clipping, scalar on the device.
+        """
         norm = nn.utils.get_total_norm([p.grad for p in self._norm_parameters if p.grad is not None])
         squared = norm.square().to(self._world.device)
-        for axis in self._model_axes():
-            dist.all_reduce(squared, group=self._world.groups[axis])
+        for axis in reversed(self._world.topology.shares_samples()):  # the order is part of the rounding
+            dist.all_reduce(squared, group=self._world.groups.of(axis))
         norm = squared.sqrt()
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
         return norm
 
+    def _finish_gradients(self, verify_step: int | None, before_update: Callable[[], None] | None) -> Tensor | None:
+        """Clip and verify between the last backward pass and the update. Collective: all ranks must call it.
+
+        Returns:
+            The gradient norm, scalar; None where DeepSpeed computes it.
+        """
+        if before_update is not None:
+            before_update()
+        grad_norm = None if self._max_grad_norm is None else self._clip_gradients(self._max_grad_norm)
+        if verify_step is not None:
+            self.replica_verifier.verify_before_update(verify_step)
+        return grad_norm
+
     def _step_result(
-        self, sums: tuple[Tensor, Tensor], norm: Tensor | None, learning_rate: float, count: int,
+        self,
+        sums: tuple[Tensor, Tensor],
+        *,
+        grad_norm: Tensor | None,
+        learning_rate: float,
+        micro_batches: int,
         idle_share: Callable[[], float] | None = None,
-    ) -> StepResult:  # fmt: skip
-        """What a step left; of the ranks that work on the same samples, one has its losses.
+    ) -> StepResult:
+        """Assemble the outcome of a step; of the ranks that read the same samples, one reports the losses.
 
         Args:
-            sums: of the loss and the auxiliary loss. norm: None where DeepSpeed has computed it. count: micro-batches.
+            sums: of the loss and of the auxiliary loss, scalars.
+            grad_norm: None where DeepSpeed has computed it.
+            learning_rate: of this step.
+            micro_batches: of this rank.
+            idle_share: see `StepResult.idle_share`.
         """
         loss_sum, auxiliary_sum = sums if self._reports_loss else map(torch.zeros_like, sums)
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        applied = bool(self._engine.was_step_applied())
         return StepResult(
-            loss_sum, auxiliary_sum, norm, learning_rate, count if self._reports_loss else 0, applied, idle_share
+            loss_sum,
+            auxiliary_sum,
+            self.deepspeed_engine.get_global_grad_norm() if grad_norm is None else grad_norm,
+            learning_rate,
+            micro_batches if self._reports_loss else 0,
+            bool(self.deepspeed_engine.was_step_applied()),
+            idle_share,
         )
 
     def _reduce_evaluation(self, sums: EvaluationSums) -> Evaluation:
-        """Return the evaluation over all ranks. Collective: all ranks must call it."""
+        """Compute the evaluation over all ranks. Collective: all ranks must call it."""
         names = self._task.extra_sums
         values: list[Tensor | float] = [sums.loss, float(sums.targets), *(sums.extra[name] for name in names)]
         if not self._reports_loss:
@@ -133,40 +174,21 @@ class BaseEngine:
         means = {name: value / count for name, value in zip(names, extra, strict=True)}
         return Evaluation(loss / count, int(targets), self._task.metrics(loss / count, means))
 
+    # Gathering --------------------------------------------------------------------------------------------------------
+
+    def all_gather_scalars(self, values: list[Tensor | float]) -> list[list[float]]:
+        """See `Engine.all_gather_scalars`. Collective: all ranks must call it."""
+        device = self._world.device
+        local = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
+        rows = [torch.empty_like(local) for _ in range(self._world.topology.world_size)]
+        dist.all_gather(rows, local)
+        table: list[list[float]] = torch.stack(rows).tolist()
+        return table
+
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The buffers that the model is stored with, whole. On all ranks."""
+        """Yield the buffers that belong to the saved model, in full. Collective: all ranks must iterate to the end."""
         model = self.models[0]
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
             if name in persistent:
                 yield name, self._mapper.full_buffer(name, buffer)
-
-    @property
-    def models(self) -> list[nn.Module]:
-        """The Hugging Face model of each of this rank's stages."""
-        raise NotImplementedError
-
-    @property
-    def stages_of_shared_weights(self) -> Mapping[str, tuple[int, ...]]:
-        """Ranks of the pipeline that hold each weight; empty without a pipeline."""
-        return {}
-
-    @cached_property
-    def _replica_verifier(self) -> ReplicaVerifier:
-        return ReplicaVerifier(
-            self.models, self.stages_of_shared_weights, layout_of(self._engine.optimizer), self._world
-        )
-
-    @cached_property
-    def state(self) -> TrainingState:
-        """See `Engine.state`."""
-        return TrainingState(self._engine, self._world, self.models, self._mapper)
-
-    def all_gather_scalars(self, values: list[Tensor | float]) -> list[list[float]]:
-        """See `Engine.exchange`."""
-        device = self._world.device
-        local_values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
-        gathered = [torch.empty_like(local_values) for _ in range(self._world.topology.world_size)]
-        dist.all_gather(gathered, local_values)
-        table: list[list[float]] = torch.stack(gathered).tolist()
-        return table

@@ -1,50 +1,53 @@
-"""The world as DeepSpeed asks for it."""
+"""The topology as DeepSpeed's `mpu` (Megatron's "model parallel unit")."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from trainer.distributed import World
-from trainer.topology import Axis
+from trainer.topology import GRADIENT_AXES
 
 
 class Grid:
-    """Answers DeepSpeed's questions to an `mpu` (Megatron's "model parallel unit"): which ranks hold other data, which
-    hold other parts of the same weights. Every rank of the world must make one at the same time."""
+    """DeepSpeed's `mpu`: process groups of one replica, along the axes that sum gradients and along the tensor axis.
+
+    DeepSpeed averages gradients over the data-parallel group and partitions optimizer state, gradients and weights over
+    it; it reduces the gradient norm over the model-parallel group. Collective: all ranks must create their grids
+    together.
+    """
 
     def __init__(self, world: World) -> None:
         self._topology = world.topology
-        self._groups = {axis: self._group(world, axis) for axis in ("data", "tensor")}
-
-    @staticmethod
-    def _group(world: World, axis: Axis) -> Any:
-        if axis in world.groups:
-            return world.groups[axis] or dist.group.WORLD
-        groups = {ranks[0]: dist.new_group(ranks) for ranks in world.topology.groups(axis)}
-        return groups[world.topology.rank]
+        self._data_group = world.groups.of(*GRADIENT_AXES)
+        self._tensor_group = world.groups.of("tensor")
 
     def get_data_parallel_rank(self) -> int:
-        return self._topology.data_rank
+        """Coordinate of this rank in the data-parallel group."""
+        return self._topology.coordinate(*GRADIENT_AXES)
 
     def get_data_parallel_world_size(self) -> int:
-        return self._topology.data
+        """Size of the data-parallel group."""
+        return self._topology.size(*GRADIENT_AXES)
 
-    def get_data_parallel_group(self) -> Any:
-        return self._groups["data"]
+    def get_data_parallel_group(self) -> ProcessGroup:
+        """Ranks that hold the same weights and compute their gradients from other tokens."""
+        return self._data_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return self._topology.group("data")
+        """Ranks of the data-parallel group, as torch's default group numbers them."""
+        return self._topology.ranks_of(*GRADIENT_AXES)
 
     def get_model_parallel_rank(self) -> int:
+        """Coordinate of this rank along the tensor axis."""
         return self._topology.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
+        """Size of the tensor axis."""
         return self._topology.tensor
 
-    def get_model_parallel_group(self) -> Any:
-        return self._groups["tensor"]
+    def get_model_parallel_group(self) -> ProcessGroup:
+        """Ranks that hold other shards of the same weights."""
+        return self._tensor_group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size

@@ -1,40 +1,41 @@
-"""What the loop asks of an engine, whatever runs below it."""
+"""The interface of an engine to the training loop, to checkpoints and to update modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.data.batches import StepBatch
-from trainer.engine.state import TrainingState
 from trainer.tasks import MicroBatch
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step left on this rank. Tensors stay on the device until somebody logs them."""
+    """Outcome of one optimizer step on this rank. Tensors stay on the device until they are logged."""
 
     loss_sum: Tensor
-    """This rank's part of the summed cross entropy, fp32 scalar."""
+    """This rank's contribution to the summed cross entropy, fp32 scalar."""
 
     auxiliary_sum: Tensor
     """This rank's auxiliary losses, summed over its micro-batches, fp32 scalar."""
 
     grad_norm: Tensor | float | None
-    """Norm of the whole gradient before clipping; None where DeepSpeed was told not to compute it."""
+    """Norm of the full gradient before clipping; None where DeepSpeed is configured not to compute it."""
 
     learning_rate: float
-    """The rate that this step used."""
+    """Unscaled learning rate of this step."""
 
     micro_batches: int
+    """Micro-batches whose losses this rank reports; 0 if another rank reports them."""
+
     applied: bool
-    """False where DeepSpeed skipped the update because a gradient was not finite."""
+    """False if DeepSpeed skipped the update because a gradient was not finite."""
 
     idle_share: Callable[[], float] | None = None
-    """Asks what share of the step this rank has waited for other stages; None without a pipeline."""
+    """Returns the share of the step in which this rank waited for other stages; None without a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,133 @@ class Evaluation:
     """Held-out loss over all ranks."""
 
     loss: float
+    """Mean over all targets."""
+
     tokens: int
+    """Targets."""
+
     metrics: Mapping[str, float]
-    """The task's metrics."""
+    """Metrics of the task."""
+
+
+@dataclass(frozen=True)
+class TensorChunk:
+    """An n-dimensional block of a full tensor, in the memory of this rank."""
+
+    name: str
+    """Hugging Face name of the weight or buffer."""
+
+    role: str
+    """What the tensor is to the weight: the weight itself, a buffer, or optimizer state such as `exp_avg`."""
+
+    shape: tuple[int, ...]
+    """Shape of the full tensor."""
+
+    start: tuple[int, ...]
+    """Offset of the chunk in the full tensor, by dimension."""
+
+    view: Tensor
+    """Live view in the chunk's shape: training reads and writes these elements."""
+
+
+Scalars = dict[str, float]
+"""Non-tensor state of one parameter, such as `step`."""
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""Optimizer steps, samples, and steps skipped because a gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class ScalarState:
+    """Non-tensor training state, JSON-serializable."""
+
+    counters: Mapping[str, int]
+    """By the names in `COUNTERS`."""
+
+    scaler: Mapping[str, float | bool]
+    """State of the dynamic loss scale of fp16; empty in other precisions."""
+
+    scalars: Mapping[str, Scalars]
+    """Non-tensor optimizer state by parameter; under "" the state that most parameters have."""
+
+    @classmethod
+    def initial(cls) -> ScalarState:
+        """State before the first step."""
+        return cls(dict.fromkeys(COUNTERS, 0), {}, {})
+
+
+class TrainingState(Protocol):
+    """Master weights, optimizer state and counters of an engine, to be used between two steps.
+
+    Checkpoints save `owned_chunks` and `scalar_state`, and load by writing into `local_chunks`. Update modes change
+    the fp32 weights among `local_chunks` and call `sync_model_weights`.
+    """
+
+    def owned_chunks(self) -> Iterator[TensorChunk]:
+        """Chunks that this rank saves: over all ranks, every element of every tensor exactly once."""
+
+    def local_chunks(self) -> Iterator[TensorChunk]:
+        """All chunks that this rank holds, whether or not other ranks hold them too.
+
+        Weights are fp32 masters. Optimizer state is complete after `allocate_optimizer_state`.
+        """
+
+    def scalar_state(self) -> ScalarState:
+        """Non-tensor state of this rank; `scalars` has the parameters that this rank holds."""
+
+    def allocate_optimizer_state(self) -> None:
+        """Create optimizer state that does not exist yet, with values that are to be overwritten."""
+
+    def drop_optimizer_state(self, names: Collection[str]) -> None:
+        """Drop the optimizer state of parameters that were never stepped, where each parameter has its own."""
+
+    def load_scalar_state(self, scalar_state: ScalarState) -> None:
+        """Restore the non-tensor state and sync the model weights, once all tensors are written.
+
+        Collective: all ranks must call it.
+        """
+
+    def sync_model_weights(self) -> None:
+        """Copy the fp32 master weights into the weights that the model computes with.
+
+        Collective: all ranks must call it.
+        """
 
 
 class Engine(Protocol):
-    """Trains, evaluates, and gives its weights and its state away."""
+    """Runs optimizer steps and evaluation; exposes weights and training state."""
 
     @property
     def state(self) -> TrainingState:
-        """All that a checkpoint holds of it, to read and to write."""
+        """Training state, to read and to write."""
 
-    def train_step(self, batch: StepBatch, *, verify_step: int | None = None) -> StepResult:
-        """One optimizer step on the global batch that `batch` is this rank's part of.
+    @property
+    def models(self) -> list[nn.Module]:
+        """The Hugging Face model of each of this rank's stages."""
+
+    def train_step(
+        self,
+        batch: StepBatch,
+        *,
+        verify_step: int | None = None,
+        before_update: Callable[[], None] | None = None,
+    ) -> StepResult:
+        """Run one optimizer step. Collective: all ranks must call it.
 
         Args:
-            verify_step: the step's number, if the weights that several ranks hold are to be compared in it. See
-                `Replicas`.
+            batch: this rank's micro-batches of the global batch.
+            verify_step: number of the step, to compare replicated weights between ranks in it; see `ReplicaVerifier`.
+            before_update: called when the gradients are complete and reduced, before clipping and the update.
 
         Raises:
-            ReplicasDifferError: on all ranks, naming those whose copy is wrong.
+            ReplicasDifferError: on all ranks, naming those whose replicas are wrong.
         """
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
-        """The token-weighted loss over all ranks' micro-batches; all ranks must pass equally many."""
+        """Compute the token-weighted loss over all ranks' micro-batches. Collective: all ranks must call it.
+
+        All ranks must pass the same number of micro-batches.
+        """
 
     def target_losses(self, micro_batch: MicroBatch) -> Tensor | None:
         """Compute the loss of each label of one micro-batch as in evaluation. Collective: all ranks must call it.
@@ -76,10 +179,13 @@ class Engine(Protocol):
         """
 
     def all_gather_scalars(self, values: list[Tensor | float]) -> list[list[float]]:
-        """Every rank's `values`, by rank: the one exchange of a step that logs."""
+        """Gather every rank's `values`, in rank order. Collective: all ranks must call it.
+
+        The only communication that logging a step adds.
+        """
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and persistent buffer by its Hugging Face name, whole, one at a time, in the model's order.
+        """Yield every parameter and persistent buffer in full, by Hugging Face name, in the model's order.
 
-        All ranks must walk through it; a tensor is only there until the next one is asked for.
+        Collective: all ranks must iterate to the end. A tensor is valid until the next one is requested.
         """

@@ -1,88 +1,101 @@
-"""The engine over `deepspeed.initialize`: data and tensor parallelism with ZeRO 0 to 3."""
+"""The engine without a pipeline: data and tensor parallelism with ZeRO 0 to 3, over DeepSpeed's engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
+from trainer.compat.deepspeed.zero3 import gathered
 from trainer.data.batches import StepBatch
-from trainer.engine.base import BaseEngine, EvaluationSums
+from trainer.engine.base import BaseEngine
+from trainer.engine.evaluation_sums import EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult
+from trainer.engine.loss_scale import LossScale
 from trainer.sharding import shard_of
 from trainer.tasks import MicroBatch, TaskLoss
 
 _MODEL_PREFIX = "model."
-"""Of parameter names in a task module, before the Hugging Face name."""
+"""Prefix of parameter names in a task module, before the Hugging Face name."""
 
 
 class PlainEngine(BaseEngine):
-    """Every rank holds the whole model, or its tensor rank's part of it, or under ZeRO-3 a data rank's part of that."""
+    """Every rank holds the model's tensor shard, under ZeRO 3 partitioned over the data ranks."""
 
     @property
     def models(self) -> list[nn.Module]:
-        """The Hugging Face model."""
-        return [self._engine.module.model]
+        """See `Engine.models`."""
+        model = self.deepspeed_engine.module.model
+        assert isinstance(model, nn.Module)
+        return [model]
 
-    def _forward(self, micro: MicroBatch) -> TaskLoss:
-        on_device = micro.to(self._world.device)
-        loss: TaskLoss = self._engine(on_device.labels, **on_device.inputs)
+    def _forward(self, micro_batch: MicroBatch) -> TaskLoss:
+        on_device = micro_batch.to(self._world.device)
+        loss: TaskLoss = self.deepspeed_engine(on_device.labels, **on_device.inputs)
         return loss
 
-    def train_step(self, batch: StepBatch, *, verify_step: int | None = None) -> StepResult:
-        """See `Engine.train_step`."""
+    def train_step(
+        self,
+        batch: StepBatch,
+        *,
+        verify_step: int | None = None,
+        before_update: Callable[[], None] | None = None,
+    ) -> StepResult:
+        """See `Engine.train_step`. Collective: all ranks must call it."""
         learning_rate = self._learning_rate()
-        weight = self._world.topology.data / batch.tokens
-        count = len(batch.micro_batches)
+        scale = LossScale.for_step(batch, self._world.topology, engine_divides=False)
         loss_sum = auxiliary_sum = torch.zeros((), device=self._world.device)
         grad_norm: Tensor | None = None
-        if self._first_backward_pending:
+        if self._is_first_step:
             self._check_same_samples(batch.micro_batches[0])
-        for number, micro in enumerate(batch.micro_batches, start=1):
+        last = len(batch.micro_batches) - 1
+        for index, micro_batch in enumerate(batch.micro_batches):
             self._world.phases.advance()
-            loss = self._forward(micro)
-            objective = loss.objective * weight + loss.auxiliary / count
-            self._engine.backward(objective, scale_wrt_gas=False)
-            if self._first_backward_pending:
+            loss = self._forward(micro_batch)
+            self.deepspeed_engine.backward(scale.objective(loss), scale_wrt_gas=False)
+            if self._is_first_step:
                 self._mapper.verify_gradients()
-                self._first_backward_pending = False
+                self._is_first_step = False
             loss_sum = loss_sum + loss.loss_sum.detach()
             auxiliary_sum = auxiliary_sum + loss.auxiliary.detach()
-            if number == count and self._max_grad_norm is not None:
-                grad_norm = self._clip_gradients(self._max_grad_norm)
-            if number == count and verify_step is not None:
-                self._replica_verifier.verify_before_update(verify_step)
-            self._engine.step()
+            if index == last:
+                grad_norm = self._finish_gradients(verify_step, before_update)
+            self.deepspeed_engine.step()  # updates at the last micro-batch only
         if verify_step is not None:
-            self._replica_verifier.verify(verify_step)
-        return self._step_result((loss_sum, auxiliary_sum), grad_norm, learning_rate, count)
+            self.replica_verifier.verify(verify_step)
+        return self._step_result(
+            (loss_sum, auxiliary_sum), grad_norm=grad_norm, learning_rate=learning_rate, micro_batches=last + 1
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
-        """See `Engine.evaluate`."""
-        self._engine.eval()
+        """See `Engine.evaluate`. Collective: all ranks must call it."""
+        self.deepspeed_engine.eval()
         sums = EvaluationSums(self._task, self._world.device)
-        for micro in batches:
+        for micro_batch in batches:
             self._world.phases.advance()
-            sums.targets += micro.num_targets
-            loss = self._forward(micro)
+            sums.targets += micro_batch.num_targets
+            loss = self._forward(micro_batch)
             sums.add(loss.loss_sum, loss.extra)
-        self._engine.train()
+        self.deepspeed_engine.train()
         return self._reduce_evaluation(sums)
 
     @torch.no_grad()
     def target_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """See `Engine.target_losses`."""
-        self._engine.eval()
+        """See `Engine.target_losses`. Collective: all ranks must call it.
+
+        Returns:
+            fp32 in the shape of the labels, 0 where a label is ignored.
+        """
+        self.deepspeed_engine.eval()
         losses = self._forward(micro_batch).target_losses
-        self._engine.train()
+        self.deepspeed_engine.train()
         return losses
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.full_weights`."""
-        for name, parameter in self._engine.module.named_parameters():
-            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        """See `Engine.full_weights`. Collective: all ranks must iterate to the end."""
+        for name, parameter in self.deepspeed_engine.module.named_parameters():
+            with gathered(parameter):
                 yield from self._joiner.add(name.removeprefix(_MODEL_PREFIX), parameter.detach(), shard_of(parameter))
         yield from self._persistent_buffers()

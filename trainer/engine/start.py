@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import deepspeed
 import torch
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from trainer.compat.deepspeed.interfaces import Settings
 from trainer.compat.deepspeed.nvme import keep_unaligned_gradients, prepare_nvme
+from trainer.compat.deepspeed.optimizer_layout import undo_initial_step
+from trainer.compat.deepspeed.pipeline import as_pipeline_engine, pipeline_module, set_counted_elsewhere
+from trainer.compat.deepspeed.zero3 import partitioner
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import (
     custom_schedule,
@@ -25,10 +26,11 @@ from trainer.distributed import World, load_extension
 from trainer.engine.grid import Grid
 from trainer.engine.optimizer_setup import OptimizerSetup
 from trainer.engine.parameter_groups import ParameterGroups
-from trainer.engine.pipeline import PipelineEngine, StageModule, start_pipeline
+from trainer.engine.pipeline import PipelineEngine
 from trainer.engine.plain import PlainEngine
-from trainer.model import give_weights, returns_head_output, weight_options
-from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, recompute, share_parameters
+from trainer.engine.stage_module import StageModule
+from trainer.model import PreTrainedModel, give_weights, returns_head_output, weight_options
+from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, local_parameters, recompute, share_parameters
 from trainer.sharding import fill_remote_with_zeros
 from trainer.tasks import TASKS, TaskModule
 from trainer.tensor_parallel import Mapper, build_mapper
@@ -36,34 +38,22 @@ from trainer.tensor_parallel import Mapper, build_mapper
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _zero3_partitioner(settings: dict[str, Any], dtype: torch.dtype, grid: Grid) -> Any:
-    """A function that takes whole parameters away to where ZeRO-3 keeps their parts, as soon as they are made."""
-    context: Any = None
-
-    def partition(parameters: list[nn.Parameter]) -> None:
-        nonlocal context
-        if context is None:
-            context = deepspeed.zero.Init(
-                config_dict_or_path=settings,
-                dtype=dtype,
-                mpu=grid,
-                data_parallel_group=grid.get_data_parallel_group(),
-            )
-        for parameter in parameters:
-            parameter.data = parameter.data.to(dtype)
-        context._convert_to_zero_parameters(parameters)
-
-    return partition
-
-
 def start_engine(
-    model: Any, loaded: LoadedConfig, world: World, assignment: StageAssignment = ONE_STAGE, *, blank: bool = False
+    model: PreTrainedModel,
+    loaded: LoadedConfig,
+    world: World,
+    assignment: StageAssignment = ONE_STAGE,
+    *,
+    blank: bool = False,
 ) -> PlainEngine | PipelineEngine:
-    """Gives the model its weights and hands it to DeepSpeed.
+    """Materialize a model's weights and make the engine that trains it. Collective: all ranks must call it.
 
     Args:
-        model: from `build_model`, on the meta device. division: its layers over the stages, from `assign_stages`.
-        blank: the weights are zeros, for a checkpoint to replace.
+        model: from `build_model`, on the meta device.
+        loaded: the configuration.
+        world: of this rank.
+        assignment: of the model's layers to stages, from `assign_stages`.
+        blank: materialize zeros, for a checkpoint to overwrite.
     """
     settings = engine_settings(loaded.deepspeed_json)
     for extension in required_extensions(settings):
@@ -72,98 +62,126 @@ def start_engine(
     assert assignment.ranks == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
     optimizer_setup = OptimizerSetup(ParameterGroups(options), custom_schedule(loaded.deepspeed_json))
-    start = _start_plain if assignment.ranks == 1 else _start_pipeline
-    return start(model, assignment, loaded, world, settings, optimizer_setup, blank)
+    builder = _EngineBuilder(loaded, world, settings, optimizer_setup, blank)
+    build = builder.build_plain if assignment.ranks == 1 else builder.build_pipeline
+    return build(model, assignment)
 
 
-def _mapper(model: Any, loaded: LoadedConfig, world: World) -> Mapper:
-    parallel, dtype = loaded.config.parallel, _DTYPES[loaded.config.deepspeed.precision]
-    return build_mapper(model, parallel.tensor_plan, world, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
+@dataclass(frozen=True)
+class _EngineBuilder:
+    """Builds an engine from what `start_engine` has prepared."""
 
+    loaded: LoadedConfig
+    world: World
+    settings: Settings
+    optimizer_setup: OptimizerSetup
+    blank: bool
 
-def _task_module(model: Any, loaded: LoadedConfig, mapper: Mapper, *, can_defer_head: bool) -> TaskModule:
-    options, task = loaded.config.training, TASKS[loaded.config.model.task]
-    cross_entropy = mapper.cross_entropy(options.label_smoothing, options.z_loss, options.loss_chunk_tokens)
-    return TaskModule(model.train(), task, cross_entropy, can_defer_head=can_defer_head)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the model computes in."""
+        return _DTYPES[self.loaded.config.deepspeed.precision]
 
+    @property
+    def max_grad_norm(self) -> float | None:
+        """See `BaseEngine`."""
+        if deepspeed_clips_gradients(self.settings):
+            return None
+        return float(self.loaded.deepspeed_json["gradient_clipping"])
 
-def _max_grad_norm(loaded: LoadedConfig, settings: dict[str, Any]) -> float | None:
-    return None if deepspeed_clips_gradients(settings) else float(loaded.deepspeed_json["gradient_clipping"])
+    def build_plain(self, model: PreTrainedModel, assignment: StageAssignment) -> PlainEngine:
+        """Build the engine without a pipeline. Collective: all ranks must call it."""
+        is_zero3 = self.settings["zero_optimization"]["stage"] == 3
+        # Under ZeRO 3 a weight is in memory only while its own module runs.
+        can_defer_head = not is_zero3 and returns_head_output(model, self.loaded)
+        mapper, grid = self._mapper(model), Grid(self.world)
+        partition = partitioner(self.settings, self.dtype, grid) if is_zero3 else None
 
+        def shard_and_partition(parameters: Iterable[nn.Parameter]) -> None:
+            shards = mapper.shard_parameters(parameters)
+            if partition is not None:
+                partition(shards)
 
-def _start_plain(
-    model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
-    optimizer_setup: OptimizerSetup, blank: bool,
-) -> PlainEngine:  # fmt: skip
-    # Under ZeRO-3 a weight is there only while its own module runs.
-    can_defer_head = settings["zero_optimization"]["stage"] < 3 and returns_head_output(model, loaded)
-    mapper, grid = _mapper(model, loaded, world), Grid(world)
-    dtype = _DTYPES[loaded.config.deepspeed.precision]
-    partition = _zero3_partitioner(settings, dtype, grid) if settings["zero_optimization"]["stage"] == 3 else None
-
-    def shard_and_partition(parameters: list[nn.Parameter]) -> None:
-        cut = mapper.shard_parameters(parameters)
-        if partition is not None:
-            partition(cut)
-
-    give_weights(model, loaded, shard_and_partition, blank=blank)
-    mapper.install()
-    recompute(model, assignment.recomputed)
-    module = _task_module(model, loaded, mapper, can_defer_head=can_defer_head)
-    engine = optimizer_setup.initialize(module, [model], settings, mpu=grid)
-    _undo_first_step(engine.optimizer)
-    keep_unaligned_gradients(engine.optimizer)
-    engine.train()
-    return PlainEngine(engine, world, mapper, _max_grad_norm(loaded, settings), task=module.task)
-
-
-def _undo_first_step(optimizer: Any) -> None:
-    """Forgets the step without gradients with which DeepSpeed 0.19's optimizer of ZeRO 0 in half precision begins.
-
-    It counts in Adam's bias correction, so that the first real update would be a quarter too small, and it decays the
-    weights once too often.
-    """
-    if isinstance(optimizer, FP16_Optimizer):
-        pairs = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups_flat, strict=True)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        pairs = zip(chain(*optimizer.fp32_groups), chain(*optimizer.fp16_groups), strict=True)
-    else:
-        return
-    optimizer.optimizer.state.clear()
-    with torch.no_grad():
-        for master, weights in pairs:
-            master.copy_(weights)
-
-
-def _start_pipeline(
-    model: Any, assignment: StageAssignment, loaded: LoadedConfig, world: World, settings: dict[str, Any],
-    optimizer_setup: OptimizerSetup, blank: bool,
-) -> PipelineEngine:  # fmt: skip
-    assert assignment.dataflow is not None
-    can_defer_head = returns_head_output(model, loaded)
-    parameter_ranks = assignment.parameter_ranks(model)
-    stage_indices = assignment.stages_of_rank(world.topology.stage)
-    models = [model, *(copy.deepcopy(model) for _ in stage_indices[1:])]
-    mappers = [_mapper(stage_model, loaded, world) for stage_model in models]
-    stages = [
-        Stage(stage_model, assignment.dataflow, assignment.bounds, n)
-        for stage_model, n in zip(models, stage_indices, strict=True)
-    ]
-    for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
-        stage.drop_remote_parameters()
-        give_weights(stage_model, loaded, mapper.shard_parameters, blank=blank)
-    for other in models[1:]:
-        share_parameters(model, other)
-    modules = []
-    for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
+        give_weights(model, self.loaded, shard_and_partition, blank=self.blank)
         mapper.install()
-        stage.install()
-        recompute(stage_model, assignment.recomputed)
-        fill_remote_with_zeros(stage_model, world.device, _DTYPES[loaded.config.deepspeed.precision])
-        module = _task_module(stage_model, loaded, mapper, can_defer_head=can_defer_head)
-        modules.append(StageModule(module, stage, mapper, world.device))
-    fixed_shape = loaded.config.data.packing == "concatenate"
-    max_grad_norm = _max_grad_norm(loaded, settings)
-    return start_pipeline(
-        modules, assignment, parameter_ranks, settings, optimizer_setup, world, max_grad_norm, fixed_shape=fixed_shape
-    )
+        recompute(model, assignment.recomputed)
+        module = self._task_module(model, mapper, can_defer_head=can_defer_head)
+        engine = self.optimizer_setup.initialize(module, [model], self.settings, mpu=grid)
+        undo_initial_step(engine.optimizer)
+        keep_unaligned_gradients(engine.optimizer)
+        engine.train()
+        return PlainEngine(engine, self.world, mapper, task=module.task, max_grad_norm=self.max_grad_norm)
+
+    def build_pipeline(self, model: PreTrainedModel, assignment: StageAssignment) -> PipelineEngine:
+        """Build the engine with a pipeline. Collective: all ranks must call it."""
+        topology = self.world.topology
+        parameter_ranks = assignment.parameter_ranks(model)
+        stages = dict(
+            zip(assignment.stages_of_rank(topology.stage), self._materialized_stages(model, assignment), strict=True)
+        )
+        models = [stage.model for stage in stages.values()]
+        module = pipeline_module(
+            stages,
+            assignment.stages,
+            sizes=(topology.pipeline, topology.tensor, topology.data),
+            dynamic_shape=self.loaded.config.data.packing != "concatenate",
+        )
+        for name, pieces in local_parameters(models).items():
+            for parameter, _ in pieces:  # the module has set the flag to False
+                set_counted_elsewhere(parameter, topology.stage != parameter_ranks[name][0])
+        # DeepSpeed can send a part of each activation per tensor rank and gather it, but only for single tensors of one
+        # shape. Here each tensor rank sends its own copy, or under sequence parallelism its part of the sequence.
+        settings = self.settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+        engine = self.optimizer_setup.initialize(module, models, settings, mpu=None)
+        return PipelineEngine(
+            as_pipeline_engine(engine),
+            self.world,
+            list(stages.values()),
+            max_grad_norm=self.max_grad_norm,
+            parameter_ranks=parameter_ranks,
+        )
+
+    def _materialized_stages(self, model: PreTrainedModel, assignment: StageAssignment) -> list[StageModule]:
+        """Make this rank's stages, each a copy of the model with the weights of its layers.
+
+        Collective: all ranks must call it. All weights are materialized before any stage is installed, because
+        installing changes the modules that hold them.
+        """
+        assert assignment.dataflow is not None
+        can_defer_head = returns_head_output(model, self.loaded)
+        indices = assignment.stages_of_rank(self.world.topology.stage)
+        models = [model, *(copy.deepcopy(model) for _ in indices[1:])]
+        mappers = [self._mapper(stage_model) for stage_model in models]
+        stages = [
+            Stage(stage_model, assignment.dataflow, assignment.bounds, index)
+            for stage_model, index in zip(models, indices, strict=True)
+        ]
+        for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
+            stage.drop_remote_parameters()
+            give_weights(stage_model, self.loaded, mapper.shard_parameters, blank=self.blank)
+        for other in models[1:]:
+            share_parameters(model, other)
+        modules = []
+        for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
+            mapper.install()
+            stage.install()
+            recompute(stage_model, assignment.recomputed)
+            fill_remote_with_zeros(stage_model, self.world.device, self.dtype)
+            module = self._task_module(stage_model, mapper, can_defer_head=can_defer_head)
+            modules.append(StageModule(module, stage, mapper, self.world.device))
+        return modules
+
+    def _mapper(self, model: PreTrainedModel) -> Mapper:
+        parallel = self.loaded.config.parallel
+        return build_mapper(
+            model,
+            parallel.tensor_plan,
+            self.world,
+            sequence_parallel=parallel.sequence_parallel,
+            dtype=self.dtype,
+        )
+
+    def _task_module(self, model: PreTrainedModel, mapper: Mapper, *, can_defer_head: bool) -> TaskModule:
+        options, task = self.loaded.config.training, TASKS[self.loaded.config.model.task]
+        cross_entropy = mapper.cross_entropy(options.label_smoothing, options.z_loss, options.loss_chunk_tokens)
+        return TaskModule(model.train(), task, cross_entropy, can_defer_head=can_defer_head)

@@ -1,141 +1,103 @@
-"""Everything that a checkpoint has to hold of an engine, as boxes of whole tensors under their Hugging Face names."""
+"""The training state of an engine of DeepSpeed, as chunks of full tensors under their Hugging Face names."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import torch
-from deepspeed.ops.adam import FusedAdam
-from deepspeed.ops.lion import FusedLion
 from torch import Tensor, nn
 
 from trainer.checkpoint_format import BUFFER, WEIGHT
-from trainer.compat.deepspeed.optimizer_layouts import OptimizerLayout, layout_of
+from trainer.compat.deepspeed.counters import read_counters, read_loss_scale, restore_counters, restore_loss_scale
+from trainer.compat.deepspeed.fragments import FlatFragment
+from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
+from trainer.compat.deepspeed.optimizer_layouts import layout_of
+from trainer.compat.deepspeed.pipeline import is_counted_elsewhere
+from trainer.compat.deepspeed.zero3 import full_shape, is_partitioned, local_elements
 from trainer.distributed import World
+from trainer.engine.interface import Scalars, ScalarState, TensorChunk
 from trainer.pipeline import local_parameters
 from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard, is_owned
 from trainer.tensor_parallel import Mapper
 
-Scalars = dict[str, float]
 
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+class DeepSpeedTrainingState:
+    """See `TrainingState`."""
 
+    def __init__(self, engine: DeepSpeedEngine, world: World, models: list[nn.Module], mapper: Mapper) -> None:
+        """Find the optimizer's layout.
 
-@dataclass(frozen=True)
-class TensorChunk:
-    """A box of a whole tensor, where it lies on this rank."""
-
-    name: str
-    """Hugging Face name of the weight or buffer."""
-
-    role: str
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-
-    start: tuple[int, ...]
-    """Where the box begins in it."""
-
-    view: Tensor
-    """Its elements, as a view of where training reads and writes them."""
-
-
-@dataclass(frozen=True)
-class ScalarState:
-    """What is no tensor. Plain JSON."""
-
-    counters: Mapping[str, int]
-    """DeepSpeed's: steps, samples, and steps skipped for want of a finite gradient."""
-
-    scaler: Mapping[str, float | bool]
-    """State of fp16's loss scale; empty in other precisions."""
-
-    scalars: Mapping[str, Scalars]
-    """What the optimizer keeps beside tensors, such as `step`, by parameter; under "" what most have."""
-
-    @classmethod
-    def initial(cls) -> ScalarState:
-        """Those of a run that has not begun."""
-        return cls(dict.fromkeys(_COUNTERS, 0), {}, {})
-
-
-class TrainingState:
-    """Reads and writes the fp32 weights, the optimizer's state and all counters of an engine, between two steps."""
-
-    def __init__(self, engine: Any, world: World, models: list[nn.Module], mapper: Mapper) -> None:
-        """Args:
-        models: of this rank's stages. mapper: of the first of them.
+        Args:
+            engine: of DeepSpeed.
+            world: of this rank.
+            models: Hugging Face models of this rank's stages.
+            mapper: of the first of them.
         """
         self._engine, self._world, self._models, self._mapper = engine, world, models, mapper
-        self._layout: OptimizerLayout = layout_of(engine.optimizer)
+        self._layout = layout_of(engine.optimizer)
 
-    # Tensors ---------------------------------------------------------------------------------------------------------
+    # Tensors ----------------------------------------------------------------------------------------------------------
 
     def owned_chunks(self) -> Iterator[TensorChunk]:
-        """What this rank writes: over all ranks, every element of every tensor once."""
+        """See `TrainingState.owned_chunks`."""
         topology = self._world.topology
         for parameter, shard in self._parameters():
-            if not is_owned(parameter) or getattr(parameter, "ds_pipe_replicated", False):
+            if not is_owned(parameter) or is_counted_elsewhere(parameter):
                 continue
-            for role, part, parameter_offset in self._fragments(parameter, owned_only=True):
-                low, high = 0, part.numel()
-                replicated = (
-                    self._layout.is_replicated if parameter.requires_grad else not hasattr(parameter, "ds_tensor")
-                )
-                if replicated:
-                    low, high = (high * (topology.data_rank + side) // topology.data for side in (0, 1))
-                yield from _chunks(shard, role, part[low:high], parameter_offset + low)
+            for role, elements, offset in self._flat_state(parameter, owned_only=True):
+                start, end = 0, elements.numel()
+                if self._is_replicated(parameter):  # each data rank saves its share of the elements
+                    start, end = (end * (topology.data_rank + side) // topology.data for side in (0, 1))
+                yield from _chunks(shard, role, elements[start:end], offset + start)
             if topology.data_rank == 0:
-                yield from self._other_shape_chunks(parameter, shard.name)
+                yield from self._factored_chunks(parameter, shard.name)
         if topology.data_rank == topology.stage == 0:
             yield from self._buffer_chunks(owned_only=True)
 
     def local_chunks(self) -> Iterator[TensorChunk]:
-        """All that this rank holds, whoever writes it. After `allocate_optimizer_state`."""
+        """See `TrainingState.local_chunks`."""
         for parameter, shard in self._parameters():
-            for role, part, parameter_offset in self._fragments(parameter, owned_only=False):
-                yield from _chunks(shard, role, part, parameter_offset)
-            yield from self._other_shape_chunks(parameter, shard.name)
+            for role, elements, offset in self._flat_state(parameter, owned_only=False):
+                yield from _chunks(shard, role, elements, offset)
+            yield from self._factored_chunks(parameter, shard.name)
         yield from self._buffer_chunks(owned_only=False)
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, Shard]]:
+        """Yield the parameters whose values this rank holds, with their shard records."""
         for name, pieces in local_parameters(self._models).items():
             for parameter, record in pieces:
-                shard = record or Shard.full(name, getattr(parameter, "ds_shape", parameter.shape))
+                shard = record or Shard.full(name, full_shape(parameter))
                 if shard.owner or not shard.owner_only:
                     yield parameter, shard
 
-    def _fragments(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
-        """(kind, elements, where they begin in the flattened parameter)."""
+    def _fragment(self, parameter: nn.Parameter) -> FlatFragment | None:
+        return self._layout.fragment(parameter) if parameter.requires_grad else None
+
+    def _is_replicated(self, parameter: nn.Parameter) -> bool:
+        """Return whether all data ranks hold the same elements."""
+        return self._layout.is_replicated if parameter.requires_grad else not is_partitioned(parameter)
+
+    def _flat_state(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield role, flat view and its offset in the flattened parameter, of the weight and its optimizer state."""
         if not parameter.requires_grad:
-            yield WEIGHT, *self._frozen_weight(parameter)
+            yield WEIGHT, *local_elements(parameter)
             return
         fragment = self._layout.fragment(parameter)
-        if fragment is not None:
-            yield WEIGHT, self._layout.master_weights(fragment), fragment.parameter_offset
-            yield from self._layout.state(parameter, owned_only=owned_only)
+        if fragment is None:
+            return
+        yield WEIGHT, self._layout.master_weights(fragment), fragment.parameter_offset
+        yield from self._layout.state_fragments(parameter, owned_only=owned_only)
 
-    @staticmethod
-    def _frozen_weight(parameter: nn.Parameter) -> tuple[Tensor, int]:
-        if not hasattr(parameter, "ds_tensor"):
-            return parameter.detach().view(-1), 0
-        part = parameter.ds_tensor.detach().view(-1)
-        parameter_offset = torch.distributed.get_rank(parameter.ds_process_group) * part.numel()  # type: ignore[attr-defined]
-        return part[: max(0, int(parameter.ds_numel) - parameter_offset)], parameter_offset  # type: ignore[attr-defined]
-
-    def _other_shape_chunks(self, parameter: nn.Parameter, name: str) -> Iterator[TensorChunk]:
-        """State of another shape than the parameter's, such as Adafactor's rows and columns: whole on every rank."""
-        fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
+    def _factored_chunks(self, parameter: nn.Parameter, name: str) -> Iterator[TensorChunk]:
+        """Yield state of another shape than the parameter: rows and columns of Adafactor, full on every rank."""
+        fragment = self._fragment(parameter)
         if fragment is None or not self._layout.is_replicated:
             return
-        for role, tensor in self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {}).items():
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape != fragment.optimizer_tensor.shape:
-                yield TensorChunk(name, role, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+        for role, value in self._optimizer_state(fragment).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != fragment.optimizer_tensor.shape:
+                yield TensorChunk(name, role, tuple(value.shape), (0,) * value.ndim, value)
 
     def _buffer_chunks(self, *, owned_only: bool) -> Iterator[TensorChunk]:
-        """Of the first of this rank's models alone if `owned_only`: every stage has all buffers."""
+        """Yield persistent buffers; of the first model only if `owned_only`, because every stage has all buffers."""
         for model in self._models[: 1 if owned_only else None]:
             persistent = model.state_dict(keep_vars=True)
             for name, buffer in model.named_buffers():
@@ -146,96 +108,89 @@ class TrainingState:
                         for start, view in chunks_of_shard(part, shard):
                             yield TensorChunk(name, BUFFER, shard.full_shape, start, view)
 
-    # Numbers ---------------------------------------------------------------------------------------------------------
+    # Scalars ----------------------------------------------------------------------------------------------------------
 
     def scalar_state(self) -> ScalarState:
-        """This rank's; `scalars` are those of the parameters that it holds."""
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        kept = vars(scaler) if getattr(scaler, "dynamic", False) else {}
-        scalars = {shard.name: values for p, shard in self._parameters() if (values := self._optimizer_scalars(p))}
-        if isinstance(self._layout.adam, FusedAdam | FusedLion):
-            # They count the steps of all parameters of a group at the last one alone.
-            most = max((values["step"] for values in scalars.values()), default=0.0)
-            scalars = {name: values | {"step": most} for name, values in scalars.items()}
-        return ScalarState(
-            {key: int(getattr(self._engine, key)) for key in _COUNTERS},
-            {key: value for key, value in kept.items() if isinstance(value, int | float)},
-            scalars,
-        )
+        """See `TrainingState.scalar_state`."""
+        scalars = {
+            shard.name: values
+            for parameter, shard in self._parameters()
+            if (values := self._optimizer_scalars(parameter))
+        }
+        if self._layout.counts_steps_per_group:
+            steps = max((values["step"] for values in scalars.values()), default=0.0)
+            scalars = {name: values | {"step": steps} for name, values in scalars.items()}
+        return ScalarState(read_counters(self._engine), read_loss_scale(self._engine), scalars)
+
+    def _optimizer_state(self, fragment: FlatFragment) -> dict[str, object]:
+        state: dict[str, object] = self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {})
+        return state
 
     def _optimizer_scalars(self, parameter: nn.Parameter) -> Scalars:
-        fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
-        state = {} if fragment is None else self._layout.torch_optimizer.state.get(fragment.optimizer_tensor, {})
-        return {
-            key: float(value)
-            for key, value in state.items()
-            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-        }
+        fragment = self._fragment(parameter)
+        scalars: Scalars = {}
+        for key, value in ({} if fragment is None else self._optimizer_state(fragment)).items():
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
+                scalars[key] = float(value)
+        return scalars
 
-    # Loading ---------------------------------------------------------------------------------------------------------
+    # Loading ----------------------------------------------------------------------------------------------------------
 
     def allocate_optimizer_state(self) -> None:
-        """Makes the optimizer's state, where it is not there yet; the values of all tensors are then to be replaced."""
+        """See `TrainingState.allocate_optimizer_state`."""
         self._layout.allocate_optimizer_state()
 
     def drop_optimizer_state(self, names: Collection[str]) -> None:
-        """Drops the optimizer's state of parameters that have not been stepped yet, where each has its own."""
+        """See `TrainingState.drop_optimizer_state`."""
         for parameter, shard in self._parameters():
-            fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
+            fragment = self._fragment(parameter)
             if shard.name in names and fragment is not None and fragment.optimizer_tensor is parameter:
                 self._layout.torch_optimizer.state.pop(fragment.optimizer_tensor, None)
 
     def load_scalar_state(self, scalar_state: ScalarState) -> None:
-        """After all tensors have been filled: takes the numbers, and lets the model compute with the weights."""
-        torch_optimizer = self._layout.torch_optimizer
+        """See `TrainingState.load_scalar_state`. Collective: all ranks must call it."""
+        common: Mapping[str, float] = scalar_state.scalars.get("", {})
         for parameter, shard in self._parameters():
-            fragment = self._layout.fragment(parameter) if parameter.requires_grad else None
-            if fragment is None or fragment.optimizer_tensor not in torch_optimizer.state:
+            fragment = self._fragment(parameter)
+            if fragment is None or fragment.optimizer_tensor not in self._layout.torch_optimizer.state:
                 continue
-            whole = fragment.optimizer_tensor.numel() == fragment.length
-            values = scalar_state.scalars.get(shard.name if whole else "", scalar_state.scalars.get("", {}))
-            _set_scalars(torch_optimizer.state[fragment.optimizer_tensor], values)
-        self._layout.restore_bias_correction(int(scalar_state.scalars.get("", {}).get("step", 0)))
-        for key in _COUNTERS:
-            setattr(self._engine, key, int(scalar_state.counters[key]))
-        # By which DeepSpeed knows the last micro-batch of a step; a step may have had another number of them before.
-        self._engine.micro_steps = self._engine.global_steps * self._engine.gradient_accumulation_steps()
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if getattr(scaler, "dynamic", False):
-            vars(scaler).update({key: value for key, value in scalar_state.scaler.items() if key in vars(scaler)})
-        self._replay_schedule(scalar_state.counters["global_steps"] - scalar_state.counters["skipped_steps"])
+            has_own_state = fragment.optimizer_tensor.numel() == fragment.length
+            values = scalar_state.scalars.get(shard.name, common) if has_own_state else common
+            _set_scalars(self._optimizer_state(fragment), values)
+        self._layout.restore_bias_correction(int(common.get("step", 0)))
+        restore_counters(self._engine, scalar_state.counters)
+        restore_loss_scale(self._engine, scalar_state.scaler)
+        self.sync_model_weights()
+
+    def sync_model_weights(self) -> None:
+        """See `TrainingState.sync_model_weights`. Collective: all ranks must call it."""
         self._layout.sync_model_weights()
 
-    def _replay_schedule(self, steps: int) -> None:
-        """Learning rates are a function of the steps taken: the schedule walks through them once more, by its own
-        rules, so that one that is longer now goes on as if it had always been."""
-        if self._engine.lr_scheduler is None:
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch misses the optimizer's steps in between
-            for _ in range(steps):
-                self._engine.lr_scheduler.step()
 
-
-def _chunks(shard: Shard, role: str, part: Tensor, parameter_offset: int) -> Iterator[TensorChunk]:
-    for start, view in chunks_of_fragment(part, parameter_offset, shard):
+def _chunks(shard: Shard, role: str, elements: Tensor, offset: int) -> Iterator[TensorChunk]:
+    """Split contiguous elements of a flattened shard into n-dimensional chunks."""
+    for start, view in chunks_of_fragment(elements, offset, shard):
         yield TensorChunk(shard.name, role, shard.full_shape, start, view)
 
 
-def _set_scalars(state: dict[str, Any], values: Mapping[str, float]) -> None:
+def _set_scalars(state: dict[str, object], values: Mapping[str, float]) -> None:
+    """Set the values that the optimizer's state has, in the type that it has."""
     for key, value in values.items():
-        old = state.get(key)
-        if isinstance(old, Tensor):
-            old.fill_(value)
-        elif old is not None:
-            state[key] = type(old)(value)
+        previous = state.get(key)
+        if isinstance(previous, Tensor):
+            previous.fill_(value)
+        elif isinstance(previous, int | float):
+            state[key] = type(previous)(value)
 
 
-def merge_scalars(all_scalars: list[Mapping[str, Scalars]]) -> dict[str, Scalars]:
-    """What all ranks' optimizers keep beside tensors: under "" that of the parameter with the most steps, and by name
-    what differs from it."""
+def merge_scalars(all_scalars: Sequence[Mapping[str, Scalars]]) -> dict[str, Scalars]:
+    """Merge the optimizer scalars of all ranks.
+
+    Returns:
+        Under "" the scalars of the parameter with the most steps, and by name those that differ from them.
+    """
     by_name: dict[str, Scalars] = {}
     for scalars in all_scalars:
         by_name.update(scalars)
-    most = max(by_name.values(), key=lambda values: values.get("step", 0.0), default={})
-    return {"": most} | {name: values for name, values in by_name.items() if values != most}
+    common = max(by_name.values(), key=lambda values: values.get("step", 0.0), default={})
+    return {"": common} | {name: values for name, values in by_name.items() if values != common}

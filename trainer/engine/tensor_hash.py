@@ -6,9 +6,9 @@ the same kind, the two halves of the hash are, modulo 2^64,
 
     sum of f(x_i + (i + 1) C)    and    sum of g(f(x_i + (i + 1) C)).
 
-f and g are bijections, so a change within one word, such as a flipped bit, changes both halves for certain. Any other
-change, such as two elements swapped, goes unnoticed with probability 2^-128, for sums that behave as random ones do.
-The result depends neither on the device nor on where the tensor lies in memory.
+f and g are bijections, so a change within one word, such as a flipped bit, always changes both halves. Any other
+change, such as two elements swapped, goes unnoticed with probability 2^-128, if the sums behave as random ones do.
+The result depends neither on the device nor on the tensor's alignment in memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 _WORD_BYTES = 8
 _CPU_WORDS, _DEVICE_WORDS = 1 << 15, 1 << 22
-"""Words that are mixed together: in a CPU's cache all three buffers fit, and on a GPU no kernel is too small."""
+"""Words that are mixed at once: all three buffers fit into a CPU's cache, and kernels keep a GPU busy."""
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned word."""
+    """Reinterpret an unsigned 64-bit word as int64."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -33,13 +33,16 @@ _LAST_ROUND = (29, _signed(0xD6E8FEB86659FD93))
 
 @torch.no_grad()
 def hash_bits(tensor: Tensor) -> Tensor:
-    """The hash of `tensor`: int64, shape (2,), on its device. Does not wait for the device.
+    """Hash a tensor of any shape and type, without waiting for its device.
 
     Takes 24 bytes of memory for each word that is mixed at once: 0.8 MB on a CPU, 100 MB on a GPU.
+
+    Returns:
+        int64 of shape (2,) on the tensor's device.
     """
     flat = tensor.detach().reshape(-1)
-    most = _CPU_WORDS if flat.device.type == "cpu" else _DEVICE_WORDS
-    size = min(most, max(1, _words(flat)))
+    limit = _CPU_WORDS if flat.device.type == "cpu" else _DEVICE_WORDS
+    size = min(limit, max(1, _words(flat)))
     words, shifted = torch.empty((2, size), dtype=torch.int64, device=flat.device)
     keys = torch.arange(1, size + 1, device=flat.device).mul_(_signed(_STEP))
     sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
@@ -62,7 +65,7 @@ def _words(flat: Tensor) -> int:
 
 
 def _mix(words: Tensor, shifted: Tensor, shift: int, factor: int) -> None:
-    """words = (words ^ (words >>> shift)) * factor, in place; `shifted` is overwritten."""
+    """Compute words = (words ^ (words >>> shift)) * factor in place; overwrite `shifted`."""
     torch.bitwise_right_shift(words, shift, out=shifted)
     shifted.bitwise_and_((1 << (64 - shift)) - 1)  # the shift copies the sign
     words.bitwise_xor_(shifted)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
+from trainer.compat.torch.flight_recorder import dump_flight_recorder, flight_recorder_variables
 from trainer.fault_tolerance.processes import process_stat
 
 _COLLECTIVE_FILES = (
@@ -79,27 +79,24 @@ def dump_stacks(path: Path) -> None:
 
 
 def enable_flight_recorder(logs: Path) -> None:
-    """Switch on torch's flight recorder, and NCCL's own dump of it at a timeout, unless the environment has settings
-    for them. Call it before the first process group is created."""
-    has_current_names = hasattr(c10d, "_dump_fr_trace_json")  # torch warns of the old ones where it has new ones
-    size = "TORCH_FR_BUFFER_SIZE" if has_current_names else "TORCH_NCCL_TRACE_BUFFER_SIZE"
-    file = "TORCH_FR_DUMP_TEMP_FILE" if has_current_names else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
-    os.environ.setdefault(size, "2000")
-    os.environ.setdefault(file, str(logs / "nccl-trace-rank-"))
+    """Switch on torch's flight recorder, and NCCL's own dump of it after a timeout.
+
+    Variables that the environment sets already are kept. Must be called before the first process group is created.
+    """
+    size_variable, file_variable = flight_recorder_variables()
+    os.environ.setdefault(size_variable, "2000")
+    os.environ.setdefault(file_variable, str(logs / "nccl-trace-rank-"))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def dump_flight_recorder(path: Path) -> bool:
-    """Write the latest collectives of this rank, as torch's flight recorder has them, as JSON.
+def write_flight_recorder(path: Path) -> bool:
+    """Write the latest collectives of this rank as JSON.
 
     Returns:
-        Whether there were any; older versions of torch have a recorder for NCCL only.
+        False if none was recorded or the file cannot be written.
     """
-    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
-    if dump is None:
-        return False
     try:
-        text = dump()
+        text = dump_flight_recorder()
         if b'"entries"' not in text:
             return False
         path.write_bytes(text)

@@ -61,7 +61,8 @@ class StopAgreement:
         """
         self._lock = lock or RunLock()
         self._requests, self._store, self._directory = requests, world.store, directory
-        self._rank, self._ranks, self._final_step = world.topology.rank, world.topology.world_size, final_step
+        self._rank, self._ranks = world.full_topology.rank, world.full_topology.world_size
+        self._final_step = final_step
         self._steps_ahead = 1 if world.device.type == "cuda" else 0
         self._events: list[Any] = []
         self._is_announced = False

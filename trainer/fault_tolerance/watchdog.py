@@ -21,11 +21,11 @@ from trainer.distributed import Launch, PhaseMark, Phases, Store
 from trainer.errors import Preempted, RankLost, TesseraError
 from trainer.fault_tolerance.failures import cause_of, is_broken_connection, is_collective_failure, is_timeout
 from trainer.fault_tolerance.inspection import (
-    dump_flight_recorder,
     dump_stacks,
     enable_flight_recorder,
     is_debugged,
     main_thread_location,
+    write_flight_recorder,
 )
 from trainer.fault_tolerance.reports import Report, Reporter, initial_report
 from trainer.run_directory import RunDirectory
@@ -253,7 +253,7 @@ class Watchdog:
             return
         self._has_dumped = True
         dump_stacks(self._stacks)
-        dump_flight_recorder(self._recording)
+        write_flight_recorder(self._recording)
 
     @property
     def _stacks(self) -> Path:

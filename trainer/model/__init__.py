@@ -1,5 +1,7 @@
 """The Hugging Face model: built, given its weights, its task, its cost, and written back."""
 
+from transformers import PreTrainedModel
+
 from trainer.model.build import build_from_description, build_model, build_model_shape, give_weights, load_model
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import describe_model, load_exported, write_model
@@ -11,6 +13,7 @@ from trainer.model.read import read_weights
 
 __all__ = [
     "ModelCost",
+    "PreTrainedModel",
     "WeightOptions",
     "build_from_description",
     "build_model",

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from trainer.checkpoint_format import is_checkpoint
-from trainer.config.model_facts import load_model_config, model_config, parse_model_config
+from trainer.config.model_config import load_model_config, model_config, parse_model_config
 from trainer.config.schema import ModelSection
 from trainer.config.tasks import DEFAULT_TASK
 from trainer.distributed import agree

@@ -43,7 +43,7 @@ from trainer.checkpoint_format import (
     read_manifest,
     verify_sizes,
 )
-from trainer.config.model_facts import load_model_config
+from trainer.config.model_config import load_model_config
 from trainer.errors import ConfigError, Problem, first_line
 from trainer.model.initialize import Complete, initialize_buffers, initialize_module
 from trainer.model.unexpected_keys import SHOWN, Leftovers, classify, refuse_quantized, shown

@@ -54,6 +54,6 @@ def shared_parameters(
     ):
         if len(ranks) == 1:
             continue
-        group = world.pipeline_subgroup(ranks)
+        group = world.groups.pipeline_subgroup(ranks)
         for name in names if world.topology.stage in ranks else ():
             yield from ((parameter, group) for parameter, _ in pieces[name] if parameter.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,25 +53,37 @@ def pad_to_common_shape(micro_batches: Sequence[MicroBatch], min_count: int = 0)
     """Pad micro-batches to one shape, and append ones without targets until there are `min_count`.
 
     Padding is 0 in inputs, except in masks, where it is 1: a row that masks every position has no defined attention.
-    Padded labels are ignored, so no loss changes.
+    Padded labels are ignored, so no loss changes. A micro-batch may lack an input that others have, such as a mask.
     """
-    columns = [{**micro.inputs, "labels": micro.labels} for micro in micro_batches]
-    shapes = {
-        name: [max(sizes) for sizes in zip(*(tensors[name].shape for tensors in columns), strict=True)]
-        for name in columns[0]
-    }
+    shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for micro in micro_batches:
+        for name, tensor in _tensors(micro).items():
+            shapes[_shape_key(micro, name)].append(tuple(tensor.shape))
+    common = {key: [max(sizes) for sizes in zip(*found, strict=True)] for key, found in shapes.items()}
 
-    def pad(name: str, tensor: Tensor) -> Tensor:
-        value = IGNORE_INDEX if name == "labels" else int(name.endswith("mask"))
-        missing = [(0, full - size) for full, size in zip(shapes[name], tensor.shape, strict=True)]
-        return F.pad(tensor, [bound for pair in reversed(missing) for bound in pair], value=value)
+    def pad(micro: MicroBatch) -> MicroBatch:
+        padded = {}
+        for name, tensor in _tensors(micro).items():
+            value = IGNORE_INDEX if name == _LABELS else int(name.endswith("mask"))
+            missing = [
+                (0, full - size) for full, size in zip(common[_shape_key(micro, name)], tensor.shape, strict=True)
+            ]
+            padded[name] = F.pad(tensor, [bound for pair in reversed(missing) for bound in pair], value=value)
+        labels = padded.pop(_LABELS)
+        return MicroBatch(padded, labels, micro.num_targets)
 
-    padded = [
-        MicroBatch(
-            {name: pad(name, tensor) for name, tensor in micro.inputs.items()},
-            pad("labels", micro.labels),
-            micro.num_targets,
-        )
-        for micro in micro_batches
-    ]
-    return (*padded, *[padded[0].without_targets()] * (min_count - len(padded)))
+    result = [pad(micro) for micro in micro_batches]
+    return (*result, *[result[0].without_targets()] * (min_count - len(result)))
+
+
+_LABELS = "labels"
+
+
+def _tensors(micro: MicroBatch) -> dict[str, Tensor]:
+    return {**micro.inputs, _LABELS: micro.labels}
+
+
+def _shape_key(micro: MicroBatch, name: str) -> str:
+    """Return the name of the first tensor that has the shape of `name`: those of one shape are padded alike."""
+    tensors = _tensors(micro)
+    return next(key for key, tensor in tensors.items() if tensor.shape == tensors[name].shape)

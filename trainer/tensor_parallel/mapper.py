@@ -281,10 +281,10 @@ def build_mapper(
     return TensorMapper(
         model,
         plan,
-        world.groups["tensor"],
+        world.groups.of("tensor"),
         place.tensor,
         place.tensor_rank,
-        world.tensor_subgroup,
+        world.groups.tensor_subgroup,
         sequence_parallel=sequence_parallel,
         dtype=dtype,
     )

@@ -1,11 +1,11 @@
-"""Clips gradients before Muon's update instead of after it.
+"""Clipping of gradients before Muon's update instead of after it.
 
-Muon replaces the gradient of each matrix by an orthogonal update, whose norm says nothing about the gradient's. Under
-ZeRO 1, 2 and 3 DeepSpeed 0.19 computes the gradient norm over these updates: it reports that norm, and clips updates
-and all other gradients with it. Here the norm is that of the gradients, as for every other optimizer; gradients are
-clipped; Muon's momentum takes the clipped ones; and its update is not clipped again.
+Muon replaces the gradient of each matrix by an orthogonal update, whose norm does not depend on the gradient's. Under
+ZeRO 1, 2 and 3 DeepSpeed 0.19 computes the gradient norm over these updates, reports it, and clips updates and all
+other gradients with it. Here the norm is that of the gradients, as for every other optimizer; gradients are clipped;
+Muon's momentum accumulates the clipped ones; and its update is not clipped again.
 
-At ZeRO 0 no such thing is needed: the gradients are clipped before the optimizer's step, which contains Muon's update.
+At ZeRO 0 this is not needed: gradients are clipped before the optimizer's step, which contains Muon's update.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from trainer.compat.deepspeed.internals import (
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    combine_grad_norm_groups,
+    is_invalid_grad_norm,
+)
+from trainer.compat.deepspeed.names import DEEPSPEED, MUON
+from trainer.compat.guard import check_names
+
 _EPSILON = 1e-6
-"""DeepSpeed's, added to the norm where it clips."""
+"""What DeepSpeed adds to the norm when it clips."""
 
 
 def clip_before_muon(optimizer: Any) -> None:
-    """Changes the order in one of DeepSpeed's optimizers, where it steps matrices with Muon.
+    """Clip gradients before the updates of an optimizer of ZeRO that steps matrices with Muon.
 
     Args:
         optimizer: DeepSpeed's, before its first step.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and optimizer.use_muon:
+        check_names(DEEPSPEED, MUON)
         _clip_before_muon_at_stage_3(optimizer)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer) and any(map(_uses_muon, optimizer.optimizer.param_groups)):
+        check_names(DEEPSPEED, MUON)
         _clip_before_muon_at_stages_1_and_2(optimizer)
 
 
@@ -41,10 +49,12 @@ def _uses_muon(group: dict[str, Any]) -> bool:
 
 
 def _scale(optimizer: Any, norm: Tensor, *, is_unscaled: bool) -> Tensor | None:
-    """Factor from a gradient to the clipped one; None if it is 1.
+    """Factor that clips a gradient; None if it is 1.
 
     Args:
-        norm: of all gradients, times the loss scale. is_unscaled: whether the loss scale is taken away elsewhere.
+        optimizer: DeepSpeed's.
+        norm: of all gradients, times the loss scale, scalar.
+        is_unscaled: whether gradients are divided by the loss scale elsewhere.
     """
     loss_scale = 1.0 if is_unscaled else float(optimizer.loss_scale)
     if optimizer.clip_grad <= 0:
@@ -55,17 +65,19 @@ def _scale(optimizer: Any, norm: Tensor, *, is_unscaled: bool) -> Tensor | None:
 
 @contextmanager
 def _scaled_gradients(scale: Tensor | None) -> Iterator[None]:
-    """Meanwhile Muon gets scaled gradients. DeepSpeed looks the function up whenever it needs it."""
+    """Give Muon scaled gradients within. DeepSpeed looks the function up at every call."""
     from deepspeed.runtime.zero.muon import original_muon  # importing it compiles kernels
 
+    if scale is None:
+        yield
+        return
     update = original_muon.muon_update
 
     def scaled(grad: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        result: Tensor = update(grad.mul_(scale.to(grad.device)), *arguments, **options)  # type: ignore[union-attr]
+        result: Tensor = update(grad.mul_(scale.to(grad.device)), *arguments, **options)
         return result
 
-    if scale is not None:
-        original_muon.muon_update = scaled
+    original_muon.muon_update = scaled
     try:
         yield
     finally:
@@ -73,7 +85,12 @@ def _scaled_gradients(scale: Tensor | None) -> Iterator[None]:
 
 
 def _skip_clipping(optimizer: Any, is_update: Callable[[Any], bool]) -> None:
-    """Takes only the loss scale from what `is_update` recognises, by the first argument, as Muon's updates."""
+    """Divide Muon's updates by the loss scale only, where DeepSpeed would also clip them.
+
+    Args:
+        optimizer: DeepSpeed's.
+        is_update: whether the first argument of `unscale_and_clip_grads` stands for updates of Muon.
+    """
     unscale_and_clip = optimizer.unscale_and_clip_grads
 
     def unscale(gradients: Any, norm: Tensor) -> None:
@@ -93,7 +110,7 @@ def _clip_before_muon_at_stage_3(optimizer: Any) -> None:
         optimizer.sub_groups_lacking_loss_scale.clear()
         norms: list[Tensor] = norm_groups()
         norm = combine_grad_norm_groups(norms)
-        if not is_invalid_grad_norm(norm):  # else the step is left out
+        if not is_invalid_grad_norm(norm):  # else the step is skipped
             with _scaled_gradients(_scale(optimizer, norm, is_unscaled=bool(optimizer.offload_optimizer))):
                 apply_muon()
         return norms
@@ -108,10 +125,10 @@ def _clip_before_muon_at_stages_1_and_2(optimizer: Any) -> None:
     global_norm, flat_partition = optimizer.scaled_global_norm, optimizer.get_flat_partition
     apply_muon = optimizer._apply_muon_updates_cpu_offload
     pending: dict[int, tuple[list[Tensor], Callable[[], list[Tensor]]]] = {}
-    """Of each group of matrices: the gradients, and what makes the updates of this rank's partition of them."""
+    """For each group of matrices: its gradients, and the function that computes this rank's partition of updates."""
 
     def flat_gradients(parameters: list[Tensor], *arguments: Any, param_group_idx: int, **options: Any) -> list[Tensor]:
-        """As DeepSpeed's, for the gradients themselves."""
+        """Flatten the gradients themselves; the updates are computed once the norm is known."""
 
         def flatten() -> list[Tensor]:
             flat: list[Tensor] = flat_partition(parameters, *arguments, param_group_idx=param_group_idx, **options)
@@ -132,7 +149,7 @@ def _clip_before_muon_at_stages_1_and_2(optimizer: Any) -> None:
         optimizer.groups_lacking_loss_scale.clear()
         norm: Tensor = global_norm(norm_type)
         checks = optimizer.dtype != torch.bfloat16 or optimizer.check_grad_overflow
-        if not (checks and is_invalid_grad_norm(norm)):  # else the step is left out
+        if not (checks and is_invalid_grad_norm(norm)):  # else the step is skipped
             with _scaled_gradients(_scale(optimizer, norm, is_unscaled=offloads)):
                 if offloads:
                     apply_muon()

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19 needs so that optimizer state on NVMe is neither lost nor mixed up."""
+"""Offload of optimizer state to NVMe, without the state that DeepSpeed 0.19 loses or mixes up."""
 
 from __future__ import annotations
 
@@ -9,35 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.swap_tensor import optimizer_utils
+
+from trainer.compat.deepspeed.internals import optimizer_utils
 
 _MAX_BLOCK_BYTES = 4096
 
 
 def prepare_nvme(settings: dict[str, Any], output_dir: str) -> None:
-    """Gives the run a folder of its own on the disk, for DeepSpeed's files have the same names in every run; and lets
-    DeepSpeed write multiples of the disk's block, for it does not notice where less than it asked for was written.
+    """Give the run a directory on the disk, and align writes to the disk's blocks.
+
+    DeepSpeed's files have the same names in every run. It does not notice that less was written than it asked for,
+    which happens where a write does not end at a block.
 
     Args:
-        settings: as DeepSpeed gets them; the path in them is replaced.
+        settings: DeepSpeed's configuration; its `nvme_path` is replaced.
+        output_dir: the run directory, which names the directory on the disk.
     """
-    offload = settings["zero_optimization"].get("offload_optimizer") or {}
+    zero = settings["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
     if offload.get("device") != "nvme":
         return
     run = Path(output_dir).expanduser().absolute()
-    run_dir = Path(offload["nvme_path"]) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:12]}"
-    settings["zero_optimization"] = {
-        **settings["zero_optimization"], "offload_optimizer": {**offload, "nvme_path": str(run_dir)},
-    }  # fmt: skip
-    run_dir.mkdir(exist_ok=True)
-    optimizer_utils.AIO_ALIGNED_BYTES = max(optimizer_utils.AIO_ALIGNED_BYTES, _block_bytes(run_dir))
+    run_digest = hashlib.sha256(str(run).encode()).hexdigest()[:12]
+    directory = Path(offload["nvme_path"]) / f"{run.name}-{run_digest}"
+    settings["zero_optimization"] = {**zero, "offload_optimizer": {**offload, "nvme_path": str(directory)}}
+    directory.mkdir(exist_ok=True)
+    optimizer_utils.AIO_ALIGNED_BYTES = max(optimizer_utils.AIO_ALIGNED_BYTES, _block_bytes(directory))
 
 
-def keep_unaligned_gradients(optimizer: Any) -> None:
-    """Keeps those gradients in host memory that DeepSpeed would write to NVMe and not read back.
+def keep_unaligned_gradients(optimizer: object) -> None:
+    """Keep gradients in host memory that DeepSpeed would write to NVMe and could not read back.
 
-    It reads them past the kernel's cache into the middle of a buffer. Where a gradient does not begin there at a
-    multiple of the disk's block, the kernel refuses; nobody looks, and what lay in the buffer is taken for it.
+    It reads them with direct I/O into the middle of a buffer. Where a gradient does not start there at a multiple of
+    the disk's block, the kernel refuses the read; the error is not checked, and the stale contents of the buffer are
+    used as the gradient.
     """
     swapper = getattr(optimizer, "optimizer_swapper", None)
     if swapper is None:
@@ -46,7 +51,8 @@ def keep_unaligned_gradients(optimizer: Any) -> None:
 
     def keep_unaligned(tensors: list[torch.Tensor], offsets: list[int]) -> Any:
         pairs = zip(tensors, offsets, strict=True)
-        return adjust([_copy_to_cpu(t) if offset * t.element_size() % block else t for t, offset in pairs], offsets)
+        kept = [_copy_to_cpu(tensor) if offset * tensor.element_size() % block else tensor for tensor, offset in pairs]
+        return adjust(kept, offsets)
 
     swapper._adjust_for_misaligned_lengths = keep_unaligned
 
@@ -58,7 +64,7 @@ def _copy_to_cpu(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _block_bytes(directory: Path) -> int:
-    """Bytes of the logical block of the disk under a folder; the most that is usual where the kernel does not say."""
+    """Logical block size of the disk that holds a directory; the largest usual one where the kernel does not tell."""
     device = directory.stat().st_dev
     block_device = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     for queue in (block_device / "queue", block_device.parent / "queue"):

@@ -16,6 +16,7 @@ from trainer.config.deepspeed.optimizers import (
 )
 from trainer.config.deepspeed.resolve import (
     AUTO_BUCKETS,
+    BATCH_KEYS,
     Batch,
     batch_arithmetic,
     custom_schedule,
@@ -31,6 +32,7 @@ from trainer.config.deepspeed.unsupported import UNSUPPORTED
 
 __all__ = [
     "AUTO_BUCKETS",
+    "BATCH_KEYS",
     "RESOLVED_AUTOS",
     "UNSUPPORTED",
     "Batch",

@@ -1,23 +1,25 @@
-"""What no single key can see: rules across sections, in one table. Each has a failing example in the tests.
+"""Rules across keys and sections, by subject. Each has a failing example in the tests.
 
-A module for each theme adds its rules to the table when it is imported here.
+Importing a module of this package registers its rules.
 """
 
-from trainer.config.rules import data, layout, model, offload, optimizer, schedule, secrets
-from trainer.config.rules.registry import RULES, Device, Draft, Rule
-from trainer.config.rules.warnings import configuration_warnings
+from trainer.config.rules import data, layout, model, offload, optimizer, output, schedule, warnings
+from trainer.config.rules.registry import RULES, WARNINGS, Device, Draft, Processes, Rule, TrainingLength
 
 __all__ = [
     "RULES",
+    "WARNINGS",
     "Device",
     "Draft",
+    "Processes",
     "Rule",
-    "configuration_warnings",
+    "TrainingLength",
     "data",
     "layout",
     "model",
     "offload",
     "optimizer",
+    "output",
     "schedule",
-    "secrets",
+    "warnings",
 ]

@@ -1,58 +1,60 @@
-"""Warnings: configurations that are allowed and probably not intended."""
+"""Warnings: configurations that are valid and probably not intended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.config.deepspeed import Batch, batch_arithmetic
-from trainer.config.rules.registry import Draft
+from trainer.config.deepspeed import Batch, DeepSpeedSection, batch_arithmetic
+from trainer.config.rules.registry import Processes, TrainingLength, warning
+from trainer.config.schema import CheckpointSection, ParallelSection, TrainingSection
 from trainer.errors import Problem
 
 
-def configuration_warnings(draft: Draft) -> Iterator[Problem]:
-    """What is allowed and probably not meant."""
-    section, training = draft.deepspeed, draft.training
-    if section is not None and training is not None and section.scheduler is not None:
-        total = section.scheduler.params.get("total_num_steps")
-        if isinstance(total, int) and draft.steps is not None and total < draft.steps:
-            yield Problem(
-                "deepspeed.scheduler.params.total_num_steps",
-                f"{total} is less than {draft.steps_in_words}: the last steps have the lowest rate",
-                'Write "auto"',
-            )
-    yield from _pipeline_bubble_warning(draft)
-    yield from _verification_warning(draft)
-    if section is not None and section.offload_device == "nvme" and draft.checkpoint and draft.checkpoint.asynchronous:
-        yield Problem(
-            "checkpoint.asynchronous", "true: it copies to host memory what offload_optimizer keeps on NVMe",
-            "Leave it out where host memory has no room for the optimizer's state",
-        )  # fmt: skip
+@warning
+def schedule_shorter_than_training(deepspeed: DeepSpeedSection, length: TrainingLength) -> Iterator[Problem]:
+    total = deepspeed.scheduler.params.get("total_num_steps") if deepspeed.scheduler is not None else None
+    if isinstance(total, int) and length.steps is not None and total < length.steps:
+        reason = f"{total} is less than {length.description}: later steps have the lowest rate"
+        yield Problem("deepspeed.scheduler.params.total_num_steps", reason, 'Set it to "auto"')
 
 
-def _pipeline_bubble_warning(draft: Draft) -> Iterator[Problem]:
-    if draft.parallel is None or draft.deepspeed is None or draft.data_ranks is None:
-        return
-    batch, stages = batch_arithmetic(draft.deepspeed, draft.data_ranks), draft.parallel.pipeline
-    if isinstance(batch, Batch) and batch.accumulation_steps < stages:
-        share = draft.parallel.bubble(batch.accumulation_steps)
+@warning
+def pipeline_has_few_micro_batches(
+    parallel: ParallelSection, deepspeed: DeepSpeedSection, processes: Processes
+) -> Iterator[Problem]:
+    data_ranks = processes.data_ranks(parallel, deepspeed)
+    batch = None if data_ranks is None else batch_arithmetic(deepspeed, data_ranks)
+    if isinstance(batch, Batch) and batch.accumulation_steps < parallel.pipeline:
+        bubble = parallel.bubble(batch.accumulation_steps)
         yield Problem(
             "deepspeed.gradient_accumulation_steps",
-            f"{batch.accumulation_steps} micro-batches on {stages} stages: each stage waits for {share:.0%} "
-            "of the time",
-            "Make micro-batches smaller, so that there are at least 4 for each stage",
+            f"{batch.accumulation_steps} micro-batches on {parallel.pipeline} pipeline ranks: a bubble of {bubble:.0%}",
+            "Lower train_micro_batch_size_per_gpu, for at least 4 micro-batches a rank",
         )
 
 
-def _verification_warning(draft: Draft) -> Iterator[Problem]:
-    training, parallel, section = draft.training, draft.parallel, draft.deepspeed
-    if training is None or parallel is None or section is None or not training.verify_every_steps:
+@warning
+def verification_compares_little(
+    training: TrainingSection, parallel: ParallelSection, deepspeed: DeepSpeedSection, processes: Processes
+) -> Iterator[Problem]:
+    if not training.verify_every_steps:
         return
-    is_partitioned, tensor = section.zero_stage == 3, parallel.tensor
-    if is_partitioned and tensor > 1:
+    key, is_partitioned = "training.verify_every_steps", deepspeed.zero_stage == 3
+    if is_partitioned and parallel.tensor > 1:
+        reason = "compares only weights replicated over tensor ranks, because ZeRO 3 partitions them over data ranks"
+        yield Problem(key, reason)
+    elif parallel.model_parallel_size == 1 and (is_partitioned or processes.data_ranks(parallel, deepspeed) == 1):
+        cause = "ZeRO 3 keeps one copy of each weight" if is_partitioned else "there is one rank"
+        yield Problem(key, f"has nothing to compare: {cause}", "Remove it")
+
+
+@warning
+def asynchronous_checkpoint_copies_nvme_state(
+    deepspeed: DeepSpeedSection, checkpoint: CheckpointSection
+) -> Iterator[Problem]:
+    if deepspeed.offload_device == "nvme" and checkpoint.asynchronous:
         yield Problem(
-            "training.verify_every_steps",
-            "ZeRO 3 keeps one copy of each weight on the data ranks: only weights that tensor ranks share are compared",
+            "checkpoint.asynchronous",
+            "copies to host memory what offload_optimizer keeps on NVMe",
+            "Set it to false if host memory cannot hold the optimizer state",
         )
-    elif tensor == parallel.pipeline == 1 and (is_partitioned or draft.data_ranks == 1):
-        reason = "ZeRO 3 keeps one copy of each weight" if is_partitioned else "there is one rank"
-        yield Problem("training.verify_every_steps", f"{reason}: there is nothing to compare", "Leave it out")

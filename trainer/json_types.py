@@ -1,0 +1,10 @@
+"""Types of decoded JSON."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+"""Any JSON value."""
+
+JsonObject: TypeAlias = dict[str, Json]

@@ -1,0 +1,6 @@
+"""Update modes: how replicas of a model combine what they learn."""
+
+from trainer.update.interface import UpdateMode
+from trainer.update.synchronous import Synchronous
+
+__all__ = ["Synchronous", "UpdateMode"]
