@@ -25,16 +25,17 @@ from trainer.errors import ConfigError
 from trainer.model import (
     build_from_description,
     build_model,
+    configured_weights,
     describe_model,
-    give_weights,
     initialize_weights,
     load_exported,
+    materialize,
     model_cost,
     peak_flops,
     write_model,
 )
-from trainer.model.initialize import _Initializer
-from trainer.model.read import read_weights
+from trainer.model.initialize import random_weights
+from trainer.model.read import pretrained_weights
 from trainer.sharding import shard_of
 from trainer.sharding.remote import make_remote
 from trainer.tasks import TASKS, TaskLoss, TaskModule, auxiliary_coefficient
@@ -108,9 +109,7 @@ def test_module_values_do_not_depend_on_earlier_modules(tiny: dict[str, Any]) ->
 
 def test_initialization_yields_full_blocks_and_each_parameter_once(tiny: dict[str, Any]) -> None:
     model = built(tiny, model__config=GPT2)
-    handed: list[list[torch.nn.Parameter]] = []
-    with torch.no_grad():
-        _Initializer(model, 1, handed.append).run(model, "")
+    handed = list(random_weights(model, 1))
     everything = [p for group in handed for p in group]
     assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
     assert max(len(group) for group in handed) == len(list(model.transformer.h[0].parameters()))
@@ -128,7 +127,8 @@ def family_shape(family: Family, **fields: Any) -> Any:
 
 
 def initialize_parameters(model: Any, complete: Any = lambda parameters: None) -> dict[str, torch.Tensor]:
-    initialize_weights(model, 1, complete)
+    for parameters in random_weights(model, 1):
+        complete(parameters)
     return dict(model.named_parameters())
 
 
@@ -378,7 +378,7 @@ def folder(tmp_path: Path) -> Path:
 def from_folder(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
     loaded = check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
     model = build_model(loaded)
-    give_weights(model, loaded)
+    list(materialize(model, configured_weights(loaded)))
     return model
 
 
@@ -449,7 +449,8 @@ def test_tensor_rank_reads_its_shard_only(family: Family, tmp_path: Path) -> Non
         with torch.device("meta"):
             model = CLASSES[family.task].from_config(whole.config)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
-        read_weights(model, str(tmp_path), mapper.shard_parameters)
+        for parameters in pretrained_weights(model, str(tmp_path)):
+            mapper.shard_parameters(parameters)
         assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in whole.parameters())
         for name, parameter in model.named_parameters():
             shard = shard_of(parameter)
@@ -480,7 +481,8 @@ def peak_of_reading(folder: str) -> tuple[int, int, int]:
 
     thread = threading.Thread(target=look)
     thread.start()
-    read_weights(model, folder, mapper.shard_parameters)
+    for parameters in pretrained_weights(model, folder):
+        mapper.shard_parameters(parameters)
     over.set()
     thread.join()
     return peak - start, sum(p.numel() for p in model.parameters()) * 4, largest

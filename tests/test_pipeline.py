@@ -31,7 +31,8 @@ from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, joined_world
 from trainer.engine import start_engine
 from trainer.errors import ConfigError, PlanError
-from trainer.model import build_model, build_model_shape, initialize_weights, read
+from trainer.model import build_model, build_model_shape, initialize_weights, read_weights
+from trainer.model.weight_files import SafetensorsFiles
 from trainer.pipeline import assign_stages, balance, recompute, trace_dataflow
 from trainer.pipeline.balance import stage_bounds
 from trainer.pipeline.dataflow import BATCH, LENGTH
@@ -508,14 +509,14 @@ def test_stage_reads_its_weights_only(model_type: str, tmp_path: Path, monkeypat
     whole = AutoModelForCausalLM.from_config(tiny_model(model_type))
     whole.save_pretrained(tmp_path)
     asked: list[str] = []
-    for name in ("whole", "slice"):
-        plain = getattr(read._Files, name)
+    for name in ("read", "view"):
+        plain = getattr(SafetensorsFiles, name)
 
         def noting(self: Any, key: str, plain: Any = plain) -> Any:
             asked.append(key)
             return plain(self, key)
 
-        monkeypatch.setattr(read._Files, name, noting)
+        monkeypatch.setattr(SafetensorsFiles, name, noting)
     dataflow = trace_dataflow(meta(model_type))
     bounds = [0, 2, len(dataflow.units)]
     for number in range(2):
@@ -523,7 +524,7 @@ def test_stage_reads_its_weights_only(model_type: str, tmp_path: Path, monkeypat
         model = meta(model_type)
         stage = Stage(model, dataflow, bounds, number)
         parameter_ranks = stage.drop_remote_parameters()
-        read.read_weights(model, str(tmp_path))
+        read_weights(model, str(tmp_path))
         assert {name for name, _ in model.named_parameters()} == {n for n, s in parameter_ranks.items() if number in s}
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, whole.get_parameter(name))

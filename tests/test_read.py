@@ -27,8 +27,8 @@ from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check_config
 from trainer.config.model_config import load_model_config
 from trainer.errors import ConfigError
-from trainer.model import build_model, build_model_shape, give_weights
-from trainer.model.read import check_weight_headers, read_weights
+from trainer.model import build_model, build_model_shape, configured_weights, materialize
+from trainer.model.read import check_weight_headers, pretrained_weights, read_weights
 from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard
 from trainer.tensor_parallel import TensorMapper, read_plan
 
@@ -69,7 +69,7 @@ def shape_of(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
 def model_from(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
     loaded = check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
     model = build_model(loaded)
-    give_weights(model, loaded)
+    list(materialize(model, configured_weights(loaded)))
     return model
 
 
@@ -216,7 +216,8 @@ def test_scalar_buffers_are_loaded_on_each_tensor_rank(tmp_path: Path) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole.config)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
-        read_weights(model, str(tmp_path), mapper.shard_parameters)
+        for parameters in pretrained_weights(model, str(tmp_path)):
+            mapper.shard_parameters(parameters)
         assert all(torch.equal(model.get_buffer(name), buffer) for name, buffer in scalars.items())
 
 
@@ -290,7 +291,8 @@ def test_non_finite_value_is_seen_by_owning_rank_only(tiny: dict[str, Any], fold
         model = build_model(loaded)
         mapper = TensorMapper(model, read_plan(model, {}, 2, rank), None, 2, rank, lambda count: None)
         try:
-            read_weights(model, str(folder), mapper.shard_parameters)
+            for parameters in pretrained_weights(model, str(folder)):
+                mapper.shard_parameters(parameters)
         except ConfigError:
             assert rank == 1
         else:
@@ -326,7 +328,7 @@ def test_allowed_unexpected_keys_are_skipped(
     change_weights(folder, **{"some.other.weight": torch.ones(2)})
     with caplog.at_level(logging.INFO, "trainer.model.read"):
         model = model_from(tiny, folder, allow_unexpected_keys=True)
-    assert [line for line in caplog.messages if "left out 1 keys (1 unexpected)" in line and "some.other" in line]
+    assert [line for line in caplog.messages if "skipped 1 keys (1 unexpected)" in line and "some.other" in line]
     for name, value in expected.named_parameters():
         assert torch.equal(value, model.get_parameter(name)), name
 
@@ -371,7 +373,7 @@ def test_keys_of_other_classes_are_skipped_with_one_log_line(
     with caplog.at_level(logging.INFO, "trainer.model.read"):
         check_weight_headers(model, str(folder))
         read_weights(model, str(folder))
-    (line,) = [line for line in caplog.messages if "left out" in line]
+    (line,) = [line for line in caplog.messages if "skipped" in line]
     assert all(key in line for key in keys)
     assert "unexpected" not in line
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from trainer.compat.deepspeed.interfaces import Settings
 from trainer.compat.deepspeed.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.compat.deepspeed.optimizer_layout import undo_initial_step
 from trainer.compat.deepspeed.pipeline import as_pipeline_engine, pipeline_module, set_counted_elsewhere
-from trainer.compat.deepspeed.zero3 import partitioner
+from trainer.compat.deepspeed.zero3 import Partition, partitioner
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import (
     custom_schedule,
@@ -22,14 +20,21 @@ from trainer.config.deepspeed import (
     required_extensions,
     weight_decay,
 )
-from trainer.distributed import World, load_extension
+from trainer.distributed import World, agree, load_extension
 from trainer.engine.grid import Grid
 from trainer.engine.optimizer_setup import OptimizerSetup
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.engine.pipeline import PipelineEngine
 from trainer.engine.plain import PlainEngine
 from trainer.engine.stage_module import StageModule
-from trainer.model import PreTrainedModel, give_weights, returns_head_output, weight_options
+from trainer.model import (
+    PreTrainedModel,
+    ZeroWeights,
+    configured_weights,
+    materialize,
+    returns_head_output,
+    weight_options,
+)
 from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, local_parameters, recompute, share_parameters
 from trainer.sharding import fill_remote_with_zeros
 from trainer.tasks import TASKS, TaskModule
@@ -95,14 +100,7 @@ class _EngineBuilder:
         # Under ZeRO 3 a weight is in memory only while its own module runs.
         can_defer_head = not is_zero3 and returns_head_output(model, self.loaded)
         mapper, grid = self._mapper(model), Grid(self.world)
-        partition = partitioner(self.settings, self.dtype, grid) if is_zero3 else None
-
-        def shard_and_partition(parameters: Iterable[nn.Parameter]) -> None:
-            shards = mapper.shard_parameters(parameters)
-            if partition is not None:
-                partition(shards)
-
-        give_weights(model, self.loaded, shard_and_partition, blank=self.blank)
+        self._materialize(model, mapper, partitioner(self.settings, self.dtype, grid) if is_zero3 else None)
         mapper.install()
         recompute(model, assignment.recomputed)
         module = self._task_module(model, mapper, can_defer_head=can_defer_head)
@@ -158,7 +156,7 @@ class _EngineBuilder:
         ]
         for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
             stage.drop_remote_parameters()
-            give_weights(stage_model, self.loaded, mapper.shard_parameters, blank=self.blank)
+            self._materialize(stage_model, mapper)
         for other in models[1:]:
             share_parameters(model, other)
         modules = []
@@ -170,6 +168,27 @@ class _EngineBuilder:
             module = self._task_module(stage_model, mapper, can_defer_head=can_defer_head)
             modules.append(StageModule(module, stage, mapper, self.world.device))
         return modules
+
+    def _materialize(self, model: PreTrainedModel, mapper: Mapper, partition: Partition | None = None) -> None:
+        """Materialize the weights of a model, of which this rank keeps its shards. Collective: all ranks must call it.
+
+        Args:
+            model: on the meta device.
+            mapper: of the model.
+            partition: replaces parameters by their ZeRO 3 partitions.
+
+        Raises:
+            ConfigError: on all ranks, if one of them cannot read its weights.
+        """
+        source = ZeroWeights() if self.blank else configured_weights(self.loaded)
+
+        def materialize_shards() -> None:
+            for parameters in materialize(model, source):
+                shards = mapper.shard_parameters(parameters)
+                if partition is not None:
+                    partition(shards)
+
+        agree(materialize_shards)
 
     def _mapper(self, model: PreTrainedModel) -> Mapper:
         parallel = self.loaded.config.parallel

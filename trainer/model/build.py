@@ -14,9 +14,7 @@ from trainer.checkpoint_format import is_checkpoint
 from trainer.config.model_config import load_model_config, model_config, parse_model_config
 from trainer.config.schema import ModelSection
 from trainer.config.tasks import DEFAULT_TASK
-from trainer.distributed import agree
 from trainer.errors import ConfigError, Problem, first_line
-from trainer.model.initialize import Complete, initialize_weights, leave_blank
 from trainer.model.parameter_groups import weight_options
 from trainer.model.read import check_weight_headers, read_weights
 from trainer.tasks import TASKS
@@ -56,7 +54,7 @@ def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
 
 
 def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The model of the configuration, in fp32, with every tensor on the meta device: `give_weights` fills it.
+    """The model of the configuration, in fp32, with every tensor on the meta device: `materialize` gives it values.
 
     An inline model that names no special tokens takes those of `tokenizer`.
 
@@ -111,31 +109,6 @@ def load_model(path: str, key: str = "model.path") -> PreTrainedModel:
     choose_experts_implementation(model, model.dtype)
     model.eval()
     return model
-
-
-def give_weights(
-    model: PreTrainedModel, loaded: LoadedConfig, complete: Complete = lambda parameters: None, *, blank: bool = False
-) -> None:
-    """Fills a model on the meta device: with the family's random weights, or from `model.path`.
-
-    Args:
-        blank: with zeros instead, which a checkpoint is going to replace.
-        complete: called with parameters once they have their value; it may leave a part of each (tensor
-            parallelism), or take them away (ZeRO-3).
-
-    Raises:
-        ConfigError: if weights cannot be read, do not fit the model or are not finite, on all ranks as soon as on one;
-            or if the family leaves one without a value.
-    """
-    if blank:
-        leave_blank(model, complete)
-    elif loaded.initialize == "pretrained":
-        section = loaded.config.model
-        assert section.path is not None
-        path, allow = section.path, section.allow_unexpected_keys
-        agree(lambda: read_weights(model, path, complete, allow_unexpected_keys=allow))
-    else:
-        initialize_weights(model, loaded.config.run.seed, complete)
 
 
 def _construct(

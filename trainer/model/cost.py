@@ -6,6 +6,7 @@ import copy
 import inspect
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from trainer.compat.torch.dispatch import pytree
 from trainer.config.model_sizes import EXPERTS, EXPERTS_PER_TOKEN
 from trainer.model.meta import MetaMode, matrix_flops, traceable
 from trainer.tasks import example_ids
@@ -106,11 +107,10 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _HEAD_DIM = ("head_dim", "attention_head_size", "d_head", "dim_head")
 
 
-class _Trace(MetaMode):  # type: ignore[no-untyped-call]
+class _Trace(MetaMode):
     """What a forward pass over one sequence of `length` tokens does."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.length = length
         self._active: list[nn.Module] = []
         self.calls: Counter[nn.Module] = Counter()
@@ -120,12 +120,13 @@ class _Trace(MetaMode):  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
         """Identities of the tensors that operations read, parameters among them."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """See `DispatchMode.dispatch`."""
+        result = super().dispatch(func, args, kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         self.read.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
         if self._active and any(self.length in tensor.shape[-2:] for tensor in tensors):
-            self.flops[self._active[-1]] += matrix_flops(func, args, kwargs or {}, result)
+            self.flops[self._active[-1]] += matrix_flops(func, args, kwargs, result)
         return result
 
     def enter(self, module: nn.Module, args: Any) -> None:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from trainer.checkpoint_format import FileRecord, write_safetensors
+from trainer.compat.transformers.conversion import to_file_tensors, use_published_names
+from trainer.compat.transformers.models import names_not_saved
 from trainer.config.tasks import DEFAULT_TASK
 from trainer.errors import ConfigError, Problem
 from trainer.files import convert_bare_exceptions_to_os_errors, hash_file, remove, replace_folder, sync_tree
@@ -202,11 +202,8 @@ def _write_weights(
     model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], writer: _ShardWriter, dtype: torch.dtype | None
 ) -> _WrittenWeights:
     """Write the safetensors files; see `write_model`."""
-    stored, unwanted = _stored_names(model), set(model._keys_to_ignore_on_save or ())
-    if getattr(model, "_weight_conversions", None) is None:  # it was not read from files
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        kept: Any = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-        model._weight_conversions = kept
+    stored, unwanted = _stored_names(model), names_not_saved(model)
+    use_published_names(model)
     written = dtype or model.dtype
     for block in _by_block(weights, model):
         if dtype is None:
@@ -214,7 +211,7 @@ def _write_weights(
         else:
             block = {name: t.to(dtype) if t.is_floating_point() else t for name, t in block.items()}
         named = {stored.get(name, name): tensor for name, tensor in block.items() if name not in unwanted}
-        for name, tensor in revert_weight_conversion(model, named).items():
+        for name, tensor in to_file_tensors(model, named).items():
             writer.add(name, tensor)
     return _WrittenWeights(written, writer.close())
 

@@ -1,86 +1,85 @@
-"""Random weights: the family's own initialisation, the same in every layout, one module at a time.
+"""Random weights: the family's own initialization, equal in every layout, one module at a time.
 
-Each module is made whole, seeded by (seed, its name), and handed on before the next is made. So a rank never
-needs the whole model, and what it holds does not depend on how many ranks there are.
+Each module is initialized with its full shapes, from a random stream seeded by (seed, module name), and its parameters
+are yielded before the next module is materialized; the consumer shards or partitions them. So no rank ever holds the
+full model, and the values do not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
-from transformers.initialization import TORCH_INIT_FUNCTIONS, guard_torch_init_functions
 
+from trainer.compat.torch.dispatch import DispatchMode, storage_id, written_tensors
+from trainer.compat.transformers.initialization import (
+    initialization_context,
+    initialize_module,
+    marked_as_initialized,
+    zeroing_initializers,
+)
 from trainer.errors import ConfigError, Problem
 from trainer.sharding import shard_of
 
-Complete = Callable[[list[nn.Parameter]], object]
+Parameters = list[nn.Parameter]
+"""Parameters that have received their final values together."""
 
 
 def _seed_of(seed: int, name: str) -> int:
     return (seed * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode())) % (1 << 63)
 
 
-def _touch(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
-    return tensor.zero_()
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
 
 
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which tensors are written to, by their storage."""
+class _WriteRecorder(DispatchMode):
+    """Records the storages that operations write to."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.reached: set[int] = set()
+        self.storages: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-        given |= kwargs or {}
-        for argument in func._schema.arguments:
-            tensor = given.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(tensor, Tensor):
-                self.reached.add(tensor.untyped_storage()._cdata)
-        return func(*args, **(kwargs or {}))
+    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """See `DispatchMode.dispatch`."""
+        self.storages.update(storage_id(tensor) for tensor in written_tensors(func, args, kwargs))
+        return super().dispatch(func, args, kwargs)
 
 
 class _Initializer:
-    """Walks a model on the meta device, children before parents, and gives every tensor its value."""
+    """Walks a model on the meta device, children before parents, and sets every tensor."""
 
-    def __init__(self, model: PreTrainedModel, seed: int, complete: Complete) -> None:
-        self._model, self._seed, self._complete = model, seed, complete
-        self._made: dict[nn.Parameter, nn.Parameter] = {}
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._materialized: dict[nn.Parameter, nn.Parameter] = {}
         """From a meta parameter to the real one, for weights that several modules share."""
 
-        self._last: dict[nn.Parameter, nn.Module] = {}
+        self._last_writer: dict[nn.Parameter, nn.Module] = {}
         """From a meta parameter to the last module above its own that sets it; see `_survey`."""
 
-        self._waiting: dict[nn.Parameter, str] = {}
-        """Real ones of these parameters, and their names, until that module has been made."""
+        self._pending: dict[nn.Parameter, str] = {}
+        """Real parameters that such a module has yet to set, with their names."""
 
-        self._absent: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
-        """By module above, the parameters that it sets and that are on other stages: (module, key)."""
+        self._remote: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+        """By such a module, the parameters that it sets and that other stages hold: (module, key)."""
 
-        self._plain: PreTrainedModel | None = None
+        self._constructed: PreTrainedModel | None = None
 
-    def run(self, module: nn.Module, name: str) -> None:
-        """Makes `module`, which the model calls `name`, and all below it."""
-        functions = dict(TORCH_INIT_FUNCTIONS)
-        TORCH_INIT_FUNCTIONS.update(dict.fromkeys(functions, _touch))  # some of torch's do nothing on the meta device
-        try:
+    def run(self, module: nn.Module, name: str) -> Iterator[Parameters]:
+        """Initialize `module`, which the model calls `name`, and all modules below it."""
+        with zeroing_initializers():
             self._survey(module, self._model)
-        finally:
-            TORCH_INIT_FUNCTIONS.update(functions)
-        self.walk(module, name, self._model, block=False)
+        yield from self.walk(module, name, self._model, in_block=False)
 
     def _survey(self, module: nn.Module, owner: PreTrainedModel) -> None:
-        """Finds out which modules outside blocks set the weights of modules below them, as T5 sets its embedding's when
-        it comes to the whole model: lets them, while all is on the meta device. Such a weight is handed on only then.
+        """Find the modules outside blocks that set weights of modules below them, as T5's model sets its embedding.
+
+        Runs their rules while all tensors are on the meta device. A weight is yielded only after the last of them.
         """
         owner = module if isinstance(module, PreTrainedModel) else owner
         children = [] if isinstance(module, nn.ModuleList) else list(module.children())
@@ -88,180 +87,192 @@ class _Initializer:
             self._survey(child, owner)
         if not children:
             return
-        with _Writes() as writes:
+        with _WriteRecorder() as recorder:
             try:
-                owner._init_weights(module)
-                reached = writes.reached
-            except Exception:  # what cannot be done without values may set anything
-                reached = None
+                initialize_module(owner, module)
+                written = recorder.storages
+            except Exception:  # a rule that reads values cannot run on the meta device, and may set anything
+                written = None
         for inner in module.modules():
             if inner is module:
                 continue
-            for key, parameter in (*inner._parameters.items(), *vars(inner).items()):
+            for key, parameter in (*_local_parameters(inner), *vars(inner).items()):
                 if not isinstance(parameter, nn.Parameter) or not parameter.is_meta:
                     continue
-                if reached is None or parameter.untyped_storage()._cdata in reached:
-                    self._last[parameter] = module
+                if written is None or storage_id(parameter) in written:
+                    self._last_writer[parameter] = module
                     if key in vars(inner):
-                        self._absent[module].append((inner, key))
+                        self._remote[module].append((inner, key))
 
-    def walk(self, module: nn.Module, name: str, owner: PreTrainedModel, block: bool) -> None:
-        """Makes `module` and all below it.
+    def walk(self, module: nn.Module, name: str, owner: PreTrainedModel, *, in_block: bool) -> Iterator[Parameters]:
+        """Initialize `module` and all modules below it.
 
         Args:
-            owner: the nearest model above, whose `_init_weights` knows the family's rules.
-            block: whether the module lies inside a block. A family may set a block's inner weights when it
-                comes to the block itself (GPT-2 scales its residual projections so), never across blocks;
-                therefore a block is handed on as a whole, and what lies outside blocks module by module.
+            owner: the nearest model above, which knows the family's rules.
+            in_block: whether the module lies inside a block. A family may set a block's inner weights when it
+                initializes the block itself (GPT-2 scales its residual projections so), but never across blocks.
+                Therefore a block is yielded at once, and what lies outside blocks module by module.
         """
         owner = module if isinstance(module, PreTrainedModel) else owner
         for key, child in module.named_children():
-            inside = block or isinstance(module, nn.ModuleList)
-            self.walk(child, f"{name}.{key}" if name else key, owner, inside)
-            if inside and not block:
-                self._hand_on(list(child.named_parameters()) + list(child.named_buffers()), f"{name}.{key}")
-        shared = self._materialise(module, name)
+            is_block = not in_block and isinstance(module, nn.ModuleList)
+            yield from self.walk(child, _join(name, key), owner, in_block=in_block or is_block)
+            if is_block:
+                yield self._finish([*child.named_parameters(), *child.named_buffers()], _join(name, key))
+        shared = self._materialize(module, name)
         torch.manual_seed(_seed_of(self._seed, name))
-        for parameter in shared:
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        with self._absent_made(module):
-            owner._init_weights(module)
-        for parameter in shared:
-            del parameter._is_hf_initialized  # type: ignore[attr-defined]
-        for meta in [meta for meta, last in self._last.items() if last is module and meta in self._made]:
-            real = self._made[meta]
-            self._hand_on([(self._waiting.pop(real), real)], "")
-        if not block:
-            self._hand_on([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)], name)
+        with marked_as_initialized(shared), self._with_remote_memory(module):
+            initialize_module(owner, module)
+        for meta in [meta for meta, writer in self._last_writer.items() if writer is module]:
+            if meta in self._materialized:
+                parameter = self._materialized[meta]
+                yield self._finish([(self._pending.pop(parameter), parameter)], "")
+        if not in_block:
+            yield self._finish([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)], name)
 
     @contextmanager
-    def _absent_made(self, module: nn.Module) -> Iterator[None]:
-        """Meanwhile parameters of other stages that `module` sets have memory: so that the random numbers that follow
-        are the same on all stages."""
-        absent = [(inner, key, vars(inner)[key]) for inner, key in self._absent[module]]
-        for inner, key, parameter in absent:
+    def _with_remote_memory(self, module: nn.Module) -> Iterator[None]:
+        """Give memory to the parameters of other stages that `module` sets.
+
+        All stages then draw the same random numbers for the parameters that follow.
+        """
+        remote = [(inner, key, vars(inner)[key]) for inner, key in self._remote[module]]
+        for inner, key, parameter in remote:
             vars(inner)[key] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
         yield
-        for inner, key, parameter in absent:
+        for inner, key, parameter in remote:
             vars(inner)[key] = parameter
 
-    def _materialise(self, module: nn.Module, name: str) -> list[nn.Parameter]:
-        """Gives the module's own tensors memory, filled with NaN; returns those that had it already."""
+    def _materialize(self, module: nn.Module, name: str) -> Parameters:
+        """Give the module's own tensors memory, filled with NaN; return those that have had it before."""
         shared = []
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if parameter in self._made:
-                shared.append(self._made[parameter])
+        for key, parameter in _local_parameters(module):
+            if parameter in self._materialized:
+                shared.append(self._materialized[parameter])
             elif parameter.is_meta:
-                real = nn.Parameter(torch.full_like(parameter, torch.nan, device="cpu"), parameter.requires_grad)
-                real.__dict__.update(parameter.__dict__)
-                self._made[parameter] = real
-                if parameter in self._last:
-                    self._waiting[real] = f"{name}.{key}" if name else key
+                real = _with_attributes_of(parameter, torch.full_like(parameter, torch.nan, device="cpu"))
+                self._materialized[parameter] = real
+                if parameter in self._last_writer:
+                    self._pending[real] = _join(name, key)
             else:
                 continue
-            module._parameters[key] = self._made[parameter]
-        self._materialise_buffers(module)
+            setattr(module, key, self._materialized[parameter])
+        _materialize_buffers(module)
         return shared
 
-    @staticmethod
-    def _materialise_buffers(module: nn.Module) -> None:
-        for key, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                unset = torch.nan if buffer.is_floating_point() else 0
-                module._buffers[key] = torch.full_like(buffer, unset, device="cpu")
+    def _finish(self, tensors: Iterable[tuple[str, Tensor]], prefix: str) -> Parameters:
+        """Return the parameters among tensors that have their final value.
 
-    def _hand_on(self, tensors: list[tuple[str, Tensor]], prefix: str) -> None:
-        tensors = [(key, tensor) for key, tensor in tensors if tensor not in self._waiting]
-        for key, tensor in tensors:
-            if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().any()):
-                tensor.copy_(self._constructed(f"{prefix}.{key}" if prefix else key))
-        self._complete([t for _, t in tensors if isinstance(t, nn.Parameter)])
-
-    def _constructed(self, name: str) -> Tensor:
-        """The value that the family's constructor gives `name`, where its `_init_weights` gives none.
-
-        Two families of transformers 5.23 need it (openai-gpt, falcon_h1): the model is constructed once, whole.
+        Tensors that the family's rules have not set get the value of the constructor.
         """
-        if self._plain is None:
+        final = [(key, tensor) for key, tensor in tensors if tensor not in self._pending]
+        for key, tensor in final:
+            if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().any()):
+                tensor.copy_(self._constructor_value(_join(prefix, key)))
+        return [tensor for _, tensor in final if isinstance(tensor, nn.Parameter)]
+
+    def _constructor_value(self, name: str) -> Tensor:
+        """Return the value of a tensor that the family sets in its constructor, not in its initialization rules.
+
+        Two families of transformers 5.23 need it (openai-gpt, falcon_h1): the full model is constructed once.
+        """
+        if self._constructed is None:
             torch.manual_seed(self._seed)
-            self._plain = type(self._model)(self._model.config)
-        value = dict(self._plain.named_parameters()) | dict(self._plain.named_buffers())
+            self._constructed = type(self._model)(self._model.config)
+        value = dict(self._constructed.named_parameters()) | dict(self._constructed.named_buffers())
         if value[name].is_floating_point() and bool(value[name].isnan().any()):
             raise ConfigError(
-                Problem("model.initialize", f"'{self._model.config.model_type}' gives no random value to {name}",
-                        "Set model.initialize to 'pretrained'")
-            )  # fmt: skip
+                Problem(
+                    "model.initialize",
+                    f"'{self._model.config.model_type}' gives no random value to {name}",
+                    "Set model.initialize to 'pretrained'",
+                )
+            )
         return value[name]
 
 
-@torch.no_grad()
-def initialize_weights(model: PreTrainedModel, seed: int, complete: Complete = lambda parameters: None) -> None:
-    """Gives every tensor of a model on the meta device its random value; a model that has values keeps them.
-
-    Args:
-        complete: called with parameters once they have their final value; it may leave a part of each (tensor
-            parallelism), or take them away (ZeRO-3).
-
-    Raises:
-        ConfigError: naming the tensor, if the family leaves one without a value.
-    """
-    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        complete(list(model.parameters()))
-        return
-    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
-        _Initializer(model, seed, complete).run(model, "")
-
-
 class _BufferInitializer(_Initializer):
-    """The same walk for the buffers alone; the parameters stay where they are."""
+    """The same walk for buffers; parameters stay on the meta device."""
 
-    def _materialise(self, module: nn.Module, name: str) -> list[nn.Parameter]:
-        self._materialise_buffers(module)
+    def _materialize(self, module: nn.Module, name: str) -> Parameters:
+        _materialize_buffers(module)
         return []
 
-    def _hand_on(self, tensors: list[tuple[str, Tensor]], prefix: str) -> None:
-        super()._hand_on([(key, t) for key, t in tensors if not isinstance(t, nn.Parameter)], prefix)
+    def _finish(self, tensors: Iterable[tuple[str, Tensor]], prefix: str) -> Parameters:
+        return super()._finish([(key, t) for key, t in tensors if not isinstance(t, nn.Parameter)], prefix)
+
+
+def _local_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _materialize_buffers(module: nn.Module) -> None:
+    for key, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+        if buffer.is_meta:
+            unset = torch.nan if buffer.is_floating_point() else 0
+            setattr(module, key, torch.full_like(buffer, unset, device="cpu"))
+
+
+def _with_attributes_of(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    real = nn.Parameter(value, parameter.requires_grad)
+    vars(real).update(vars(parameter))
+    return real
+
+
+@torch.no_grad()
+def random_weights(model: PreTrainedModel, seed: int) -> Iterator[Parameters]:
+    """Set every tensor of a model on the meta device to its random value; yield parameters with their final values.
+
+    A model that has values keeps them: its parameters are yielded at once. The consumer may replace the data of the
+    yielded parameters.
+
+    Raises:
+        ConfigError: if the family leaves a tensor without a value.
+    """
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        yield list(model.parameters())
+        return
+    with initialization_context():
+        yield from _Initializer(model, seed).run(model, "")
+
+
+def initialize_weights(model: PreTrainedModel, seed: int) -> None:
+    """Set every tensor of a model on the meta device to its random value. See `random_weights`."""
+    deque(random_weights(model, seed), maxlen=0)
 
 
 @torch.no_grad()
 def initialize_buffers(model: PreTrainedModel) -> None:
-    """Gives the buffers of a model on the meta device the values that its family computes; parameters stay there."""
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
-        _BufferInitializer(model, 0, lambda nothing: None).walk(model, "", model, block=False)
-    for parameter in parameters:
-        del parameter._is_hf_initialized  # type: ignore[attr-defined]
+    """Set the buffers of a model on the meta device to the values of the family; parameters stay there."""
+    with marked_as_initialized(model.parameters()), initialization_context():
+        deque(_BufferInitializer(model, 0).walk(model, "", model, in_block=False), maxlen=0)
 
 
 @torch.no_grad()
-def leave_blank(model: PreTrainedModel, complete: Complete = lambda parameters: None) -> None:
-    """Gives the parameters of a model on the meta device memory and the value zero, for a checkpoint to fill, and its
-    buffers the values that its family computes. A parameter with the record of a shard gets that part's memory only.
+def zero_weights(model: PreTrainedModel) -> Iterator[Parameters]:
+    """Set the parameters of a model on the meta device to zero and its buffers to the values of the family.
+
+    A checkpoint replaces them. A parameter with a shard record gets the memory of that shard only.
     """
     initialize_buffers(model)
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    materialized: dict[nn.Parameter, nn.Parameter] = {}
     for module in list(model.modules()):
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None or not parameter.is_meta:
+        for key, parameter in _local_parameters(module):
+            if not parameter.is_meta:
                 continue
-            if parameter in made:
-                module._parameters[key] = made[parameter]
-                continue
-            shard = shard_of(parameter)
-            shape = parameter.shape if shard is None or not shard.covers_full_tensor else shard.local_shape()
-            real = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype), parameter.requires_grad)
-            real.__dict__.update(parameter.__dict__)
-            made[parameter] = module._parameters[key] = real
-            complete([real])
+            is_first = parameter not in materialized
+            if is_first:
+                shard = shard_of(parameter)
+                shape = parameter.shape if shard is None or not shard.covers_full_tensor else shard.local_shape()
+                value = torch.zeros(shape, dtype=parameter.dtype)
+                materialized[parameter] = _with_attributes_of(parameter, value)
+            setattr(module, key, materialized[parameter])
+            if is_first:
+                yield [materialized[parameter]]
 
 
 @torch.no_grad()
-def initialize_module(model: PreTrainedModel, name: str, complete: Complete) -> None:
-    """Gives the parameters of one module, which are on the meta device, the values that its family computes."""
-    module = model.get_submodule(name)
-    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
-        _Initializer(model, 0, complete).run(module, name)
+def initialize_submodule(model: PreTrainedModel, name: str) -> Iterator[Parameters]:
+    """Set the parameters of one module, which are on the meta device, to the values that the family computes."""
+    with initialization_context():
+        yield from _Initializer(model, 0).run(model.get_submodule(name), name)

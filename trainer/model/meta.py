@@ -1,24 +1,26 @@
-"""Run a model on the meta device: shapes without values."""
+"""Runs a model on the meta device: shapes without values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
+from trainer.compat.torch.dispatch import DispatchMode, flops_of
+from trainer.compat.transformers.models import attention_implementation
 
-class MetaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Substitutes constants where the meta device has no value: a number is 1, a truth is true, no index is nonzero.
+
+class MetaMode(DispatchMode):
+    """Substitutes constants for values of meta tensors: a number is 1, a bool is True, and no index is nonzero.
 
     So a mask hides nothing and no token is routed to an expert, while shapes and the order of operations are kept.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """See `DispatchMode.dispatch`."""
         aten = torch.ops.aten
         if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
@@ -26,9 +28,9 @@ class MetaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.empty((0, args[0].ndim), dtype=torch.long, device="meta")
         if func is aten.where.default and args[0].is_meta:
             return [torch.empty(0, dtype=torch.long, device="meta") for _ in range(args[0].ndim)]
-        if func is aten._grouped_mm.default:  # its meta kernel checks shapes for one device's kernels
+        if func is aten._grouped_mm.default:  # its meta kernel checks shapes for the kernels of one device
             return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
-        return func(*args, **(kwargs or {}))
+        return super().dispatch(func, args, kwargs)
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
 
     Restores the implementation, and whether the model is in training mode.
     """
-    is_training, attention = model.training, model.config._attn_implementation
+    is_training, attention = model.training, attention_implementation(model.config)
     try:
         if attention not in ("eager", "sdpa"):
             model.set_attn_implementation("eager")
@@ -48,9 +50,8 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
-def matrix_flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """FLOPs of an operation that is a matrix product or convolution; 0 for any other."""
+def matrix_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return the FLOPs of an operation that is a matrix product or convolution; 0 for any other."""
     if func is torch.ops.aten._grouped_mm.default:
         return int(2 * args[0].numel() * result.shape[-1])
-    formula = flop_registry.get(func._overloadpacket)
-    return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+    return flops_of(func, args, kwargs, result)

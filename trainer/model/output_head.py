@@ -28,7 +28,7 @@ def returns_head_output(model: PreTrainedModel, loaded: LoadedConfig) -> bool:
     outputs: list[Tensor] = []
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        with traceable(model), torch.no_grad(), MetaMode():  # type: ignore[no-untyped-call]
+        with traceable(model), torch.no_grad(), MetaMode():
             result = model.train()(**task.example_inputs(model, _BATCH, _LENGTH), **task.forward_options)
     except Exception:  # whatever an operation without values raises
         return False

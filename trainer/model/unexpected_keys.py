@@ -1,21 +1,24 @@
-"""Keys of a folder's weights that the model has no tensor for: another class's, or a mistake."""
+"""Keys in weight files that match no tensor of the model: those of another class of the family, or a mistake."""
 
 from __future__ import annotations
 
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from trainer.compat.transformers.models import patterns_of_skipped
 from trainer.errors import ConfigError, Problem
+from trainer.model.weight_files import TensorHeader
+from trainer.model.weight_targets import unmatched_keys
 
 FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""safetensors' names of the dtypes in which floating-point weights are stored unquantized."""
+"""Dtypes of unquantized floating-point weights, by their names in safetensors."""
 
 _QUANTIZED_KEY = re.compile(
     r"(^|[._:])(qweight|qzeros|qscales?|scales|g_idx|SCB|weight_format|W_q|Qidxs|codebooks|codes|centroids|qdata"
@@ -23,133 +26,127 @@ _QUANTIZED_KEY = re.compile(
     r"|(weight|input|output|activation|[qkv])_(global_)?scales?(_inv|_ub|_2)?|input_zero_point|scale_inv)$"
     r"|_(blocks|scales|scale_inv)$|:_?(data|scale|zero_point|shift)$|weight\._(data|scale|shift|packed)$"
 )
-"""Last part of a key under which a quantization method keeps packed values, scales, zero points or tables."""
+"""Matches the end of keys under which quantization methods store packed values, scales, zero points or tables."""
 
 _OLD_CONSTANTS = re.compile(
     r"(rotary_emb\.inv_freq|(^|\.)position_ids|\.att(n|ention)\.(?P<mask>bias|masked_bias|causal_mask)|\.version)$"
 )
-"""Constants that older versions of transformers saved as buffers and the present one computes."""
+"""Matches constants that older versions of transformers saved as buffers and the present version computes."""
 
-SHOWN = 10
-"""Keys that a message names."""
+MAX_LISTED = 10
+"""Keys that a message lists."""
 
-Unmatched = Callable[[PreTrainedModel, list[str]], list[str]]
-"""Those of the keys that match no tensor of a model, by transformers' own renamings."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a file's header says about a tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
+_DEQUANTIZE = "Dequantize the model and save it with `save_pretrained`, or use the unquantized repository"
 
 
-def shown(keys: Iterable[str], count: int = SHOWN) -> str:
-    """The first few keys, and how many more there are."""
+def list_keys(keys: Iterable[str], count: int = MAX_LISTED) -> str:
+    """Return the first few keys, and the number of the remaining ones."""
     keys = list(keys)
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
-def refuse_quantized(path: str, matched: dict[str, bool], stored: dict[str, Stored]) -> None:
-    """Refuse weights that are stored in a packed form, which would be read as other numbers than they stand for.
+def refuse_quantized(path: str, is_floating: Mapping[str, bool], headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse weights that are stored in a packed form, whose numbers would be read as if they were the weights.
 
     Args:
-        path: of the folder. matched: for each key with a place in the model, whether the model's tensor is floating
-            point. stored: headers of all tensors in the folder by key.
+        path: of the folder.
+        is_floating: whether the model's tensor is floating point, for each key that matches one.
+        headers: of all tensors in the folder, by key.
 
     Raises:
-        ConfigError: naming the first keys.
+        ConfigError: with the first keys.
     """
-    packed = [key for key, floating in matched.items() if floating and stored[key].dtype not in FLOATING_DTYPES]
-    scales = [key for key in stored if key not in matched and _QUANTIZED_KEY.search(key)]
-    if packed or scales:
-        dtypes = {stored[key].dtype for key in packed}
-        stands = f"{len(packed)} weights stored as {', '.join(sorted(dtypes))}" if packed else ""
-        scaled = f"{len(scales)} scales or packed tensors" if scales else ""
-        raise ConfigError(
-            Problem(
-                "model.path",
-                f"the weights in '{path}' are quantized, and only unquantized ones can be trained "
-                f"(got {' and '.join(filter(None, (stands, scaled)))}: {shown([*packed, *scales])})",
-                DEQUANTIZE,
-            )
+    packed = [key for key, floating in is_floating.items() if floating and headers[key].dtype not in FLOATING_DTYPES]
+    scales = [key for key in headers if key not in is_floating and _QUANTIZED_KEY.search(key)]
+    if not packed and not scales:
+        return
+    dtypes = ", ".join(sorted({headers[key].dtype for key in packed}))
+    counts = [f"{len(packed)} weights stored as {dtypes}"] if packed else []
+    counts += [f"{len(scales)} scales or packed tensors"] if scales else []
+    raise ConfigError(
+        Problem(
+            "model.path",
+            f"the weights in '{path}' are quantized, and only unquantized ones can be trained "
+            f"(got {' and '.join(counts)}: {list_keys([*packed, *scales])})",
+            _DEQUANTIZE,
         )
-
-
-DEQUANTIZE = "Dequantize the model and save it with `save_pretrained`, or use the unquantized repository"
-
-
-@dataclass(frozen=True)
-class Leftovers:
-    """Keys that the model has no tensor for."""
-
-    skipped: list[str]
-    """Belong to another class of the family, or are layers and constants that the family skips itself."""
-
-    unexpected: list[str]
-    """No class of the family has them."""
-
-
-def classify(
-    model: PreTrainedModel,
-    config: PreTrainedConfig | None,
-    keys: list[str],
-    stored: dict[str, Stored],
-    unmatched: Unmatched,
-) -> Leftovers:
-    """Divide leftover keys into those that the family knows and those that nobody does.
-
-    Other classes of the family are constructed on the meta device, one after the other, until each key has a place.
-
-    Args:
-        config: of the folder, which may be of a larger model that `model` is a part of.
-    """
-    skips = _skipped_by_family(model)
-    rest = [key for key in keys if not skips.search(key) and not _is_old_constant(key, stored[key])]
-    for other in _classes_of_family(model, config) if rest else ():
-        rest = unmatched(other, rest)
-        if not rest:
-            break
-    unexpected = set(rest)
-    return Leftovers([key for key in keys if key not in unexpected], rest)
-
-
-def _skipped_by_family(model: PreTrainedModel) -> re.Pattern[str]:
-    """Matches what transformers leaves out in silence, and layers for predicting several tokens (MTP) that lie behind
-    the last layer, as DeepSeek and GLM store them."""
-    patterns = sorted(model._keys_to_ignore_on_load_unexpected or ())
-    text = model.config.get_text_config(decoder=True)
-    layers, further = (getattr(text, key, None) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
-    if isinstance(layers, int) and isinstance(further, int):
-        patterns += [rf"(^|\.)layers\.{number}\." for number in range(layers, layers + further)]
-    return re.compile("|".join(f"({pattern})" for pattern in patterns) or "(?!)")
-
-
-def _is_old_constant(key: str, stored: Stored) -> bool:
-    """Whether a key is an old constant: causal masks [1, 1, length, length] are called `attn.bias`."""
-    match = _OLD_CONSTANTS.search(key)
-    return match is not None and (
-        match.group("mask") != "bias" or (len(stored.shape) == 4 and stored.shape[:2] == (1, 1))
     )
 
 
-def _classes_of_family(model: PreTrainedModel, config: PreTrainedConfig | None) -> Iterator[PreTrainedModel]:
-    """Models of the family's other classes on the meta device, the folder's own class first."""
+@dataclass(frozen=True)
+class UnmatchedKeys:
+    """Keys that match no tensor of the model."""
+
+    skipped: list[str]
+    """Of another class of the family, or of layers and constants that the family itself skips."""
+
+    unexpected: list[str]
+    """Of no class of the family."""
+
+
+def classify_unmatched(
+    model: PreTrainedModel,
+    config: PreTrainedConfig | None,
+    keys: list[str],
+    headers: Mapping[str, TensorHeader],
+) -> UnmatchedKeys:
+    """Divide keys that match no tensor of the model into those that the family knows and unexpected ones.
+
+    The family's other classes are constructed on the meta device one after the other, until every key has matched.
+
+    Args:
+        model: whose tensors the keys do not match.
+        config: of the folder, which may describe a larger model that `model` is a part of.
+        keys: in the files.
+        headers: by key.
+    """
+    skipped = _skipped_pattern(model)
+    unexpected = [key for key in keys if not skipped.search(key) and not _is_old_constant(key, headers[key])]
+    for other in _other_models(model, config) if unexpected else ():
+        unexpected = unmatched_keys(other, unexpected)
+        if not unexpected:
+            break
+    known = set(keys) - set(unexpected)
+    return UnmatchedKeys([key for key in keys if key in known], unexpected)
+
+
+def _skipped_pattern(model: PreTrainedModel) -> re.Pattern[str]:
+    """Match the keys that transformers skips, and multi-token prediction layers after the last layer.
+
+    DeepSeek and GLM store such layers.
+    """
+    patterns = patterns_of_skipped(model)
+    text = model.config.get_text_config(decoder=True)
+    layers, extra_layers = (getattr(text, key, None) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    if isinstance(layers, int) and isinstance(extra_layers, int):
+        patterns += [rf"(^|\.)layers\.{number}\." for number in range(layers, layers + extra_layers)]
+    return re.compile("|".join(f"({pattern})" for pattern in patterns) or "(?!)")
+
+
+def _is_old_constant(key: str, header: TensorHeader) -> bool:
+    """Whether a key is an old constant. Causal masks [1, 1, T, T] are called `attn.bias`, as true biases are."""
+    match = _OLD_CONSTANTS.search(key)
+    if match is None:
+        return False
+    return match.group("mask") != "bias" or (len(header.shape) == 4 and header.shape[:2] == (1, 1))
+
+
+def _other_models(model: PreTrainedModel, config: PreTrainedConfig | None) -> Iterator[PreTrainedModel]:
+    """Construct models of the family's other classes on the meta device, the class that the folder names first."""
     configs: dict[type[PreTrainedConfig], PreTrainedConfig] = {}
-    wholes = [each for each in (config, model.config) if each is not None]
-    for each in (*wholes, *(whole.get_text_config(decoder=True) for whole in wholes)):
+    given = [each for each in (config, model.config) if each is not None]
+    for each in (*given, *(each.get_text_config(decoder=True) for each in given)):
         configs.setdefault(type(each), each)
-    architectures = getattr(config, "architectures", None) or ()
-    named = [getattr(transformers, name, None) for name in architectures if isinstance(name, str)]
-    modules = dict.fromkeys(kind.__module__ for kind in (type(model), *named) if isinstance(kind, type))
-    inside = [kind for name in modules for kind in vars(sys.modules[name]).values()]
-    for kind in dict.fromkeys(kind for kind in (*named, *inside) if isinstance(kind, type)):
-        if not issubclass(kind, PreTrainedModel) or kind is type(model) or kind.config_class not in configs:
+    names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
+    named = [cls for name in names if isinstance(cls := getattr(transformers, name, None), type)]
+    modules = dict.fromkeys(cls.__module__ for cls in (type(model), *named))
+    members = [member for name in modules for member in vars(sys.modules[name]).values() if isinstance(member, type)]
+    for cls in dict.fromkeys((*named, *members)):
+        if not issubclass(cls, PreTrainedModel) or cls is type(model) or cls.config_class not in configs:
             continue
         try:
             with torch.device("meta"):
-                other = kind(copy.deepcopy(configs[kind.config_class]))
-        except Exception:  # a class that wants more than its configuration, or an abstract one
+                other = cls(copy.deepcopy(configs[cls.config_class]))
+        except Exception:  # an abstract class, or one that needs more than its configuration
             continue
         yield other

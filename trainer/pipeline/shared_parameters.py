@@ -34,7 +34,7 @@ def share_parameters(first: nn.Module, second: nn.Module) -> None:
     for name, _ in list(second.named_parameters(remove_duplicate=False)):
         if name in own:
             owner, _, key = name.rpartition(".")
-            second.get_submodule(owner)._parameters[key] = own[name]
+            setattr(second.get_submodule(owner), key, own[name])
 
 
 def shared_parameters(

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from trainer.compat.torch.dispatch import pytree
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, TensorSpec, TracedValue
 from trainer.sharding import make_remote, wildcard_name
 
@@ -67,7 +67,7 @@ class Stage:
             id(parameter) for name, parameter in self._model.named_parameters() if self.number not in stages[name]
         }
         for module in self._model.modules():
-            for key, parameter in list(module._parameters.items()):
+            for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(parameter) in foreign:
                     make_remote(module, key)
         return stages

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from trainer.compat.torch.dispatch import pytree, view_base
 from trainer.errors import PlanError, Problem, first_line
 from trainer.model.meta import MetaMode, matrix_flops, traceable
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
@@ -41,11 +41,10 @@ class _Unknown:
 _Sources = frozenset[TracedValue | _Unknown]
 
 
-class _Follower(MetaMode):  # type: ignore[no-untyped-call]
+class _Follower(MetaMode):
     """Notes every operation: what it reads, and where its result comes from."""
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._layers = layers
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._sources: dict[int, _Sources] = {}
@@ -123,12 +122,13 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
 
     # Operations ------------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """See `DispatchMode.dispatch`."""
+        given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in given))
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().dispatch(func, args, kwargs)
         if self._active:
-            flops = matrix_flops(func, args, kwargs or {}, result)
+            flops = matrix_flops(func, args, kwargs, result)
             self._active[-1].flops += flops
             for name in self._inside:
                 self.inner_flops[name] += flops
@@ -136,8 +136,9 @@ class _Follower(MetaMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 changed = any(tensor is one for one in given)  # in place, maybe through a view
                 self._make(tensor, sources)
-                if changed and tensor._base is not None:
-                    self._make(tensor._base, sources | self._sources.get(id(tensor._base), frozenset()))
+                base = view_base(tensor)
+                if changed and base is not None:
+                    self._make(base, sources | self._sources.get(id(base), frozenset()))
         return result
 
     def _read(self, tensor: Tensor) -> _Sources:
@@ -190,7 +191,7 @@ def _leaves(leaves: list[Any]) -> tuple[TensorSpec | None, ...]:
 
 
 def _owns_weights(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, str]]:

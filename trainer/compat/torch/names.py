@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.compat.guard import Dependency, Names
 
-PROCESS_GROUPS = "process groups"
+PROCESS_GROUPS, DISPATCH = "process groups", "dispatch"
 
 _PROCESS_GROUPS: Names = {
     "torch.distributed.distributed_c10d": {
@@ -19,6 +19,30 @@ _PROCESS_GROUPS: Names = {
     },
 }
 
+_DISPATCH: Names = {
+    "torch.utils._python_dispatch": {
+        "TorchDispatchMode": "intercepting every operation of a trace",
+    },
+    "torch.utils._pytree": {
+        "tree_flatten": "tensors in the outputs of modules, and the structure around them",
+        "tree_unflatten": "outputs of modules that a pipeline stage does not compute",
+        "tree_leaves": "tensors among the arguments and results of an operation",
+    },
+    "torch.utils.flop_counter": {
+        "flop_registry": "FLOPs of an operation",
+    },
+    "torch._ops.OpOverload": {
+        "_schema": "arguments that an operation writes to",
+        "_overloadpacket": "looking up the FLOPs of an operation",
+    },
+    "torch.Tensor": {
+        "_base": "tensor that a view belongs to, which an operation on the view changes",
+    },
+    "torch.UntypedStorage": {
+        "_cdata": "identity of a storage, on the meta device as well",
+    },
+}
+
 FLIGHT_RECORDER_DUMPS: Names = {
     "torch._C._distributed_c10d": {
         "_dump_fr_trace_json": "latest collectives of a rank, for the log of a hang",
@@ -27,6 +51,6 @@ FLIGHT_RECORDER_DUMPS: Names = {
 }
 """Used where a version has them: without, the log of a hang has stacks only."""
 
-REQUIRED: dict[str, Names] = {PROCESS_GROUPS: _PROCESS_GROUPS}
+REQUIRED: dict[str, Names] = {PROCESS_GROUPS: _PROCESS_GROUPS, DISPATCH: _DISPATCH}
 
 TORCH = Dependency("torch", ">=2.10,<2.14", REQUIRED)
