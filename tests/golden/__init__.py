@@ -132,7 +132,7 @@ def random_streams() -> list[dict[str, Any]]:
         streams.append({"seed": seed, "rank": topology.rank, "step": step, **_first_numbers()})
     for rank in range(2):
         seed_everything(11, Topology.of(2, rank, tensor=2), 7)
-        region = Region(None, 2, rank, draws=True)
+        region = Region(None, 2, rank, has_dropout=True)
         region.use_rank_local_rng(torch.device("cpu"))
         apart = torch.rand(4).tolist()
         region.use_shared_rng(torch.device("cpu"))
