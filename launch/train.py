@@ -74,7 +74,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
         return
     for problem in loaded.warnings:
         log.warning("%s", problem)
-    with guarded_run(launch, store, requests, directory, lock, timeout) as run:
+    with guarded_run(launch, store, requests, directory=directory, lock=lock, timeout_seconds=timeout) as run:
         train_guarded(loaded, launch, store, run, verify_data=verify_data)
 
 
@@ -123,7 +123,7 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
         meter = Meter(
             engine, world.device, launch.world_size, cost, config.data.sequence_length, directory.attempt, progress
         )
-        stop = StopAgreement(run.requests, world, directory, loaded.steps, run.lock)
+        stop = StopAgreement(run.requests, world, directory, final_step=loaded.steps, lock=run.lock)
         with open_trackers(loaded, directory, tracks=world.is_rank_zero) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
         files = write_model(

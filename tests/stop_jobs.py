@@ -113,12 +113,12 @@ class _DelayedAgreement(StopAgreement):
     """Sleeps before each step."""
 
     def __init__(self, requests: StopRequests, world: World, directory: Any, final_step: int, draw: Any) -> None:
-        super().__init__(requests, world, directory, final_step)
+        super().__init__(requests, world, directory, final_step=final_step)
         self._draw = draw
 
-    def announce(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         time.sleep(self._draw.random() * 0.005)
-        super().announce(step)
+        super().before_step(step)
 
 
 class _EvaluationCounter(Trackers):

@@ -253,8 +253,8 @@ def test_missing_rank_is_named_during_and_after_the_wait(monkeypatch: pytest.Mon
     monkeypatch.setattr(waiting, "LOG_INTERVAL_SECONDS", 0.2)
     with captured_messages("trainer.distributed.waiting") as lines:
         messages = compared([(0, []), (1, []), (3, [])], 4, timeout=0.7)
-    assert messages[0] == "rank 2 did not arrive within 0.7 s. Look at what its process says"
-    assert set(messages[1:]) <= {messages[0], "rank 0 did not arrive within 0.7 s. Look at what its process says"}
+    assert messages[0] == "rank 2 did not arrive within 0.7 s. See the output of its process"
+    assert set(messages[1:]) <= {messages[0], "rank 0 did not arrive within 0.7 s. See the output of its process"}
     assert any("for rank 2 to start" in line for line in lines)
 
 
@@ -264,4 +264,4 @@ def test_duplicate_rank_is_refused_alone() -> None:
     facts = [Fact("a", 1)]
     messages = compared([(0, facts), (1, facts), (1, facts)], 2)
     assert sorted(messages)[:2] == ["", ""]
-    assert sorted(messages)[2].startswith("RANK: another process is rank 1 already")
+    assert sorted(messages)[2].startswith("RANK: another process has rank 1 already")

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch.distributed import HashStore
@@ -27,7 +27,9 @@ from trainer.distributed import Launch, PhaseMark, Phases, joined_world
 from trainer.errors import DataError, Preempted, TrainingHalted
 from trainer.events import read_events
 from trainer.fault_tolerance import StopAgreement, StopRequests, run_lock, watchdog
+from trainer.fault_tolerance.diagnosis import Diagnosis
 from trainer.fault_tolerance.inspection import is_debugged
+from trainer.fault_tolerance.reports import Reporter
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.fault_tolerance.watchdog import Watchdog
 from trainer.loop import fit
@@ -102,7 +104,7 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
         parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
         parts.checkpoints.restore(parts.started.engine)
         requests = StopRequests(launch.rank)
-        stop = StopAgreement(requests, world, parts.checkpoints.directory, loaded.steps)
+        stop = StopAgreement(requests, world, parts.checkpoints.directory, final_step=loaded.steps)
         fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, parts.meter, Trackers([]), stop)
     return found
 
@@ -133,14 +135,15 @@ def test_watchdog_spares_a_rank_in_a_debugger(tmp_path: Path, monkeypatch: pytes
     exec("found = is_debugged()", namespace)
     assert namespace["found"]
     watching, statuses = _one_rank(tmp_path), list[int]()
-    watching._reporter = SimpleNamespace(  # type: ignore[assignment]
+    reporter = SimpleNamespace(
         peers=SimpleNamespace(lost_ranks=dict, ranks_behind=lambda _: [], describe=str, reports=dict), reads_peers=False
     )
+    diagnosis = Diagnosis(Launch(), cast("Reporter", reporter), 0.1)
     watching._seconds_waited = 100.0
     monkeypatch.setattr(watchdog.os, "_exit", statuses.append)
     for debugged, expected in ((True, []), (False, [6])):
         monkeypatch.setattr(watchdog, "is_debugged", lambda debugged=debugged: debugged)
-        watching._handle_timeout(PhaseMark(1, 0, "step", 3), 1.0)
+        watching._handle_timeout(diagnosis, PhaseMark(1, 0, "step", 3), 1.0)
         assert statuses == expected
 
 

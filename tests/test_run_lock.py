@@ -177,7 +177,7 @@ def test_damaged_lock_file_is_rewritten(content: str, tmp_path: Path, locks: Any
 def test_acquire_rejects_an_unwritable_lock_file(tmp_path: Path, locks: Any) -> None:
     (tmp_path / "victim").touch()
     (tmp_path / LOCK).symlink_to(tmp_path / "victim")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="cannot write"):
         locks(tmp_path)
     assert (tmp_path / "victim").read_bytes() == b""
 

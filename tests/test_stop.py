@@ -156,8 +156,8 @@ def test_rank_zero_hosts_the_store_until_all_ranks_have_read(
         )
         requests = StopRequests(rank)
         requests._request = StopRequest("SIGTERM", 0.0)
-        stops.append(StopAgreement(requests, cast("World", world), directory, 9))
-        stops[rank].announce(3)
+        stops.append(StopAgreement(requests, cast("World", world), directory, final_step=9))
+        stops[rank].before_step(3)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(stops[0].preemption_error, 3)
         time.sleep(0.5)

@@ -120,7 +120,7 @@ def test_stopped_rank_is_named_and_the_others_exit(name: str, outcomes: dict[str
     assert outcome.ended.status == RankLost.exit_status, outcome.said
     phase, step = case.mark.split()
     words = {"step": f"step {step}", "evaluate": f"evaluation at step {step}", "save": f"checkpoint of step {step}"}
-    expected = f"{words[phase]}: a collective did not end within {LIMIT:g} s (run.collective_timeout_seconds)"
+    expected = f"{words[phase]}: a collective did not complete within {LIMIT:g} s (run.collective_timeout_seconds)"
     assert expected in outcome.said
     assert re.search(rf"not arrived: rank {case.rank} .*(is stopped|does not respond)", outcome.said), outcome.said
     assert outcome.told < LIMIT / 10 + 2, "the limit's tenth, and what a busy machine takes"

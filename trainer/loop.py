@@ -52,7 +52,7 @@ def train(
     if not first_step:
         evaluate(0, world, engine, batches, meter, trackers)
     for step, batch in enumerate(meter.timed(batches.train.steps(first_step + 1, last)), start=first_step + 1):
-        stop.announce(step)
+        stop.before_step(step)
         world.phases.enter("step", step)
         world.seed_step(step)
         result = engine.train_step(batch, verify_step=step if is_replica_check_due(step, config) else None)
@@ -60,7 +60,7 @@ def train(
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         losses: dict[str, float | None] = {}
-        is_stopping = stop.is_due(step)
+        is_stopping = stop.stops_after(step)
         is_save_due = is_stopping or checkpoints.is_due(step)
         if is_save_due or step in (1, last) or step % config.training.log_every_steps == 0:
             row = meter.train_row(step, batches.train.epochs_after(step), result, batch.tokens)

@@ -96,18 +96,18 @@ class Topology:
         return self.coordinate("pipeline")
 
     def size(self, *axes: Axis) -> int:
-        """Number of ranks along an axis, or along the product of several axes."""
+        """Return the number of ranks along an axis, or along the product of several axes."""
         return math.prod(getattr(self, axis) for axis in axes)
 
     def coordinate(self, *axes: Axis) -> int:
-        """Index of this rank along an axis, or along the product of several axes (slowest first)."""
+        """Return the index of this rank along an axis, or along the product of several axes (slowest first)."""
         index = 0
         for axis in _in_order(axes):
             index = index * self.size(axis) + self.rank // self._stride(axis) % self.size(axis)
         return index
 
     def ranks_of(self, *axes: Axis) -> list[int]:
-        """Ranks of this rank's group along an axis or a product of axes, in ascending order of their coordinate."""
+        """Return the ranks of the group along an axis or a product of axes, in the order of their coordinate."""
         axes = _in_order(axes)
         strides = [self._stride(axis) for axis in axes]
         first = self.rank - sum(self.coordinate(axis) * stride for axis, stride in zip(axes, strides, strict=True))
@@ -115,16 +115,16 @@ class Topology:
         return [first + sum(i * stride for i, stride in zip(index, strides, strict=True)) for index in indices]
 
     def groups_of(self, *axes: Axis) -> list[list[int]]:
-        """All groups of ranks along an axis or a product of axes, in ascending order of their first rank."""
+        """Return all groups of ranks along an axis or a product of axes, in the order of their first rank."""
         groups = {tuple(replace(self, rank=rank).ranks_of(*axes)) for rank in range(self.world_size)}
         return sorted(map(list, groups))
 
     def shares_samples(self) -> tuple[Axis, ...]:
-        """Axes of more than one rank whose ranks process the same samples; see `SAMPLE_SHARING_AXES`."""
+        """Return the axes of more than one rank whose ranks process the same samples; see `SAMPLE_SHARING_AXES`."""
         return tuple(axis for axis in SAMPLE_SHARING_AXES if self.size(axis) > 1)
 
     def inside_replica(self) -> Topology:
-        """Topology of this rank's replica alone, with ranks counted from its first rank.
+        """Return the topology of this rank's replica alone, with ranks counted from its first rank.
 
         This is the numbering of torch's default process group, which holds the ranks of one replica.
         """

@@ -157,7 +157,7 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
         loaded = configuration(Path(folder), 1, batch=1, world=launch.world_size, zero_optimization={"stage": 1})
         parts, directory = assemble(loaded, world), RunDirectory.examine(loaded)
         batches = parts.batches.train.steps(1, _WARM_UP + 2 * pairs * count)
-        agreement = StopAgreement(StopRequests(launch.rank), world, directory, loaded.steps)
+        agreement = StopAgreement(StopRequests(launch.rank), world, directory, final_step=loaded.steps)
         for _ in range(_WARM_UP):
             parts.started.engine.train_step(next(batches))
         for pair in range(pairs):
@@ -182,11 +182,11 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
 def _guarded_step(step: int, parts: Assembled, batches: Any, agreement: StopAgreement, watchdog: Watchdog) -> float:
     """A step as the training loop makes it; the seconds of the look-up after it."""
     batch = next(batches)
-    agreement.announce(step)
+    agreement.before_step(step)
     watchdog.phases.enter("step", step)
     parts.started.engine.train_step(batch)
     begin = time.perf_counter()
-    agreement.is_due(step)
+    agreement.stops_after(step)
     return time.perf_counter() - begin
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: environment, logs, the store they share, process groups, agreement."""
+"""Environment, logs, key-value store, process groups and collectives of the ranks of a run."""
 
 from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.utils.distributed import get_free_port

@@ -1,47 +1,63 @@
-"""Plain collectives on tensors, without a gradient."""
+"""Collectives on tensors, without gradients."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = Any
-"""A process group; None stands for all ranks."""
+Group = dist.ProcessGroup | None
+"""A process group; None stands for torch's default group."""
 
 
-def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sum over the group, as a new tensor."""
+def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Return the reduction over the group. Collective: all ranks of `group` must call it.
+
+    Returns:
+        A new tensor of the same shape.
+    """
     reduced = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(reduced, op=op, group=group)
     return reduced
 
 
 def all_gather(tensor: Tensor, dim: int, group: Group) -> Tensor:
-    """Every rank's part, joined along `dim` in the order of ranks; the parts are equally large."""
+    """Concatenate the tensors of all ranks along `dim`. Collective: all ranks of `group` must call it.
+
+    Args:
+        tensor: This rank's tensor; all ranks have the same shape.
+        dim: Dimension that grows by the size of the group.
+        group: The ranks, in whose order the result is.
+    """
     size = dist.get_world_size(group)
-    own = tensor.detach().movedim(dim, 0).contiguous()
-    joined = own.new_empty((size * own.shape[0], *own.shape[1:]))
-    dist.all_gather_into_tensor(joined, own, group=group)
-    return _moved(joined, dim)
-
-
-def _moved(tensor: Tensor, dim: int) -> Tensor:
-    """With its first dimension at `dim`, in memory of its own: users view it, and change it in place."""
-    return tensor if dim == 0 else tensor.movedim(0, dim).clone(memory_format=torch.contiguous_format)
+    local = tensor.detach().movedim(dim, 0).contiguous()
+    gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
+    dist.all_gather_into_tensor(gathered, local, group=group)
+    return _restore_dim(gathered, dim)
 
 
 def reduce_scatter(tensor: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part, along `dim`, of the sum over the group."""
+    """Return this rank's slice, along `dim`, of the sum over the group.
+
+    Collective: all ranks of `group` must call it.
+
+    Args:
+        tensor: Summand of the full shape; `dim` must be divisible by the size of the group.
+        dim: Dimension that is divided by the size of the group.
+        group: The ranks, in whose order the slices are.
+    """
     size = dist.get_world_size(group)
-    whole = tensor.detach().movedim(dim, 0).contiguous()
-    own = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
-    dist.reduce_scatter_tensor(own, whole, group=group)
-    return _moved(own, dim)
+    full = tensor.detach().movedim(dim, 0).contiguous()
+    local = full.new_empty((full.shape[0] // size, *full.shape[1:]))
+    dist.reduce_scatter_tensor(local, full, group=group)
+    return _restore_dim(local, dim)
 
 
 def local_slice(tensor: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's of equal parts along `dim`."""
+    """Return this rank's slice along `dim`, which is divided evenly over the ranks of the group."""
     return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
+
+
+def _restore_dim(tensor: Tensor, dim: int) -> Tensor:
+    """Move the first dimension to `dim`. Returns contiguous memory, since callers view it and change it in place."""
+    return tensor if dim == 0 else tensor.movedim(0, dim).clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Who this process is: what the launcher and the machine say, and what DeepSpeed and torch read on import."""
+"""Environment of a process: the launcher's variables, the device, and what DeepSpeed and torch read on import."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from trainer.compat.dependencies import exit_on_unsupported_versions
 from trainer.errors import ConfigError, Problem
 
-_LAUNCHER_REMEDY = "Launchers set this environment variable: start by deepspeed or torchrun, or unset it"
+_LAUNCHER_REMEDY = "Launchers set this environment variable: start with deepspeed or torchrun, or unset it"
 
 
 def prepare_environment() -> None:
-    """Sets what DeepSpeed and torch read from the environment on import. Call it before importing either room.
+    """Set the environment variables that DeepSpeed and torch read on import.
 
-    Only variables that are not set are set: the accelerator (so that DeepSpeed does not guess, with a warning),
-    the folder of compiled extensions (inside the virtual environment, so that its life is theirs), and the path
-    to the `ninja` that lies beside this Python.
+    Must be called before either is imported. Existing variables are kept. Sets the accelerator (DeepSpeed would guess
+    it, with a warning), the directory of compiled extensions (inside the virtual environment, with which it is deleted)
+    and the path to the `ninja` of this Python.
     """
     exit_on_unsupported_versions()
     if not torch.cuda.is_available():
@@ -37,32 +37,33 @@ def prepare_environment() -> None:
 
 
 def local_device() -> Literal["cpu", "cuda"]:
-    """The kind of device that this machine computes on."""
+    """Return the type of device that this machine computes on."""
     return "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher (`deepspeed`, `torchrun`, or none) says about this process."""
+    """Position of this process among all processes, as the launcher (`deepspeed`, `torchrun`, or none) describes it."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Number of this process on its host."""
+    """Rank among the processes of this host."""
 
     local_world_size: int = 1
-    """Processes on this host."""
+    """Number of processes on this host."""
 
     @property
     def is_on_one_host(self) -> bool:
+        """True if all processes run on this host."""
         return self.local_world_size == self.world_size
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process where there is no launcher.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without a launcher there is one process.
 
         Raises:
-            ConfigError: naming every variable that is not a number in its range.
+            ConfigError: a variable is not a number in its range; names each of them.
         """
         problems: list[Problem] = []
         world_size = _read_count("WORLD_SIZE", "1", 1, None, problems)
@@ -77,7 +78,7 @@ class Launch:
 
 
 def _read_count(name: str, default: str, minimum: int, stop: int | None, problems: list[Problem]) -> int:
-    """The variable as a number from `minimum` up to, but not including, `stop`."""
+    """Read a variable as a number from `minimum` up to, but not including, `stop`."""
     text = os.environ.get(name, default)
     expected = f"a number of at least {minimum}" if stop is None else f"a number from {minimum} to {stop - 1}"
     if text.isascii() and text.isdigit() and len(text) < 10 and minimum <= int(text) < (stop or 10**9):
@@ -87,7 +88,7 @@ def _read_count(name: str, default: str, minimum: int, stop: int | None, problem
 
 
 def complete_environment(launch: Launch) -> None:
-    """DeepSpeed reads the launcher's variables; a plain `python` start has none."""
+    """Set the launcher's variables, which DeepSpeed reads, for a process that was started without a launcher."""
     defaults = {
         "RANK": launch.rank,
         "WORLD_SIZE": launch.world_size,

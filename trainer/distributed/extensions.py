@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled extensions."""
+"""Compilation and loading of DeepSpeed's extensions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_INTERVAL_SECONDS = 30.0
 
 @contextlib.contextmanager
 def _logged_lock(path: Path, holder: str) -> Iterator[None]:
-    """Hold a file lock; log for whom this process waits."""
+    """Hold a file lock; log the wait for its present holder."""
     lock, start = FileLock(str(path)), time.monotonic()
     while True:
         try:
@@ -37,25 +37,26 @@ def _logged_lock(path: Path, holder: str) -> Iterator[None]:
 
 
 def load_extension(name: str) -> None:
-    """Loads one of DeepSpeed's compiled extensions, compiling it first where needed (a minute or several, once).
+    """Load one of DeepSpeed's extensions; compile it first if necessary (once, one to several minutes).
 
-    A process killed while it compiles leaves a lock file on which every later start would wait for ever. All
-    our compiling happens under a lock that the kernel releases, so a lock file found while holding that is stale.
+    A process that is killed while it compiles leaves a lock file, on which torch waits forever at every later start.
+    All compilation here happens under a lock that the kernel releases, so that a lock file found under it is stale.
+
+    Args:
+        name: Class name of the op builder.
     """
     from deepspeed.accelerator import get_accelerator
 
     op_builder = get_accelerator().create_op_builder(name)
     if op_builder is None:
         return
-    extensions_directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    extensions_directory.mkdir(parents=True, exist_ok=True)
-    with _logged_lock(
-        extensions_directory / ".tessera.lock", f"another process that compiles or loads {op_builder.name}"
-    ):
-        for lock_file in extensions_directory.rglob("lock"):
-            log.warning("removing %s, left by a process that was killed while compiling", lock_file)
+    directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    directory.mkdir(parents=True, exist_ok=True)
+    with _logged_lock(directory / ".tessera.lock", f"another process that compiles or loads {op_builder.name}"):
+        for lock_file in directory.rglob("lock"):
+            log.warning("removing %s of a process that was killed while compiling", lock_file)
             lock_file.unlink(missing_ok=True)
-        if not list(extensions_directory.rglob(f"{op_builder.name}.so")):
-            log.info("compiling DeepSpeed's %s, once; this takes a minute or several", op_builder.name)
+        if not list(directory.rglob(f"{op_builder.name}.so")):
+            log.info("compiling DeepSpeed's %s (once, one to several minutes)", op_builder.name)
         with contextlib.redirect_stdout(io.StringIO()):
             op_builder.load(verbose=False)

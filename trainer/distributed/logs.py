@@ -1,4 +1,4 @@
-"""Logs: rank 0 on the console, every rank in a file of its own."""
+"""Logging: rank 0 to the console, every rank to its own file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.sanitize import SafeFormatter
 
 
 class _ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stdout` is at the time: a progress bar puts itself in its place and keeps below the lines."""
+    """Handler that writes to the current `sys.stdout`, which a progress bar replaces to stay below the lines."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -25,7 +25,7 @@ class _ConsoleHandler(logging.StreamHandler[TextIO]):
 
 
 class _MinimumLevel(logging.Filter):
-    """A level that nobody else can set, unlike a handler's own."""
+    """Filter by level. Unlike the level of a handler, other libraries cannot change it."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _MinimumLevel(logging.Filter):
 
 
 class _RankFileHandler(logging.FileHandler):
-    """A rank's own file. One on a full disk loses lines, with one warning, and never ends the run."""
+    """Handler of the log file of a rank. On a full disk it loses lines, after one warning, and never ends the run."""
 
     def __init__(self, path: Path) -> None:
         self._has_failed = False
@@ -50,7 +50,7 @@ class _RankFileHandler(logging.FileHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
         elif not self._has_failed:
-            print(f"warning: {self.baseFilename}: lines are lost: {error.strerror}", file=sys.stderr)
+            print(f"warning: {self.baseFilename}: log lines are lost: {error.strerror}", file=sys.stderr)
             self._has_failed = True
 
 
@@ -60,14 +60,14 @@ def _open_rank_file(folder: Path, rank: int) -> _RankFileHandler:
         return _RankFileHandler(folder / f"rank-{rank}.log")
     except OSError as error:
         reason = f"{folder}/rank-{rank}.log cannot be written: {error.strerror}"
-        raise ConfigError(Problem("run.output_dir", reason, "Free some space, or take another folder")) from None
+        raise ConfigError(Problem("run.output_dir", reason, "Free some space, or use another directory")) from None
 
 
 def configure_logging(rank: int, folder: Path | None = None) -> None:
-    """Rank 0 speaks on the console; with a `folder`, every rank writes its own `rank-N.log` there.
+    """Log to the console on rank 0 and, if `folder` is given, to `rank-N.log` in it on every rank.
 
-    DeepSpeed's logger goes to the same places, on the console with errors only. Each logger has handlers of
-    its own, because DeepSpeed sets the level of its handlers.
+    DeepSpeed's logger uses the same destinations, with errors only on the console. Each logger has its own handlers,
+    because DeepSpeed changes the level of its handlers.
     """
     for name, console_level in (("trainer", logging.INFO), ("DeepSpeed", logging.ERROR)):
         logger = logging.getLogger(name)

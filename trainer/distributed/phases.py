@@ -1,4 +1,4 @@
-"""What a rank is doing, and how long a collective may take in it."""
+"""Phases of a run, and the timeout of collectives in each."""
 
 from __future__ import annotations
 
@@ -13,59 +13,69 @@ from trainer.compat.torch.process_groups import set_timeout_of_all_groups
 Phase = Literal["start", "data", "join", "build", "resume", "step", "evaluate", "save", "final", "finished"]
 
 LIMITED: tuple[Phase, ...] = ("step", "evaluate", "save", "final")
-"""Phases in which `run.collective_timeout_seconds` holds; before the first step ranks have `JOIN_TIMEOUT`."""
+"""Phases in which `run.collective_timeout_seconds` applies; before the first step it is `JOIN_TIMEOUT`."""
 
 JOIN_TIMEOUT = timedelta(hours=24)
-"""How long ranks wait for each other before training; another host may have a corpus to tokenize first."""
+"""Timeout of ranks for each other before training: another host may have a corpus to tokenize first."""
 
 COMPILE_SECONDS = 600.0
-"""The least limit of the first step and of the first evaluation, in which kernels are compiled and loaded."""
+"""Minimum timeout of the first step and of the first evaluation, in which kernels are compiled and loaded."""
 
 DEFAULT_SECONDS = 1800.0
 
 _NAMES: dict[Phase, str] = {
-    "start": "starting", "data": "preparing data", "join": "joining", "build": "building the model",
-    "resume": "resuming", "step": "step {}", "evaluate": "evaluation at step {}", "save": "checkpoint of step {}",
-    "final": "writing the final model", "finished": "finished",
-}  # fmt: skip
+    "start": "starting",
+    "data": "preparing data",
+    "join": "joining",
+    "build": "building the model",
+    "resume": "resuming",
+    "step": "step {}",
+    "evaluate": "evaluation at step {}",
+    "save": "checkpoint of step {}",
+    "final": "writing the final model",
+    "finished": "finished",
+}
 
 
 class PhaseMark(NamedTuple):
-    """Where a rank is. All ranks enter the same phases in the same order, so positions can be compared."""
+    """Progress of a rank. All ranks enter the same phases in the same order, so that marks can be compared."""
 
     phase_index: int = 0
     """Number of phases entered so far."""
 
     progress: int = 0
-    """Units of work done since the phase was entered: micro-batches, files, tensors."""
+    """Units of work completed in the phase: micro-batches, files, tensors."""
 
     phase: Phase = "start"
     step: int = 0
 
     @property
     def name(self) -> str:
+        """Phase and step, for messages."""
         return _NAMES[self.phase].format(self.step)
 
 
 class Phases:
-    """The current phase of this rank. The main thread writes plain attributes and takes no lock; other threads read."""
+    """Current phase of this rank. The main thread writes plain attributes without a lock; other threads read them."""
 
     def __init__(self, timeout_seconds: float = DEFAULT_SECONDS) -> None:
-        """Args:
-        timeout_seconds: `run.collective_timeout_seconds`.
+        """Start in the phase "start".
+
+        Args:
+            timeout_seconds: `run.collective_timeout_seconds`.
         """
         self.mark = PhaseMark()
         self.timeout = JOIN_TIMEOUT.total_seconds()
-        """Limit of a collective in the current phase, in seconds."""
+        """Timeout of a collective in the current phase, in seconds."""
 
         self._configured = timeout_seconds
         self._entries: Counter[Phase] = Counter()
 
     def enter(self, phase: Phase, step: int = 0) -> None:
-        """Enter a phase; all ranks must enter the same ones in the same order. Main thread only.
+        """Enter a phase. All ranks must enter the same phases in the same order. Main thread only.
 
-        Sets the timeout of every process group where it changes, and after the first two entries of a phase, because
-        DeepSpeed creates some of its groups on first use.
+        Sets the timeout of all process groups if it changes, and in the first two entries of a phase, because DeepSpeed
+        creates some of its groups on first use.
         """
         self._entries[phase] += 1
         timeout = self._timeout_of(phase)
@@ -76,7 +86,7 @@ class Phases:
         self.mark = PhaseMark(self.mark.phase_index + 1, 0, phase, step)
 
     def advance(self) -> None:
-        """Note progress within the phase: the limit counts from here. Main thread only."""
+        """Count one unit of work in the phase, from which the timeout runs again. Main thread only."""
         phase_index, progress, phase, step = self.mark
         self.mark = PhaseMark(phase_index, progress + 1, phase, step)
 

@@ -1,4 +1,4 @@
-"""The shared-memory files that DeepSpeed's CPU collective leaves: 69 MB a rank."""
+"""Shared-memory files of DeepSpeed's CPU collectives: 69 MB for each rank."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ _SHARED_MEMORY = Path("/dev/shm")
 _BUFFERS = "deepspeed_allreduce_buffer_*"
 
 MIN_AGE_SECONDS = 60.0
-"""A buffer that was written less than so long ago may belong to a rank that is starting."""
+"""A buffer written more recently may belong to a rank that is starting."""
 
 
 def remove_stale_buffers() -> int:
-    """Remove the shared-memory files of killed ranks: 69 MB each, and nobody else ever does.
+    """Remove the shared-memory files of killed ranks, which nothing else removes.
 
-    Only files of this user, older than `MIN_AGE_SECONDS`, that no living process has open or mapped: DeepSpeed creates
-    a file, writes it, closes it, and maps it only then, and ranks whose file was removed in between wait forever.
+    Removes only files of this user that are older than `MIN_AGE_SECONDS` and that no running process has open or
+    mapped. The age matters because DeepSpeed creates, writes and closes a file before it maps it: ranks whose file is
+    removed in between wait forever.
 
     Returns:
-        How many were removed.
+        Number of removed files.
     """
     files = [f for f in _SHARED_MEMORY.glob(_BUFFERS.replace("*", f"{os.getuid()}_*")) if not _is_recent(f)]
     if not files:
@@ -41,11 +42,11 @@ def _is_recent(file: Path) -> bool:
     try:
         return time.time() - file.stat().st_mtime < MIN_AGE_SECONDS
     except OSError:
-        return True  # its owner has removed it meanwhile
+        return True  # removed by its owner meanwhile
 
 
 def _find_used_files() -> set[str]:
-    """Files in shared memory that a process of this user has open or mapped."""
+    """Return the files in shared memory that a process of this user has open or mapped."""
     used_files: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -59,9 +60,9 @@ def _find_used_files() -> set[str]:
 
 
 def unlink_shared_buffer(launch: Launch) -> None:
-    """Unlink this rank's shared-memory file once all ranks have it mapped. All ranks must call it.
+    """Unlink this rank's shared-memory file once all ranks have mapped it. Collective: all ranks must call it.
 
-    The memory stays theirs until they end, however they end: nothing is left for anybody to remove.
+    The kernel frees the memory when the last rank ends, however it ends, so that nothing is left to remove.
     """
     dist.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]

@@ -1,4 +1,4 @@
-"""The key-value store that all ranks share, before there is a process group and beside it."""
+"""The key-value store of all ranks: available before process groups, and independent of them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _CONNECT_TIMEOUT = timedelta(seconds=30)
 
 
 def open_store(launch: Launch, timeout: timedelta = JOIN_TIMEOUT) -> Store:
-    """Open the store of a run, hosted by rank 0. All ranks must call it.
+    """Open the store of a run, which rank 0 hosts. Collective: all ranks must call it.
 
-    Where all ranks are on one host, only this host can reach it. The store has no authentication: between hosts it
-    belongs on a private network, like every store of torch's.
+    If all ranks are on one host, only this host can reach it. Like all stores of torch it has no authentication, so
+    that between hosts it belongs on a private network.
 
     Args:
-        patience: how long a rank tries to connect to rank 0.
+        launch: This process, as the launcher describes it.
+        timeout: How long a rank tries to connect to rank 0.
 
     Raises:
-        ConfigError: the address of rank 0 is missing or wrong, its port is in use, or rank 0 cannot be reached.
+        ConfigError: the address of rank 0 is missing or invalid, its port is in use, or rank 0 cannot be reached.
     """
     if launch.world_size == 1:
         return HashStore()
@@ -51,10 +52,12 @@ def _is_hosted_by_agent() -> bool:
 
 
 def _open_store_via_agent(launch: Launch, timeout: timedelta) -> Store:
-    """torchrun's agent has a store, which dies with it, and the ranks must be able to save then. So rank 0 hosts one
-    here too; only its address goes through the agent's."""
+    """Exchange the address of rank 0's store through the store of torchrun's agent.
+
+    The agent's own store ends with the agent, and the ranks must still be able to save a checkpoint then.
+    """
     agent = _connect_store(launch, *_address(), timeout)
-    # The agent outlives its workers: what those before a restart have written must not be read.
+    # The agent outlives its workers: keys written before a restart must not be read.
     key = f"tessera/store/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if launch.rank == 0:
         store = _host_store(launch, _reachable_address(launch), 0)
@@ -65,27 +68,26 @@ def _open_store_via_agent(launch: Launch, timeout: timedelta) -> Store:
 
 
 def _reachable_address(launch: Launch) -> str:
-    """Where the other ranks reach this host: the address from which it reaches the agent."""
+    """Return the address at which other hosts reach this one: the one from which it reaches the agent."""
     if launch.is_on_one_host:
         return "127.0.0.1"
     host, port = _address()
     family, socket_type, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket_type) as probe:
-        probe.connect(address)  # of a datagram socket: nothing is sent
+        probe.connect(address)  # a datagram socket sends nothing here
         address_of_host = str(probe.getsockname()[0])
     return host if address_of_host.startswith("127.") or address_of_host == "::1" else address_of_host
 
 
 def _refuse_bad_address() -> None:
-    """Several ranks cannot choose an address each of their own, as one process does."""
+    """Refuse a missing address: unlike a single process, several ranks cannot choose one independently."""
     for name, expected in (("MASTER_ADDR", "the host of rank 0"), ("MASTER_PORT", "a port from 1 to 65535")):
         value = os.environ.get(name, "")
         is_port = value.isascii() and value.isdigit() and len(value) < 6 and 0 < int(value) < 65_536
         if not (is_port if name == "MASTER_PORT" else value.strip()):
-            raise ConfigError(
-                Problem(name, f"must be {expected} where WORLD_SIZE is more than 1 (got {value!r})",
-                        "Launchers set this environment variable: start by deepspeed or torchrun")
-            )  # fmt: skip
+            reason = f"must be {expected} if WORLD_SIZE is more than 1 (got {value!r})"
+            remedy = "Launchers set this environment variable: start with deepspeed or torchrun"
+            raise ConfigError(Problem(name, reason, remedy))
 
 
 def _address() -> tuple[str, int]:
@@ -93,17 +95,16 @@ def _address() -> tuple[str, int]:
 
 
 def _host_store(launch: Launch, host: str, port: int) -> TCPStore:
-    """Args:
-    port: 0 for any.
-    """
+    """Host the store; port 0 means any free port."""
     try:
         listener = _listen(["127.0.0.1"] if launch.is_on_one_host else ["::", "0.0.0.0"], port)
     except OSError as error:
-        raise ConfigError(
-            Problem("--master_port", f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}",
-                    "Another run on this host may have it, perhaps this one, started before; for a second run take "
-                    "another port: deepspeed --master_port N, or torchrun --master_port N")
-        ) from None  # fmt: skip
+        reason = f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}"
+        remedy = (
+            "Another run on this host may use it, perhaps an earlier start of this one. For a second run choose "
+            "another port: deepspeed --master_port N, or torchrun --master_port N"
+        )
+        raise ConfigError(Problem("--master_port", reason, remedy)) from None
     port = listener.getsockname()[1]
     return TCPStore(
         host, port, launch.world_size, True, JOIN_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -111,7 +112,7 @@ def _host_store(launch: Launch, host: str, port: int) -> TCPStore:
 
 
 def _listen(addresses: Sequence[str], port: int) -> socket.socket:
-    """Listens on the first of the addresses whose family this host has: IPv6 may be switched off."""
+    """Listen on the first address whose family this host supports: IPv6 may be disabled."""
     for number, address in enumerate(addresses, start=1):
         try:
             listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -144,15 +145,14 @@ def _connect_store(launch: Launch, host: str, port: int, timeout: timedelta) -> 
 
 
 def _log_waiting(launch: Launch, line: str) -> None:
-    """On one rank a host: rank 0, which speaks on the console otherwise, is the one that is missing."""
+    """Log the wait for rank 0, and print it on one rank of each host: only rank 0 prints log lines."""
     log.info("%s", line)
     if launch.local_rank == (1 if launch.is_on_one_host else 0):
         print(f"[tessera] rank {launch.rank} on {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
 
 
 def open_second_connection(store: Store) -> Store:
-    """The same store over a connection of its own, for a thread: a request that waits blocks all others of its
-    connection."""
+    """Connect to the same store again, for a thread: a request that waits blocks all others of its connection."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if not isinstance(store, TCPStore):

@@ -1,4 +1,4 @@
-"""Waiting for what other ranks have to post in the store, with a line about who is missing."""
+"""Waiting for values that other ranks post in the store, with a log line about the missing ranks."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from trainer.units import format_duration
 log = logging.getLogger(__name__)
 
 LOG_INTERVAL_SECONDS = 30.0
-"""Between two lines about the same wait, and before the first."""
+"""Interval between two log lines about the same wait, and time before the first."""
 
 _POLL_SECONDS = 0.01, 0.5
-"""Between two looks, at first and after a while. A store's own `wait` writes a warning of torch's at each timeout."""
+"""First and longest interval between two checks. The store's own `wait` logs a warning at each timeout."""
 
 _MAX_NAMES = 8
 
 
 def wait_for_keys(store: Store, keys: Mapping[str, str], purpose: str, timeout: timedelta) -> list[str]:
-    """Wait until all keys are in the store, with a log line every 30 s.
+    """Wait until all keys are in the store; log the missing ones every 30 s.
 
     Args:
-        keys: from a key to who sets it. purpose: completes "waited 0:00:30 for rank 3 to ...".
+        store: Store of all ranks.
+        keys: Owner of each key, such as "rank 3".
+        purpose: Completes the log line "waited 0:00:30 for rank 3 to ...".
+        timeout: Longest wait.
 
     Returns:
-        Who has not set their key within `timeout`; usually nobody.
+        Owners whose key is still missing after `timeout`; usually none.
     """
     missing, start = dict(keys), time.monotonic()
     logged_at, poll_seconds = start, _POLL_SECONDS[0]
@@ -48,24 +51,32 @@ def wait_for_keys(store: Store, keys: Mapping[str, str], purpose: str, timeout: 
     return list(missing.values())
 
 
-def publish_value(store: Store, world: int, key: str, value: str, purpose: str, timeout: timedelta) -> None:
-    """Post a value for all other ranks and wait until they have read it: rank 0 may end then, and the store with it.
+def publish_value(store: Store, world_size: int, key: str, value: str, *, purpose: str, timeout: timedelta) -> None:
+    """Post a value for all other ranks, which call `receive_value`, and wait until they have read it. Rank 0 only.
 
-    Call on rank 0, and `receive_value` on the others.
+    The wait matters because rank 0 hosts the store, which ends with it.
 
     Args:
-        purpose: what the others have to do, as in `wait_for_keys`.
-        timeout: at most so long; then they are not waited for.
+        store: Store of all ranks.
+        world_size: Number of ranks.
+        key: Key of the value.
+        value: The value.
+        purpose: What the other ranks do, as in `wait_for_keys`.
+        timeout: Longest wait; late ranks are ignored.
     """
     store.set(key, value)
-    wait_for_keys(store, {f"{key}/read/{rank}": f"rank {rank}" for rank in range(1, world)}, purpose, timeout)
+    wait_for_keys(store, {f"{key}/read/{rank}": f"rank {rank}" for rank in range(1, world_size)}, purpose, timeout)
 
 
-def receive_value(store: Store, rank: int, key: str, purpose: str, timeout: timedelta) -> str | None:
-    """What rank 0 hands out; None if it has not within `timeout`.
+def receive_value(store: Store, rank: int, key: str, *, purpose: str, timeout: timedelta) -> str | None:
+    """Return the value that rank 0 publishes; None if it has not done so within `timeout`.
 
     Args:
-        purpose: what rank 0 has to do, as in `wait_for_keys`.
+        store: Store of all ranks.
+        rank: This rank.
+        key: Key of the value.
+        purpose: What rank 0 does, as in `wait_for_keys`.
+        timeout: Longest wait.
     """
     if wait_for_keys(store, {key: "rank 0"}, purpose, timeout):
         return None
@@ -75,6 +86,6 @@ def receive_value(store: Store, rank: int, key: str, purpose: str, timeout: time
 
 
 def join_names(names: list[str]) -> str:
-    """Some of the names, and how many more there are."""
+    """Join the first names, and count the others."""
     suffix = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + suffix

@@ -1,4 +1,4 @@
-"""What keeps a run from being lost, from going wrong, from hanging, and from ending without a word."""
+"""Protection of a run: its lock, the comparison of its ranks, stop requests, and the watchdog."""
 
 from trainer.fault_tolerance.claim import claim_run_directory
 from trainer.fault_tolerance.comparison import Fact, compare_ranks

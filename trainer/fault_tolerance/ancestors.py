@@ -1,7 +1,7 @@
-"""The processes that started this rank, up to and including the command that a user types, and when one of them dies.
+"""Detection of the death of the processes that started this rank, up to the command that a user types.
 
-A launcher that is killed leaves its ranks behind: `deepspeed` starts launch.py, which starts the ranks, and a signal to
-the first reaches neither of the others. So each rank watches all of them.
+A killed launcher leaves its ranks running: `deepspeed` starts launch.py, which starts the ranks, and a signal to the
+first process reaches none of the others. So each rank watches all of them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Literal
 from trainer.fault_tolerance.processes import ProcessStat, process_stat
 
 Role = Literal["runner", "launcher", "session"]
-"""A `runner` is the command that a user types, `deepspeed` or `torchrun`. DeepSpeed's starts a `launcher` (launch.py)
-on each host, on another host below the `session` process of its SSH server."""
+"""A `runner` is the command that a user types, `deepspeed` or `torchrun`. DeepSpeed's runner starts a `launcher`
+(launch.py) on each host; on other hosts its parent is the `session` process of the SSH server."""
 
 _RUNNER_COMMANDS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
 _RUNNER_MODULES = ("deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch")
 _LAUNCHER_MODULES = ("deepspeed.launcher.launch",)
 _RUNNER_FLAGS = ("--enable_each_rank_log=", "--log_level=")
 _LAUNCHED_RANK_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
-"""Environment variables of ranks that launch.py, or torchrun, has started."""
+"""Environment variables of ranks that launch.py or torchrun started."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this host. Its id may be used again after its death; together with the start time it is unique."""
+    """A process of this host. Its id may be reused after its death, and is unique together with the start time."""
 
     pid: int
     stat: ProcessStat
@@ -48,7 +48,7 @@ class Process:
 
     @property
     def role(self) -> Role | None:
-        """What it has to do with starting ranks; None for others, such as a shell between two of them."""
+        """Role in starting ranks; None for other processes, such as a shell between two of them."""
         word = _script_words(self.command)[0]
         module = word.removesuffix(".py").replace("/", ".")
         if any(f".{module}".endswith(f".{name}") for name in _LAUNCHER_MODULES):
@@ -60,17 +60,17 @@ class Process:
 
 @dataclass(frozen=True)
 class Ancestors:
-    """What started this rank."""
+    """Processes that started this rank."""
 
     processes: tuple[Process, ...] = ()
-    """Those whose death ends the run, nearest first, the runner last; none where there is no launcher."""
+    """Processes whose death ends the run, nearest first, the runner last; empty without a launcher."""
 
     missing: str | None = None
-    """A process that has died already: its remains tell that there must be one."""
+    """Name of a process that must have existed and has died already."""
 
     @property
     def runner(self) -> Process | None:
-        """`deepspeed` or `torchrun`, where it runs on this host."""
+        """`deepspeed` or `torchrun`, if it runs on this host."""
         return next((process for process in self.processes if process.role == "runner"), None)
 
     @property
@@ -80,7 +80,7 @@ class Ancestors:
 
 
 def _script_words(command: Sequence[str]) -> list[str]:
-    """A command from its script, or the name of its module, on."""
+    """Strip the interpreter and its options: return the words from the script or module name on."""
     words = [word for word in command if word] or ["?"]
     if not Path(words[0]).name.startswith(("python", "pypy")):
         return words
@@ -93,7 +93,7 @@ def _script_words(command: Sequence[str]) -> list[str]:
 
 
 def read_process(pid: int) -> Process | None:
-    """The process as /proc has it; None where there is none, or it is hidden."""
+    """Read a process from /proc; None if it does not exist or is hidden."""
     stat = process_stat(pid)
     try:
         command = (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -103,7 +103,7 @@ def read_process(pid: int) -> Process | None:
 
 
 def seconds_since_start() -> float:
-    """How long this process runs."""
+    """Return the age of this process in seconds."""
     stat = process_stat(os.getpid())
     if stat is None:
         return 0.0
@@ -111,10 +111,11 @@ def seconds_since_start() -> float:
 
 
 def find_ancestors() -> Ancestors:
-    """The processes that started this rank, as far as they are the launcher's.
+    """Find the processes of the launcher that started this rank.
 
-    None under plain `python`: a shell's death ends no run. On another host than `deepspeed`'s the last one is the SSH
-    server's process of this connection, which dies with it, unless `nohup` or `setsid` stands between.
+    Returns none under plain `python`: the death of a shell does not end a run. On other hosts than that of `deepspeed`
+    the last process is the SSH server's for this connection, which ends with the connection, unless the command runs
+    under `nohup` or `setsid`.
     """
     lineage, is_complete = _read_lineage()
     roles = [process.role for process in lineage]
@@ -137,7 +138,7 @@ def find_ancestors() -> Ancestors:
 
 
 def _read_lineage() -> tuple[list[Process], bool]:
-    """All ancestors, nearest first, and whether they are known up to the first process of the host or container."""
+    """Return all ancestors, nearest first, and True if they reach the first process of the host or container."""
     lineage: list[Process] = []
     pid = os.getppid()
     while pid:
@@ -150,20 +151,22 @@ def _read_lineage() -> tuple[list[Process], bool]:
 
 
 def _was_launched() -> bool:
-    """Whether a launcher has started this process, and not in a container inside of which it cannot be seen: there the
-    process group or session has no number."""
+    """Return True if a launcher has started this process inside this container.
+
+    A launcher outside of the container is invisible; the process group or session is 0 then.
+    """
     return any(name in os.environ for name in _LAUNCHED_RANK_VARIABLES) and os.getpgrp() != 0 and os.getsid(0) != 0
 
 
 def signal_at_parents_death(parent: Process) -> bool:
-    """Let the kernel send SIGTERM when the parent dies. Returns False if it is dead already."""
+    """Ask the kernel to send SIGTERM when the parent dies. Returns False if it is dead already."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     return os.getppid() == parent.pid
 
 
 class ProcessWatch:
-    """Tells when one of some processes dies: by their process descriptors, or where a kernel has none by looking."""
+    """Detects the death of processes by their process descriptors; by polling if the kernel has none."""
 
     def __init__(self, processes: Sequence[Process]) -> None:
         self._by_descriptor: dict[int, Process] = {}
@@ -177,19 +180,19 @@ class ProcessWatch:
 
     @property
     def descriptors(self) -> Iterator[int]:
-        """Become readable when their process dies."""
+        """Descriptors, readable after the death of their process."""
         return iter(self._by_descriptor)
 
     @property
     def needs_polling(self) -> bool:
-        """Whether some have no descriptor, so that `pop_dead` has to be called from time to time."""
+        """True if a process has no descriptor, so that `pop_dead` must be called regularly."""
         return bool(self._polled)
 
     def pop_dead(self, readable: Sequence[int] = ()) -> list[Process]:
-        """Those that have died, each told once.
+        """Return the processes that have died since the last call.
 
         Args:
-            readable: of the descriptors.
+            readable: The readable ones of `descriptors`.
         """
         dead = [process for process in self._polled if not _is_alive(process)]
         self._polled = [process for process in self._polled if process not in dead]
@@ -200,14 +203,14 @@ class ProcessWatch:
 
 
 def _open_descriptor(process: Process) -> int | None:
-    """A descriptor of the process; None where the kernel has none, or it has died."""
+    """Open a descriptor of the process; None if the kernel has none, or the process has died."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except (OSError, AttributeError):
         return None
     if _is_alive(process):
         return descriptor
-    os.close(descriptor)  # the id may be another process's by now
+    os.close(descriptor)  # the id may belong to another process by now
     return None
 
 

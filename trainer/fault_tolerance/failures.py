@@ -1,4 +1,4 @@
-"""Which exceptions come from another rank's failure, as far as torch and gloo tell."""
+"""Recognition of exceptions that another rank's failure causes, by the words of torch and gloo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CONNECTION = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken 
 
 
 def is_collective_failure(error: Exception) -> bool:
-    """Whether an exception comes from a collective or the store because another rank is gone or late."""
+    """Return True if an exception comes from a collective or the store because another rank died or is late."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
@@ -21,14 +21,16 @@ def is_collective_failure(error: Exception) -> bool:
 
 
 def is_timeout(text: str) -> bool:
+    """Return True if a message says that a collective timed out."""
     return bool(_TIMEOUT.search(text))
 
 
 def is_broken_connection(text: str) -> bool:
+    """Return True if a message says that the connection to another rank broke."""
     return bool(_CONNECTION.search(text))
 
 
 def cause_of(error: Exception) -> str:
-    """The first sentence of what torch or gloo say, without the line of their source."""
+    """Extract the first sentence of a message of torch or gloo, without the line of their source code."""
     line = first_line(error)
     return re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\] *", "", line).partition(". ")[0]

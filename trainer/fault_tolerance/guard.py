@@ -1,4 +1,4 @@
-"""Everything that guards a run which has its directory: its lock, stop requests, the watchdog."""
+"""Lock, stop requests and watchdog of a run, together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class GuardedRun:
-    """A run that this rank takes part in, and what watches over it."""
+    """A run in progress, with its protection."""
 
     directory: RunDirectory
     lock: RunLock
@@ -25,16 +25,26 @@ class GuardedRun:
 
 @contextlib.contextmanager
 def guarded_run(
-    launch: Launch, store: Store, requests: StopRequests, directory: RunDirectory, lock: RunLock, timeout_seconds: float
+    launch: Launch,
+    store: Store,
+    requests: StopRequests,
+    *,
+    directory: RunDirectory,
+    lock: RunLock,
+    timeout_seconds: float,
 ) -> Iterator[GuardedRun]:
-    """Within, stop requests and failures are recorded, and a rank that hangs is noticed. All ranks must enter it.
+    """Record stop requests and failures, and detect hanging ranks. Collective: all ranks must enter the context.
 
     Args:
-        requests: installed already. lock: of `directory`; released at the end, after an error by the process's end.
+        launch: This process, as the launcher describes it.
+        store: Store of all ranks.
+        requests: Stop requests of this rank, installed already.
+        directory: The run directory.
+        lock: Lock of `directory`; released at the end, or by the kernel after an error.
         timeout_seconds: `run.collective_timeout_seconds`.
 
     Raises:
-        RankLost: another rank has died, or does not arrive.
+        RankLost: another rank died or did not arrive.
     """
     requests.begin_run(directory, lock)
     watchdog = Watchdog(launch, store, timeout_seconds, directory)

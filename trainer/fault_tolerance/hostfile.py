@@ -1,4 +1,4 @@
-"""A hostfile that is not there: DeepSpeed warns, and trains on one host."""
+"""Refusal of a missing hostfile, with which DeepSpeed trains on one host after a warning."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _OPTIONS = ("--hostfile", "-H")
 
 
 def refuse_missing_hostfile(script: str) -> None:
-    """Look at the `deepspeed` command that started this rank.
+    """Check the hostfile of the `deepspeed` command that started this rank.
 
     Args:
-        script: the trainer's, as this rank was started; what follows it on the command line is not DeepSpeed's.
+        script: Path of the training script as on this rank's command line; the arguments after it are not DeepSpeed's.
 
     Raises:
-        ConfigError: it names a hostfile that is not a file, and DeepSpeed has started ranks on this host alone.
+        ConfigError: the hostfile does not exist, and DeepSpeed has started ranks on this host only.
     """
     ancestors = find_ancestors()
     runner, launcher = ancestors.runner, ancestors.launcher
@@ -31,12 +31,12 @@ def refuse_missing_hostfile(script: str) -> None:
     if hostfile is None or _decode_hosts(launcher.command) != ["localhost"]:
         return
     if not os.path.isfile(Path(f"/proc/{runner.pid}/cwd") / hostfile):
-        reason = f"{hostfile} is not a file; DeepSpeed would train on this host alone"
-        raise ConfigError(Problem("--hostfile", reason, "Take the path of a hostfile, or leave --hostfile away"))
+        reason = f"{hostfile} is not a file, and DeepSpeed would train on this host only"
+        raise ConfigError(Problem("--hostfile", reason, "Give the path of a hostfile, or omit --hostfile"))
 
 
 def _find_hostfile_option(command: Sequence[str], script: str) -> str | None:
-    """The last hostfile that is named before the script."""
+    """Find the last hostfile named before the script."""
     words = list(command[: command.index(script)] if script in command else command)
     hostfile = None
     for word, value in zip(words, [*words[1:], ""], strict=True):
@@ -49,7 +49,7 @@ def _find_hostfile_option(command: Sequence[str], script: str) -> str | None:
 
 
 def _decode_hosts(command: Sequence[str]) -> list[str]:
-    """The hosts that launch.py was given."""
+    """Decode the hosts from the command line of launch.py."""
     for word in command:
         if word.startswith("--world_info="):
             try:

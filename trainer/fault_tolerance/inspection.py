@@ -1,4 +1,4 @@
-"""What a process is doing right now: stacks, collectives, states of processes on this host."""
+"""Inspection of running processes: stacks, collectives, process states."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _DEBUGGERS = {"bdb", "pdb", "pydevd", "debugpy"}
 
 
 def process_state(pid: int) -> str:
-    """`running`, `stopped` (SIGSTOP, or a debugger) or `dead`."""
+    """Return `running`, `stopped` (by SIGSTOP or a debugger) or `dead`."""
     stat = process_stat(pid)
     return "dead" if stat is None or stat.is_dead else "stopped" if stat.is_stopped else "running"
 
 
 def _main_thread_frames() -> Iterator[FrameType]:
-    """Of the main thread, innermost first."""
+    """Yield the stack frames of the main thread, innermost first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         yield frame
@@ -38,9 +38,9 @@ def _main_thread_frames() -> Iterator[FrameType]:
 
 
 def main_thread_location() -> tuple[str, bool]:
-    """Where the main thread is, as `function (file:line)`, and whether that is inside a collective.
+    """Locate the main thread, as `function (file:line)`, and tell whether it is inside a collective.
 
-    Only collectives that Python waits for are seen: on a GPU the host may wait for them in any operation.
+    Only collectives that Python waits for are recognized: on a GPU the host may wait for them in any operation.
     """
     frames = list(_main_thread_frames())
     if not frames:
@@ -62,7 +62,7 @@ def _location(frame: FrameType) -> str:
 
 
 def is_debugged() -> bool:
-    """Whether the main thread is in a Python debugger, or a debugger is attached to the process."""
+    """Return True if the main thread is in a Python debugger, or a debugger is attached to the process."""
     if any(str(frame.f_globals.get("__name__", "")).partition(".")[0] in _DEBUGGERS for frame in _main_thread_frames()):
         return True
     with contextlib.suppress(OSError, ValueError):

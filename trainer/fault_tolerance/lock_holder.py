@@ -1,4 +1,4 @@
-"""Who holds a run lock, as its file says."""
+"""Content of the lock file of a run directory: the process that holds the lock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = Literal["running", "stopping"]
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file says."""
+    """The process that holds a lock, as recorded in the lock file."""
 
     host: str
     pid: int
@@ -26,7 +26,7 @@ class Holder:
     """See `ProcessStat.start_ticks`."""
 
     machine: str
-    """Boot and process namespace in which `pid` has a meaning."""
+    """Boot and process namespace in which `pid` is valid."""
 
     since: str
     """UTC, ISO 8601."""
@@ -35,12 +35,12 @@ class Holder:
 
     @property
     def is_local(self) -> bool:
-        """Whether this process can look for it."""
+        """True if this process can observe it."""
         return self.machine == process_namespace()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs, if it is local."""
+        """True if it still runs; valid only if it is local."""
         stat = process_stat(self.pid)
         return stat is not None and stat.start_ticks == self.started
 
@@ -49,6 +49,7 @@ class Holder:
 
 
 def current_process() -> Holder:
+    """Return the record of this process."""
     since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
     stat = process_stat(os.getpid())
     started = 0 if stat is None else stat.start_ticks
@@ -56,11 +57,12 @@ def current_process() -> Holder:
 
 
 def is_same_process(first: Holder, second: Holder) -> bool:
+    """Return True if two records are of one process."""
     return (first.machine, first.pid, first.started) == (second.machine, second.pid, second.started)
 
 
 def write_holder(descriptor: int, holder: Holder) -> None:
-    """In place and in one call, so that no reader finds a part."""
+    """Write in place and in one call, so that no reader sees a partial record."""
     text = json.dumps(asdict(holder)).encode()
     os.pwrite(descriptor, text.ljust(_CONTENT_BYTES - 1) + b"\n", 0)
     os.ftruncate(descriptor, max(_CONTENT_BYTES, len(text) + 1))
@@ -68,7 +70,7 @@ def write_holder(descriptor: int, holder: Holder) -> None:
 
 
 def read_holder(descriptor: int) -> Holder | None:
-    """None where nobody has written, or somebody else has."""
+    """Read the record; None if the file is empty or has other content."""
     try:
         return Holder(**json.loads(os.pread(descriptor, 4 * _CONTENT_BYTES, 0)))
     except (ValueError, TypeError, RecursionError):

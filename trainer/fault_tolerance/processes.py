@@ -1,4 +1,4 @@
-"""Processes of this host, as /proc has them."""
+"""Processes of this host, read from /proc."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class ProcessStat(NamedTuple):
     parent: int
     session: int
     start_ticks: int
-    """Clock ticks from the host's boot to the process's start: tells a process from a later one with its id."""
+    """Clock ticks from the boot of the host to the start of the process; distinguishes later processes of this id."""
 
     @property
     def is_dead(self) -> bool:
-        """Whether it has ended; its parent may not have waited for it yet."""
+        """True if it has ended, even if its parent has not waited for it yet."""
         return self.state in "ZX"
 
     @property
     def is_stopped(self) -> bool:
-        """Whether SIGSTOP or a debugger has stopped it."""
+        """True if SIGSTOP or a debugger has stopped it."""
         return self.state in "Tt"
 
 
 def process_stat(pid: int) -> ProcessStat | None:
-    """None where there is no such process, or it is hidden."""
+    """Read the state of a process; None if it does not exist or is hidden."""
     try:
         # The second field is a name in parentheses, which may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -41,8 +41,10 @@ def process_stat(pid: int) -> ProcessStat | None:
 
 
 def process_namespace() -> str:
-    """Host, boot and namespace in which this process's ids have a meaning: equal for two processes that see each
-    other."""
+    """Identify the host, boot and namespace in which the ids of this process are valid.
+
+    Equal for two processes that can observe each other.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"

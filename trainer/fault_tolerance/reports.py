@@ -1,4 +1,4 @@
-"""What ranks report about themselves in the store, and what one rank sees of the others."""
+"""Reports of ranks about themselves in the store, and the view of one rank on the others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trainer.fault_tolerance.processes import process_namespace
 log = logging.getLogger(__name__)
 
 STALE_ROUNDS = 3
-"""A rank whose report has stayed the same over so many exchanges does not respond."""
+"""Exchanges over which the report of a rank may stay the same; after them the rank does not respond."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """One rank's own view of itself."""
+    """State of a rank, as it reports itself."""
 
     rank: int
     host: str
@@ -34,21 +34,21 @@ class Report:
     phase: Phase = "start"
     step: int = 0
     waited: float = 0.0
-    """Seconds without progress, once these are more than the interval between two reports."""
+    """Seconds without progress; 0 while they are less than the interval between two reports."""
 
     location: str = ""
-    """Where the main thread is, once it has waited."""
+    """Location of the main thread; empty while `waited` is 0."""
 
     in_collective: bool = False
     error: str = ""
-    """Why this rank has given up; empty while it has not."""
+    """Cause of the failure of this rank; empty without one."""
 
     @property
     def mark(self) -> PhaseMark:
         return PhaseMark(self.phase_index, self.progress, self.phase, self.step)
 
     def with_mark(self, mark: PhaseMark) -> Report:
-        """The same rank at a mark."""
+        """Return the report of the same rank at another mark."""
         return replace(self, **mark._asdict())
 
     @property
@@ -57,19 +57,20 @@ class Report:
 
 
 def initial_report(launch: Launch) -> Report:
+    """Return the report of this rank at the start."""
     return Report(launch.rank, socket.gethostname(), process_namespace(), os.getpid())
 
 
 class PeerReports:
-    """The other ranks, as a rank sees them over several exchanges."""
+    """Reports of all ranks over several exchanges, as one rank sees them."""
 
     def __init__(self, own: Report, world: int) -> None:
         self._own, self._world = own, world
         self.rounds = 0
-        """Exchanges since this rank has begun to look."""
+        """Exchanges since this rank began to read the reports."""
 
         self.rank_zero_report: Report | None = None
-        """Of rank 0, as it was when all had joined: the store cannot be asked for it once rank 0 hangs."""
+        """Report of rank 0 after all ranks had joined: the store does not answer once rank 0 hangs."""
 
         self._seen: dict[int, tuple[Report, int]] = {}
 
@@ -77,12 +78,12 @@ class PeerReports:
         self.rounds, self._seen = 0, {}
 
     def update(self, reports: Mapping[int, Report]) -> None:
-        """Take over what an exchange has found."""
+        """Store the reports of an exchange."""
         seen = dict(self._seen)
         for rank, report in reports.items():
             if rank not in seen or seen[rank][0] != report:
                 seen[rank] = report, self.rounds
-        self._seen = seen  # at once: another thread reads it
+        self._seen = seen  # in one assignment: another thread reads it
         self.rounds += 1
 
     def reports(self) -> dict[int, Report]:
@@ -90,7 +91,7 @@ class PeerReports:
         return rank_zero_report | {rank: report for rank, (report, _) in self._seen.items()}
 
     def unresponsive_rank_zero(self) -> dict[int, str]:
-        """Rank 0, whose store does not answer, with the reason as far as it is known."""
+        """Return rank 0, whose store does not answer, with the reason if known."""
         condition = "" if self.rank_zero_report is None else self._condition(self.rank_zero_report)
         return {0: condition or "does not respond"}
 
@@ -101,7 +102,7 @@ class PeerReports:
         )
 
     def lost_ranks(self) -> dict[int, str]:
-        """Ranks that cannot go on, with the reason: dead, stopped, given up, or silent for several exchanges."""
+        """Return the ranks that cannot continue, with the reason: dead, stopped, failed, or not responding."""
         reasons = {}
         for rank, (report, since) in sorted(self._seen.items()):
             if rank == self._own.rank or report.phase == "finished":
@@ -115,14 +116,14 @@ class PeerReports:
         return reasons
 
     def ranks_behind(self, phase_index: int) -> list[int]:
-        """Ranks that have not entered the phase at `phase_index`, or have not even started."""
+        """Return the ranks that have not entered the phase at `phase_index`, or have not started."""
         if not self.rounds:
             return []
         reports = self.reports()
         return [r for r in range(self._world) if r not in reports or reports[r].phase_index < phase_index]
 
     def describe(self, ranks: Iterable[int], lost_ranks: Mapping[int, str] = {}, limit: int = 8) -> str:
-        """The ranks with host, last phase and condition."""
+        """Describe ranks by host, last phase and condition."""
         reports, ranks = self.reports(), list(ranks)
         descriptions = []
         for rank in ranks[:limit]:
@@ -142,9 +143,9 @@ class PeerReports:
 
 
 class Reporter:
-    """A thread that posts this rank's report when it has changed, and reads the others' when asked to.
+    """Thread that posts this rank's report when it changes, and on request reads the reports of all ranks.
 
-    It has its own connection to the store, and blocks for as long as rank 0 does not answer: nobody may wait for it.
+    It has its own connection to the store and blocks while rank 0 does not answer, so that no thread may wait for it.
     """
 
     def __init__(self, launch: Launch, store: Store, interval: float, own: Callable[[], Report]) -> None:
@@ -152,7 +153,7 @@ class Reporter:
         self._store: Store = PrefixStore("watchdog", open_second_connection(store))
         self.peers = PeerReports(own(), launch.world_size)
         self.reads_peers = False
-        """Whether to read the others' reports."""
+        """Set to True to read the reports of all ranks."""
 
         self._posted: Report | None = None
         self._posting_ranks: set[int] = set()
@@ -166,17 +167,17 @@ class Reporter:
         self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Post a last time, and wait for that as long as given."""
+        """Post a last report, and wait for that up to `seconds`."""
         self._is_closed = True
         self._wake_event.set()
         self._thread.join(seconds)
 
     def wake(self) -> None:
-        """Report at once."""
+        """Exchange reports at once."""
         self._wake_event.set()
 
     def seconds_unanswered(self) -> float:
-        """For how long the store has not answered; infinite once the connection is closed."""
+        """Return for how long the store has not answered; infinity once the connection is closed."""
         if self._is_disconnected:
             return float("inf")
         asked = self._request_started
@@ -203,8 +204,8 @@ class Reporter:
             self._store.set(str(report.rank), json.dumps(asdict(report)))
             self._posted = report
             if report.waited:
-                self._store.check([str(report.rank)])  # unlike `set`, this waits for an answer
-        # Before all have joined rank 0 may not have posted: `get` would wait for it.
+                self._store.check([str(report.rank)])  # unlike `set`, `check` waits for an answer
+        # Before all ranks have joined, rank 0 may not have posted, and `get` would wait.
         has_joined = report.phase not in ("start", "data", "join")
         if self.peers.rank_zero_report is None and (has_joined or self._store.check(["0"])):
             self.peers.rank_zero_report = Report(**json.loads(self._store.get("0")))

@@ -1,8 +1,8 @@
-"""The lock of a run directory: of all starts, at most one writes to it.
+"""The lock of a run directory: at most one run writes to it.
 
-`RUN/.lock` is locked by `flock` and names its holder. The kernel releases it when the holder ends, however it ends.
-Where the file system has no `flock`, or may have it for one host only, the holder touches the file every 10 s, and
-whoever has not touched it for 60 s holds it no longer. Only what writes to a run directory takes the lock.
+`RUN/.lock` is locked with `flock` and names its holder; the kernel releases it when the holder ends, however it ends.
+On file systems without `flock`, or where `flock` may not work across hosts, the holder also updates the file's time
+every 10 s (heartbeat) and loses the lock after 60 s without. Commands that only read do not take the lock.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 WAIT_SECONDS = 60.0
-"""How long a start waits for a holder that is about to end."""
+"""Longest wait for a holder that is about to end."""
 
 _POLL_SECONDS = 0.25
 _SETTLE_SECONDS = 2.0
-"""Without `flock`, of two starts that write at the same time the later one holds the lock, after so long."""
+"""Without `flock`, the last of two simultaneous writers holds the lock after this time."""
 
 _FLOCK_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _NETWORK_FILE_SYSTEMS = (
@@ -45,31 +45,31 @@ _NETWORK_FILE_SYSTEMS = (
     "glusterfs",
     "fuse.glusterfs",
 )
-"""Types of file systems on which `flock` may hold on one host only, as they are mounted."""
+"""Types of mounted file systems on which `flock` may work within one host only."""
 
 
 class RunLock:
-    """The lock of a run directory, held by this process until `release` or its end. See `RunLock.acquire`."""
+    """Lock of a run directory, held by this process until `release` or its end. See `RunLock.acquire`."""
 
     def __init__(self, path: Path | None = None, descriptor: int = -1, holder: Holder | None = None) -> None:
-        """Without arguments: what the ranks have that do not hold the lock. All of its methods do nothing."""
+        """Make a lock of an open file; without arguments, the inert lock of other ranks, whose methods do nothing."""
         self._path, self._descriptor, self._holder = path, descriptor, holder
         self._heartbeat_stop: threading.Event | None = None
         self._mutex = threading.Lock()
-        """Held while the descriptor is used or closed: its number may be another file's afterwards."""
+        """Held while the descriptor is used or closed: a closed descriptor's number may be reused."""
 
         if descriptor >= 0:
             os.register_at_fork(after_in_child=self._close_in_child)
 
     @classmethod
     def acquire(cls, run: Path) -> RunLock:
-        """Lock the run directory `run`, which is made if it is absent. Call on rank 0 only.
+        """Lock the run directory `run`, which is created if necessary. Rank 0 only.
 
-        Waits for up to a minute, with a line, where the holder is about to end: it says that it is stopping, or runs
-        on another host and may have died.
+        Waits up to a minute, after a log line, if the holder is about to end: it is stopping, or runs on another host
+        and may have died.
 
         Raises:
-            ConfigError: another process holds the lock, or the lock cannot be written.
+            ConfigError: another process holds the lock, or the lock file is not writable.
         """
         path = run / LOCK
         try:
@@ -92,7 +92,7 @@ class RunLock:
         return lock
 
     def mark_stopping(self) -> None:
-        """Tell other starts that this run is saving and about to end, so that they wait for it."""
+        """Show other starts that this run is saving and about to end, so that they wait for it."""
         with self._mutex:
             if self._holder is None:
                 return
@@ -100,10 +100,10 @@ class RunLock:
             try:
                 write_holder(self._descriptor, self._holder)
             except OSError as error:
-                log.warning("%s: not written: %s", self._path, error)
+                log.warning("cannot write %s: %s", self._path, error)
 
     def release(self) -> None:
-        """Let others have the directory before this process ends. Nothing may be written to it afterwards."""
+        """Release the lock before this process ends. The process must not write to the directory afterwards."""
         with self._mutex:
             if self._holder is None:
                 return
@@ -112,12 +112,12 @@ class RunLock:
             try:
                 os.ftruncate(self._descriptor, 0)
             except OSError as error:
-                log.warning("%s: not emptied: %s", self._path, error)
+                log.warning("cannot truncate %s: %s", self._path, error)
             os.close(self._descriptor)
             self._descriptor, self._holder = -1, None
 
     def _close_in_child(self) -> None:
-        """A forked child must not keep the lock when this process ends."""
+        """Close the file in a forked child, which would keep the lock after the end of this process."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor, self._holder = -1, None
@@ -137,8 +137,8 @@ class RunLock:
             current_holder = read_holder(self._descriptor)
             if current_holder is not None and not is_same_process(current_holder, holder):
                 log.error(
-                    "%s was taken over by %s, because this process had not touched it for %d s. Ending: two "
-                    "runs must not write to one directory",
+                    "exiting: %s was taken over by %s after %d s without a heartbeat of this process, and two runs "
+                    "must not write to one directory",
                     self._path,
                     current_holder,
                     STALE_SECONDS,
@@ -146,25 +146,26 @@ class RunLock:
                 os._exit(ConfigError.exit_status)
             os.utime(self._descriptor)
         except OSError as error:
-            log.warning("%s: not touched: %s", self._path, error)
+            log.warning("cannot update the heartbeat of %s: %s", self._path, error)
 
 
 class _LockAttempt:
-    """The way to the lock of one start."""
+    """The attempt of one start to acquire the lock."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
         self._seen: tuple[int, float] | None = None
-        """The other host's last heartbeat (its time in the file system) and the age that it has here at least."""
+        """Last heartbeat of another host, as file time, and the latest local time at which it can have been."""
 
         self.holder = current_process()
         self.needs_heartbeat = False
 
     def wait(self) -> None:
-        """Return when the lock is this process's.
+        """Wait until this process holds the lock.
 
         Raises:
-            ConfigError: it is another one's. OSError: the file cannot be read or written.
+            ConfigError: another process holds it.
+            OSError: the file cannot be read or written.
         """
         deadline, has_logged = time.monotonic() + WAIT_SECONDS, False
         while True:
@@ -174,13 +175,17 @@ class _LockAttempt:
             if not ends_soon or time.monotonic() > deadline:
                 raise _in_use(self._path, other)
             if not has_logged and other is not None:
-                log.info("waiting up to %d s for %s, which holds %s and %s", WAIT_SECONDS, other, self._path,
-                         "is stopping" if other.state == "stopping" else "may have died")  # fmt: skip
+                condition = "is stopping" if other.state == "stopping" else "may have died"
+                log.info("waiting up to %d s for %s, which holds %s and %s", WAIT_SECONDS, other, self._path, condition)
                 has_logged = True
             time.sleep(_POLL_SECONDS)
 
     def _try_acquire(self) -> tuple[Holder | None, bool]:
-        """Who else holds the lock, and whether it is worth waiting; (None, False) if this process holds it now."""
+        """Try to acquire the lock.
+
+        Returns:
+            The other holder, and True if it is about to end; (None, False) if this process holds the lock now.
+        """
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,12 +210,12 @@ class _LockAttempt:
 
     def _holder_by_flock(self) -> tuple[Holder | None, bool]:
         other = read_holder(self._descriptor)
-        if other is None or (other.is_local and not other.is_alive):  # the holder has not written its name yet
+        if other is None or (other.is_local and not other.is_alive):  # the holder has not written its record yet
             return None, True
         return other, other.state == "stopping"
 
     def _holder_by_heartbeat(self) -> tuple[Holder | None, bool]:
-        """The holder by its heartbeat; (None, False) if none lives."""
+        """Return the live holder by its heartbeat, as `_try_acquire` does."""
         other = read_holder(self._descriptor)
         if other is None or is_same_process(other, self.holder):
             return None, False
@@ -229,19 +234,17 @@ class _LockAttempt:
 def _in_use(path: Path, holder: Holder | None) -> ConfigError:
     who = "another process" if holder is None else str(holder)
     state = ", which is stopping," if holder is not None and holder.state == "stopping" else ""
-    return ConfigError(
-        Problem("run.output_dir", f"{path.parent} is in use by {who}{state}: a run is writing to it",
-                "Wait for its end, stop it, or take another folder")
-    )  # fmt: skip
+    reason = f"{path.parent} is in use by {who}{state}: a run is writing to it"
+    return ConfigError(Problem("run.output_dir", reason, "Wait for its end, stop it, or use another directory"))
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    reason = f"{path} cannot be written: {error.strerror or error}"
-    return ConfigError(Problem("run.output_dir", reason, "Take another folder, or its permissions"))
+    reason = f"cannot write {path}: {error.strerror or error}"
+    return ConfigError(Problem("run.output_dir", reason, "Use another directory, or change its permissions"))
 
 
 def _age_seconds(path: Path, beat: int) -> float:
-    """Seconds since a time of the file system, by the file system's own clock."""
+    """Return the age of a file time in seconds, by the clock of the file system."""
     probe = path.with_name(f"{LOCK}.{socket.gethostname()}.{os.getpid()}")
     try:
         probe.touch()
@@ -251,7 +254,7 @@ def _age_seconds(path: Path, beat: int) -> float:
 
 
 def _file_system_type(path: Path) -> str:
-    """The type of the file system that holds `path`, as it is mounted."""
+    """Return the type of the mounted file system that contains `path`."""
     target, longest, current_holder = os.path.realpath(path), -1, ""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What must be equal on all ranks before they begin: configuration, versions, source, environment, model folder."""
+"""Facts that must be equal on all ranks at the start: configuration, versions, source code, model files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ _PER_HOST = ("data.cache_dir",)
 """Keys that may differ between hosts."""
 
 _SECRET = ("checkpoint.upload",)
-"""Keys whose values may hold a password: only a hash of them leaves the process."""
+"""Keys whose values may contain a password: only their hash leaves the process."""
 
 _SAME_CODE = "Install the same version of the project on every host"
 
 
 def start_facts(loaded: LoadedConfig, launch: Launch, root: Path | None = None) -> Iterator[Fact]:
-    """All facts that need no data.
+    """Yield all facts that do not depend on the data.
 
     Args:
-        root: folder of the packages `trainer` and `launch`; by default where they were imported from.
+        loaded: The configuration.
+        launch: This process, as the launcher describes it.
+        root: Directory of the packages `trainer` and `launch`; by default that of the imported ones.
     """
     yield Fact("WORLD_SIZE", launch.world_size, "Start all ranks with the same launcher command")
     yield Fact("device", local_device(), "Set DS_ACCELERATOR on all hosts or on none")
@@ -51,7 +53,7 @@ def _source_facts(root: Path) -> Iterator[Fact]:
 
 
 def _model_facts(loaded: LoadedConfig) -> Iterator[Fact]:
-    """Of the model that the configuration names: what is read of its own configuration, and the sizes of its files."""
+    """Yield facts of the configured model: what its configuration says, and the sizes and hashes of its files."""
     remedy = "Put the same model on every host"
     facts = {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(loaded.facts).items()}
     for key, value in facts.items():

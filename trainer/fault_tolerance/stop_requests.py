@@ -1,7 +1,7 @@
-"""Stop requests: from a signal, a launcher's death or the clock to one step at which all ranks save and end.
+"""Stop requests of a rank: signals, the death of its launcher, the time limit.
 
-`StopRequests` listens in a thread, so that nothing is raised into a collective and a main thread that is inside of one
-is no obstacle. `StopAgreement`, in `agreement.py`, makes all ranks stop after the same step.
+`StopRequests` listens in a thread, so that it does not depend on the main thread, which may be inside a collective, and
+raises nothing into it. `StopAgreement` makes all ranks stop after the same step.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from trainer.errors import Preempted
 from trainer.events import read_events
@@ -30,36 +30,37 @@ from trainer.fault_tolerance.ancestors import (
     signal_at_parents_death,
 )
 from trainer.fault_tolerance.run_lock import RunLock
+from trainer.json_types import Json
 from trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit status after a second SIGINT: a shell's for a command that Ctrl-C has ended."""
+"""Exit status after a second SIGINT: that of a shell for a command ended by Ctrl-C."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _KEEP_IF_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""Where these are ignored (`nohup`, a background job of a script), they stay so."""
+"""If these are ignored at the start (`nohup`, a background job of a script), they stay ignored."""
 
 _SAME_INTERRUPT_SECONDS = 1.0
-"""Launchers hand a SIGINT on that a terminal has sent to the ranks already: one within this time is the same."""
+"""Launchers forward a SIGINT that the terminal has sent to the ranks too: within this time it is the same one."""
 
 _POLL_SECONDS = 1.0
-"""Between two looks at processes that have no descriptor."""
+"""Interval at which processes without a descriptor are polled."""
 
 _DYING_SECONDS = 0.1
-"""The kernel sends SIGTERM when the first thread of the parent dies; by then all have, and the cause can be told."""
+"""The kernel sends SIGTERM when the first thread of the parent dies; after this time all of them have."""
 
 _LAUNCHER_KILL_SECONDS = 30
-"""So long after SIGTERM launch.py and torchrun kill a rank that still lives."""
+"""launch.py and torchrun kill a rank that still runs this long after SIGTERM."""
 
 _SLOW_SAVE_SECONDS = 20.0
-"""A save of this length, and the steps in progress before it, may take longer than a launcher waits."""
+"""A save of this length, after the steps in progress, may take longer than a launcher waits."""
 
 
 @dataclass(frozen=True)
 class StopRequest:
-    """Why a rank is to stop, and since when."""
+    """Cause and time of the request to stop a rank."""
 
     cause: str
     monotonic: float
@@ -67,12 +68,12 @@ class StopRequest:
 
 
 class StopRequests:
-    """This rank's. A stop request is SIGTERM, SIGUSR1, SIGINT or SIGHUP, the death of a process that started this rank,
-    or `training.max_seconds` on rank 0.
+    """The stop requests of this rank.
 
-    Before the first step there is nothing to save: a request ends the process at once, with the status of `Preempted`.
-    From then on it is kept until the training loop asks. Nothing happens before `install`, which comes before this rank
-    waits for another one: nobody else would end it if its launcher died.
+    A stop request is SIGTERM, SIGUSR1, SIGINT or SIGHUP, the death of a process that started this rank, or on rank 0
+    the end of `training.max_seconds`. Before the first step there is nothing to save, and a request ends the process at
+    once with the status of `Preempted`. Afterwards the request is kept for the training loop. `install` must be called
+    before this rank waits for another one: nothing else would end it if its launcher died.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -91,14 +92,14 @@ class StopRequests:
 
     @property
     def request(self) -> StopRequest | None:
-        """The first one; later ones change nothing."""
+        """The first stop request; later ones change nothing."""
         return self._request
 
     def install(self, max_seconds: float | None = None) -> None:
-        """Listen from now on; call it in the main thread.
+        """Start listening. Main thread only.
 
         Args:
-            max_seconds: from this process's start; rank 0's counts.
+            max_seconds: Time limit from the start of this process; ignored on other ranks than 0.
         """
         self._max_seconds = max_seconds if self._rank == 0 else None
         ancestors = find_ancestors()
@@ -115,18 +116,17 @@ class StopRequests:
         thread.start()
 
     def begin_run(self, directory: RunDirectory, lock: RunLock) -> None:
-        """From now on rank 0 records there that it stops before the first step; `lock` says when this rank stops."""
+        """Let rank 0 record a stop before the first step in `directory`, and a stop mark `lock`."""
         self._directory, self._run_lock = directory if self._rank == 0 else None, lock
         self._warn_about_slow_saves()
 
     def begin_training(self) -> None:
-        """From now on a request waits for the training loop."""
+        """Keep requests for the training loop from now on."""
         with self._lock:
             self._is_training = True
 
     def release(self) -> None:
-        """Let signals end this process again, as a rank that has failed must not hold up its launcher. Call it in the
-        main thread."""
+        """Let signals end this process again: a rank that has failed must not delay its launcher. Main thread only."""
         if self._previous_handlers:
             signal.set_wakeup_fd(-1)
         while self._previous_handlers:
@@ -134,11 +134,11 @@ class StopRequests:
             signal.signal(number, before if before is not None else signal.SIG_DFL)
 
     def _release_in_child(self) -> None:
-        """In a forked child: its signals are its own, and not this rank's."""
+        """Restore the signal handlers in a forked child, whose signals are not stop requests of this rank."""
         self.release()
 
     def _listen(self, ancestors: Ancestors) -> None:
-        """The thread."""
+        """Wait for stop requests, in the thread."""
         if ancestors.missing:
             self._add_request(f"{ancestors.missing} had ended")
         parent = ancestors.processes[0] if ancestors.processes else None
@@ -157,7 +157,7 @@ class StopRequests:
                     self._handle_signal(number, parent)
 
     def _wait(self, process_watch: ProcessWatch) -> list[int]:
-        """Descriptors that have something to tell, after at most as long as may pass without looking."""
+        """Wait for readable descriptors, at most until the next poll or the time limit."""
         poll = select.poll()
         for descriptor in (self._wakeup_reader.fileno(), *process_watch.descriptors):
             poll.register(descriptor, select.POLLIN)
@@ -167,11 +167,11 @@ class StopRequests:
         return [descriptor for descriptor, _ in poll.poll(1000 * min(limits) + 1 if limits else None)]
 
     def _handle_signal(self, number: int, parent: Process | None) -> None:
-        """A signal, which may be the kernel's at the parent's death."""
+        """Handle a signal, which the kernel may have sent because the parent died."""
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._first_interrupt is not None and now - self._first_interrupt >= _SAME_INTERRUPT_SECONDS:
-                _exit_now(INTERRUPTED, "stopped by a second SIGINT; what was not saved is lost")
+                _exit_now(INTERRUPTED, "stopped by a second SIGINT; progress since the last checkpoint is lost")
             self._first_interrupt = self._first_interrupt or now
         if number in self._previous_handlers:
             if number == signal.SIGTERM and parent is not None:
@@ -187,42 +187,46 @@ class StopRequests:
             self._request = StopRequest(cause, time.monotonic())
             if not self._is_training:
                 self._exit_before_training(cause)
-        log.warning("stopping: %s. The steps in progress are completed, then a checkpoint is saved; after the last "
-                    "step the final model is written", cause)  # fmt: skip
+        log.warning(
+            "stopping: %s. The steps in progress are completed and a checkpoint is saved; after the last step the "
+            "final model is written instead",
+            cause,
+        )
         self._run_lock.mark_stopping()
 
     def _exit_before_training(self, cause: str) -> None:
-        """There is nothing to save, and no other rank to wait for."""
+        """Exit at once: there is nothing to save, and no other rank to wait for."""
         if self._rank:
             _exit_now(Preempted.exit_status)
         if self._directory is not None and self._directory.path.is_dir():
-            save = self._last_save()
-            self._directory.record("preempted", save["step"] if save else 0, cause=cause)
+            step = (self._last_save() or {}).get("step")
+            self._directory.record("preempted", step if isinstance(step, int) else 0, cause=cause)
         _exit_now(Preempted.exit_status, f"stopped before the first step: {cause}. Start the same command again")
 
-    def _last_save(self) -> dict[str, Any] | None:
-        """The newest event of a checkpoint."""
+    def _last_save(self) -> Mapping[str, Json] | None:
+        """Return the newest event of a checkpoint."""
         events = read_events(self._directory.path) if self._directory is not None else []
         return next((event for event in reversed(events) if event["event"] == "save"), None)
 
     def _warn_about_slow_saves(self) -> None:
-        """Ahead of a stop, because there is no time for it then."""
+        """Warn at the start of the run, because a stop leaves no time for it."""
         save = self._last_save()
         seconds = save.get("seconds") if save else None
         if isinstance(seconds, int | float) and seconds > _SLOW_SAVE_SECONDS:
             log.warning(
-                "the last checkpoint took %.0f s. Launchers kill a rank %d s after SIGTERM, maybe before one is "
-                "written. To stop without such a limit, send SIGUSR1 to a rank or set training.max_seconds",
-                seconds, _LAUNCHER_KILL_SECONDS,
-            )  # fmt: skip
+                "the last checkpoint took %.0f s; launchers kill a rank %d s after SIGTERM, perhaps before the next "
+                "one is saved. To stop without this limit, send SIGUSR1 to a rank or set training.max_seconds",
+                seconds,
+                _LAUNCHER_KILL_SECONDS,
+            )
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """The thread reads the signal's number from the wakeup descriptor; this only keeps the default away."""
+    """Replace the default action of a signal; the thread reads its number from the wakeup descriptor."""
 
 
 def _exit_now(status: int, message: str = "") -> NoReturn:
-    """Ends the process from the thread. No logger: the main thread may hold its lock."""
+    """End the process from the thread. Does not log: the main thread may hold the lock of the logger."""
     if message:
         with contextlib.suppress(OSError):
             os.write(2, f"[tessera] {message}\n".encode())
