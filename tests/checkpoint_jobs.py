@@ -16,7 +16,7 @@ import torch
 from launch.train import train
 from tests.training_jobs import job_topology, load_job
 from trainer import checkpoint_format
-from trainer.checkpoint import Checkpoints, Progress, writer
+from trainer.checkpoint import Checkpoints, writer
 from trainer.checkpoint_format import ChunkReader, read_manifest
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
@@ -91,7 +91,7 @@ def _train_and_save(
         world.seed_step(step)
         result = engine.train_step(batch)
         losses[step] = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum])) / batch.tokens
-        progress = Progress(step, progress.tokens + batch.tokens, progress.samples + batch.samples)
+        progress.advance(batch.tokens, batch.samples)
         if step in saves:
             checkpoints.save(engine, progress, {"train": losses[step]})
     checkpoints.close()

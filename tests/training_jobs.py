@@ -173,7 +173,7 @@ def auxiliary_loss(config: dict[str, Any]) -> float:
         batches, engine, meter = _start(config, launch, world)
         batch = batches.batch_at(1)
         result = engine.train_step(batch)
-        meter.add(batch.tokens, batch.samples)
+        meter.add(batch.tokens)
         return float(meter.train_row(1, 0.0, result, batch.tokens)["auxiliary_loss"])
 
 
@@ -250,7 +250,7 @@ def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, Even
             batch = next(steps)
             with _counting(counted) if counted is not None else contextlib.nullcontext():
                 result = engine.train_step(batch)
-                meter.add(batch.tokens, batch.samples)
+                meter.add(batch.tokens)
                 if counted is logging:
                     meter.train_row(3, 0.0, result, batch.tokens)
         batch = next(steps)

@@ -48,7 +48,8 @@ def train(
     trackers: Trackers, stop: StopAgreement,
 ) -> bool:  # fmt: skip
     """The steps themselves; a checkpoint may still be being written when this returns. Whether they were stopped."""
-    config, first_step, last = loaded.config, meter.progress.step, loaded.steps
+    config, progress, last = loaded.config, meter.progress, loaded.steps
+    first_step = progress.step
     if not first_step:
         evaluate(0, world, engine, batches, meter, trackers)
     for step, batch in enumerate(meter.timed(batches.train.steps(first_step + 1, last)), start=first_step + 1):
@@ -56,7 +57,8 @@ def train(
         world.phases.enter("step", step)
         world.seed_step(step)
         result = engine.train_step(batch, verify_step=step if is_replica_check_due(step, config) else None)
-        meter.add(batch.tokens, batch.samples)
+        progress.advance(batch.tokens, batch.samples)
+        meter.add(batch.tokens)
         if not result.applied and config.deepspeed.precision != "fp16":  # there it is the loss scale finding its place
             raise TrainingHalted(f"step {step}: a gradient is not finite. {REMEDY}")
         losses: dict[str, float | None] = {}

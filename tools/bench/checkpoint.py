@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tools.bench.common import assemble, configuration, table, write_tokens
 from tools.ranks import run_ranks
-from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.load import load_state, scalar_state_of
 from trainer.checkpoint.retention import CHECKPOINTS, checkpoint_name
 from trainer.checkpoint_format import read_manifest, verify_files
@@ -27,6 +27,7 @@ from trainer.config import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import Engine
 from trainer.model import describe_model
+from trainer.progress import Progress
 from trainer.run_directory import RunDirectory
 from trainer.topology import Topology
 

@@ -2,12 +2,10 @@
 
 from trainer.checkpoint.locate import model_folder, refuse_run_directory, tokenizer_folder
 from trainer.checkpoint.preview import preview_resume
-from trainer.checkpoint.saver import NO_PROGRESS, Checkpoints, Progress
+from trainer.checkpoint.saver import Checkpoints
 
 __all__ = [
-    "NO_PROGRESS",
     "Checkpoints",
-    "Progress",
     "model_folder",
     "preview_resume",
     "refuse_run_directory",

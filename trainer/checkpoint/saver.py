@@ -46,6 +46,7 @@ from trainer.distributed import World, agree
 from trainer.engine import Engine, Scalars, ScalarState, merge_scalars
 from trainer.errors import CheckpointError, ConfigError, Problem, TesseraError
 from trainer.files import sync_directory
+from trainer.progress import Progress
 from trainer.run_directory import (
     RunDirectory,
     is_within,
@@ -62,18 +63,6 @@ T = TypeVar("T")
 
 _PROGRESS_SECONDS = 0.5
 """Between two looks at a thread that writes, by a main thread that waits for it."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0
-
-
-NO_PROGRESS = Progress()
 
 
 @dataclass(frozen=True)
@@ -146,7 +135,7 @@ class Checkpoints:
         """
         self._world.phases.enter("resume")
         if self._found is None:
-            return NO_PROGRESS
+            return Progress()
         folder, manifest, start = self._found.folder, self._found.manifest, time.perf_counter()
         self._agree(lambda: load_state(engine.state, manifest, folder))
         engine.state.load_scalar_state(scalar_state_of(manifest))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import NO_PROGRESS, Progress
 from trainer.engine import Engine, Evaluation, StepResult
 from trainer.model import ModelCost, peak_flops
+from trainer.progress import Progress
 from trainer.tracking.interface import Row
 
 T = TypeVar("T")
@@ -38,8 +38,8 @@ class Meter:
     """Tokens of a sequence; attention's FLOPs depend on it."""
 
     attempt: int
-    progress: Progress = NO_PROGRESS
-    """How far the run has come."""
+    progress: Progress = field(default_factory=Progress)
+    """Of the run; the training loop advances it."""
 
     def __post_init__(self) -> None:
         self._peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -57,12 +57,10 @@ class Meter:
                 return
             yield batch
 
-    def add(self, tokens: int, samples: int) -> None:
-        """A step was taken on a global batch of this size."""
+    def add(self, tokens: int) -> None:
+        """Count a step on a global batch of this many tokens."""
         self._steps += 1
         self._tokens_since += tokens
-        before = self.progress
-        self.progress = Progress(before.step + 1, before.tokens + tokens, before.samples + samples)
 
     def pause(self, seconds: float) -> None:
         """Time that does not count as training: evaluation, saving."""
