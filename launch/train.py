@@ -81,7 +81,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
 def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: GuardedRun, *, verify_data: bool) -> None:
     """The whole story, one call a package, in the order in which data passes."""
     from trainer.causality import verify_causality
-    from trainer.checkpoint import Checkpoints
+    from trainer.checkpoint import CheckpointSaver, RunRecord, find_checkpoint, restore
     from trainer.data import open_batches, prepare_data, prepared_facts, resolve_steps
     from trainer.engine import start_engine
     from trainer.fault_tolerance import compare_ranks
@@ -108,23 +108,31 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
     with joined_world(launch, topology, store, run.phases, seed=config.run.seed) as world:
         batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
         model = build_model(loaded, prepared.tokenizer)
-        checkpoints = Checkpoints(
-            loaded, run.directory, world, batches.fingerprint, describe_model(model), batches.evaluated_samples
-        )
-        engine = Synchronous().wrap(start_engine(model, loaded, world, stages, blank=checkpoints.found), world)
-        if not checkpoints.found:
+        record = RunRecord(describe_model(model), batches.fingerprint, batches.evaluated_samples)
+        resumption = find_checkpoint(loaded, run.directory, world, record)
+        is_resumed = resumption.checkpoint is not None
+        engine = Synchronous().wrap(start_engine(model, loaded, world, stages, blank=is_resumed), world)
+        if not is_resumed:
             verify_causality(loaded, world, engine, batches.train)
-        progress, directory = checkpoints.restore(engine), checkpoints.directory
+        progress, directory = restore(resumption, engine), resumption.directory
         if world.is_rank_zero:
             directory.write_config(loaded, frame=prepared.frame_json)
             directory.save_tokenizer(prepared.tokenizer)
             directory.record("resume" if progress.step else "start", progress.step, processes=launch.world_size)
         batches.train.resume_from(progress.step, progress.samples)
+        checkpoints = CheckpointSaver(resumption.context)
         meter = Meter(
-            engine, world.device, launch.world_size, cost, config.data.sequence_length, directory.attempt, progress
+            engine,
+            progress,
+            device=world.device,
+            devices=launch.world_size,
+            cost=cost,
+            sequence_length=config.data.sequence_length,
+            attempt=directory.attempt,
         )
         stop = StopAgreement(run.requests, world, directory, final_step=loaded.steps, lock=run.lock)
-        with open_trackers(loaded, directory, tracks=world.is_rank_zero) as trackers:
+        states = resumption.tracker_states
+        with open_trackers(loaded, directory, states, is_rank_zero=world.is_rank_zero) as trackers:
             fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
         files = write_model(
             model, engine.full_weights(), directory.final, prepared.tokenizer, writes=world.is_rank_zero

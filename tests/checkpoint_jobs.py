@@ -16,7 +16,7 @@ import torch
 from launch.train import train
 from tests.training_jobs import job_topology, load_job
 from trainer import checkpoint_format
-from trainer.checkpoint import Checkpoints, writer
+from trainer.checkpoint import CheckpointSaver, RunRecord, find_checkpoint, restore, writer
 from trainer.checkpoint_format import ChunkReader, read_manifest
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
@@ -76,10 +76,11 @@ def _train_and_save(
     model = build_model(loaded, prepared.tokenizer)
     if frozen:
         model.get_parameter(frozen).requires_grad_(False)
-    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, describe_model(model))
+    resumption = find_checkpoint(loaded, directory, world, RunRecord(describe_model(model), batches.fingerprint))
     assignment = assign_stages(build_model_shape(loaded), loaded)
-    engine = start_engine(model, loaded, world, assignment, blank=checkpoints.found)
-    progress = checkpoints.restore(engine)
+    engine = start_engine(model, loaded, world, assignment, blank=resumption.checkpoint is not None)
+    progress = restore(resumption, engine)
+    checkpoints = CheckpointSaver(resumption.context)
     batches.train.resume_from(progress.step, progress.samples)
     if kill is not None and launch.rank in victims:
         kill_at_event(kill)
@@ -140,7 +141,7 @@ def kill_at_event(at: int) -> Callable[[], int]:
 
         return calls
 
-    calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (checkpoint_format, "_write")]
+    calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (checkpoint_format.files, "_write")]
     for holder, name in (*calls, (writer, "replace_text"), (writer, "write_items_file")):
         setattr(holder, name, counted(getattr(holder, name)))
     return lambda: events
@@ -159,4 +160,4 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
 
 def scalar_state_in(folder: Path) -> dict[str, Any]:
     """What is no tensor, of the engine."""
-    return dict(json.loads(json.dumps(dict(read_manifest(folder).numbers))))
+    return dict(json.loads(json.dumps(dict(read_manifest(folder).scalar_state))))

@@ -20,7 +20,7 @@ from tests.configs import with_values
 from tests.test_tracking import read_rows
 from tests.training_jobs import job_topology, load_job
 from tools.bench.common import assemble
-from trainer.checkpoint import writer
+from trainer.checkpoint import restore, writer
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import Preempted
 from trainer.events import read_events
@@ -87,16 +87,18 @@ def _attempt(
     loaded = load_job(with_values(config, run__output_dir=str(run)), world.topology.world_size)
     world = replace(world, store=PrefixStore(name, world.store))
     parts = assemble(loaded, world)
-    progress = parts.checkpoints.restore(parts.started.engine)
+    progress = restore(parts.resumption, parts.started.engine)
     parts.batches.train.resume_from(progress.step, progress.samples)
     meter = replace(parts.meter, progress=progress)
-    parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
+    parts.resumption.directory.path.mkdir(parents=True, exist_ok=True)
     requests = StopRequests(world.topology.rank)
     requests.install()
-    requests.begin_run(parts.checkpoints.directory, RunLock())
+    requests.begin_run(parts.resumption.directory, RunLock())
     draw = random.Random(seed * 1000 + world.topology.rank)
-    stop = _DelayedAgreement(requests, world, parts.checkpoints.directory, loaded.steps, draw)
-    trackers = _EvaluationCounter([JsonLines(parts.checkpoints.directory.metrics)] if world.is_rank_zero else [])
+    stop = _DelayedAgreement(requests, world, parts.resumption.directory, loaded.steps, draw)
+    trackers = _EvaluationCounter(
+        {"jsonl": JsonLines(parts.resumption.directory.metrics)} if world.is_rank_zero else {}
+    )
     stopped, message = -1, ""
     with _sending(
         signal_plan if signal_plan and signal_plan.rank == world.topology.rank else None, parts.started.engine, draw
@@ -124,7 +126,7 @@ class _DelayedAgreement(StopAgreement):
 class _EvaluationCounter(Trackers):
     """Counts evaluations on every rank."""
 
-    def __init__(self, trackers: list[Any]) -> None:
+    def __init__(self, trackers: dict[str, Any]) -> None:
         super().__init__(trackers)
         self.steps: list[int] = []
 

@@ -120,7 +120,7 @@ def test_begun_run_resumes_twice(upload: bool, tmp_path: Path) -> None:
     for steps in (STORED_STEPS + 1, STORED_STEPS + 2):
         resumed = train(run, *given, **place, **{"training.max_steps": steps})
         assert resumed.status == 0, resumed.err
-    assert f"behind step {STORED_STEPS + 1}" in resumed.out
+    assert f"resuming from step {STORED_STEPS + 1}" in resumed.out
     found = losses(run / "metrics.jsonl")
     assert found["train", steps] == pytest.approx(STORED[0]["train", steps], rel=1e-5)
 

@@ -435,9 +435,9 @@ def test_invalid_resume_is_refused(base: dict[str, Any], tmp_path: Path) -> None
     other_data = with_values(named, data__train=[{"path": str(other_text)}])
     cases: list[tuple[dict[str, Any], int, str]] = [
         (with_values(base, run__output_dir=str(damaged)), 4, "all of its 2 checkpoints are damaged"),
-        (with_values(named, checkpoint__resume=str(tmp_path / "nothing")), 4, "no checkpoint: it has no manifest.json"),
-        (with_values(named, checkpoint__resume=str(tmp_path / "absent")), 4, "is not there"),
-        (with_values(named, checkpoint__resume="memory://nowhere"), 4, "there is no checkpoint"),
+        (with_values(named, checkpoint__resume=str(tmp_path / "nothing")), 4, "not a checkpoint: it has no manifest.json"),
+        (with_values(named, checkpoint__resume=str(tmp_path / "absent")), 4, "does not exist"),
+        (with_values(named, checkpoint__resume="memory://nowhere"), 4, "no checkpoint found"),
         (with_values(named, checkpoint__resume="s4://bucket/x"), 2, "checkpoint.resume: 's4://bucket/x'"),
         (with_values(named, training__max_steps=1), 2, "training.max_steps: 1, and"),
         (with_values(named, run__seed=5), 2, "run.seed: 5 here, 11 in"),
@@ -588,7 +588,7 @@ def test_command_resumes_in_another_layout(
     rest = run_cli(config_of(base, model, target, tmp_path / "rest" / "run", **values), tmp_path / "rest",
                    "--resume", third, world=target.world_size)  # fmt: skip
     assert rest.status == 0, rest.err
-    assert "going on behind step 3" in rest.out
+    assert "resuming from step 3" in rest.out
     then, now = ({row["step"]: row for row in read_rows(tmp_path / n / "run")} for n in ("whole", "rest"))
     assert list(now) == [4, 5, 6]
     for key in ("loss", "grad_norm", "learning_rate", "epoch", "tokens", "samples", "auxiliary_loss"):
@@ -789,7 +789,7 @@ def test_malicious_manifest_is_refused(key: str, value: Any, tmp_path: Path) -> 
     assert read_manifest(tmp_path).step == 1
     told[key] = value
     (tmp_path / MANIFEST).write_text(json.dumps({"checksum": checksum(told), **told}))
-    with pytest.raises(CheckpointError, match="damaged: no manifest of a checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged: invalid manifest"):
         read_manifest(tmp_path)
 
 
@@ -892,7 +892,7 @@ def test_tool_lists_shows_verifies_and_compares_checkpoints(run_of_six: Path, tm
     assert r"today\x1b[2J, commit" in run_tool("show", copied).out, "no control character of a file reaches the console"
     nothing = run_tool("show", tmp_path)
     assert nothing.status == 4
-    assert "no checkpoint: it has no manifest.json" in nothing.err
+    assert "not a checkpoint: it has no manifest.json" in nothing.err
 
 
 @pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
@@ -938,7 +938,7 @@ def test_remote_copy_is_fetched_and_verified(run_of_six: Path, base: dict[str, A
                          deepspeed__optimizer__params__lr=0.125)  # fmt: skip
     ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
-    assert "going on behind step 6" in ended.out
+    assert "resuming from step 6" in ended.out
     before = base["deepspeed"]["optimizer"]["params"]["lr"]
     assert f"changed since the last attempt: deepspeed.optimizer.params.lr: {before} -> 0.125" in ended.out
     assert (tmp_path / "copies" / "latest").read_text() == "step-00000008\n"
@@ -1035,7 +1035,7 @@ def test_deepspeed_checkpoint_is_imported(stage: int, base: dict[str, Any], tmp_
     assert all(state[f"weight/{name}"].equal(expected[name]) for name in expected)
     ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
-    assert "going on behind step 0" in ended.out
+    assert "resuming from step 0" in ended.out
     again = run_tool("import", source, "--config", tmp_path / "config.json")
     assert again.status == 2
     assert "holds checkpoints" in again.err

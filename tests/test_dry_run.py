@@ -125,7 +125,7 @@ def test_dry_run_reports_unsupported_fp16(fresh: dict[str, Any], tmp_path: Path)
 
 
 def test_dry_run_inspects_checkpoint_to_resume_from(fresh: dict[str, Any], tmp_path: Path) -> None:
-    refusal(4, "nowhere is not there", dry_run(fresh, tmp_path, "--resume", str(tmp_path / "nowhere")))
+    refusal(4, "nowhere does not exist", dry_run(fresh, tmp_path, "--resume", str(tmp_path / "nowhere")))
     run = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(fresh))
     assert run_command(TRAIN, "--config", str(tmp_path / "config.json")).status == 0

@@ -167,6 +167,6 @@ def test_run_stops_after_epochs(epochs: dict[str, Any], tmp_path: Path) -> None:
     assert "Give training.max_steps instead" in refused.err
     more = start(with_values(epochs, training__epochs=0.5), tmp_path)
     assert more.status == 0, more.err
-    assert f"behind step {steps}" in more.out
+    assert f"resuming from step {steps}" in more.out
     stored = json.loads((run / "config.json").read_text())
     assert outcome(run)[0][-1][0] == stored["tessera"]["steps"] == stored["tessera"]["finished_step"] > steps

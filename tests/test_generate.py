@@ -85,14 +85,14 @@ def test_generate_from_unfinished_or_damaged_run(run: Path, tmp_path: Path) -> N
     previous = generate("--run", copy)
     assert previous.out == texts[3]
     assert "step-00000004/rank-00000.safetensors: damaged" in previous.err
-    assert "taking the previous checkpoint" in previous.err
+    assert "falling back to the previous checkpoint" in previous.err
     for checkpoint, status in (("step-00000003", 0), ("step-00000004", 4), ("final", 4), ("step-9", 4)):
         assert generate("--run", copy, "--checkpoint", checkpoint).status == status, checkpoint
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
     nothing = generate("--run", copy)
     assert nothing.status == 4
-    assert "there is no sound checkpoint" in nothing.err
+    assert "no valid checkpoint" in nothing.err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,10 +114,10 @@ def test_generate_from_hugging_face_folder(dtype: torch.dtype, run: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--run", "{run}/final"], "'{run}/final' has neither a final model nor checkpoints. Give --path {run}/final"),
-        (["--run", "{run}/checkpoints/step-00000002"], "Give --run {run} --checkpoint step-00000002"),
+        (["--run", "{run}/final"], "'{run}/final' has neither a final model nor checkpoints. Use --path {run}/final"),
+        (["--run", "{run}/checkpoints/step-00000002"], "Use --run {run} --checkpoint step-00000002"),
         (["--run", "./nowhere"], "--run: 'nowhere' is not a folder"),
-        (["--path", "{run}"], "--path: '{run}' is the directory of a run. Give --run {run}"),
+        (["--path", "{run}"], "--path: '{run}' is the directory of a run. Use --run {run}"),
         (["--path", "./nowhere"], "--path: './nowhere' does not exist"),
         (["--path", "{run}/logs"], "--path: '{run}/logs' holds no config.json"),
         (["--run", "{run}", "--checkpoint", "last"], "expected latest, best, final or step-N, got 'last'"),

@@ -22,7 +22,7 @@ from tests.harness import captured_messages, run_ranks, running_command
 from tests.test_tracking import TRAIN
 from tests.training_jobs import job_topology, load_job
 from tools.bench.common import assemble
-from trainer.checkpoint import saver, writer
+from trainer.checkpoint import restore, saver, writer
 from trainer.distributed import Launch, PhaseMark, Phases, joined_world
 from trainer.errors import DataError, Preempted, TrainingHalted
 from trainer.events import read_events
@@ -101,11 +101,11 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         parts = assemble(loaded := load_job(config, launch.world_size), world)
-        parts.checkpoints.directory.path.mkdir(parents=True, exist_ok=True)
-        parts.checkpoints.restore(parts.started.engine)
+        parts.resumption.directory.path.mkdir(parents=True, exist_ok=True)
+        restore(parts.resumption, parts.started.engine)
         requests = StopRequests(launch.rank)
-        stop = StopAgreement(requests, world, parts.checkpoints.directory, final_step=loaded.steps)
-        fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, parts.meter, Trackers([]), stop)
+        stop = StopAgreement(requests, world, parts.resumption.directory, final_step=loaded.steps)
+        fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, parts.meter, Trackers({}), stop)
     return found
 
 

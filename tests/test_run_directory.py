@@ -26,7 +26,7 @@ from tests.configs import with_values
 from tests.harness import CommandResult, captured_messages, get_free_port, run_command, run_ranks
 from tests.test_tracking import TRAIN, read_rows
 from trainer import checkpoint_format
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_format import read_manifest, verify_files, write_safetensors
 from trainer.config.earlier_versions import stored_run
 from trainer.config.load import check_config
@@ -84,7 +84,7 @@ def test_lost_checkpoints_are_refused(run: Path, tiny: dict[str, Any], tmp_path:
     shutil.rmtree(run / "checkpoints")
     lost = start(tiny, tmp_path)
     assert lost.status == 4, lost.out
-    assert "no checkpoint is there, and the run has saved step 4" in lost.err
+    assert "no checkpoint found, but the run has saved step 4" in lost.err
     assert "--resume never" in lost.err
     again = start(tiny, tmp_path, "--resume", "never", training__max_steps=2)
     assert again.status == 0, again.err
@@ -92,7 +92,7 @@ def test_lost_checkpoints_are_refused(run: Path, tiny: dict[str, Any], tmp_path:
 
 
 def train_until_killed_at_first_save(config: dict[str, Any]) -> None:
-    Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    CheckpointSaver.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     launch = Launch.from_environment()
     train(check_config(config, world_size=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
 
@@ -135,7 +135,7 @@ def test_damaged_final_model_is_rewritten(
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
     assert f"final/{file}" in ended.out
-    assert "written again from the last checkpoint" in ended.out
+    assert "rewriting the model of the finished run from its last checkpoint" in ended.out
     assert {path.name: path.read_bytes() for path in (run / "final").iterdir()} == before
     again = start(tiny, tmp_path)
     assert "finished at step 4" in again.out
@@ -158,7 +158,7 @@ def test_damaged_final_model_without_checkpoint_exits_4(run: Path, tiny: dict[st
     (run / EVENTS).unlink()
     ended = start(tiny, tmp_path)
     assert ended.status == 4, ended.out
-    assert "no checkpoint is there, and the run has finished at step 4" in ended.err
+    assert "no checkpoint found, but the run has finished at step 4" in ended.err
     assert (run / "final").is_dir()
 
 
@@ -215,7 +215,7 @@ def test_earlier_attempts_keep_their_checkpoints(run: Path, tiny: dict[str, Any]
     anew = start(tiny, tmp_path, "--resume", "never", **values)
     assert anew.status == 0, anew.err
     folder = run / "checkpoints"
-    assert f"moved to {folder}/attempt-1" in anew.out
+    assert f"in {folder}/attempt-1" in anew.out
     for step in (2, 4):
         verify_files(aside := folder / "attempt-1" / f"step-{step:08}", read_manifest(aside))
     assert [path.name for path in folder.glob("step-*")] == ["step-00000004"], "retention holds for the new attempt"
@@ -224,7 +224,7 @@ def test_earlier_attempts_keep_their_checkpoints(run: Path, tiny: dict[str, Any]
 
     back = start(tiny, tmp_path, "--resume", str(folder / "attempt-1"), training__max_steps=6, **values)
     assert back.status == 0, back.err
-    assert f"from {folder}/attempt-1/step-00000004" in back.out
+    assert f"({folder}/attempt-1/step-00000004, " in back.out
     assert read_manifest(folder / "attempt-2" / "step-00000004").attempt == 2
     assert [row["step"] for row in read_rows(run) if row["attempt"] == 3 and row["split"] == "train"] == [6]
 
@@ -290,7 +290,7 @@ def test_jsonl_rows_are_retried_after_full_disk(tmp_path: Path) -> None:
             (lines := JsonLines(path))._file = full
             lines.log({"step": 5})
             lines.close(0)
-    assert messages[-1].endswith("the last 1 rows are lost")
+    assert messages[-1].endswith("lost the last 1 rows")
 
 
 @pytest.mark.fast
@@ -329,14 +329,14 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
     """Trains while the disk is full for one thing; returns the status and message of the error."""
     full = OSError(errno.ENOSPC, "No space left on device")
     if name == "final":
-        write = checkpoint_format._write
+        write = checkpoint_format.files._write
 
         def refuse(file: Any, data: Any, hashed: Any) -> None:
             if ".final.partial" in str(file.name):
                 raise full
             write(file, data, hashed)
 
-        checkpoint_format._write = refuse  # type: ignore[assignment]
+        checkpoint_format.files._write = refuse  # type: ignore[assignment]
     else:
         replace = os.replace
 
@@ -364,7 +364,7 @@ def test_full_disk_exits_2(name: str, tiny: dict[str, Any], tmp_path: Path) -> N
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
     assert (tmp_path / "run" / "final" / "config.json").exists()
-    assert ("behind step 4" in ended.out) == (name == "final")
+    assert ("resuming from step 4" in ended.out) == (name == "final")
 
 
 def test_full_disk_at_end_of_run_exits_2_and_resumes(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_full_disk_at_end_of_run_exits_2_and_resumes(tiny: dict[str, Any], tmp_p
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         ended = start(tiny, tmp_path, **values)
         assert ended.status == 0, ended.err
-        assert "behind step 4" in ended.out
+        assert "resuming from step 4" in ended.out
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -455,7 +455,7 @@ def test_damaged_config_json_does_not_hide_checkpoints(
     ended = start(tiny, tmp_path, training__max_steps=6)
     assert "Traceback" not in ended.err
     assert ended.status == 0, ended.err
-    assert "behind step 4" in ended.out
+    assert "resuming from step 4" in ended.out
     assert json.loads((run / "config.json").read_text())["tessera"]["attempt"] == 2
 
 
@@ -480,7 +480,7 @@ def test_damaged_manifest_does_not_hide_older_checkpoints(
     assert found.about["world"]["processes"] == 1
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
-    assert "behind step 2" in ended.out
+    assert "resuming from step 2" in ended.out
     assert "Traceback" not in ended.err
 
 
@@ -517,13 +517,13 @@ def test_model_that_reads_back_differently_is_refused(tmp_path: Path, monkeypatc
     files = write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     before = {path.name for path in (tmp_path / "final").iterdir()}
     assert {file.name for file in files} == before
-    write = checkpoint_format._write
+    write = checkpoint_format.files._write
 
     def flips(file: Any, data: Any, hashed: Any) -> None:
         hashed.update(data)
         write(file, bytes(len(data)), hashed.copy())
 
-    monkeypatch.setattr(checkpoint_format, "_write", flips)
+    monkeypatch.setattr(checkpoint_format.files, "_write", flips)
     with pytest.raises(ConfigError, match=r"model.safetensors does not hold what was written"):
         write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     assert find_damage(tmp_path / "final", [vars(file) for file in files]) == ""

@@ -22,7 +22,7 @@ from launch.train import train
 from tests.configs import with_values
 from tests.harness import captured_messages, context, get_free_port, run_command, run_ranks
 from tests.test_tracking import ROOT, TRAIN, read_rows
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config.load import check_config
 from trainer.distributed import Launch
@@ -283,14 +283,14 @@ def test_file_system_type_of_a_path() -> None:
 
 def saving_slowly(config: dict[str, Any]) -> None:
     """Trains as the command does, with two seconds in its first save."""
-    save = Checkpoints.save
+    save = CheckpointSaver.save
 
-    def slowly(self: Any, *arguments: Any) -> None:
-        Checkpoints.save = save  # type: ignore[method-assign]
+    def slowly(self: Any, *arguments: Any, **options: Any) -> None:
+        CheckpointSaver.save = save  # type: ignore[method-assign]
         time.sleep(2)
-        save(self, *arguments)
+        save(self, *arguments, **options)
 
-    Checkpoints.save = slowly  # type: ignore[method-assign]
+    CheckpointSaver.save = slowly  # type: ignore[method-assign]
     launch = Launch.from_environment()
     train(check_config(config, world_size=launch.world_size, device="cpu"), launch, StopRequests(launch.rank))
 
@@ -333,17 +333,17 @@ def test_second_start_does_not_disturb_the_first(world: int, tiny: dict[str, Any
 
 def states_while_saving(config: dict[str, Any]) -> list[str]:
     """What the lock says at each save of a run whose last rank is asked to stop in the first one."""
-    states, save = list[str](), Checkpoints.save
+    states, save = list[str](), CheckpointSaver.save
     launch = Launch.from_environment()
 
-    def recorded(self: Any, *arguments: Any) -> None:
+    def recorded(self: Any, *arguments: Any, **options: Any) -> None:
         states.append(json.loads((Path(config["run"]["output_dir"]) / LOCK).read_text())["state"])
         if len(states) == 1 and launch.rank == launch.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
-        save(self, *arguments)
+        save(self, *arguments, **options)
 
-    Checkpoints.save = recorded  # type: ignore[method-assign]
+    CheckpointSaver.save = recorded  # type: ignore[method-assign]
     requests = StopRequests(launch.rank)
     requests.install()
     try:

@@ -152,12 +152,12 @@ def test_finished_run_resumes_with_more_steps(tiny: dict[str, Any], tmp_path: Pa
     assert added == [(4, 3), (4, 3)], "one row of training, one of validation"
     assert after[-2]["samples"] == 4 * 8
     anew = start(tiny, tmp_path, training__max_steps=4, checkpoint__resume="never")
-    assert "checkpoint.resume 'never' leaves aside 2 checkpoints of this run, up to step-00000004" in anew.out
+    assert "archived 2 checkpoints up to step-00000004" in anew.out
     assert {row["attempt"] for row in read_rows(run)[len(after) :]} == {4}
     shutil.rmtree(run / "checkpoints")
     lost = start(tiny, tmp_path, training__max_steps=6)
     assert lost.status == 4
-    assert "no checkpoint is there, and the run has saved step 4" in lost.err
+    assert "no checkpoint found, but the run has saved step 4" in lost.err
     fewer = start(tiny, tmp_path, training__max_steps=3)
     assert fewer.status == 2
     assert "training.max_steps: 3, but the run in" in fewer.err

@@ -22,6 +22,7 @@ from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.model import build_model, build_model_shape, model_cost
 from trainer.pipeline import assign_stages
+from trainer.progress import Progress
 from trainer.topology import Topology
 from trainer.tracking import Meter
 
@@ -151,7 +152,15 @@ def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainB
     model = build_model(loaded, prepared.tokenizer)
     cost = model_cost(model)
     engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
-    meter = Meter(engine, world.device, launch.world_size, cost, loaded.config.data.sequence_length, attempt=1)
+    meter = Meter(
+        engine,
+        Progress(),
+        device=world.device,
+        devices=launch.world_size,
+        cost=cost,
+        sequence_length=loaded.config.data.sequence_length,
+        attempt=1,
+    )
     return open_batches(loaded, prepared, world.topology).train, engine, meter
 
 

@@ -36,7 +36,8 @@ from rich.table import Table
 
 from trainer.checkpoint.export import compare_logits, export
 from trainer.checkpoint.import_checkpoint import import_checkpoint
-from trainer.checkpoint.retention import CHECKPOINTS, SavedCheckpoint, best_checkpoints, list_checkpoints
+from trainer.checkpoint.retention import best_checkpoints
+from trainer.checkpoint.saved import SavedCheckpoint, list_checkpoints
 from trainer.checkpoint_format import (
     DTYPES,
     ChunkReader,
@@ -50,6 +51,7 @@ from trainer.config import load_config
 from trainer.config.plugins import import_named_plugins
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.exit import CommandLineParser, exit_on_errors
+from trainer.run_layout import CHECKPOINTS
 from trainer.sanitize import sanitize_text
 from trainer.topology import Topology
 from trainer.units import format_bytes
@@ -123,14 +125,14 @@ def _resolve_checkpoint(path: Path) -> Path:
         return path
     kept, _ = list_checkpoints(path / CHECKPOINTS)
     if not kept:
-        raise CheckpointError(f"{path / CHECKPOINTS}: there is no sound checkpoint")
+        raise CheckpointError(f"{path / CHECKPOINTS}: no valid checkpoint")
     return kept[0].folder
 
 
 def _find_checkpoints(path: Path) -> tuple[list[SavedCheckpoint], list[CheckpointError]]:
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not folder.is_dir():
-        raise ConfigError(Problem("run_directory", f"{path} is not there", "Give the output_dir of a run"))
+        raise ConfigError(Problem("run_directory", f"{path} does not exist", "Give the output_dir of a run"))
     return list_checkpoints(folder)
 
 
@@ -169,7 +171,7 @@ def _show(options: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     numbers = Counter[str]()
     for (_, role), stored in manifest.tensors.items():
-        numbers[role] += stored.numbers
+        numbers[role] += stored.numel
     lines = {
         "checkpoint": folder,
         "step": f"{manifest.step:,} (attempt {manifest.attempt}), {manifest.samples:,} samples, "
@@ -182,7 +184,7 @@ def _show(options: argparse.Namespace) -> int:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.about["versions"].items()),
         "files": f"{len(manifest.files)} of {format_bytes(manifest.bytes)}",
         "tensors": ", ".join(f"{count:,} numbers of {role}" for role, count in numbers.items()),
-        "W&B run": manifest.wandb_run or "-",
+        "W&B run": manifest.trackers.get("wandb", {}).get("run_id", "-"),
     }
     for name, value in lines.items():
         _say(f"{name:<12} {value}")
@@ -207,7 +209,7 @@ def _verify(options: argparse.Namespace) -> int:
     for error in damaged:
         _say(f"damaged: {error}")
     if not kept and not damaged:
-        raise CheckpointError(f"{options.checkpoint}: there is no checkpoint")
+        raise CheckpointError(f"{options.checkpoint}: no checkpoint found")
     return 4 if damaged else 0
 
 
@@ -246,9 +248,9 @@ def _difference(
     """(largest difference, largest value), box by box."""
     most = largest = 0.0
     for chunk in stored.chunks:
-        own = files.chunk(chunk, stored.dtype)
-        found = torch.empty(chunk.size, dtype=DTYPES[other.dtype])
-        theirs.read(other, chunk.start, found)
+        own = files.view(chunk, stored.dtype)
+        found = torch.empty(chunk.sizes, dtype=DTYPES[other.dtype])
+        theirs.read(other, chunk.offsets, found)
         if own.numel() and (own.dtype != found.dtype or _bits(own) != _bits(found)):
             apart = float((own.double() - found.double()).abs().nan_to_num(nan=inf).max())
             most = max(most, apart, sys.float_info.min)  # of another type, or zeros of another sign
@@ -265,8 +267,8 @@ def _export(options: argparse.Namespace) -> int:
     if options.folder.exists() and any(options.folder.iterdir()):
         raise ConfigError(Problem("folder", f"{options.folder} is not empty", "Take another one"))
     import_named_plugins(read_manifest(folder).config["run"].get("plugins", ()), options.plugin)
-    largest = int(options.shard_gigabytes * 1e9)
-    manifest = export(folder, options.folder, _DTYPES[options.dtype], largest, options.tokenizer)
+    dtype, shard_bytes = _DTYPES[options.dtype], int(options.shard_gigabytes * 1e9)
+    manifest = export(folder, options.folder, dtype=dtype, shard_bytes=shard_bytes, tokenizer=options.tokenizer)
     _say(f"{options.folder}: {manifest.model['class']} of step {manifest.step:,} in {options.dtype}")
     if not (options.folder / "tokenizer_config.json").exists():
         _say("without a tokenizer: the run keeps none; --tokenizer DIR names one")
@@ -285,7 +287,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     if not options.folder.is_dir():
-        raise ConfigError(Problem("folder", f"{options.folder} is not there", "Give a folder"))
+        raise ConfigError(Problem("folder", f"{options.folder} does not exist", "Give a folder"))
     loaded = load_config(options.config, options.set, world_size=None, device=None)
     with joined_world(Launch(), Topology.of(1, 0), seed=0):
         made = import_checkpoint(options.folder, loaded)

@@ -1,7 +1,7 @@
-"""`events.jsonl`: what happened to a run, one object an event, appended by one rank and synced at once.
+"""`events.jsonl`: the events of a run, one object a line, appended by rank 0 and synced at once.
 
-Unlike `metrics.jsonl` it is a record to decide by: a run directory that has a `save` event but no checkpoint has lost
-its checkpoints.
+Unlike `metrics.jsonl` it is used for decisions: a run directory with a `save` event but no checkpoint has lost its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ EVENTS = "events.jsonl"
 Event = Literal["start", "resume", "save", "preempted", "failure", "finish"]
 
 
-def append_event(run: Path, event: Event, *, attempt: int, step: int, **details: Any) -> None:
-    """Append one event to the run directory `run`; call on one rank. An event that cannot be written is warned about.
+def append_event(run: Path, event: Event, *, attempt: int, step: int, **details: object) -> None:
+    """Append one event to the run directory `run`; log a warning if it cannot be written. Call it on one rank.
 
     Args:
-        attempt: number of this start of the run, from 1. step: optimizer steps completed. details: plain JSON.
+        run: The run directory.
+        event: What happened.
+        attempt: Number of the attempt, from 1.
+        step: Optimizer steps completed.
+        details: Further keys of the event, plain JSON.
     """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     row = {"time": time, "attempt": attempt, "step": step, "event": event, **details}
@@ -41,7 +45,7 @@ def append_event(run: Path, event: Event, *, attempt: int, step: int, **details:
 
 
 def _append(file: FileIO, line: bytes) -> None:
-    """Append and sync a line. One that does not fit on the disk leaves the file as it was."""
+    """Append and sync a line. A line that does not fit on the disk leaves the file unchanged."""
     end = file.seek(0, os.SEEK_END)
     rest = b"\n" + line if _has_torn_line(file, end) else line
     try:
@@ -54,7 +58,7 @@ def _append(file: FileIO, line: bytes) -> None:
 
 
 def _has_torn_line(file: FileIO, end: int) -> bool:
-    """Whether the last line has no end, because the process that wrote it was killed."""
+    """Return True if the last line is incomplete, because the process that wrote it was killed."""
     if end == 0:
         return False
     file.seek(end - 1)
@@ -62,7 +66,7 @@ def _has_torn_line(file: FileIO, end: int) -> bool:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run directory, oldest first; empty where there are none. Damaged lines are left out."""
+    """Read the events of a run directory, oldest first; skip damaged lines. Empty if there is no readable file."""
     try:
         lines = (run / EVENTS).read_bytes().splitlines()
     except OSError:

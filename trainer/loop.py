@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import CheckpointSaver
 from trainer.config import Config, LoadedConfig
 from trainer.data import Batches
 from trainer.distributed import World
@@ -18,7 +18,7 @@ REMEDY = "Lower the learning rate, lengthen the warm-up, or look at the data of 
 
 
 def fit(
-    loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
+    loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: CheckpointSaver, meter: Meter,
     trackers: Trackers, stop: StopAgreement,
 ) -> None:  # fmt: skip
     """Trains up to the last step, from the beginning or from where the meter's progress says.
@@ -44,7 +44,7 @@ def fit(
 
 
 def train(
-    loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: Checkpoints, meter: Meter,
+    loaded: LoadedConfig, world: World, engine: Engine, batches: Batches, checkpoints: CheckpointSaver, meter: Meter,
     trackers: Trackers, stop: StopAgreement,
 ) -> bool:  # fmt: skip
     """The steps themselves; a checkpoint may still be being written when this returns. Whether they were stopped."""
@@ -73,7 +73,7 @@ def train(
             losses["validation"] = evaluate(step, world, engine, batches, meter, trackers)
         if is_save_due:
             world.phases.enter("save", step)
-            save(checkpoints, engine, meter, losses)
+            save(checkpoints, engine, meter, losses, trackers)
         if is_stopping:
             return True
     return False
@@ -103,10 +103,12 @@ def evaluate(
     return evaluation.loss
 
 
-def save(checkpoints: Checkpoints, engine: Engine, meter: Meter, losses: dict[str, float | None]) -> None:
+def save(
+    checkpoints: CheckpointSaver, engine: Engine, meter: Meter, losses: dict[str, float | None], trackers: Trackers
+) -> None:
     """Makes a checkpoint; the time does not count as training."""
     start = time.perf_counter()
-    checkpoints.save(engine, meter.progress, losses)
+    checkpoints.save(engine, meter.progress, losses, trackers=trackers.states())
     meter.pause(time.perf_counter() - start)
 
 

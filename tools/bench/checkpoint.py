@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from tools.bench.common import assemble, configuration, table, write_tokens
 from tools.ranks import run_ranks
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import CheckpointSaver, RunRecord, find_checkpoint
 from trainer.checkpoint.load import load_state, scalar_state_of
-from trainer.checkpoint.retention import CHECKPOINTS, checkpoint_name
+from trainer.checkpoint.saved import checkpoint_name
 from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
@@ -29,6 +29,7 @@ from trainer.engine import Engine
 from trainer.model import describe_model
 from trainer.progress import Progress
 from trainer.run_directory import RunDirectory
+from trainer.run_layout import CHECKPOINTS
 from trainer.topology import Topology
 
 QUICK: dict[str, Any] = {"size": 1, "rounds": 2}
@@ -108,10 +109,11 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
         engine, description = run.started.engine, describe_model(run.started.model)
         engine.train_step(run.batches.train.batch_at(1))
 
-        def checkpoints(**values: Any) -> Checkpoints:
+        def checkpoints(**values: Any) -> CheckpointSaver:
             section = loaded.config.checkpoint.model_copy(update=values)
             changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
-            return Checkpoints(changed, RunDirectory.examine(changed), world, run.batches.fingerprint, description)
+            record = RunRecord(description, run.batches.fingerprint)
+            return CheckpointSaver(find_checkpoint(changed, RunDirectory.examine(changed), world, record).context)
 
         at_once, later = (checkpoints(resume="never", keep_last=None, asynchronous=how) for how in (False, True))
         for number in range(rounds + 1):
@@ -120,7 +122,7 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
 
 
 def _round(
-    number: int, engine: Engine, saver: Checkpoints, later: Checkpoints, world: World, loaded: LoadedConfig,
+    number: int, engine: Engine, saver: CheckpointSaver, later: CheckpointSaver, world: World, loaded: LoadedConfig,
     measured: Measured,
 ) -> None:  # fmt: skip
     """The first one warms up, and is not counted."""
@@ -152,7 +154,7 @@ def _round(
         measured.bytes = sum(file.stat().st_size for file in files)
         measured.files = len(files)
         width = {"F32": 4, "BF16": 2}
-        measured.minimum_bytes = sum(s.numbers * width[s.dtype] for s in told.tensors.values())
+        measured.minimum_bytes = sum(s.numel * width[s.dtype] for s in told.tensors.values())
         reads.append(_reading(files))
         write = _dd(folder / "plain", measured.bytes)
     dist.barrier()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import CheckpointSaver, Resumption, RunRecord, find_checkpoint
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_config import scrub
 from trainer.data import Batches, open_batches, prepare_data
@@ -21,6 +21,7 @@ from trainer.distributed import Launch, World
 from trainer.engine import Engine, start_engine
 from trainer.model import ModelCost, build_model, build_model_shape, describe_model, model_cost
 from trainer.pipeline import StageAssignment, assign_stages
+from trainer.progress import Progress
 from trainer.run_directory import RunDirectory
 from trainer.tracking import Meter
 
@@ -104,7 +105,8 @@ class Assembled:
 
     started: Started
     batches: Batches
-    checkpoints: Checkpoints
+    resumption: Resumption
+    checkpoints: CheckpointSaver
     meter: Meter
 
 
@@ -114,10 +116,18 @@ def assemble(loaded: LoadedConfig, world: World) -> Assembled:
     batches = open_batches(loaded, prepare_data(loaded, Launch.from_environment(), world.store), topology)
     started = start(loaded, world)
     directory = RunDirectory.examine(loaded)
-    checkpoints = Checkpoints(loaded, directory, world, batches.fingerprint, describe_model(started.model))
-    length = loaded.config.data.sequence_length
-    meter = Meter(started.engine, world.device, topology.world_size, started.cost, length, attempt=1)
-    return Assembled(started, batches, checkpoints, meter)
+    record = RunRecord(describe_model(started.model), batches.fingerprint)
+    resumption = find_checkpoint(loaded, directory, world, record)
+    meter = Meter(
+        started.engine,
+        Progress(),
+        device=world.device,
+        devices=topology.world_size,
+        cost=started.cost,
+        sequence_length=loaded.config.data.sequence_length,
+        attempt=1,
+    )
+    return Assembled(started, batches, resumption, CheckpointSaver(resumption.context), meter)
 
 
 def rank_environment(rank: int, world: int, port: int) -> None:

@@ -110,7 +110,7 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
     """The real `fit`; it pauses where it asks for the next batch."""
     run = assemble(loaded, world)
     train = run.batches.train
-    trackers = Trackers([JsonLines(folder / "metrics.jsonl")])
+    trackers = Trackers({"jsonl": JsonLines(folder / "metrics.jsonl")})
 
     def loop(pause: Callable[[], None]) -> None:
         steps = train.steps
@@ -121,7 +121,7 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
                 pause()  # so that the reading thread fills the place of the next batch in our own turn
 
         train.steps = pausing  # type: ignore[method-assign]
-        stop = StopAgreement(StopRequests(), world, run.checkpoints.directory, final_step=loaded.steps)
+        stop = StopAgreement(StopRequests(), world, run.resumption.directory, final_step=loaded.steps)
         fit(loaded, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers, stop)
 
     return Contestant("Tessera", loop)

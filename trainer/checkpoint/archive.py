@@ -1,76 +1,84 @@
-"""What earlier attempts left: checkpoints that a new attempt leaves aside, and checkpoints that are gone."""
+"""Checkpoints of earlier attempts: archiving those that an attempt does not continue, and detecting lost ones."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.retention import BEST, LATEST, SavedCheckpoint, list_checkpoints, update_pointers
+from trainer.checkpoint.retention import update_pointers
+from trainer.checkpoint.saved import BEST, LATEST, SavedCheckpoint, list_checkpoints
 from trainer.events import read_events
 from trainer.files import sync_directory
 
-log = logging.getLogger(__name__)
-
 _ATTEMPT = re.compile(r"attempt-(\d+)(-\d+)?")
+_MAX_ARCHIVES = 1_000_000
 
 
 def archived_attempts(folder: Path) -> list[int]:
-    """Numbers of the attempts whose checkpoints have been moved aside."""
+    """Return the numbers of the attempts whose checkpoints have been archived."""
     names = os.listdir(folder) if folder.is_dir() else []
-    return [int(found[1]) for name in names if (found := _ATTEMPT.fullmatch(name))]
+    return [int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name))]
 
 
 def checkpoints_to_archive(folder: Path, resumed: SavedCheckpoint | None) -> list[Path]:
-    """The checkpoints in `folder` that an attempt does not continue, damaged ones included, in the order of their
-    steps: all of them, or where it resumes from one of them those that are newer."""
-    kept = {one.folder: one for one in list_checkpoints(folder)[0]}
+    """Return the checkpoints in `folder` that an attempt does not continue, damaged ones included, in step order.
+
+    These are all of them, or those newer than `resumed` if that lies in `folder`.
+    """
+    checkpoints = {checkpoint.folder: checkpoint for checkpoint in list_checkpoints(folder)[0]}
     paths = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
     if resumed is None or resumed.folder.parent.resolve() != folder.resolve():
         return paths
 
     def is_newer(path: Path) -> bool:
-        return kept[path].order > resumed.order if path in kept else path.name > resumed.folder.name
+        if path in checkpoints:
+            return checkpoints[path].order > resumed.order
+        return path.name > resumed.folder.name
 
     return [path for path in paths if is_newer(path)]
 
 
-def archive_checkpoints(folder: Path, left: Sequence[Path], attempt: int) -> Path:
-    """Move checkpoints into `attempt-N` below their folder, N being their latest attempt; pointers follow.
+def archive_checkpoints(folder: Path, paths: Sequence[Path], attempt: int) -> Path:
+    """Move checkpoints into `attempt-N` in their folder, where N is their latest attempt, and update the pointers.
 
-    Retention and later saves never touch what lies there.
+    Retention and later saves never touch an archive.
 
     Args:
-        left: see `checkpoints_to_archive`; at least one. attempt: number of the attempt that leaves them.
+        folder: Of the checkpoints.
+        paths: See `checkpoints_to_archive`; at least one.
+        attempt: Number of the attempt that does not continue them.
+
+    Returns:
+        The archive.
     """
-    latest = max(
-        (one.manifest.attempt for one in list_checkpoints(folder)[0] if one.folder in left), default=attempt - 1
-    )
-    base = f"attempt-{latest}"
-    candidates = (folder / (base if number == 1 else f"{base}-{number}") for number in range(1, 1_000_000))
-    aside = next(path for path in candidates if not any((path / one.name).exists() for one in left))
+    attempts = [c.manifest.attempt for c in list_checkpoints(folder)[0] if c.folder in paths]
+    base = f"attempt-{max(attempts, default=attempt - 1)}"
+    candidates = (folder / (base if i == 1 else f"{base}-{i}") for i in range(1, _MAX_ARCHIVES))
+    archive = next(candidate for candidate in candidates if not any((candidate / path.name).exists() for path in paths))
     for pointer in (LATEST, BEST):
         (folder / pointer).unlink(missing_ok=True)
-    aside.mkdir(exist_ok=True)
-    for one in left:
-        os.rename(one, aside / one.name)
-    update_pointers(aside)
+    archive.mkdir(exist_ok=True)
+    for path in paths:
+        os.rename(path, archive / path.name)
+    update_pointers(archive)
     update_pointers(folder)
-    sync_directory(aside)
+    sync_directory(archive)
     sync_directory(folder)
-    return aside
+    return archive
 
 
 def last_checkpoint_event(run: Path) -> dict[str, Any] | None:
-    """The event by which a run directory must hold a checkpoint: the last save since it last started at step 1, or
-    the last resume. None if it has not saved since."""
-    found = None
+    """Return the event that proves that a run directory must hold a checkpoint, or None.
+
+    It is the last save or resume since the run last started at step 1.
+    """
+    last = None
     for event in read_events(run):
         if event["event"] == "start":
-            found = None
+            last = None
         elif event["event"] in ("save", "resume"):
-            found = event
-    return found
+            last = event
+    return last

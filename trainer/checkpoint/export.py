@@ -1,72 +1,72 @@
-"""From a checkpoint to a Hugging Face folder, tensor by tensor."""
+"""Exporting a checkpoint as a Hugging Face folder, tensor by tensor, and checking the export."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.checkpoint_format import (
-    BUFFER,
-    DTYPES,
-    WEIGHT,
-    ChunkReader,
-    Manifest,
-    read_manifest,
-    run_tokenizer_folder,
-    verify_files,
-)
+from trainer.checkpoint_format import BUFFER, DTYPES, WEIGHT, ChunkReader, Manifest, read_manifest, verify_files
 from trainer.data import load_tokenizer
 from trainer.errors import CheckpointError
 from trainer.model import build_from_description, load_exported, read_weights, write_model
+from trainer.run_layout import run_tokenizer_folder
 from trainer.tasks import random_inputs
 
 
 def export(
-    checkpoint: Path, into: Path, dtype: torch.dtype | None, largest: int, tokenizer: Path | None = None
+    checkpoint: Path, target: Path, *, dtype: torch.dtype | None, shard_bytes: int, tokenizer: Path | None = None
 ) -> Manifest:
-    """Writes the weights of a checkpoint as a Hugging Face folder: config, safetensors, generation config, model card,
-    and the tokenizer of the run, if it is there. Host memory: one block of the model and one file.
+    """Write the weights of a checkpoint as a Hugging Face folder, with the tokenizer of the run if it has one.
+
+    Host memory: one block of the model and one file.
 
     Args:
-        dtype: of the weights in the files; fp32 by default, as they are in the checkpoint. largest: bytes of a file.
-        tokenizer: a folder with another one.
+        checkpoint: Folder of the checkpoint.
+        target: Folder to write.
+        dtype: Of the weights in the files; default: fp32, as in the checkpoint.
+        shard_bytes: Largest size of a file.
+        tokenizer: Folder of another tokenizer.
+
+    Returns:
+        The manifest of the checkpoint.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged.
-        ConfigError: if transformers cannot build the model, or the tokenizer cannot be read.
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: transformers cannot build the model, or the tokenizer cannot be read.
     """
     manifest = read_manifest(checkpoint)
     verify_files(checkpoint, manifest)
     model = build_from_description(manifest.model, manifest.config["model"]["task"])
-    found = tokenizer or run_tokenizer_folder(checkpoint)
+    tokenizer_source = tokenizer or run_tokenizer_folder(checkpoint)
+    has_tokenizer = tokenizer is not None or tokenizer_source.is_dir()
     write_model(
         model,
         _weights(model, manifest, ChunkReader(checkpoint)),
-        into,
-        load_tokenizer(str(found), "--tokenizer") if tokenizer or found.is_dir() else None,
+        target,
+        load_tokenizer(str(tokenizer_source), "--tokenizer") if has_tokenizer else None,
         dtype=dtype,
-        largest=largest,
+        largest=shard_bytes,
         card=_card(manifest),
     )
     return manifest
 
 
-def _weights(model: Any, manifest: Manifest, files: ChunkReader) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: nn.Module, manifest: Manifest, reader: ChunkReader) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, full tensor) of every weight and persistent buffer."""
     persistent = model.state_dict(keep_vars=True)
     names = [(name, WEIGHT) for name, _ in model.named_parameters()]
     names += [(name, BUFFER) for name, _ in model.named_buffers() if name in persistent]
     for name, role in names:
         stored = manifest.tensors.get((name, role))
         if stored is None:
-            raise CheckpointError(f"the checkpoint has no {role} of {name}")
-        whole = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        files.read(stored, (0,) * len(stored.shape), whole)
-        yield name, whole
+            raise CheckpointError(f"the checkpoint lacks {role} of {name}")
+        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        reader.read(stored, (0,) * len(stored.shape), tensor)
+        yield name, tensor
 
 
 def _card(manifest: Manifest) -> str:
@@ -103,13 +103,13 @@ Training data:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of an exported model beside those of its checkpoint, on the same random ids, all computed in fp32."""
+    """Logits of an exported model against those of its checkpoint, on the same random ids, all computed in fp32."""
 
     difference: float
     """Largest difference between the exported model and the checkpoint's weights rounded to the exported dtype."""
 
     rounding: float
-    """Largest difference that this rounding makes: what the exported dtype cannot hold."""
+    """Largest difference that this rounding makes: what the exported dtype cannot represent."""
 
     largest: float
     """Largest absolute logit of the checkpoint."""
@@ -125,31 +125,38 @@ class Comparison:
 
     @property
     def is_good(self) -> bool:
-        """False also where a logit is not finite."""
+        """True if the export is within the tolerance; False also where a logit is not finite."""
         return self.difference <= self.tolerance
 
 
 @torch.no_grad()
 def compare_logits(checkpoint: Path, exported: Path, dtype: torch.dtype) -> Comparison:
-    """Compare an exported model with its checkpoint; both are in memory whole, in fp32.
+    """Compare an exported model with its checkpoint; both are in memory as a whole, in fp32.
 
     Args:
-        dtype: of the weights in `exported`.
+        checkpoint: Folder of the checkpoint.
+        exported: Folder of the exported model.
+        dtype: Of the weights in `exported`.
     """
     manifest = read_manifest(checkpoint)
-    model: Any = build_from_description(manifest.model, manifest.config["model"]["task"])
+    model = build_from_description(manifest.model, manifest.config["model"]["task"])
     read_weights(model, str(checkpoint))
     model.eval()
     inputs = random_inputs(model, 2, 16)
-    precise = model(**inputs).logits.double()
-    persistent = model.state_dict(keep_vars=True).values()
-    for tensor in (tensor for tensor in persistent if tensor.is_floating_point()):
-        tensor.copy_(tensor.to(dtype))
-    rounded = model(**inputs).logits.double()
-    theirs: Any = load_exported(exported, torch.float32, manifest.config["model"]["task"])
-    found = theirs(**inputs).logits.double()
-    return Comparison(_max_difference(found, rounded), _max_difference(rounded, precise), float(precise.abs().max()))
+    precise_BTV = model(**inputs).logits.double()
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    rounded_BTV = model(**inputs).logits.double()
+    exported_model = load_exported(exported, torch.float32, manifest.config["model"]["task"])
+    exported_BTV = exported_model(**inputs).logits.double()
+    return Comparison(
+        difference=_max_difference(exported_BTV, rounded_BTV),
+        rounding=_max_difference(rounded_BTV, precise_BTV),
+        largest=float(precise_BTV.abs().max()),
+    )
 
 
-def _max_difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+def _max_difference(left: Tensor, right: Tensor) -> float:
+    """Return the largest absolute difference of two tensors of the same shape."""
+    return float((left - right).abs().max())

@@ -1,4 +1,4 @@
-"""From other formats to a checkpoint that a run begins with: weights, at step 0, without an optimizer's state."""
+"""Importing weights of other formats as the first checkpoint of a run: at step 0, without optimizer state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from trainer.checkpoint.retention import CHECKPOINTS, checkpoint_name, update_pointers
+from trainer.checkpoint.retention import update_pointers
+from trainer.checkpoint.saved import checkpoint_name
 from trainer.checkpoint.writer import CheckpointWriter, sort_by_element_size
 from trainer.checkpoint_format import BUFFER, WEIGHT, Manifest, WriteItem
 from trainer.config import LoadedConfig
@@ -19,20 +21,26 @@ from trainer.engine import ScalarState
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.model import build_model, describe_model, read_weights
-from trainer.run_directory import run_metadata
+from trainer.run_layout import CHECKPOINTS
+from trainer.run_metadata import run_metadata
 
 
 def import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
-    """Writes the first checkpoint of the run that `loaded` describes. In a world of one process, with the model in
-    memory whole.
+    """Write the first checkpoint of the run that `loaded` describes.
+
+    Call it in a world of one process; the whole model is in memory.
 
     Args:
-        source: a Hugging Face folder, or a folder into which DeepSpeed has saved a plain data-parallel run.
+        source: A Hugging Face folder, or a folder into which DeepSpeed has saved a data-parallel run.
+        loaded: Configuration of the run.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        ConfigError: if `source` is neither, or holds other weights than the model's, or the run has checkpoints or is
-            being trained.
-        CheckpointError: if DeepSpeed's files hold more than tensors and its own settings, or are damaged.
+        ConfigError: `source` is neither, or holds other weights than the model's; the run has checkpoints, or is being
+            trained.
+        CheckpointError: DeepSpeed's files are damaged, or contain more than tensors and DeepSpeed's own settings.
     """
     lock = RunLock.acquire(Path(loaded.config.run.output_dir).expanduser())
     try:
@@ -44,17 +52,10 @@ def import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
 def _import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
     folder = Path(loaded.config.run.output_dir).expanduser() / CHECKPOINTS
     if folder.is_dir() and any(folder.glob("step-*")):
-        raise ConfigError(Problem("run.output_dir", f"{folder} holds checkpoints", "Take another folder"))
-    model, allow = build_model(loaded), loaded.config.model.allow_unexpected_keys
-    if (source / "config.json").is_file():
-        read_weights(model, str(source), allow_unexpected_keys=allow)
-    elif any(source.rglob("*_model_states.pt")):
-        with tempfile.TemporaryDirectory(dir=source.parent) as plain:
-            _convert(source, Path(plain))
-            read_weights(model, plain, allow_unexpected_keys=allow)
-    else:
-        reason = f"{source} is neither a Hugging Face folder (config.json) nor one of DeepSpeed's (*_model_states.pt)"
-        raise ConfigError(Problem("import", reason, "Give the folder that holds these files"))
+        raise ConfigError(Problem("run.output_dir", f"{folder} holds checkpoints", "Choose another folder"))
+    model = build_model(loaded)
+    with _hugging_face_folder(source) as weights:
+        read_weights(model, str(weights), allow_unexpected_keys=loaded.config.model.allow_unexpected_keys)
     manifest = Manifest(
         step=0,
         attempt=0,
@@ -66,33 +67,47 @@ def _import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
         about={**run_metadata(loaded), "imported_from": str(source)},
         model=describe_model(model),
         data={},
-        wandb_run=None,
-        numbers=vars(ScalarState.initial()),
+        trackers={},
+        scalar_state=vars(ScalarState.initial()),
         files=(),
         tensors={},
     )
-    CheckpointWriter(folder / checkpoint_name(0), 0).write(sort_by_element_size(_entries(model)), manifest)
+    CheckpointWriter(folder / checkpoint_name(0), 0).write(sort_by_element_size(_write_items(model)), manifest)
     update_pointers(folder)
     return folder / checkpoint_name(0)
 
 
-def _convert(source: Path, into: Path) -> None:
-    """DeepSpeed's pickles become safetensors, in a process of its own that can make nothing but tensors."""
-    reader = Path(__file__).with_name("deepspeed_to_safetensors.py")
-    ended = subprocess.run(
-        [sys.executable, str(reader), str(source), str(into / "model.safetensors")],
+@contextmanager
+def _hugging_face_folder(source: Path) -> Iterator[Path]:
+    """Yield a folder with the weights in Hugging Face's format: `source`, or a temporary folder with converted ones."""
+    if (source / "config.json").is_file():
+        yield source
+    elif any(source.rglob("*_model_states.pt")):
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            _convert(source, Path(folder))
+            yield Path(folder)
+    else:
+        reason = f"{source} is neither a Hugging Face folder (config.json) nor one of DeepSpeed's (*_model_states.pt)"
+        raise ConfigError(Problem("import", reason, "Name the folder that holds these files"))
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Convert DeepSpeed's pickles to safetensors, in a separate process that can create nothing but tensors."""
+    script = Path(__file__).with_name("deepspeed_to_safetensors.py")
+    result = subprocess.run(
+        [sys.executable, str(script), str(source), str(target / "model.safetensors")],
         capture_output=True,
         text=True,
         check=False,
     )
-    if ended.returncode:
-        said = (ended.stderr.strip().splitlines() or ["no word"])[-1]
-        raise CheckpointError(f"{source}: {said}")
+    if result.returncode:
+        message = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise CheckpointError(f"{source}: {message}")
 
 
-def _entries(model: nn.Module) -> Iterator[WriteItem]:
+def _write_items(model: nn.Module) -> Iterator[WriteItem]:
     persistent = model.state_dict(keep_vars=True)
-    named: list[tuple[str, str, Tensor]] = [(name, WEIGHT, p) for name, p in model.named_parameters()]
-    named += [(name, BUFFER, buffer) for name, buffer in model.named_buffers() if name in persistent]
-    for name, role, tensor in named:
+    tensors: list[tuple[str, str, Tensor]] = [(name, WEIGHT, p) for name, p in model.named_parameters()]
+    tensors += [(name, BUFFER, buffer) for name, buffer in model.named_buffers() if name in persistent]
+    for name, role, tensor in tensors:
         yield WriteItem(name, role, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())

@@ -1,4 +1,4 @@
-"""Reads of a checkpoint what this rank holds, whatever layout wrote it."""
+"""Loading this rank's state from a checkpoint that any layout has written."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ from trainer.errors import CheckpointError
 
 @torch.no_grad()
 def load_state(state: TrainingState, manifest: Manifest, folder: Path) -> None:
-    """Replaces all tensors of an engine's state; `complete` is then to follow. Host memory beside it: none, files are
-    mapped.
+    """Replace all tensors of an engine's state; `load_scalar_state` must follow.
+
+    Files are mapped, so no host memory is needed in addition to the state.
 
     Raises:
-        CheckpointError: if the checkpoint lacks something that this rank holds, or has it in another shape.
+        CheckpointError: the checkpoint lacks a tensor of this rank, or has it in another shape.
     """
-    stepped = {name for name, role in manifest.tensors if role not in MODEL_ROLES}
-    if stepped:
+    with_state = {name for name, role in manifest.tensors if role not in MODEL_ROLES}
+    if with_state:
         state.allocate_optimizer_state()
-        state.drop_optimizer_state({name for name, role in manifest.tensors if role == WEIGHT} - stepped)
-    files = ChunkReader(folder)
-    for piece in sorted(state.local_chunks(), key=lambda piece: (piece.name, piece.role, piece.start)):
-        _load_tensor(piece, manifest, files, folder, has_state=piece.name in stepped)
+        state.drop_optimizer_state({name for name, role in manifest.tensors if role == WEIGHT} - with_state)
+    reader = ChunkReader(folder)
+    for chunk in sorted(state.local_chunks(), key=lambda chunk: (chunk.name, chunk.role, chunk.start)):
+        # A weight that no step has updated has no optimizer state, and keeps the initial one.
+        if chunk.role in MODEL_ROLES or chunk.name in with_state or (chunk.name, chunk.role) in manifest.tensors:
+            _load_chunk(chunk, manifest, reader, folder)
 
 
 def scalar_state_of(manifest: Manifest) -> ScalarState:
-    """What is no tensor."""
-    return ScalarState(**manifest.numbers)
+    """Return the engine's non-tensor state."""
+    return ScalarState(**manifest.scalar_state)
 
 
-def _load_tensor(piece: TensorChunk, manifest: Manifest, files: ChunkReader, folder: Path, *, has_state: bool) -> None:
-    stored = manifest.tensors.get((piece.name, piece.role))
+def _load_chunk(chunk: TensorChunk, manifest: Manifest, reader: ChunkReader, folder: Path) -> None:
+    label = f"{chunk.role} of {chunk.name}"
+    stored = manifest.tensors.get((chunk.name, chunk.role))
     if stored is None:
-        if piece.role not in MODEL_ROLES and not has_state:
-            return  # never stepped: it stays as the optimizer has made it
-        raise CheckpointError(f"{folder}: has no {piece.role} of {piece.name}")
-    if stored.shape != piece.shape:
-        raise CheckpointError(
-            f"{folder}: {piece.role} of {piece.name} is {list(stored.shape)}, and the model's is {list(piece.shape)}"
-        )
-    found = files.read(stored, piece.start, piece.view)
-    if found != piece.view.numel():
-        raise CheckpointError(
-            f"{folder}: {piece.view.numel() - found} elements of {piece.role} of {piece.name} are missing"
-        )
+        raise CheckpointError(f"{folder}: missing {label}")
+    if stored.shape != chunk.shape:
+        raise CheckpointError(f"{folder}: {label}: expected shape {list(chunk.shape)}, got {list(stored.shape)}")
+    missing = chunk.view.numel() - reader.read(stored, chunk.start, chunk.view)
+    if missing:
+        raise CheckpointError(f"{folder}: {missing} elements of {label} are missing")

@@ -1,44 +1,42 @@
-"""Which checkpoint a run would resume from, as one process can tell without reading its tensors."""
+"""The checkpoint that a run would resume from, found by one process without reading tensors."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from trainer.checkpoint.remote import Remote, is_remote
-from trainer.checkpoint.retention import CHECKPOINTS, SavedCheckpoint, list_checkpoints, search_folder
+from trainer.checkpoint.saved import SavedCheckpoint, list_checkpoints, search_folder
 from trainer.checkpoint_format import read_manifest, verify_sizes
 from trainer.config import LoadedConfig
 from trainer.errors import CheckpointError
-from trainer.run_directory import refuse_checkpoint_past_end, refuse_identity_change
-
-log = logging.getLogger(__name__)
+from trainer.run_identity import refuse_checkpoint_past_end, refuse_identity_change
+from trainer.run_layout import CHECKPOINTS
 
 
 def preview_resume(loaded: LoadedConfig) -> SavedCheckpoint | None:
-    """The checkpoint that `loaded` resumes from; None if it starts from the beginning, or from a copy elsewhere.
+    """Return the checkpoint that `loaded` resumes from; None if it starts at step 1 or resumes from a remote copy.
 
-    Of the checkpoint its manifest is read, and its files are there with their sizes; hashes are verified when the run
-    starts.
+    Its manifest is read, and the sizes of its files are checked; the run itself verifies the hashes.
 
     Raises:
-        CheckpointError: there is none where one is named. ConfigError: it is another run's.
+        CheckpointError: `checkpoint.resume` names a checkpoint that is missing or damaged.
+        ConfigError: the checkpoint belongs to another run, or is past the last step.
     """
     resume = loaded.config.checkpoint.resume
     if resume == "never":
         return None
     if is_remote(resume):
-        place = Remote(resume, "checkpoint.resume")
-        if place.newest() is None:
-            raise CheckpointError(f"{place.place}: there is no checkpoint")
+        remote = Remote(resume, "checkpoint.resume")
+        if remote.newest() is None:
+            raise CheckpointError(f"{remote.url}: no checkpoint found")
         return None
     output = Path(loaded.config.run.output_dir).expanduser()
-    found = _newest(output / CHECKPOINTS) if resume == "auto" else _named(Path(resume).expanduser())
-    if found is None:
+    checkpoint = _newest(output / CHECKPOINTS) if resume == "auto" else _named(Path(resume).expanduser())
+    if checkpoint is None:
         return None
-    refuse_identity_change(found.manifest.config, loaded, str(found.folder))
-    refuse_checkpoint_past_end(loaded, found.manifest.step, str(found.folder))
-    return found
+    refuse_identity_change(checkpoint.manifest.config, loaded, str(checkpoint.folder))
+    refuse_checkpoint_past_end(loaded, checkpoint.manifest.step, str(checkpoint.folder))
+    return checkpoint
 
 
 def _named(path: Path) -> SavedCheckpoint:
@@ -47,21 +45,22 @@ def _named(path: Path) -> SavedCheckpoint:
         manifest = read_manifest(path)
         verify_sizes(path, manifest)
         return SavedCheckpoint(path, manifest)
-    if (found := _newest(folder)) is None:
-        raise CheckpointError(f"{folder}: there is no sound checkpoint to resume from")
-    return found
+    newest = _newest(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no valid checkpoint to resume from")
+    return newest
 
 
 def _newest(folder: Path) -> SavedCheckpoint | None:
-    """The newest checkpoint whose files have their sizes."""
-    kept, damaged = list_checkpoints(folder)
-    for one in kept:
+    """Return the newest checkpoint whose files have the sizes in its manifest."""
+    checkpoints, errors = list_checkpoints(folder)
+    for checkpoint in checkpoints:
         try:
-            verify_sizes(one.folder, one.manifest)
+            verify_sizes(checkpoint.folder, checkpoint.manifest)
         except CheckpointError as error:
-            damaged.append(error)
+            errors.append(error)
         else:
-            return one
-    if damaged:
-        raise CheckpointError(f"{folder}: there is no sound checkpoint to resume from: {damaged[0]}")
+            return checkpoint
+    if errors:
+        raise CheckpointError(f"{folder}: no valid checkpoint to resume from: {errors[0]}")
     return None

@@ -1,5 +1,7 @@
-"""Copies of checkpoints in object stores, through fsspec. There is no rename there: the manifest, written last, is
-what makes a copy complete."""
+"""Copies of checkpoints in object stores, through fsspec.
+
+Object stores have no rename: the manifest, which is written last, makes a copy complete.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import fsspec
 
-from trainer.checkpoint.retention import LATEST
+from trainer.checkpoint.saved import LATEST
 from trainer.checkpoint_format import MANIFEST
 from trainer.errors import CheckpointError, ConfigError, Problem
 
@@ -22,121 +24,144 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 60.0
-"""How long a place may take for a question that moves no data."""
+"""Of a request that moves no data."""
 
 
-def _with_timeout(seconds: float, work: Callable[[], T]) -> T:
-    """The result of `work`, done in a thread that is abandoned when it takes longer.
+class _FileSystem(Protocol):
+    """The methods of `fsspec.AbstractFileSystem`, which is untyped, that are used here."""
 
-    Raises:
-        TimeoutError: it has not ended in time.
-    """
-    outcome: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((work(), None))
-        except Exception as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, name="remote", daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    def exists(self, path: str) -> bool: ...
+    def makedirs(self, path: str, exist_ok: bool) -> None: ...
+    def put_file(self, lpath: str, rpath: str) -> None: ...
+    def get_file(self, rpath: str, lpath: str) -> None: ...
+    def pipe_file(self, path: str, value: bytes) -> None: ...
+    def cat_file(self, path: str) -> bytes: ...
+    def rm_file(self, path: str) -> None: ...
+    def rm(self, path: str, recursive: bool) -> None: ...
+    def glob(self, path: str) -> Iterable[str]: ...
+    def invalidate_cache(self) -> None: ...
 
 
-def is_remote(place: str) -> bool:
-    """Whether `place` is one of fsspec's, such as `s3://bucket/run`."""
-    return "://" in place
+def is_remote(path: str) -> bool:
+    """Return True for an address of fsspec, such as `s3://bucket/run`."""
+    return "://" in path
 
 
 class Remote:
-    """A folder of checkpoints somewhere else."""
+    """A folder of checkpoints in an object store."""
 
-    def __init__(self, place: str, key: str = "checkpoint.upload") -> None:
-        """Raises:
-        ConfigError: if fsspec has no such file system, its package is not installed, or it cannot be reached.
+    def __init__(self, url: str, key: str = "checkpoint.upload") -> None:
+        """Open the file system of an address.
+
+        Args:
+            url: Address of the folder, such as `s3://bucket/run`.
+            key: Of the configuration that holds the address, for messages.
+
+        Raises:
+            ConfigError: fsspec has no such file system, its package is not installed, or it cannot be reached.
         """
-        self.place, self._key = place, key
+        self.url, self._key = url, key
+        self._files: _FileSystem
+        self._root: str
         try:
-            self._files: Any
-            self._files, self._root = _with_timeout(_TIMEOUT_SECONDS, lambda: fsspec.core.url_to_fs(place.rstrip("/")))
+            self._files, self._root = _with_timeout(lambda: fsspec.core.url_to_fs(url.rstrip("/")))
         except (ImportError, ValueError) as error:
-            raise ConfigError(Problem(key, f"'{place}': {error}", "Install the package that fsspec names")) from None
-        except Exception as error:  # each store has its own
+            raise ConfigError(Problem(key, f"'{url}': {error}", "Install the package that fsspec names")) from None
+        except Exception as error:  # every store has its own exceptions
             raise self._unreachable(error) from None
 
-    def _unreachable(self, error: Exception) -> ConfigError:
-        reason = f"'{self.place}' cannot be reached: {type(error).__name__}: {error}"
-        return ConfigError(Problem(self._key, reason, "Check the address, the credentials and the network"))
-
     def warn_if_unreachable(self) -> None:
-        """Look once whether the place answers; a run that has its checkpoints here trains without it."""
+        """Log a warning if the store does not respond: a run that has its checkpoints locally trains without it."""
         try:
-            _with_timeout(_TIMEOUT_SECONDS, lambda: self._files.exists(self._root))
+            _with_timeout(lambda: self._files.exists(self._root))
         except Exception as error:
-            log.warning("%s. Checkpoints are kept here, and each save tries to copy again", self._unreachable(error))
+            log.warning("%s. Checkpoints are kept locally, and each save retries the upload", self._unreachable(error))
 
     def upload(self, folder: Path, names: Sequence[str]) -> None:
-        """Copies files of a checkpoint. All but the manifest first, on all ranks; then the manifest, on one."""
-        there = f"{self._root}/{folder.name}"
-        self._files.makedirs(there, exist_ok=True)
+        """Copy files of a checkpoint: on all ranks all but the manifest; then on one rank the manifest."""
+        target = f"{self._root}/{folder.name}"
+        self._files.makedirs(target, exist_ok=True)
         for name in names:
-            self._files.put_file(str(folder / name), f"{there}/{name}")
+            self._files.put_file(str(folder / name), f"{target}/{name}")
         if MANIFEST in names:
             self._files.pipe_file(f"{self._root}/{LATEST}", f"{folder.name}\n".encode())
 
     def invalidate(self, name: str) -> None:
-        """Makes a copy one that is not complete."""
+        """Make a copy incomplete by removing its manifest."""
+        manifest = f"{self._root}/{name}/{MANIFEST}"
 
-        def invalidate() -> None:
-            if self._files.exists(f"{self._root}/{name}/{MANIFEST}"):
-                self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
+        def remove_manifest() -> None:
+            if self._files.exists(manifest):
+                self._files.rm_file(manifest)
 
-        _with_timeout(_TIMEOUT_SECONDS, invalidate)
+        _with_timeout(remove_manifest)
 
-    def delete_checkpoint(self, *names: str) -> None:
-        """Deletes checkpoints, the manifest of each first."""
+    def delete(self, *names: str) -> None:
+        """Delete copies, the manifest of each first."""
         for name in names:
             self.invalidate(name)
             if self._files.exists(f"{self._root}/{name}"):
                 self._files.rm(f"{self._root}/{name}", recursive=True)
 
     def newest(self) -> str | None:
-        """Name of the newest complete checkpoint; the place may also be that of a single one, whose name is "".
+        """Return the name of the newest complete copy, or None; "" if the address is that of a single checkpoint.
 
         Raises:
-            ConfigError: the place cannot be asked.
+            ConfigError: the store cannot be reached.
         """
-
-        def newest() -> str | None:
-            self._files.invalidate_cache()
-            if self._files.exists(f"{self._root}/{MANIFEST}"):
-                return ""
-            found = [path.rsplit("/", 2)[-2] for path in self._files.glob(f"{self._root}/step-*/{MANIFEST}")]
-            return max(((*self._order(name), name) for name in found), default=(0, 0, None))[-1]
-
         try:
-            return _with_timeout(_TIMEOUT_SECONDS, newest)
-        except Exception as error:  # each store has its own
+            return _with_timeout(self._newest)
+        except Exception as error:  # every store has its own exceptions
             raise self._unreachable(error) from None
 
-    def _order(self, name: str) -> tuple[int, int]:
-        body = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
-        return int(body["attempt"]), int(body["step"])
-
-    def fetch(self, name: str, file: str, into: Path) -> None:
-        """Copies a file of a checkpoint.
+    def fetch(self, name: str, file: str, target: Path) -> None:
+        """Copy a file of a checkpoint to `target`.
 
         Raises:
-            CheckpointError: if it is not there.
+            CheckpointError: the file does not exist, or cannot be copied.
         """
-        there = f"{self._root}/{name}/{file}" if name else f"{self._root}/{file}"
+        source = f"{self._root}/{name}/{file}" if name else f"{self._root}/{file}"
         try:
-            self._files.get_file(there, str(into))
+            self._files.get_file(source, str(target))
         except Exception as error:
-            raise CheckpointError(f"{self.place}: {there} cannot be copied: {error}") from None
+            raise CheckpointError(f"{self.url}: {source} cannot be copied: {error}") from None
+
+    def _newest(self) -> str | None:
+        self._files.invalidate_cache()
+        if self._files.exists(f"{self._root}/{MANIFEST}"):
+            return ""
+        names = [path.rsplit("/", 2)[-2] for path in self._files.glob(f"{self._root}/step-*/{MANIFEST}")]
+        return max(names, key=self._order, default=None)
+
+    def _order(self, name: str) -> tuple[int, int, str]:
+        body = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
+        return int(body["attempt"]), int(body["step"]), name
+
+    def _unreachable(self, error: Exception) -> ConfigError:
+        reason = f"'{self.url}' cannot be reached: {type(error).__name__}: {error}"
+        return ConfigError(Problem(self._key, reason, "Check the address, the credentials and the network"))
+
+
+def _with_timeout(work: Callable[[], T]) -> T:
+    """Return the result of `work`, run in a thread that is abandoned after `_TIMEOUT_SECONDS`.
+
+    Raises:
+        TimeoutError: the work takes longer.
+    """
+    results: queue.SimpleQueue[T] = queue.SimpleQueue()
+    errors: list[Exception] = []
+    is_done = threading.Event()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:
+            errors.append(error)
+        is_done.set()
+
+    threading.Thread(target=run, name="remote", daemon=True).start()
+    if not is_done.wait(_TIMEOUT_SECONDS):
+        raise TimeoutError(f"no answer within {_TIMEOUT_SECONDS:.0f} s")
+    if errors:
+        raise errors[0]
+    return results.get()

@@ -1,4 +1,4 @@
-"""Writes a checkpoint so that it is there whole or not at all, whatever is killed when."""
+"""Atomic checkpoint writing: after a crash at any point the checkpoint is complete or absent."""
 
 from __future__ import annotations
 
@@ -7,205 +7,213 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.checkpoint.saved import PARTIAL
 from trainer.checkpoint_format import (
-    LARGEST_FILE,
     MANIFEST,
-    Dims,
-    FileIndex,
+    MAX_FILE_BYTES,
+    Chunk,
     FileRecord,
     Manifest,
     StoredTensor,
-    Tensors,
+    TensorIndex,
     WriteItem,
     split_into_files,
     write_items_file,
 )
-from trainer.distributed import JOIN_TIMEOUT
+from trainer.checkpoint_format.manifest import Dims, Tensors
+from trainer.distributed import agree
 from trainer.engine import TensorChunk
 from trainer.errors import CheckpointError
 from trainer.files import hash_file, replace_folder, replace_text
 
-PARTIAL = ".{}.partial"
-"""Name of a folder whose checkpoint is not complete."""
 
-DELETED = ".{}.deleted"
-
-
-class Staging:
-    """Host memory for a copy of the state; it is kept from one save to the next, pinned where there is a GPU."""
+class StagingBuffers:
+    """Host memory for a copy of the state, reused from save to save; pinned where the state is on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str, Dims], Tensor] = {}
 
-    def copies(self, pieces: Iterable[TensorChunk]) -> Iterator[TensorChunk]:
-        """The pieces, with copies in place of views of what is trained."""
-        copied = [replace(piece, view=self._copy(piece)) for piece in pieces]
+    def copy(self, chunks: Iterable[TensorChunk]) -> Iterator[TensorChunk]:
+        """Yield the chunks with copies in place of the views that training writes to."""
+        copies = [replace(chunk, view=self._copy(chunk)) for chunk in chunks]
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.synchronize()
-        yield from copied
+        yield from copies
 
-    def _copy(self, piece: TensorChunk) -> Tensor:
-        key = piece.name, piece.role, piece.start
+    def _copy(self, chunk: TensorChunk) -> Tensor:
+        key = chunk.name, chunk.role, chunk.start
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != piece.view.shape or buffer.dtype != piece.view.dtype:
-            buffer = torch.empty(piece.view.shape, dtype=piece.view.dtype, pin_memory=piece.view.is_cuda)
+        if buffer is None or buffer.shape != chunk.view.shape or buffer.dtype != chunk.view.dtype:
+            buffer = torch.empty(chunk.view.shape, dtype=chunk.view.dtype, pin_memory=chunk.view.is_cuda)
             self._buffers[key] = buffer
-        return buffer.copy_(piece.view.detach(), non_blocking=True)
+        return buffer.copy_(chunk.view.detach(), non_blocking=True)
 
 
-def make_write_items(pieces: Iterable[TensorChunk]) -> list[WriteItem]:
-    """The pieces as entries of files."""
-    return sort_by_element_size(WriteItem(p.name, p.role, p.shape, p.start, p.view) for p in pieces)
+def make_write_items(chunks: Iterable[TensorChunk]) -> list[WriteItem]:
+    """Return the chunks of an engine's state as items to write, sorted by element size."""
+    return sort_by_element_size(WriteItem(c.name, c.role, c.shape, c.start, c.view) for c in chunks)
 
 
-def sort_by_element_size(entries: Iterable[WriteItem]) -> list[WriteItem]:
-    """Those of larger elements first, so that all are aligned in their files."""
-    return sorted(entries, key=lambda entry: -entry.tensor.element_size())
+def sort_by_element_size(items: Iterable[WriteItem]) -> list[WriteItem]:
+    """Sort items by descending element size, so that every tensor is aligned to its elements in the file."""
+    return sorted(items, key=lambda item: -item.tensor.element_size())
 
 
 class CheckpointWriter:
-    """The folder of a checkpoint that is being written by all ranks of a group."""
+    """Writes one checkpoint together with all ranks of a group."""
 
-    def __init__(self, path: Path, rank: int, group: Any = None, *, advance: Callable[[], None] = lambda: None) -> None:
-        """Args:
-        advance: called after each file that this rank has written or verified.
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare to write; nothing is written yet.
+
+        Args:
+            folder: Of the checkpoint, which may exist.
+            rank: Of this process.
+            group: The ranks that write; None stands for all ranks.
+            advance: Called after each file that this rank has written or verified.
         """
-        self._path, self._rank, self._group, self._advance = path, rank, group, advance
-        self._partial = path.with_name(PARTIAL.format(path.name))
+        self._folder, self._rank, self._group, self._advance = folder, rank, group, advance
+        self._partial = folder.with_name(PARTIAL.format(folder.name))
         self.written: list[FileRecord] = []
-        """This rank's files."""
+        """Files of this rank."""
 
-    def write(self, entries: Sequence[WriteItem], manifest: Manifest, largest: int = LARGEST_FILE) -> Manifest:
-        """Writes this rank's entries, and on the first rank, once all have, the manifest; then gives the folder its
-        name. On all ranks.
+    def write(self, items: Sequence[WriteItem], manifest: Manifest, max_bytes: int = MAX_FILE_BYTES) -> Manifest:
+        """Write this rank's items and, on rank 0 once all ranks have written, the manifest.
+
+        Collective: all ranks of the group must call it.
+
+        Args:
+            items: Chunks that this rank owns; over all ranks they cover every tensor once.
+            manifest: Without files and tensors.
+            max_bytes: Of one file.
+
+        Returns:
+            On rank 0 the complete manifest.
 
         Raises:
-            CheckpointError: on all ranks, if one of them could not write, or elements are missing or written twice.
+            CheckpointError: on all ranks: a rank could not write, or elements are missing or written twice.
         """
-        self._agree(self._begin)
-        written: list[tuple[FileRecord, FileIndex]] = []
-
-        def write() -> None:
-            for number, together in enumerate(split_into_files(entries, largest)):
-                name = (
-                    f"rank-{self._rank:05}.safetensors" if not number else f"rank-{self._rank:05}-{number}.safetensors"
-                )
-                written.append(write_items_file(self._partial / name, together))
-                self._advance()
-
-        self._agree(write)
-        self.written = [file for file, _ in written]
+        self._agree(self._create_folder if self._rank == 0 else None)
+        index: list[TensorIndex] = []
+        self._agree(partial(self._write_files, items, max_bytes, index))
         self._agree(self._verify)
-        gathered: list[Any] = [None] * dist.get_world_size(self._group) if self._rank == 0 else []
-        dist.gather_object(written, gathered or None, dst=0, group=self._group)
-        complete = manifest
-
-        def commit() -> None:
-            nonlocal complete
-            files = list(itertools.chain.from_iterable(gathered))
-            complete = replace(
-                manifest, files=tuple(file for file, _ in files), tensors=_merge_indices(i for _, i in files)
-            )
-            replace_text(self._partial / MANIFEST, complete.to_json())
-            replace_folder(self._partial, self._path)  # from now on there is a checkpoint
-
-        self._agree(commit if self._rank == 0 else None)
-        return complete
-
-    def _begin(self) -> None:
+        gathered: list[tuple[list[FileRecord], list[TensorIndex]]] | None = None
         if self._rank == 0:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+            gathered = [([], [])] * dist.get_world_size(self._group)
+        dist.gather_object((self.written, index), gathered, dst=0, group=self._group)
+        complete = [manifest]
+        self._agree(partial(self._commit, complete, gathered) if gathered is not None else None)
+        return complete[0]
 
-    def _verify(self) -> None:
-        """Each rank reads again what it has written, before anything older may go for it."""
-        for file in self.written:
-            if hash_file(self._partial / file.name) != file.hash:
-                raise OSError(f"{file.name} does not hold what was written into it")
+    def _create_folder(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+
+    def _write_files(self, items: Sequence[WriteItem], max_bytes: int, index: list[TensorIndex]) -> None:
+        for i, file_items in enumerate(split_into_files(items, max_bytes)):
+            suffix = f"-{i}" if i else ""
+            path = self._partial / f"rank-{self._rank:05}{suffix}.safetensors"
+            record, file_index = write_items_file(path, file_items)
+            self.written.append(record)
+            index += file_index
             self._advance()
 
+    def _verify(self) -> None:
+        """Read back what this rank has written, before older checkpoints are deleted for it."""
+        for file in self.written:
+            if hash_file(self._partial / file.name) != file.hash:
+                raise OSError(f"{file.name} reads back differently from what was written")
+            self._advance()
+
+    def _commit(self, complete: list[Manifest], gathered: Iterable[tuple[list[FileRecord], list[TensorIndex]]]) -> None:
+        """Write the manifest and rename the folder: from the rename on, the checkpoint exists."""
+        records, indices = zip(*gathered, strict=True)
+        files = tuple(itertools.chain.from_iterable(records))
+        complete[0] = replace(complete[0], files=files, tensors=_merge(itertools.chain.from_iterable(indices)))
+        replace_text(self._partial / MANIFEST, complete[0].to_json())
+        replace_folder(self._partial, self._folder)
+
     def _agree(self, work: Callable[[], None] | None) -> None:
-        """Does this rank's work; if it fails on any rank, all raise."""
-        problem = None
+        """Do this rank's work. If it fails on any rank, raise on all. Collective: all ranks of the group must call it.
+
+        Raises:
+            CheckpointError: the first rank's error; the partial folder is removed.
+        """
+
+        def attempt() -> None:
+            try:
+                if work is not None:
+                    work()
+            except Exception as error:  # of any type, because the other ranks must not wait for this one
+                reason = str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
+                raise CheckpointError(f"{self._folder} was not written: rank {self._rank}: {reason}") from error
+
         try:
-            if work is not None:
-                work()
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            problem = str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
-        problems: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(problems, problem, group=self._group)
-        found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
-        if found:
+            agree(attempt, self._group)
+        except CheckpointError:
             if self._rank == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
-            raise CheckpointError(f"{self._path} was not written: {'; '.join(found)}")
+            raise
 
 
-def _merge_indices(indices: Iterable[FileIndex]) -> Tensors:
-    """The boxes of all files by tensor.
+def _merge(index: Iterable[TensorIndex]) -> Tensors:
+    """Return the tensors whose chunks all ranks have written.
 
     Raises:
-        CheckpointError: unless they cover each tensor exactly.
+        CheckpointError: the chunks do not cover each tensor exactly once.
     """
-    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    known: dict[tuple[str, str], tuple[Any, ...]] = {}
-    for name, role, shape, dtype, chunk in itertools.chain.from_iterable(indices):
-        if known.setdefault((name, role), (shape, dtype)) != (shape, dtype):
-            raise CheckpointError(f"{role} of {name} has another shape or type on another rank: a bug in Tessera")
-        found[name, role].append(chunk)
-    tensors = {}
-    for key, chunks in found.items():
-        shape, dtype = known[key]
-        tensors[key] = StoredTensor(shape, dtype, tuple(chunks))
+    chunks: dict[tuple[str, str], list[Chunk]] = defaultdict(list)
+    headers: dict[tuple[str, str], tuple[Dims, str]] = {}
+    for entry in index:
+        key = entry.name, entry.role
+        if headers.setdefault(key, (entry.shape, entry.dtype)) != (entry.shape, entry.dtype):
+            raise CheckpointError(f"{entry.role} of {entry.name}: shape or dtype differs between ranks (a bug)")
+        chunks[key].append(entry.chunk)
+    tensors = {key: StoredTensor(*headers[key], tuple(chunks[key])) for key in chunks}
     for (name, role), stored in tensors.items():
         refuse_incomplete_coverage(f"{role} of {name}", stored)
     return tensors
 
 
-def refuse_incomplete_coverage(what: str, stored: StoredTensor) -> None:
-    """Looks whether the boxes cover the tensor, each element once.
+def refuse_incomplete_coverage(label: str, stored: StoredTensor) -> None:
+    """Check that the chunks cover a tensor, each element once.
 
     Raises:
-        CheckpointError: if they do not.
+        CheckpointError: they do not; the message begins with `label`.
     """
-    covered = sum(chunk.numbers for chunk in stored.chunks)
-    if covered != stored.numbers:
-        raise CheckpointError(f"{what}: {covered} elements for a tensor of {stored.numbers}")
-    inside = all(
-        a >= 0 and a + n <= whole
-        for b in stored.chunks
-        for a, n, whole in zip(b.start, b.size, stored.shape, strict=True)
+    covered = sum(chunk.numel for chunk in stored.chunks)
+    if covered != stored.numel:
+        raise CheckpointError(f"{label}: chunks have {covered} elements, the tensor has {stored.numel}")
+    is_inside = all(
+        offset >= 0 and offset + size <= length
+        for chunk in stored.chunks
+        for offset, size, length in zip(chunk.offsets, chunk.sizes, stored.shape, strict=True)
     )
-    if not inside or _has_overlap(stored):
-        raise CheckpointError(f"{what}: its parts overlap, or lie outside of it")
+    if not is_inside or _has_overlap(stored):
+        raise CheckpointError(f"{label}: chunks overlap, or extend past the tensor")
 
 
 def _has_overlap(stored: StoredTensor) -> bool:
-    """Whether two boxes share an element; those that lie apart along the first dimension are never compared."""
-    chunks = sorted(stored.chunks, key=lambda chunk: chunk.start)
-    for place, chunk in enumerate(chunks):
-        for other in itertools.islice(chunks, place + 1, None):
-            if stored.shape and other.start[0] >= chunk.start[0] + chunk.size[0]:
+    """Return True if two chunks share an element."""
+    chunks = sorted(stored.chunks, key=lambda chunk: chunk.offsets)
+    for i, chunk in enumerate(chunks):
+        for other in itertools.islice(chunks, i + 1, None):
+            # Sorted by the first dimension: no later chunk can overlap either.
+            if stored.shape and other.offsets[0] >= chunk.offsets[0] + chunk.sizes[0]:
                 break
-            if chunk.overlap(other.start, other.size):
+            if chunk.overlap(other.offsets, other.sizes):
                 return True
     return False
-
-
-def checkpoint_group() -> Any:
-    """A group of all ranks for host memory, for checkpoints alone: a thread may use it while training goes on.
-
-    Its collectives wait for the slowest rank's files, and for their way to an object store.
-    """
-    return (
-        dist.new_group(backend="gloo", timeout=JOIN_TIMEOUT)
-        if dist.get_world_size() > 1 or torch.cuda.is_available()
-        else None
-    )

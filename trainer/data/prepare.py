@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint_format import is_checkpoint, run_tokenizer_folder
+from trainer.checkpoint_format import is_checkpoint
 from trainer.config.schema import DEFAULT_CACHE
 from trainer.data.cache import Cache
 from trainer.data.holdout import HASHES, DocumentHasher, drop_held_out, split_held_out
@@ -22,6 +22,7 @@ from trainer.data.tokenization import DocumentEncoder, check_token_entry, open_c
 from trainer.data.tokenizer import END_OF_TEXT, TRAINING_BYTES, check_tokenizer, load_tokenizer, train_tokenizer
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, DataError
+from trainer.run_layout import run_tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,7 +3,7 @@
 from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from trainer.distributed.agreement import agree
+from trainer.distributed.agreement import agree, run_on_rank_zero
 from trainer.distributed.environment import Launch, local_device, prepare_environment
 from trainer.distributed.extensions import load_extension
 from trainer.distributed.groups import ProcessGroups
@@ -38,6 +38,7 @@ __all__ = [
     "publish_value",
     "receive_value",
     "remove_stale_buffers",
+    "run_on_rank_zero",
     "seed_everything",
     "wait_for_keys",
 ]

@@ -40,3 +40,22 @@ def agree(work: Callable[[], T], group: Any = None) -> T:
     if errors:
         raise errors[0]
     return result  # type: ignore[return-value]
+
+
+def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Return the result of `work` on rank 0, on all ranks. Collective: all ranks of the group must call it.
+
+    Raises:
+        TesseraError: rank 0's, on all ranks.
+    """
+    outcome: list[tuple[T | None, TesseraError | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(work(), None)]
+        except TesseraError as raised:
+            outcome = [(None, raised)]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from trainer.config import LoadedConfig
 from trainer.distributed import Launch, local_device
 from trainer.fault_tolerance.comparison import Fact, flatten
 from trainer.files import hash_file
-from trainer.run_directory import package_versions
+from trainer.run_metadata import package_versions
 
 _PER_HOST = ("data.cache_dir",)
 """Keys that may differ between hosts."""

@@ -1,7 +1,7 @@
-"""Where numbers go: the run directory, the console, Weights & Biases."""
+"""Metrics of a run, and where they go: the run directory, the console, Weights & Biases."""
 
-from trainer.tracking.interface import Row, Tracker, Trackers
+from trainer.tracking.interface import Row, Tracker, TrackerContext, Trackers
 from trainer.tracking.meter import Meter
-from trainer.tracking.registry import open_trackers
+from trainer.tracking.registry import TRACKERS, open_trackers
 
-__all__ = ["Meter", "Row", "Tracker", "Trackers", "open_trackers"]
+__all__ = ["TRACKERS", "Meter", "Row", "Tracker", "TrackerContext", "Trackers", "open_trackers"]

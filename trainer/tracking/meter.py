@@ -1,11 +1,11 @@
-"""From step results to rows of metrics. Time and data are counted always, the device is asked only to log."""
+"""Rows of metrics from step results. Time and data are measured at every step, the device is read only to log."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TypeVar
 
 import torch
@@ -19,36 +19,31 @@ from trainer.tracking.interface import Row
 T = TypeVar("T")
 
 
-def memory_bytes_max(device: torch.device) -> int:
-    """The most memory this rank has held: on a GPU allocated by torch, on a CPU resident."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @dataclass
 class Meter:
-    """Counts what has passed since the last logged step, and in all."""
+    """Measures time, tokens and memory since the last logged step."""
 
     engine: Engine
+    progress: Progress
+    """Of the run; the training loop advances it."""
+
+    _: KW_ONLY
     device: torch.device
     devices: int
+    """Of all ranks."""
+
     cost: ModelCost
-    length: int
-    """Tokens of a sequence; attention's FLOPs depend on it."""
+    sequence_length: int
+    """Tokens of a sequence; the FLOPs of attention depend on it."""
 
     attempt: int
-    progress: Progress = field(default_factory=Progress)
-    """Of the run; the training loop advances it."""
 
     def __post_init__(self) -> None:
         self._peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        self._wait = self._paused = 0.0
-        self._steps = self._tokens_since = 0
-        self._since = time.perf_counter()
+        self._reset()
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """`batches`, with the time spent waiting for each counted."""
+        """Yield `batches`, and measure the time spent waiting for each."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -60,14 +55,23 @@ class Meter:
     def add(self, tokens: int) -> None:
         """Count a step on a global batch of this many tokens."""
         self._steps += 1
-        self._tokens_since += tokens
+        self._tokens += tokens
 
     def pause(self, seconds: float) -> None:
-        """Time that does not count as training: evaluation, saving."""
+        """Exclude time that is not training, such as evaluation and saving."""
         self._paused += seconds
 
     def train_row(self, step: int, epoch: float, result: StepResult, step_tokens: int) -> Row:
-        """The row of a logged step; the only place where the host waits for the device."""
+        """Return the row of a logged step. Collective: all ranks must call it.
+
+        This is the only place where the host waits for the device.
+
+        Args:
+            step: Number of the step.
+            epoch: After the step.
+            result: Of the step.
+            step_tokens: Tokens of the step's global batch.
+        """
         norm = None if result.grad_norm is None else float(result.grad_norm)
         local_values: list[Tensor | float] = [
             result.loss_sum,
@@ -77,10 +81,10 @@ class Meter:
             self._wait / self._steps,
             0.0 if result.idle_share is None else result.idle_share(),
         ]
-        values_by_rank = self.engine.all_gather_scalars(local_values)
-        seconds = (time.perf_counter() - self._since - self._paused) / self._steps
-        per_second = self._tokens_since / self._steps / seconds
-        auxiliary = sum(r[1] for r in values_by_rank) / sum(r[2] for r in values_by_rank)
+        ranks = self.engine.all_gather_scalars(local_values)
+        losses, auxiliaries, micro_batches, memory, waits, idle = zip(*ranks, strict=True)
+        seconds = (time.perf_counter() - self._start - self._paused) / self._steps
+        per_second = self._tokens / self._steps / seconds
         row: Row = {
             "step": step,
             "split": "train",
@@ -88,31 +92,25 @@ class Meter:
             "epoch": epoch,
             "tokens": self.progress.tokens,
             "samples": self.progress.samples,
-            "loss": sum(r[0] for r in values_by_rank) / step_tokens,
+            "loss": sum(losses) / step_tokens,
             "grad_norm": norm,
             "learning_rate": result.learning_rate,
             "step_seconds": seconds,
             "tokens_per_second": per_second,
             "tokens_per_second_per_device": per_second / self.devices,
             "mfu": self._mfu(per_second),
-            "memory_bytes_max": int(max(r[3] for r in values_by_rank)),
-            "data_wait_seconds": max(r[4] for r in values_by_rank),
+            "memory_bytes_max": int(max(memory)),
+            "data_wait_seconds": max(waits),
         }
-        if auxiliary:
+        if auxiliary := sum(auxiliaries) / sum(micro_batches):
             row["auxiliary_loss"] = auxiliary
         if result.idle_share is not None:
-            row["pipeline_bubble"] = sum(r[5] for r in values_by_rank) / len(values_by_rank)
-        self._wait = self._paused = 0.0
-        self._steps = self._tokens_since = 0
-        self._since = time.perf_counter()
+            row["pipeline_bubble"] = sum(idle) / len(idle)
+        self._reset()
         return row
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        if self._peak is None:
-            return None
-        return tokens_per_second * self.cost.flops_per_token(self.length) / (self._peak * self.devices)
-
     def validation_row(self, step: int, evaluation: Evaluation) -> Row:
+        """Return the row of an evaluation after `step`."""
         return {
             "step": step,
             "split": "validation",
@@ -121,3 +119,21 @@ class Meter:
             **evaluation.metrics,
             "tokens": evaluation.tokens,
         }
+
+    def _reset(self) -> None:
+        self._wait = self._paused = 0.0
+        self._steps = self._tokens = 0
+        self._start = time.perf_counter()
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Return the model FLOPs utilization; None on a device of unknown peak."""
+        if self._peak is None:
+            return None
+        return tokens_per_second * self.cost.flops_per_token(self.sequence_length) / (self._peak * self.devices)
+
+
+def memory_bytes_max(device: torch.device) -> int:
+    """Return the peak memory of this rank in bytes: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
