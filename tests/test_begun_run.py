@@ -18,7 +18,8 @@ from trainer.checkpoint_format import read_manifest
 from trainer.config.earlier_versions import ABSENT, ADDED_KEYS, AddedKey, stored_run, upgrade_config, value_at
 from trainer.config.load import LoadedConfig, load_config
 from trainer.errors import ConfigError
-from trainer.run_directory import RunDirectory, refuse_identity_change
+from trainer.run_directory import RunDirectory
+from trainer.run_identity import refuse_identity_change
 
 ROOT = Path(__file__).parent.parent
 BEGUN = ROOT / "tests" / "data" / "begun_run"

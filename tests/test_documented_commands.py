@@ -122,7 +122,7 @@ def test_documented_targets_and_markers_exist(documented: set[str]) -> None:
     assert targets <= set(make_targets())
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     declared = {marker.partition(":")[0] for marker in settings["markers"]}
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for command in (command for command in documented if "-m pytest -m" in command):
         for name in set(re.findall(r"\w+", command.partition("-m pytest -m ")[2])) - {"not", "and"}:
             assert name in declared, command

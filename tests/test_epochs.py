@@ -164,7 +164,7 @@ def test_run_stops_after_epochs(epochs: dict[str, Any], tmp_path: Path) -> None:
     other = with_values(epochs, training__epochs=0.5, deepspeed__train_batch_size=4)
     refused = start(other, tmp_path, "--allow_change", "deepspeed.train_batch_size")
     assert refused.status == 2
-    assert "Give training.max_steps instead" in refused.err
+    assert "Set training.max_steps instead" in refused.err
     more = start(with_values(epochs, training__epochs=0.5), tmp_path)
     assert more.status == 0, more.err
     assert f"resuming from step {steps}" in more.out

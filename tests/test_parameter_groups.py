@@ -16,14 +16,14 @@ from tests.configs import tiny_config, with_values
 from tests.harness import run_command, run_ranks
 from tests.reference_optimizers import scheduled_learning_rates
 from tests.training_jobs import Outcome, learning_rates, train, train_bare
-from trainer.checkpoint.retention import checkpoint_name
+from trainer.checkpoint.saved import checkpoint_name
 from trainer.config.deepspeed import weight_decay
 from trainer.config.load import check_config
 from trainer.config.schema import TrainingSection
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.errors import ConfigError
 from trainer.model import WeightOptions, build_model_shape, weight_options
-from trainer.run_directory import refuse_identity_change
+from trainer.run_identity import refuse_identity_change
 
 STEPS = 6
 SCALES = {"model.embed_tokens.weight": 0.5, "*.mlp.*": 2.0}

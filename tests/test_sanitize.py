@@ -14,7 +14,7 @@ from tests.harness import run_command
 from trainer.config.load import check_config
 from trainer.distributed import configure_logging
 from trainer.errors import ConfigError
-from trainer.run_directory import refuse_identity_change
+from trainer.run_identity import refuse_identity_change
 from trainer.sanitize import SafeFormatter, redact, sanitize_text
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")

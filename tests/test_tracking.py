@@ -271,7 +271,7 @@ def test_wandb_row_has_time_of_log_call(tmp_path: Path, monkeypatch: pytest.Monk
     """And not that at which the thread got to it."""
     monkeypatch.setitem(sys.modules, "wandb", _Slow)
     _Slow.rows.clear()
-    tracker = Wandb(WandbSection(mode="offline"), "n", RunDirectory(tmp_path, 1, None), {})
+    tracker = Wandb(WandbSection(mode="offline"), name="n", folder=tmp_path, config={})
     times = []
     for step in (1, 2):
         times.append(time.time())
@@ -309,7 +309,7 @@ def test_wandb_never_blocks_training(
     for module, words in ((_Hangs, "did not finish within"), (_Fails, "no space left on device")):
         monkeypatch.setitem(sys.modules, "wandb", module)
         began = time.monotonic()
-        tracker = Wandb(WandbSection(mode="online"), "n", RunDirectory(tmp_path, 1, None), {})
+        tracker = Wandb(WandbSection(mode="online"), name="n", folder=tmp_path, config={})
         for step in range(1000):
             tracker.log({"step": step, "split": "train", "loss": 1.0})
         assert time.monotonic() - began < 0.5

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tests.configs import tiny_config, with_values
 from tests.harness import CommandResult, run_command, run_ranks
 from tests.training_jobs import load_job
-from trainer.checkpoint.writer import checkpoint_group
+from trainer.checkpoint.context import checkpoint_group
 from trainer.data import prepare_data
 from trainer.distributed import JOIN_TIMEOUT, Launch, PhaseMark, Phases, joined_world
 from trainer.engine import start_engine

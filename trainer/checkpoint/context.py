@@ -65,11 +65,11 @@ class CheckpointContext:
 
     @property
     def rank(self) -> int:
-        return self.world.topology.rank
+        return dist.get_rank()
 
     @property
     def world_size(self) -> int:
-        return self.world.topology.world_size
+        return dist.get_world_size()
 
     def rank_share(self, items: Sequence[T]) -> Sequence[T]:
         """Return every `world_size`-th item, so that the ranks together cover all items once."""
