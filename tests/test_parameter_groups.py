@@ -41,16 +41,20 @@ OFFLOAD = {"device": "cpu"}
 
 @pytest.fixture(scope="module")
 def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Tied embeddings, and biases that have gradients: keys' have none, which Adam and Lion would amplify."""
+    """Tied embeddings, and biases of the MLP: those of keys have no gradient, whose rounding Adam and Lion amplify."""
     config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
     return with_values(
-        config, data__validation=[], data__packing="none", model__config__mlp_bias=True,
-        model__config__tie_word_embeddings=True, training__learning_rate_scales=SCALES,
-    )  # fmt: skip
+        config,
+        data__validation=[],
+        data__packing="none",
+        model__config__mlp_bias=True,
+        model__config__tie_word_embeddings=True,
+        training__learning_rate_scales=SCALES,
+    )
 
 
-def with_optimizer(base: dict[str, Any], kind: str, **values: Any) -> dict[str, Any]:
-    return with_values(base, deepspeed__optimizer={"type": kind, "params": OPTIMIZERS[kind]}, **values)
+def with_optimizer(base: dict[str, Any], name: str, **values: Any) -> dict[str, Any]:
+    return with_values(base, deepspeed__optimizer={"type": name, "params": OPTIMIZERS[name]}, **values)
 
 
 def layout(pipeline: int = 1, tensor: int = 1, precision: str = "", **zero: Any) -> Layout:
@@ -58,44 +62,54 @@ def layout(pipeline: int = 1, tensor: int = 1, precision: str = "", **zero: Any)
     return values | ({f"deepspeed__{precision}": {"enabled": True}} if precision else {})
 
 
-def assert_equal(
-    outcome: Outcome, expected: Outcome, tolerance: float, about: object = "", *, by_norm: bool = False
-) -> None:
-    """Losses, and each weight to a share of its largest element, or of its norm."""
-    losses, theirs = (np.array(curve)[:, 0] for curve in (outcome[0], expected[0]))
-    np.testing.assert_allclose(losses, theirs, rtol=tolerance, err_msg=str(about))
+def assert_equal(outcome: Outcome, expected: Outcome, tolerance: float, *, by_norm: bool = False) -> None:
+    """Compare losses, and each weight relative to its largest element, or to its norm."""
+    losses, expected_losses = (np.array(curve)[:, 0] for curve in (outcome[0], expected[0]))
+    np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
     assert outcome[1].keys() == expected[1].keys()
     for name, weight in expected[1].items():
         if by_norm:
             error = np.linalg.norm(outcome[1][name] - weight) / np.linalg.norm(weight)
-            assert error < tolerance, f"{about} {name} {error}"
+            assert error < tolerance, f"{name} {error}"
             continue
         limit = tolerance * max(np.abs(weight).max(), 0.01)
-        np.testing.assert_allclose(outcome[1][name], weight, atol=limit, rtol=0, err_msg=f"{about} {name}")
+        np.testing.assert_allclose(outcome[1][name], weight, atol=limit, rtol=0, err_msg=name)
 
 
-def compare(rows: list[tuple[dict[str, Any], Layout]], tolerance: float, *, by_norm: bool = False) -> None:
-    """Trains every configuration in its layout on 2 ranks, and in a bare process."""
-    configs = {id(config): with_values(config, **values) for config, values in rows}
-    plain = dict(zip(configs, run_ranks(train_bare, 1, [(c, STEPS) for c in configs.values()])[0], strict=True))
-    by_topology: dict[tuple[int, int], list[int]] = {}
-    for number, (_, values) in enumerate(rows):
-        by_topology.setdefault((values["parallel__pipeline"], values["parallel__tensor"]), []).append(number)
-    for numbers in by_topology.values():
-        jobs = [(with_values(rows[n][0], **rows[n][1]), STEPS) for n in numbers]
-        for number, outcome in zip(numbers, run_ranks(train, 2, jobs)[0], strict=True):
-            assert_equal(outcome, plain[id(rows[number][0])], tolerance, rows[number][1], by_norm=by_norm)
+def compare(
+    cases: list[tuple[dict[str, Any], Layout]], subtests: pytest.Subtests, tolerance: float, *, by_norm: bool = False
+) -> None:
+    """Train every configuration in its layout on 2 ranks, and in a plain loop of one process."""
+    configs = {id(config): with_values(config, **values) for config, values in cases}
+    expected = dict(zip(configs, run_ranks(train_bare, 1, [(c, STEPS) for c in configs.values()])[0], strict=True))
+    by_topology: dict[tuple[int, int], list[tuple[dict[str, Any], Layout]]] = {}
+    for config, values in cases:
+        topology = values["parallel__pipeline"], values["parallel__tensor"]
+        by_topology.setdefault(topology, []).append((config, values))
+    for group in by_topology.values():
+        jobs = [(with_values(config, **values), STEPS) for config, values in group]
+        for (config, values), outcome in zip(group, run_ranks(train, 2, jobs)[0], strict=True):
+            with subtests.test(optimizer=config["deepspeed"]["optimizer"]["type"], layout=values):
+                assert_equal(outcome, expected[id(config)], tolerance, by_norm=by_norm)
 
 
-def test_parameter_groups_train_as_torch(base: dict[str, Any]) -> None:
+def test_parameter_groups_train_as_torch(base: dict[str, Any], subtests: pytest.Subtests) -> None:
     adam = with_optimizer(base, "AdamW")
     scheduled = with_optimizer(base, "SGD", deepspeed__scheduler=WARMUP)
-    compare([(adam, layout(stage=1)), (scheduled, layout(stage=3)), (adam, layout(pipeline=2, stage=0)),
-             (scheduled, layout(tensor=2, stage=0))], 2e-4)  # fmt: skip
+    compare(
+        [
+            (adam, layout(stage=1)),
+            (scheduled, layout(stage=3)),
+            (adam, layout(pipeline=2, stage=0)),
+            (scheduled, layout(tensor=2, stage=0)),
+        ],
+        subtests,
+        2e-4,
+    )
 
 
 def test_comparison_detects_missing_parameter_groups(base: dict[str, Any]) -> None:
-    """The negative control: neither the decay nor the scales are too small to be seen."""
+    """Negative control: both the decay and the scales are large enough to be seen."""
     config = with_optimizer(base, "AdamW")
     (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
     jobs = [
@@ -114,31 +128,39 @@ TENSOR = [layout(tensor=2, stage=stage) for stage in (0, 1, 2, 3)]
 MATRIX: dict[str, list[Layout]] = {
     "AdamW": [*ZERO, *OFFLOADED, *PIPELINES, *TENSOR],
     "SGD": [*ZERO, *PIPELINES, *TENSOR],
-    "Lion": [*OFFLOADED, layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD),
-             layout(tensor=2, stage=2, offload_optimizer=OFFLOAD)],
-    "Muon": [*ZERO[:3], layout(stage=3, reduce_scatter=False), *OFFLOADED[:2],
-             layout(stage=3, reduce_scatter=False, offload_optimizer=OFFLOAD), *PIPELINES],
-}  # fmt: skip
-"""Lion on a CPU is DeepSpeed's for offload alone; Muon computes with full matrices."""
-
-TOLERANCE = {"AdamW": 2e-4, "SGD": 2e-4, "Lion": 2e-4, "Muon": 2e-4}
+    "Lion": [
+        *OFFLOADED,
+        layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD),
+        layout(tensor=2, stage=2, offload_optimizer=OFFLOAD),
+    ],
+    "Muon": [
+        *ZERO[:3],
+        layout(stage=3, reduce_scatter=False),
+        *OFFLOADED[:2],
+        layout(stage=3, reduce_scatter=False, offload_optimizer=OFFLOAD),
+        *PIPELINES,
+    ],
+}
+"""On CPUs, DeepSpeed has Lion for offload only; Muon needs full matrices, so no tensor parallelism."""
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", MATRIX)
-def test_parameter_groups_train_as_torch_in_every_layout(kind: str, base: dict[str, Any]) -> None:
-    config = with_optimizer(base, kind)
-    compare([(config, values) for values in MATRIX[kind]], TOLERANCE[kind])
+@pytest.mark.parametrize("optimizer", MATRIX)
+def test_parameter_groups_train_as_torch_in_every_layout(
+    optimizer: str, base: dict[str, Any], subtests: pytest.Subtests
+) -> None:
+    config = with_optimizer(base, optimizer)
+    compare([(config, values) for values in MATRIX[optimizer]], subtests, 2e-4)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_parameter_groups_train_in_bf16(kind: str, base: dict[str, Any]) -> None:
-    """As far as rounding allows; without groups the difference is larger."""
-    config = with_optimizer(base, kind)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_parameter_groups_train_in_bf16(optimizer: str, base: dict[str, Any], subtests: pytest.Subtests) -> None:
+    """Equal up to rounding; without groups the difference is larger."""
+    config = with_optimizer(base, optimizer)
     layouts = [layout(stage=stage, precision="bf16") for stage in (0, 1, 2, 3)]
     layouts += [layout(pipeline=2, stage=stage, precision="bf16") for stage in (0, 1)]
-    compare([(config, values) for values in layouts], 0.02, by_norm=True)
+    compare([(config, values) for values in layouts], subtests, 0.02, by_norm=True)
     (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
     without = with_values(config, training__weight_decay_exclude=[], **layouts[1])
     with pytest.raises(AssertionError, match=r"weight|bias"):
@@ -149,23 +171,32 @@ def test_parameter_groups_train_in_bf16(kind: str, base: dict[str, Any]) -> None
 
 LOPSIDED = {"deepspeed__train_batch_size": 12, "model__config__tie_word_embeddings": False}
 GPT_OSS = {
-    "model_type": "gpt_oss", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": 16, "rope_scaling": None,
+    "model_type": "gpt_oss",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 4,
+    "sliding_window": 16,
+    "rope_scaling": None,
     "layer_types": ["sliding_attention", "full_attention"],
-}  # fmt: skip
-"""Every token goes to all experts: rounding sends none elsewhere. The bias of the experts' last product is trained on
-the first tensor rank only."""
+}
+"""Every token goes to all experts, so that rounding cannot reroute one. The bias of the experts' last product is
+trained on the first tensor rank only."""
 
 
 def compare_norms(config: dict[str, Any], layouts: list[Layout], ranks: int) -> None:
-    """Losses, norms and weights of a bare process."""
+    """Compare losses, norms and weights with a plain loop of one process."""
     (expected,) = run_ranks(train_bare, 1, [(config, STEPS)])[0]
-    for values, outcome in zip(
-        layouts, run_ranks(train, ranks, [(with_values(config, **values), STEPS) for values in layouts])[0], strict=True
-    ):
+    outcomes = run_ranks(train, ranks, [(with_values(config, **values), STEPS) for values in layouts])[0]
+    for values, outcome in zip(layouts, outcomes, strict=True):
         np.testing.assert_allclose(np.array(outcome[0]), np.array(expected[0]), rtol=2e-4, err_msg=str(values))
-        assert_equal(outcome, expected, 2e-4, values)
+        assert_equal(outcome, expected, 2e-4)
 
 
 def group_on_first_stage_only(base: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +220,7 @@ def test_tensor_rank_without_a_group_has_correct_norm(base: dict[str, Any]) -> N
 
 @pytest.mark.matrix
 def test_ranks_without_a_group_have_correct_norm_in_every_layout(base: dict[str, Any]) -> None:
-    """Muon's middle stage has neither embeddings nor a head, so one group less, by default."""
+    """By default, Muon's middle stage has neither embeddings nor a head, so one group less."""
     pipelines = [layout(pipeline=2, stage=1, offload_optimizer=OFFLOAD), layout(pipeline=2, stage=0)]
     compare_norms(group_on_first_stage_only(base), pipelines, 4)
     tensor = [layout(tensor=2, stage=stage) for stage in (0, 1, 2, 3)]
@@ -201,9 +232,10 @@ def test_ranks_without_a_group_have_correct_norm_in_every_layout(base: dict[str,
 
 @pytest.mark.matrix
 def test_tensor_rank_without_a_group_has_correct_norm_in_bf16_zero_0(base: dict[str, Any]) -> None:
-    """Norms of an optimizer without a fused kernel: also the other rank's parts of the weights count."""
-    config = with_values(group_on_first_tensor_rank_only(base),
-                         deepspeed__optimizer={"type": "SGD", "params": OPTIMIZERS["SGD"]})  # fmt: skip
+    """An optimizer without a fused kernel: the norm includes the shards of the other tensor rank."""
+    config = with_values(
+        group_on_first_tensor_rank_only(base), deepspeed__optimizer={"type": "SGD", "params": OPTIMIZERS["SGD"]}
+    )
     (expected,) = run_ranks(train_bare, 1, [(config, 3)])[0]
     outcome = run_ranks(train, 2, [(with_values(config, **layout(tensor=2, stage=0, precision="bf16")), 3)])[0][0]
     np.testing.assert_allclose(np.array(outcome[0]), np.array(expected[0]), rtol=0.01)
@@ -213,26 +245,29 @@ def test_tensor_rank_without_a_group_has_correct_norm_in_bf16_zero_0(base: dict[
 
 
 def check_resume(config: dict[str, Any], first: Layout, others: list[Layout], directory: Path) -> None:
-    """Steps 4 to 6 after a checkpoint of step 3: bitwise in the layout that wrote it, the same losses in others."""
+    """Compare steps 4 to 6 after a checkpoint of step 3: bitwise in the layout that wrote it, by losses in others."""
     config = with_values(config, training__max_steps=STEPS)
-    begun = with_values(config, run__output_dir=str(directory / "whole"), **first)
+    unbroken = with_values(config, run__output_dir=str(directory / "unbroken"), **first)
     resumed = with_values(
-        config, checkpoint__resume=str(directory / "whole" / "checkpoints" / checkpoint_name(STEPS // 2))
+        config, checkpoint__resume=str(directory / "unbroken" / "checkpoints" / checkpoint_name(STEPS // 2))
     )
     same = with_values(resumed, run__output_dir=str(directory / "same"), **first)
-    whole, rest = run_ranks(run_jobs, 2, [(begun, STEPS, (STEPS // 2, STEPS)), (same, STEPS, (STEPS,))])[0]
-    assert rest == {step: whole[step] for step in range(STEPS // 2 + 1, STEPS + 1)}, first
-    now, then = (read_state(directory / run / "checkpoints" / checkpoint_name(STEPS)) for run in ("same", "whole"))
-    assert now.keys() == then.keys()
-    assert [key for key in then if not now[key].equal(then[key])] == [], first
-    for number, other in enumerate(others):
-        elsewhere = with_values(resumed, run__output_dir=str(directory / f"other-{number}"), **other)
-        (losses,) = run_ranks(run_jobs, 2, [(elsewhere, STEPS, (STEPS,))])[0]
-        assert losses == pytest.approx(rest, rel=1e-4), (first, other)
-        reached = read_state(directory / f"other-{number}" / "checkpoints" / checkpoint_name(STEPS))
-        for key in [key for key in then if key.startswith("weight/")]:
-            limit = 2e-4 * max(then[key].abs().max().item(), 0.01)
-            assert torch.allclose(reached[key], then[key], rtol=0, atol=limit), (first, other, key)
+    jobs = [(unbroken, STEPS, (STEPS // 2, STEPS)), (same, STEPS, (STEPS,))]
+    unbroken_losses, resumed_losses = run_ranks(run_jobs, 2, jobs)[0]
+    assert resumed_losses == {step: unbroken_losses[step] for step in range(STEPS // 2 + 1, STEPS + 1)}
+    state, expected = (
+        read_state(directory / run / "checkpoints" / checkpoint_name(STEPS)) for run in ("same", "unbroken")
+    )
+    assert state.keys() == expected.keys()
+    assert [key for key in expected if not state[key].equal(expected[key])] == []
+    for index, other in enumerate(others):
+        in_other_layout = with_values(resumed, run__output_dir=str(directory / f"other-{index}"), **other)
+        (losses,) = run_ranks(run_jobs, 2, [(in_other_layout, STEPS, (STEPS,))])[0]
+        assert losses == pytest.approx(resumed_losses, rel=1e-4), other
+        state = read_state(directory / f"other-{index}" / "checkpoints" / checkpoint_name(STEPS))
+        for key in [key for key in expected if key.startswith("weight/")]:
+            limit = 2e-4 * max(expected[key].abs().max().item(), 0.01)
+            assert torch.allclose(state[key], expected[key], rtol=0, atol=limit), (other, key)
 
 
 def test_run_with_groups_resumes_in_other_layouts(base: dict[str, Any], tmp_path: Path) -> None:
@@ -279,10 +314,12 @@ def undecayed(family: str, exclude: Any = "biases_and_norms", **sizes: Any) -> s
 
 @pytest.mark.fast
 def test_default_excludes_biases_and_norms_by_full_shape() -> None:
-    """Also norms and biases that are matrices: Cohere's of each head, GPT-OSS's of each expert."""
+    """Norms and biases that are matrices count, too: those of Cohere's heads and of GPT-OSS's experts."""
     assert undecayed("llama") == {
-        "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight", "model.norm.weight",
-    }  # fmt: skip
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.norm.weight",
+    }
     assert {f"model.layers.0.self_attn.{of}_norm.weight" for of in "qk"} < undecayed("cohere", use_qk_norm=True)
     mixture = undecayed("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
     assert "model.layers.0.mlp.experts.gate_up_proj_bias" in mixture
@@ -293,7 +330,7 @@ def test_default_excludes_biases_and_norms_by_full_shape() -> None:
 
 @pytest.mark.fast
 def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None:
-    """As ever: no group, no hook, no cost."""
+    """No group, no hook, no cost."""
     parameters = list(torch.nn.Linear(2, 2).parameters())
     groups = ParameterGroups({"weight": WeightOptions(), "bias": WeightOptions()})
     assert groups.build(parameters, []) == parameters
@@ -310,11 +347,16 @@ def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("kind", "params", "expected"),
     [
-        ("AdamW", {}, 0.0), ("AdamW", {"weight_decay": 0.3}, 0.3), ("AdamW", {"torch_adam": True}, 0.01),
-        ("Adam", {"torch_adam": True}, 0.01), ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0),
-        ("SGD", {}, 0.0), ("Muon", {}, 0.0), ("Rprop", {}, 0.0),
+        ("AdamW", {}, 0.0),
+        ("AdamW", {"weight_decay": 0.3}, 0.3),
+        ("AdamW", {"torch_adam": True}, 0.01),
+        ("Adam", {"torch_adam": True}, 0.01),
+        ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0),
+        ("SGD", {}, 0.0),
+        ("Muon", {}, 0.0),
+        ("Rprop", {}, 0.0),
     ],
-)  # fmt: skip
+)
 def test_weight_decay_default_equals_optimizer_class(kind: str, params: dict[str, Any], expected: float) -> None:
     assert weight_decay({"optimizer": {"type": kind, "params": params}}) == expected
 

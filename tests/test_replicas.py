@@ -1,4 +1,4 @@
-"""Whether ranks that hold the same weight hold the same bits: the hash, and who is named in each layout."""
+"""Verification of replicas: the hash, and the ranks that are named in each layout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def base(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def reference(tensor: Tensor) -> list[int]:
-    """The definition in `tensor_hash`, in Python's integers."""
+    """Compute the definition in `tensor_hash` with Python's integers."""
     raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     words = np.frombuffer(raw + bytes(-len(raw) % 8), "<u8").tolist()
     sums = [0, 0]
@@ -86,7 +86,7 @@ def test_hash_detects_every_bit_flip_and_swap(dtype: torch.dtype) -> None:
         assert len({each[half] for each in hashes}) == len(hashes), "each half notices by itself"
 
 
-# Who holds what ------------------------------------------------------------------------------------------------------
+# Replica sets --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -104,18 +104,18 @@ def test_replica_set_is_product_of_axes() -> None:
 
 
 def flip(engine: Any, name: str, element: int = 5, bit: int = 3) -> None:
-    """Flips a bit of this rank's copy of a weight; of the last with that name, on a rank with two stages."""
+    """Flip a bit of this rank's replica of a weight; on a rank with two stages, of the last one with that name."""
     parameter = [p for model in engine.models for n, p in model.named_parameters() if n == name][-1]
     flat = getattr(parameter, "ds_tensor", parameter).data.view(-1)
     flat.view({4: torch.int32, 2: torch.int16}[flat.element_size()])[element] ^= 1 << bit
 
 
 Case = tuple[dict[str, Any], str, int]
-"""Changed values of the configuration, a weight, and the rank on which one of its bits is flipped."""
+"""Changed values of the configuration, a weight, and the rank on which one of its bits is flipped; -1 for none."""
 
 
 def flipped(config: dict[str, Any], cases: list[Case], after_update: bool = False) -> list[str]:
-    """What the second step says of a flip after the first, or at the end of the second; the first must pass."""
+    """The error of the second step, for a flip after the first step or after the second; the first must pass."""
     launch, messages = Launch.from_environment(), []
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for values, name, rank in cases:
@@ -141,7 +141,7 @@ def zero(stage: int, **keys: Any) -> dict[str, Any]:
 
 
 def check_flips(config: dict[str, Any], ranks: int, cases: list[tuple[Case, str]], after_update: bool = False) -> None:
-    """Every rank raises the error, with the same words; rank -1 flips nothing, and then nothing is said."""
+    """Every rank must raise the same error; without a flip there is none."""
     jobs = [case for case, _ in cases]
     for messages in run_ranks(flipped, ranks, config, [*jobs, (jobs[0][0], NORM, -1)], after_update):
         assert messages[-1] == "", "negative control"
@@ -180,7 +180,7 @@ def test_flip_outvoted_by_three_data_ranks(base: dict[str, Any]) -> None:
 
 
 def test_flip_detected_between_tensor_ranks(base: dict[str, Any]) -> None:
-    """What is replicated, a key/value head that both hold, and under ZeRO 3 each data rank's part of these."""
+    """Replicated weights, a key/value head that both ranks hold, and under ZeRO 3 the partitions of these."""
     config = with_values(base, parallel__tensor=2, model__config__num_key_value_heads=1)
     sequence = {"parallel__sequence_parallel": True}
     cases: list[tuple[Case, str]] = [
@@ -193,7 +193,7 @@ def test_flip_detected_between_tensor_ranks(base: dict[str, Any]) -> None:
 
 
 def test_unreplicated_weights_are_not_compared(base: dict[str, Any]) -> None:
-    """A tensor rank's own part, and under ZeRO 3 a data rank's: nobody could know."""
+    """A tensor shard, and under ZeRO 3 a partition: no other rank has the elements."""
     tensor = with_values(base, parallel__tensor=2)
     assert run_ranks(flipped, 2, tensor, [(zero(0), UP, 1)]) == [[""], [""]]
     assert run_ranks(flipped, 2, base, [(zero(3), UP, 1)]) == [[""], [""]]
@@ -214,7 +214,7 @@ def test_flip_detected_in_tied_weights_of_two_stages(base: dict[str, Any]) -> No
 
 @pytest.mark.matrix
 def test_flip_detected_in_hybrid_layouts(base: dict[str, Any]) -> None:
-    """Four copies of a norm, two of a tensor rank's part; four of a tied embedding's part; offload; DualPipeV."""
+    """Four replicas of a norm, two of a tensor shard, four of a tied embedding's; offload; DualPipeV."""
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     hybrid = with_values(base, parallel__tensor=2)
     cases: list[tuple[Case, str]] = [
@@ -226,16 +226,21 @@ def test_flip_detected_in_hybrid_layouts(base: dict[str, Any]) -> None:
     check_flips(hybrid, 4, cases)
     stages = with_values(base, **TIED)
     check_flips(stages, 4, [((zero(1), EMBEDDING, 3), wrong(3, 0, 1, 2, 3)), ((zero(1), NORM, 2), wrong(2, 2, 3))])
-    two_ways = with_values(base, **TIED, parallel__pipeline_schedule="dualpipev", model__config__num_hidden_layers=4,
-                           deepspeed__train_batch_size=16)  # fmt: skip
+    two_ways = with_values(
+        base,
+        **TIED,
+        parallel__pipeline_schedule="dualpipev",
+        model__config__num_hidden_layers=4,
+        deepspeed__train_batch_size=16,
+    )
     check_flips(two_ways, 4, [((zero(1), NORM, 1), wrong(1, 0, 1)), ((zero(0), UP, 2), BOTH.replace("0, 1", "2, 3"))])
 
 
-# What it changes -----------------------------------------------------------------------------------------------------
+# Side effects --------------------------------------------------------------------------------------------------------
 
 
 def verified(config: dict[str, Any], stages: list[int], steps: int, verify: bool) -> list[dict[str, np.ndarray]]:
-    """The weights after some steps, at each ZeRO stage."""
+    """Return the weights after some steps, at each ZeRO stage."""
     launch, weights = Launch.from_environment(), []
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for stage in stages:
@@ -277,9 +282,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_command_exits_5_within_verification_interval(base: dict[str, Any], tmp_path: Path) -> None:
-    """A bit flipped behind step 2: step 3, which does not verify, passes, and step 4 is not saved."""
-    config = with_values(base, training__max_steps=8, training__verify_every_steps=2, training__log_every_steps=1,
-                         checkpoint={"every_steps": 2}, evaluation={"max_batches": 1})  # fmt: skip
+    """A bit is flipped after step 2: step 3, which does not verify, passes, and step 4 is not saved."""
+    config = with_values(
+        base,
+        training__max_steps=8,
+        training__verify_every_steps=2,
+        training__log_every_steps=1,
+        checkpoint={"every_steps": 2},
+        evaluation={"max_batches": 1},
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "faulty.py").write_text(FAULTY)
     ended = run_command(str(tmp_path / "faulty.py"), TRAIN, "--config", str(tmp_path / "config.json"), world=2)

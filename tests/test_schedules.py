@@ -1,4 +1,4 @@
-"""Learning rates: where DeepSpeed's warm-ups are 0, and the schedule WSD in every engine and after resuming."""
+"""Learning rates: steps of rate 0 in DeepSpeed's warm-ups, and the WSD schedule in every engine and when resumed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from trainer.config.load import check_config
 
 TRAIN = "launch/train.py"
 RATE, LEAST, FIRST = 0.002, 0.0004, 0.0001
-WSD = {"warmup_num_steps": 3, "decay_num_steps": 4, "total_num_steps": "auto", "warmup_min_lr": FIRST,
-       "warmup_max_lr": "auto", "decay_min_lr": LEAST}  # fmt: skip
+WSD = {
+    "warmup_num_steps": 3,
+    "decay_num_steps": 4,
+    "total_num_steps": "auto",
+    "warmup_min_lr": FIRST,
+    "warmup_max_lr": "auto",
+    "decay_min_lr": LEAST,
+}
 
 
 def expected(steps: int, total: int, decay_type: str = "linear") -> list[float]:
-    """By hand, of warm-up over 3 steps and decay over 4."""
+    """Rates of a warm-up over 3 steps and a decay over 4, by hand."""
     fall = {
         "linear": [0.75, 0.5, 0.25, 0.0],
         "cosine": [(1 + math.cos(math.pi * quarter / 4)) / 2 for quarter in (1, 2, 3, 4)],
@@ -37,9 +43,12 @@ def expected(steps: int, total: int, decay_type: str = "linear") -> list[float]:
 def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
     return with_values(
-        config, data__validation=[], training__max_steps=10, deepspeed__scheduler={"type": "WSD", "params": WSD},
+        config,
+        data__validation=[],
+        training__max_steps=10,
+        deepspeed__scheduler={"type": "WSD", "params": WSD},
         deepspeed__optimizer__params__lr=RATE,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.fast
@@ -56,9 +65,13 @@ def test_wsd_matches_formula(decay_type: str, base: dict[str, Any]) -> None:
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("changes", "highest"),
-    [({"warmup_num_steps": None}, [RATE] * 6), ({"decay_num_steps": 0}, expected(6, 20)),
-     ({"warmup_max_lr": None}, expected(6, 10)), ({"decay_num_steps": 7}, expected(3, 10))],
-)  # fmt: skip
+    [
+        ({"warmup_num_steps": None}, [RATE] * 6),
+        ({"decay_num_steps": 0}, expected(6, 20)),
+        ({"warmup_max_lr": None}, expected(6, 10)),
+        ({"decay_num_steps": 7}, expected(3, 10)),
+    ],
+)
 def test_wsd_allows_missing_phases(changes: dict[str, Any], highest: list[float], base: dict[str, Any]) -> None:
     config = with_values(base, **{f"deepspeed__scheduler__params__{key}": value for key, value in changes.items()})
     resolved = check_config(config, world_size=1, device="cpu").deepspeed_json
@@ -66,7 +79,7 @@ def test_wsd_allows_missing_phases(changes: dict[str, Any], highest: list[float]
 
 
 def test_wsd_matches_in_every_engine(base: dict[str, Any]) -> None:
-    """Also where a scale changes what is applied, and not what is logged."""
+    """A scale changes the rate that is applied, and not the one that is logged."""
     scaled = with_values(base, training__learning_rate_scales={"model.norm.weight": 0.5})
     jobs = [with_values(scaled, deepspeed__zero_optimization={"stage": stage}) for stage in (0, 3)]
     for measured in run_ranks(learning_rates, 2, [(job, 11) for job in jobs])[0]:
@@ -77,7 +90,7 @@ def test_wsd_matches_in_every_engine(base: dict[str, Any]) -> None:
 
 
 def test_wsd_resumes_with_more_steps(base: dict[str, Any], tmp_path: Path) -> None:
-    """Steps after a checkpoint have the rates of a run that was as long from the beginning."""
+    """Steps after a checkpoint have the rates of a run that was as long from the start."""
     run = tmp_path / "run"
     config = with_values(base, run__output_dir=str(run), training__log_every_steps=1)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -93,33 +106,35 @@ def test_wsd_resumes_with_more_steps(base: dict[str, Any], tmp_path: Path) -> No
 
 LONG = {"total_num_steps": 9}
 WARMUPS = [
-    ({"type": kind, "params": {"warmup_num_steps": steps, "warmup_type": how} | more}, zero)
-    for kind, more in (("WarmupLR", {}), ("WarmupDecayLR", LONG), ("WarmupCosineLR", LONG))
-    for how in ("linear", "log")
+    ({"type": name, "params": {"warmup_num_steps": steps, "warmup_type": warmup_type} | extra}, zero)
+    for name, extra in (("WarmupLR", {}), ("WarmupDecayLR", LONG), ("WarmupCosineLR", LONG))
+    for warmup_type in ("linear", "log")
     for steps, zero in ((1, [1, 2]), (2, [1, 2]), (5, [1, 2]))
 ] + [
     ({"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_min_lr": 0.001, "warmup_max_lr": 0.01}}, []),
     ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "warmup_min_ratio": 0.1, "total_num_steps": 9}}, [1]),
     ({"type": "WSD", "params": {"warmup_num_steps": 2, "decay_num_steps": 2, "total_num_steps": 6}}, [6]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("kind", "params", "key"),
-    [("LRRangeTest", {"lr_range_test_min_lr": [0.1]}, "lr_range_test_min_lr"),
-     ("OneCycleLR", {"max_lr": [0.1], "total_steps": 10}, "max_lr")],
-)  # fmt: skip
-def test_single_rate_list_becomes_scalar(kind: str, params: dict[str, Any], key: str, tiny: dict[str, Any]) -> None:
-    """So a rank may have any number of parameter groups."""
-    config = with_values(tiny, deepspeed__scheduler={"type": kind, "params": params})
+    ("name", "params", "key"),
+    [
+        ("LRRangeTest", {"lr_range_test_min_lr": [0.1]}, "lr_range_test_min_lr"),
+        ("OneCycleLR", {"max_lr": [0.1], "total_steps": 10}, "max_lr"),
+    ],
+)
+def test_single_rate_list_becomes_scalar(name: str, params: dict[str, Any], key: str, tiny: dict[str, Any]) -> None:
+    """A list would need as many rates as a rank has parameter groups."""
+    config = with_values(tiny, deepspeed__scheduler={"type": name, "params": params})
     assert check_config(config, world_size=1, device="cpu").deepspeed_json["scheduler"]["params"][key] == 0.1
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("scheduler", "zero"), WARMUPS, ids=str)
 def test_zero_rate_steps_match_documentation(scheduler: dict[str, Any], zero: list[int], tiny: dict[str, Any]) -> None:
-    """As README says."""
+    """The steps are those that the documentation names."""
     resolved = check_config(
         with_values(tiny, deepspeed__scheduler=scheduler), world_size=1, device="cpu"
     ).deepspeed_json
