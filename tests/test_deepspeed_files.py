@@ -131,13 +131,13 @@ def asked(tiny: dict[str, Any], **values: Any) -> list[str]:
         ({"optimizer": None}, 'deepspeed.optimizer: required, but missing. For example "optimizer": {"type": "AdamW"'),
         (
             {"train_batch_size": "auto"},
-            "deepspeed: two of the three batch keys must be given; missing: train_batch_size",
+            "deepspeed: two of the three batch keys are required; missing: train_batch_size",
         ),
         ({"optimizer__params__lr": "auto"}, 'deepspeed.optimizer.params.lr: "auto" cannot be resolved'),
         ({"zero_optimization": {"stage": "auto"}}, 'deepspeed.zero_optimization.stage: "auto" cannot be resolved'),
         (
             {"zero_optimization": {"stage": "auto"}, "optimizer__params__lr": "auto", "train_batch_size": None},
-            "deepspeed: values that nothing else determines must be given: one of train_batch_size, "
+            "deepspeed: values that nothing else determines are missing: one of train_batch_size, "
             'gradient_accumulation_steps, optimizer.params.lr (got "auto"), zero_optimization.stage (got "auto"). '
             'For example "train_batch_size": 32, "optimizer": {"params": {"lr": 0.0003}}, '
             '"zero_optimization": {"stage": 2} in the deepspeed section',

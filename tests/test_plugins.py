@@ -67,7 +67,7 @@ def test_recorded_plugin_runs_only_when_named(script: str, resumed: Path, tmp_pa
         arguments = ["export", str(resumed), str(tmp_path / "out"), "--check"]
     unnamed = run_command(str(ROOT / script), *arguments, environment=PLUGIN)
     assert unnamed.status == 2
-    assert "trained with the code of wizard, which runs only where you name it. Add --plugin wizard" in unnamed.err
+    assert "trained with the code of wizard, which runs only if you name it. Add --plugin wizard" in unnamed.err
     named = run_command(str(ROOT / script), *arguments, "--plugin", "wizard", environment=PLUGIN)
     assert named.status == 0, named.err
     assert ("the quick" if script == "launch/generate.py" else "check passed") in named.out

@@ -1,4 +1,4 @@
-"""How a run ends when something is wrong: one readable message, and the exit status of DESIGN 2.4."""
+"""The end of a process after an error: one readable message, and the exit status of its class."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from trainer.fault_tolerance import StopRequests
 from trainer.sanitize import sanitize_text
 
 _CONFIG_ERROR_DELAY_SECONDS = 120.0
+"""Delay of ranks other than 0 after an error that all ranks have, so that rank 0 reports it."""
+
 _OTHER_ERROR_DELAY_SECONDS = 10.0
+"""Delay of ranks other than 0 after an error that they may be the only one to have."""
 
 
 class CommandLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are configuration errors, so that many ranks make one of them."""
+    """A parser that raises its errors as configuration errors, which many ranks report once."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise an error of the command line."""
         raise ConfigError(Problem("command line", message, f"See {self.prog} --help"))
 
 
 def read_launch() -> Launch:
-    """What the launcher says about this process; ends the process with status 2 where that is wrong."""
+    """Return the launcher's description of this process; end the process with status 2 where it is invalid."""
     try:
         return Launch.from_environment()
     except ConfigError as error:
@@ -39,12 +43,11 @@ def read_launch() -> Launch:
 
 @contextlib.contextmanager
 def exit_on_errors(launch: Launch, requests: StopRequests | None = None) -> Iterator[None]:
-    """Ends the process: with 0, or with the message and status of one of our errors. Others keep their traceback.
+    """End the process: with 0, or with the message and status of one of our errors. Others keep their traceback.
 
-    A launcher ends all ranks as soon as one leaves. So that rank 0's message is never lost, the others wait
-    for it to speak and be ended with it: long where every rank finds the same mistake, briefly where they may
-    be the only one. A stop request that has come before has no launcher behind it that waits for a status; one that
-    comes meanwhile ends the process.
+    A launcher ends all ranks as soon as one exits. To keep rank 0's message, the other ranks wait to be ended with it:
+    long after an error that all ranks have, briefly after one that may be theirs alone. They do not wait after a stop
+    request, because its launcher does not wait for a status; one that arrives meanwhile ends the process.
     """
     requests = requests or StopRequests()
     try:
@@ -71,14 +74,14 @@ def exit_on_errors(launch: Launch, requests: StopRequests | None = None) -> Iter
         _end_process(error.exit_status)
     except Exception:
         requests.release()
-        # Maybe only another rank's end, on which this one's collective has failed: that one's status is the run's.
+        # The cause may be another rank that ended, which made this rank's collective fail: its status is the run's.
         if launch.world_size > 1 and requests.request is None:
             time.sleep(_OTHER_ERROR_DELAY_SECONDS)
         raise
 
 
 def _print(*lines: str) -> None:
-    """To standard error, where somebody still reads it: a launcher that was killed may have taken it along."""
+    """Print to standard error, which a killed launcher may have closed."""
     with contextlib.suppress(OSError):
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
@@ -93,7 +96,7 @@ def _print_error(error: TesseraError, launch: Launch) -> None:
 
 
 def _end_process(status: int) -> NoReturn:
-    """Ends the process at once: collectives of a world that broke, or a tracker that hangs, would hold it up."""
+    """End the process at once, because collectives of a broken world, or a tracker that hangs, would block an exit."""
     for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(OSError):
             flush()

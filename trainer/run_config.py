@@ -1,4 +1,4 @@
-"""What a run directory's `config.json` holds, whatever has become of it."""
+"""Reading `config.json` of a run directory, whatever its state."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from trainer.errors import ConfigError, Problem
 log = logging.getLogger(__name__)
 
 
-def is_non_negative_int(value: Any) -> TypeGuard[int]:
-    """Whether a value that was read is a whole number of at least 0."""
+def is_non_negative_int(value: object) -> TypeGuard[int]:
+    """Return whether a decoded value is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def read_run_config(path: Path) -> dict[str, Any] | None:
-    """What `config.json` holds; None where it is absent, or damaged beside checkpoints, which hold it too.
+    """Return the content of a run directory's `config.json`.
+
+    Returns:
+        None if it is absent, or damaged while the directory has checkpoints, which hold the configuration too.
 
     Raises:
-        ConfigError: it is damaged, and there is no checkpoint.
+        ConfigError: It is damaged, and there is no checkpoint.
     """
     reason = "it is not the configuration of a run"
     try:
@@ -37,6 +40,7 @@ def read_run_config(path: Path) -> dict[str, Any] | None:
         if isinstance(stored, dict) and all(isinstance(stored.get(name), dict) for name in ("run", "data")):
             return stored
     if any(path.glob(f"checkpoints/step-*/{MANIFEST}")):
-        log.warning("%s/config.json is damaged (%s); the run is taken from its checkpoints", path, reason)
+        log.warning("%s/config.json is damaged (%s); using the configuration of its checkpoints", path, reason)
         return None
-    raise ConfigError(Problem("run.output_dir", f"{path}/config.json cannot be read: {reason}", "Take another folder"))
+    problem = f"{path}/config.json cannot be read: {reason}"
+    raise ConfigError(Problem("run.output_dir", problem, "Choose another folder"))

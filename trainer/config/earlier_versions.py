@@ -1,40 +1,51 @@
-"""Configurations stored by earlier versions, in the keys of this one.
+"""Upgrading configurations that earlier versions stored.
 
 A default that changes numerics must not change a run that has begun. A stored configuration (a run directory's
-config.json, the `config` of a checkpoint's manifest) holds every key of the version that wrote it, so a key that it
-lacks was added later, and means what that version did. `ADDED_KEYS` is the table of these meanings.
+config.json, the `config` of a checkpoint's manifest) holds every key of the version that wrote it. A key that it lacks
+was added later, and has the value that describes what the earlier version did. `ADDED_KEYS` lists these values.
 
-To add a key whose default changes what a run computes: one row in `ADDED_KEYS`. The row makes the key identify a run,
-lets a resumed run keep the stored meaning, and upgrades what is read from disk. To change a default of another key:
-one row in `CHANGED_DEFAULTS`.
+To add a key whose default changes what a run computes, add a row to `ADDED_KEYS`. The row makes the key identify a run,
+lets a resumed run keep the earlier value, and upgrades what is read from disk. To change the default of another key,
+add a row to `CHANGED_DEFAULTS`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 from trainer.checkpoint_format import MANIFEST, read_manifest
 from trainer.config.causal_attention import causal_switch
 from trainer.config.schema import SECTIONS
 from trainer.errors import CheckpointError, Problem
+from trainer.json_types import Json
 
-ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
-"""No value: the key does not stand in the configuration, or does not apply to it."""
+
+class Absent(enum.Enum):
+    """The type of `ABSENT`."""
+
+    ABSENT = "absent"
+
+
+ABSENT: Final = Absent.ABSENT
+"""No value: the key is not set, or does not apply to the configuration."""
+
+Value: TypeAlias = "Json | Absent"
 
 Raw = dict[str, Any]
 
 METADATA_KEY = "tessera"
-"""What a run directory's config.json says about the run itself stands under it; ignored when it is run again."""
+"""Key of a run's config.json for metadata of the run; ignored when the file is run again."""
 
 
-def _schema_default(dotted: str) -> Any:
-    """The schema's default of a key; `ABSENT` if the schema does not list it."""
+def _schema_default(dotted: str) -> Value:
+    """Return the schema's default of a key; `ABSENT` if the schema does not list it."""
     section, _, key = dotted.partition(".")
     field = SECTIONS[section].model_fields.get(key)
     return ABSENT if field is None else field.get_default(call_default_factory=True)
@@ -42,37 +53,37 @@ def _schema_default(dotted: str) -> Any:
 
 @dataclass(frozen=True)
 class AddedKey:
-    """A key that earlier versions did not have."""
+    """A key that earlier versions do not have."""
 
     key: str
     """Dotted."""
 
-    legacy_value: Any
-    """The value with which a configuration that lacks the key ran; or a function of that configuration, which returns
-    `ABSENT` where the key does not apply to it: then a key of the schema has its default, and one of `model.config`,
-    whose keys are each family's own, is not set."""
+    legacy_value: Value | Callable[[Mapping[str, Any]], Value]
+    """The value that describes what a configuration without the key computed, or a function of that configuration. It
+    returns `ABSENT` where the key does not apply: then a key of the schema has its default, and a key of `model.config`
+    stays unset."""
 
-    default: Any = ABSENT
-    """What a new run uses, for keys that the schema does not list. Listed keys have the schema's default."""
+    default: Value = ABSENT
+    """Value in new runs of a key that the schema does not list. Other keys have the schema's default."""
 
     replaces: str = ""
-    """The key, removed since, that said the same."""
+    """The removed key that this one replaces."""
 
     replacement: str = ""
-    """What to write instead of `replaces`."""
+    """What to write instead of `replaces`, for messages."""
 
-    def legacy_value_in(self, stored: Mapping[str, Any]) -> Any:
-        """The value for a stored configuration that lacks the key."""
+    def legacy_value_in(self, stored: Mapping[str, Any]) -> Value:
+        """Return the value for a stored configuration that lacks the key."""
         return self.legacy_value(stored) if callable(self.legacy_value) else copy.deepcopy(self.legacy_value)
 
     @property
-    def schema_default(self) -> Any:
+    def schema_default(self) -> Value:
         """The schema's default; `ABSENT` if it does not list the key."""
         return _schema_default(self.key)
 
     @property
-    def new_default(self) -> Any:
-        """What a run that begins now uses where the key is not set."""
+    def new_default(self) -> Value:
+        """Value in new runs that do not set the key."""
         return self.default if self.schema_default is ABSENT else self.schema_default
 
 
@@ -80,20 +91,20 @@ def _end_of_text(stored: Mapping[str, Any]) -> str:
     return "none" if value_at(stored, "data.append_end_of_text") is False else "end"
 
 
-def _unexpected_keys(stored: Mapping[str, Any]) -> Any:
+def _unexpected_keys(stored: Mapping[str, Any]) -> Value:
     return True if isinstance(value_at(stored, "model.path"), str) else ABSENT
 
 
-def _bidirectional(switch: str) -> Callable[[Mapping[str, Any]], Any]:
-    """Models with random weights were built without the switch that makes the attention of their family causal."""
+def _bidirectional(switch: str) -> Callable[[Mapping[str, Any]], Value]:
+    """Return the legacy value of a family's switch for causal attention, which random weights were built without."""
 
-    def legacy_value(stored: Mapping[str, Any]) -> Any:
+    def legacy_value(stored: Mapping[str, Any]) -> Value:
         return False if causal_switch(value_at(stored, "model.config.model_type")) == switch else ABSENT
 
     return legacy_value
 
 
-def _drop_last(stored: Mapping[str, Any]) -> Any:
+def _drop_last(stored: Mapping[str, Any]) -> Value:
     return True if value_at(stored, "data.packing") in (ABSENT, "concatenate") else ABSENT
 
 
@@ -116,17 +127,19 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
 
 @dataclass(frozen=True)
 class ChangedDefault:
-    """A default that changed for new runs. It does not identify a run; a begun run keeps the earlier default until the
-    user sets the key."""
+    """A default that changed for new runs, of a key that does not identify a run.
+
+    A run that has begun keeps the earlier default until the user sets the key.
+    """
 
     key: str
     """Dotted."""
 
-    before: Any
+    before: Json
     """The earlier default, as stored configurations contain it."""
 
     since: str
-    """A key that was added by the version with the new default: a stored configuration without it is an earlier one."""
+    """A key that was added with the new default: a stored configuration without it is of an earlier version."""
 
 
 CHANGED_DEFAULTS: tuple[ChangedDefault, ...] = (
@@ -135,17 +148,18 @@ CHANGED_DEFAULTS: tuple[ChangedDefault, ...] = (
 )
 
 
-def value_at(config: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; `ABSENT` if it is not set."""
+def value_at(config: Mapping[str, Any], key: str) -> Value:
+    """Return the value at a dotted key; `ABSENT` if it is not set."""
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
             return ABSENT
         node = node[part]
-    return node
+    value: Value = node
+    return value
 
 
-def _set(config: Raw, key: str, value: Any) -> None:
+def _set(config: Raw, key: str, value: object) -> None:
     *parents, last = key.split(".")
     node: Any = config
     for part in parents:
@@ -162,7 +176,7 @@ def _remove(config: Raw, key: str) -> None:
 
 
 def upgrade_config(stored: Mapping[str, Any]) -> Raw:
-    """A stored configuration with today's keys: those added since have the meaning that it had without them."""
+    """Return a stored configuration in the keys of this version; added keys have their legacy value."""
     config: Raw = copy.deepcopy(dict(stored))
     for added in ADDED_KEYS:
         if value_at(stored, added.key) is ABSENT:
@@ -176,7 +190,7 @@ def upgrade_config(stored: Mapping[str, Any]) -> Raw:
 
 
 def replaced_key_problem(key: str) -> Problem | None:
-    """What to answer to a key of earlier versions that another one has replaced."""
+    """Return the problem of a key of earlier versions that another key has replaced; None for any other key."""
     for added in ADDED_KEYS:
         if added.replaces == key:
             return Problem(key, f"replaced by '{added.key}'", added.replacement)
@@ -185,7 +199,7 @@ def replaced_key_problem(key: str) -> Problem | None:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run directory or a checkpoint stores about its run."""
+    """The configuration and metadata of a run, from its run directory or a checkpoint."""
 
     folder: Path
     """The folder that was searched."""
@@ -194,7 +208,7 @@ class StoredRun:
     """The configuration in the keys of the version that wrote it."""
 
     about: Mapping[str, Any]
-    """Metadata: `METADATA_KEY` of a config.json, `about` of a manifest."""
+    """Metadata: `METADATA_KEY` of a config.json, or `about` of a manifest."""
 
     @property
     def config(self) -> Raw:
@@ -202,18 +216,18 @@ class StoredRun:
         return upgrade_config(self.written)
 
     def uses_legacy_default(self, key: str) -> bool:
-        """Whether an earlier version began the run without `key`, so that no user has chosen its value."""
+        """Return whether an earlier version began the run without `key`, so that no user has set its value."""
         return value_at(self.written, key) is ABSENT or key in (self.about.get("kept_meanings") or ())
 
 
 def stored_run(folder: Path) -> StoredRun | None:
-    """What `folder` stores about its run.
+    """Read the configuration and metadata of a run.
 
     Args:
-        folder: a checkpoint, a run directory, or the folder of its checkpoints.
+        folder: A checkpoint, a run directory, or the folder of its checkpoints.
 
     Returns:
-        None if no configuration can be read there: whoever needs it says what is wrong.
+        None if no configuration can be read there; callers that need one report the cause.
     """
     if (folder / MANIFEST).is_file():
         return _run_of_checkpoint(folder)
@@ -242,7 +256,7 @@ def _run_of_checkpoint(folder: Path) -> StoredRun | None:
 
 
 def _resumed_run(raw: Raw) -> StoredRun | None:
-    """The run that `raw` resumes, as far as this machine's folders tell."""
+    """Return the run that `raw` resumes, if it is stored on this machine."""
     resume, output = value_at(raw, "checkpoint.resume"), value_at(raw, "run.output_dir")
     resume = "auto" if resume is ABSENT else resume
     if resume == "never":
@@ -250,7 +264,7 @@ def _resumed_run(raw: Raw) -> StoredRun | None:
     for name in (output,) if resume == "auto" else (resume, output):
         if not isinstance(name, str) or not name or "://" in name:
             continue
-        with contextlib.suppress(OSError):  # an overlong name, which rules tell
+        with contextlib.suppress(OSError):  # an overlong name, which a rule reports
             if (run := stored_run(Path(name).expanduser())) is not None:
                 return run
     return None
@@ -258,26 +272,26 @@ def _resumed_run(raw: Raw) -> StoredRun | None:
 
 @dataclass(frozen=True)
 class LegacyDefaults:
-    """What a resumed run keeps of an earlier version."""
+    """Defaults of an earlier version that a resumed run keeps."""
 
     keys: tuple[str, ...] = ()
-    """Added keys with the value that the run had before they existed. Stored with the run, for its next attempt."""
+    """Keys with the legacy value. Stored with the run, for its next attempt."""
 
     message: str = ""
-    """One line about values that a new run would not have; empty if there are none."""
+    """One line about values that differ from those of a new run; empty if there are none."""
 
 
 NO_LEGACY_DEFAULTS = LegacyDefaults()
-"""Of a run that begins now, or that this version began."""
+"""For a new run, or one that this version began."""
 
 
 def apply_legacy_defaults(raw: Raw) -> LegacyDefaults:
-    """Sets those added keys that `raw` leaves out to their meaning in the run that it resumes.
+    """Set added keys that `raw` does not set to their legacy value in the run that it resumes.
 
-    Only keys that an earlier version did not know: a value that this version stored is compared like any other.
+    Applies only to keys that the earlier version did not have: values that this version stored are compared as usual.
 
     Args:
-        raw: a merged configuration that has not been checked; changed in place.
+        raw: A merged configuration that is not checked yet; changed in place.
     """
     run = _resumed_run(raw)
     if run is None:

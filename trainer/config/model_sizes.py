@@ -1,12 +1,15 @@
-"""Sizes in a model's configuration that no model can have, by the names that the families of transformers share."""
+"""Impossible sizes in a model's configuration, by the keys that families of transformers share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from trainer.errors import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _POSITIVE = re.compile(
     r"(num_hidden_layers|num_layers|num_decoder_layers|decoder_layers|n_layers?"
@@ -22,102 +25,111 @@ _NON_NEGATIVE = re.compile(
     r"num_\w*layers|encoder_layers|\w*heads|\w*head_dim|\w*hidden_size|\w*intermediate_size|\w*ffn_dim|\w*vocab_size"
     r"|\w*experts|\w*experts_per_tok(en)?|(moe_)?top_?k"
 )
-"""Sizes of parts that a model may lack, which a 0 says: shared experts, layers that predict further tokens."""
+"""Sizes of optional parts, which are 0 where the part is absent: shared experts, layers for multi-token prediction."""
 
 _LAYERS = re.compile(r"(num_\w*layers|n_layers?|encoder_layers|decoder_layers)")
-"""Numbers of layers, each of which is built as objects before anything else is known of the model."""
+"""Numbers of layers, which become objects before anything else of the model is checked."""
 
 _MAX_LAYERS = 10_000
-_MOST = 2**31
-"""Of every other size."""
+_MAX_SIZE = 2**31
+"""Maximum of every size but the number of layers."""
 
 _UNTRAINED_PARTS = ("vision", "audio", "image", "speech")
-"""Parts of a larger model that a language model is not made of."""
+"""Parts of a multimodal configuration that the language model does not use."""
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""What families call the number of a mixture's experts."""
+"""Keys for the number of experts."""
 
 EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
-)  # fmt: skip
-"""What they call the number of those that a token is routed to."""
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+)
+"""Keys for the number of experts that a token is routed to."""
 
 
-def qualified_key(where: str, key: str) -> str:
-    """A key of the configuration found at `where`: a file, or a dotted key."""
-    return f"{where}: {key}" if where.endswith(".json") else f"{where}.{key}"
+def qualified_key(source: str, key: str) -> str:
+    """Return a key of the configuration in `source`, a file or a dotted key, for messages."""
+    return f"{source}: {key}" if source.endswith(".json") else f"{source}.{key}"
 
 
-def size_problems(raw: Mapping[str, Any], where: str, above: str = "") -> Iterator[Problem]:
-    """Sizes in a configuration that are no whole numbers, negative, or 0 where a model has at least one.
+def size_problems(raw: Mapping[str, Any], source: str, above: str = "") -> Iterator[Problem]:
+    """Yield sizes that are not whole numbers, negative, 0 where a model has at least one, or absurdly large.
 
     Args:
-        raw: as it was written. where: it was found. above: dotted key of `raw` itself, within that.
+        raw: The configuration as it was written.
+        source: The file or key that it comes from.
+        above: Dotted key of `raw` itself within the configuration.
     """
     for name, value in ((str(name), value) for name, value in raw.items()):
         key = f"{above}.{name}" if above else name
         if isinstance(value, Mapping):
             if not any(part in name for part in _UNTRAINED_PARTS):
-                yield from size_problems(value, where, key)
+                yield from size_problems(value, source, key)
             continue
-        least = 1 if _POSITIVE.fullmatch(name) else 0 if _NON_NEGATIVE.fullmatch(name) else None
-        if least is None or value is None:
+        minimum = 1 if _POSITIVE.fullmatch(name) else 0 if _NON_NEGATIVE.fullmatch(name) else None
+        if minimum is None or value is None:
             continue
         values = value if isinstance(value, list) and value else [value]
-        if not all(_is_whole(number) and number >= least for number in values):
-            yield Problem(qualified_key(where, key), f"must be a whole number of at least {least} (got {value!r})")
+        if not all(_is_whole(number) and number >= minimum for number in values):
+            reason = f"must be a whole number of at least {minimum} (got {value!r})"
+            yield Problem(qualified_key(source, key), reason)
             continue
-        most = _MAX_LAYERS if _LAYERS.fullmatch(name) else _MOST
-        if max(values) > most:
-            yield Problem(qualified_key(where, key), f"must be at most {most} (got {max(values):.3g})")
+        maximum = _MAX_LAYERS if _LAYERS.fullmatch(name) else _MAX_SIZE
+        if max(values) > maximum:
+            yield Problem(qualified_key(source, key), f"must be at most {maximum} (got {max(values):.3g})")
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> TypeGuard[int | float]:
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
-def relation_problems(config: Any, raw: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """Sizes that contradict each other.
+def relation_problems(config: PreTrainedConfig, raw: Mapping[str, Any], source: str) -> Iterator[Problem]:
+    """Yield sizes that contradict each other.
 
     Args:
-        config: the Hugging Face configuration that the family makes of `raw`.
+        config: The Hugging Face configuration that the family makes of `raw`.
+        raw: The configuration as it was written.
+        source: The file or key that it comes from.
     """
     text = config.get_text_config(decoder=True)
     nested = next((key for key, part in raw.items() if isinstance(part, Mapping) and key.startswith("text")), "")
-    given = {**raw, **raw[nested]} if nested else raw
+    written = {**raw, **raw[nested]} if nested else raw
 
-    def spelled(name: str) -> str:
-        names = (name, *(alias for alias, real in text.attribute_map.items() if real == name))
-        real = text.attribute_map.get(name, name)
-        found = next((each for each in (*names, real) if each in given), name)
-        return qualified_key(where, f"{nested}.{found}" if nested and found not in raw else found)
+    def written_key(name: str) -> str:
+        """Return the user's spelling of an attribute, which a family may have under several names."""
+        aliases = (alias for alias, attribute in text.attribute_map.items() if attribute == name)
+        spellings = (name, *aliases, text.attribute_map.get(name, name))
+        key = next((spelling for spelling in spellings if spelling in written), name)
+        return qualified_key(source, f"{nested}.{key}" if nested and key not in raw else key)
 
     hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
-    key_value = _size(text, "num_key_value_heads")
-    if heads and key_value and heads % key_value and "num_key_value_heads" in given:
-        yield Problem(spelled("num_key_value_heads"), f"must divide the {heads} attention heads (got {key_value})")
-    derived = "head_dim" not in given and _size(text, "head_dim") in (
-        None,
-        hidden // heads if hidden and heads else None,
-    )
-    if hidden and heads and hidden % heads and hasattr(text, "head_dim") and derived:
-        yield Problem(
-            spelled("hidden_size"),
-            f"must be a multiple of the number of attention heads, {heads}, where head_dim is not set (got {hidden})",
-        )
+    key_value_heads = _size(text, "num_key_value_heads")
+    if heads and key_value_heads and heads % key_value_heads and "num_key_value_heads" in written:
+        reason = f"must divide the {heads} attention heads (got {key_value_heads})"
+        yield Problem(written_key("num_key_value_heads"), reason)
+    derived_head_dim = hidden // heads if hidden and heads else None
+    is_derived = "head_dim" not in written and _size(text, "head_dim") in (None, derived_head_dim)
+    if hidden and heads and hidden % heads and hasattr(text, "head_dim") and is_derived:
+        reason = f"must be a multiple of the number of attention heads, {heads}, if head_dim is unset (got {hidden})"
+        yield Problem(written_key("hidden_size"), reason)
     experts = next((size for name in EXPERTS if (size := _size(text, name))), None)
     for name in EXPERTS_PER_TOKEN:
-        chosen = _size(text, name)
+        routed = _size(text, name)
         available = (experts or 0) + (_size(text, "zero_expert_num") or 0)
-        if experts and experts > 1 and chosen is not None and not 1 <= chosen <= available:  # one expert: dense
-            yield Problem(spelled(name), f"must be between 1 and the number of experts, {available} (got {chosen})")
+        if experts and experts > 1 and routed is not None and not 1 <= routed <= available:  # one expert: a dense layer
+            reason = f"must be between 1 and the number of experts, {available} (got {routed})"
+            yield Problem(written_key(name), reason)
             return
 
 
-def _size(config: Any, name: str) -> int | None:
-    """An attribute that is one whole number; None if there is none, or one for each layer."""
+def _size(config: PreTrainedConfig, name: str) -> int | None:
+    """Return an attribute that is one whole number; None if it is absent, or differs between layers."""
     try:
         value = getattr(config, name, None)
-    except Exception:  # gemma4 refuses to say one number for layers that differ
+    except Exception:  # gemma4 refuses to return one number for layers that differ
         return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,9 +1,10 @@
-"""How a path in the configuration becomes files. Shared by the rules, which check, and by data/, which reads."""
+"""Resolving data paths to files, for the rules, which check them, and for data/, which reads them."""
 
 from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer.config.file_search import (
@@ -26,48 +27,48 @@ _KNOWN = f"{', '.join(TEXT_SUFFIXES)}; of these {', '.join(COMPRESSIBLE)} also c
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` names files on this machine (not the hub, not a built-in corpus)."""
+    """Return whether `path` names files on this machine (not the hub, not a built-in corpus)."""
     return not path.startswith((HUB, "builtin:"))
 
 
 def compression_of(path: Path) -> str:
-    """The suffix that says how a file of text is compressed; empty if it is not."""
+    """Return the suffix of the compression of a text file; empty if it is not compressed."""
     is_compressed = path.suffix in COMPRESSIONS and path.with_suffix("").suffix in COMPRESSIBLE
     return path.suffix if is_compressed else ""
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that says what is in a data file, such as `.jsonl` of `a.jsonl.gz`; None for an unknown one."""
+    """Return the suffix of the content of a data file, such as `.jsonl` of `a.jsonl.gz`; None for an unknown one."""
     suffix = path.with_suffix("").suffix if compression_of(path) else path.suffix
     return suffix if suffix in TEXT_SUFFIXES else None
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `folder` was written by `datasets.Dataset.save_to_disk`."""
+    """Return whether `folder` was written by `datasets.Dataset.save_to_disk`."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def matching_files(path: str) -> list[Path]:
-    """The files that a local `path` (a file, a folder or a glob) stands for, in sorted order.
+    """Return the files of a local `path` (a file, a folder or a glob), sorted.
 
-    A folder saved by `datasets` stands for itself; any other folder for all files of a known kind in it: .json files
-    only where there is nothing else, because they often describe the others, and a compressed file only where its
-    decompressed twin is not there.
+    A folder saved by `datasets` is returned itself. Of another folder, all files with known suffixes are returned:
+    .json files only if there are no others, which they often describe, and a compressed file only if its decompressed
+    counterpart is absent.
     """
     expanded = Path(os.path.expanduser(path))
     if expanded.is_dir():
         if is_saved_dataset(expanded):
             return [expanded]
-        found = {f for f in _searched(expanded) if data_suffix(f)}
-        found = {f for f in found if data_suffix(f) != ".json"} or found
-        return sorted(f for f in found if not (compression_of(f) and f.with_suffix("") in found))
+        files = {file for file in _searched(expanded) if data_suffix(file)}
+        files = {file for file in files if data_suffix(file) != ".json"} or files
+        return sorted(file for file in files if not (compression_of(file) and file.with_suffix("") in files))
     if expanded.exists():
         return [expanded]
     return _searched(expanded)
 
 
 def _searched(path: Path) -> list[Path]:
-    """The files that a folder or a glob stands for; none where `path_problems` says that there are too many."""
+    """Return the files of a folder or a glob; none where there are too many, which `path_problems` reports."""
     try:
         return search_folder(path) if path.is_dir() else search_glob(path)
     except SearchTooLargeError:
@@ -84,7 +85,7 @@ def _is_search_too_large(path: str) -> bool:
 
 
 def _special_files(path: Path) -> list[tuple[Path, str]]:
-    """What is no regular file of what is read for `path`: itself, the index of a token file, the files of a folder."""
+    """Return what is not a regular file among a data file, the index of a token file, or the files of a folder."""
     if path.is_dir():
         return special_files(path, recursive=True)
     pair = (path, path.with_suffix(".idx")) if path.suffix == ".bin" else (path,)
@@ -92,63 +93,63 @@ def _special_files(path: Path) -> list[tuple[Path, str]]:
 
 
 def has_only_token_files(path: str) -> bool:
-    """Whether the local `path` stands for token files alone, so that no tokenizer is needed."""
+    """Return whether the local `path` has token files alone, so that no tokenizer is needed."""
     files = matching_files(path) if is_local(path) else []
-    return bool(files) and all(f.suffix == ".bin" for f in files)
+    return bool(files) and all(file.suffix == ".bin" for file in files)
 
 
 def has_dataset_splits(folder: Path) -> bool:
-    """Whether `folder` holds a saved dataset of several splits, of which each use takes its own."""
+    """Return whether `folder` holds a saved dataset with a split for each use."""
     return (folder / "dataset_dict.json").is_file()
 
 
 def refuse_special_files(folder: Path, key: str) -> None:
-    """Refuse a model or tokenizer folder with a named pipe, device or socket in it: to read one can wait for ever.
+    """Refuse a model or tokenizer folder with a named pipe, device or socket, which can block its reader for ever.
 
     Raises:
-        ConfigError: at `key`.
+        ConfigError: At `key`.
     """
-    if found := special_files(folder):
-        raise ConfigError(
-            Problem(key, f"'{path}' is {file_type}", "Give a folder of regular files") for path, file_type in found
-        )
+    if files := special_files(folder):
+        remedy = "Set it to a folder of regular files"
+        raise ConfigError(Problem(key, f"'{path}' is {file_type}", remedy) for path, file_type in files)
 
 
 def path_problems(key: str, path: str) -> list[Problem]:
-    """What is wrong with the data path `path`, given at the key `key`; empty when it can be opened."""
+    """Return the problems of the data path `path` at `key`; none if it can be opened."""
     if path.startswith("builtin:"):
-        known = [] if path == BUILTIN else [f"unknown built-in corpus '{path}'"]
-        return [Problem(key, reason, f"There is one: '{BUILTIN}'") for reason in known]
+        if path == BUILTIN:
+            return []
+        return [Problem(key, f"unknown built-in corpus '{path}'", f"Known: '{BUILTIN}'")]
     if path.startswith(HUB):
         return [] if path != HUB else [Problem(key, f"'{path}' names no dataset", "Write hf://OWNER/NAME")]
     if (file_type := special_file_type(fixed_prefix(path))) is not None:
-        return [Problem(key, f"'{path}' is {file_type}", "Give a regular file, or a folder or glob of regular files")]
+        remedy = "Set it to a regular file, or a folder or glob of regular files"
+        return [Problem(key, f"'{path}' is {file_type}", remedy)]
     files = matching_files(path)
-    if not files and _is_search_too_large(path):
-        return [
-            Problem(key, f"'{path}' searches more than {MAX_SEARCHED_ENTRIES:,} files", "Name a folder deeper down")
-        ]
-    if not files:
-        what = "matches no file" if glob.has_magic(path) else "does not exist"
-        if Path(os.path.expanduser(path)).is_dir():
-            what = f"is a folder without files of a known kind ({_KNOWN}), and not one saved by `datasets`"
-        return [Problem(key, f"'{path}' {what}", f"Paths are relative to the working folder, {os.getcwd()}")]
-    problems = [Problem(key, f"'{f}' cannot be read: no permission") for f in files if not os.access(f, os.R_OK)]
-    problems += [
-        Problem(key, f"'{special}' is {file_type}", "Give regular files")
-        for f in files
-        for special, file_type in _special_files(f)
-    ]
-    if len({f.suffix == ".bin" for f in files}) == 2:
-        problems.append(Problem(key, f"'{path}' holds both text and token files (.bin)", "Name them as two sources"))
-    problems += [
-        Problem(key, f"'{f}' is of no kind that can be read", f"Known: {_KNOWN}")
-        for f in files
-        if not f.is_dir() and data_suffix(f) is None
-    ]
-    problems += [
-        Problem(key, f"'{f}' has no index '{f.with_suffix('.idx').name}' beside it", "Copy both files")
-        for f in files
-        if f.suffix == ".bin" and not f.with_suffix(".idx").exists()
-    ]
-    return problems
+    return list(_file_problems(key, path, files)) if files else [_no_files_problem(key, path)]
+
+
+def _no_files_problem(key: str, path: str) -> Problem:
+    if _is_search_too_large(path):
+        reason = f"the search of '{path}' exceeds {MAX_SEARCHED_ENTRIES:,} directory entries"
+        return Problem(key, reason, "Name a folder further down")
+    reason = "matches no file" if glob.has_magic(path) else "does not exist"
+    if Path(os.path.expanduser(path)).is_dir():
+        reason = f"is a folder without files of a known format ({_KNOWN}), and not one saved by `datasets`"
+    return Problem(key, f"'{path}' {reason}", f"Paths are relative to the working folder, {os.getcwd()}")
+
+
+def _file_problems(key: str, path: str, files: Sequence[Path]) -> Iterator[Problem]:
+    for file in files:
+        if not os.access(file, os.R_OK):
+            yield Problem(key, f"'{file}' cannot be read: no permission")
+    for file in files:
+        for special, file_type in _special_files(file):
+            yield Problem(key, f"'{special}' is {file_type}", "Use regular files")
+    if len({file.suffix == ".bin" for file in files}) == 2:
+        yield Problem(key, f"'{path}' holds both text and token files (.bin)", "Name them as two sources")
+    for file in files:
+        if not file.is_dir() and data_suffix(file) is None:
+            yield Problem(key, f"'{file}' has an unknown format", f"Known: {_KNOWN}")
+        if file.suffix == ".bin" and not file.with_suffix(".idx").exists():
+            yield Problem(key, f"'{file}' has no index '{file.with_suffix('.idx').name}'", "Copy both files")

@@ -1,4 +1,4 @@
-"""Configuration files as plain JSON: `extends`, an external `deepspeed` file, and overrides of the command line."""
+"""Reading configuration files as plain JSON: `extends`, an external `deepspeed` file, and overrides."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from trainer.config import strict_json
 from trainer.config.earlier_versions import METADATA_KEY, upgrade_config
 from trainer.errors import ConfigError, Problem
+from trainer.json_types import Json
 
 Raw = dict[str, Any]
 
 
 def merge(base: Raw, over: Mapping[str, Any]) -> Raw:
-    """`over` on top of `base`: objects key by key, everything else (lists too) replaced."""
+    """Return `base` with the values of `over`: objects are merged key by key, anything else (lists too) is replaced."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
@@ -24,9 +25,16 @@ def merge(base: Raw, over: Mapping[str, Any]) -> Raw:
 
 
 def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
-    """The file `path` with its `extends` and an external `deepspeed` file merged in.
+    """Read a configuration file, merged with the files of `extends` and `deepspeed`.
 
     Paths in both keys are relative to the file that names them.
+
+    Args:
+        path: The file.
+        seen: Files that extend it, to detect a cycle.
+
+    Raises:
+        ConfigError: A file cannot be read, or extends itself.
     """
     path = path.expanduser().resolve()
     if path in seen:
@@ -34,7 +42,7 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
         raise ConfigError(Problem(str(path), f"extends itself: {chain}"))
     raw = strict_json.read(path)
     raw.pop("$schema", None)
-    if raw.pop(METADATA_KEY, None) is not None:  # a run directory's, perhaps of an earlier version
+    if raw.pop(METADATA_KEY, None) is not None:  # the config.json of a run, perhaps of an earlier version
         raw = upgrade_config(raw)
     if "deepspeed" in raw:
         raw["deepspeed"] = read_deepspeed(raw["deepspeed"], path.parent)
@@ -46,11 +54,16 @@ def read_config_file(path: Path, seen: tuple[Path, ...] = ()) -> Raw:
     return merge(read_config_file(path.parent / base, (*seen, path)), raw)
 
 
-def read_deepspeed(section: Any, folder: Path, seen: tuple[Path, ...] = ()) -> Any:
-    """A `deepspeed` section with the file merged in that it names: the section is the path, or `extends` is.
+def read_deepspeed(section: Json, folder: Path, seen: tuple[Path, ...] = ()) -> Json:
+    """Return a `deepspeed` section merged with the file that it names: the section is the path, or `extends` is.
 
     Args:
-        section: as it stands in a configuration; what is neither is returned as it is. folder: which paths start from.
+        section: The value in a configuration; returned unchanged if it names no file.
+        folder: Folder that the path is relative to.
+        seen: Files that extend it, to detect a cycle.
+
+    Raises:
+        ConfigError: A file cannot be read, or extends itself.
     """
     base = section.get("extends") if isinstance(section, dict) else section if isinstance(section, str) else None
     if base is None:
@@ -61,26 +74,26 @@ def read_deepspeed(section: Any, folder: Path, seen: tuple[Path, ...] = ()) -> A
     if path in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(Problem("deepspeed.extends", f"a file extends itself: {chain}"))
-    below = read_deepspeed(strict_json.read(path), path.parent, (*seen, path))
+    below: Any = read_deepspeed(strict_json.read(path), path.parent, (*seen, path))
     over = {key: value for key, value in section.items() if key != "extends"} if isinstance(section, dict) else {}
     return merge(below, over)
 
 
 def named_deepspeed_file(path: Path) -> str | None:
-    """The DeepSpeed file that the configuration file `path` itself names, as it is written there."""
+    """Return the DeepSpeed file that a configuration file itself names, as it is written there."""
     section = strict_json.read(path.expanduser()).get("deepspeed")
     named = section.get("extends") if isinstance(section, dict) else section
     return named if isinstance(named, str) else None
 
 
 def apply_override(raw: Raw, assignment: str) -> None:
-    """Sets one value: `a.b=c`, where c is JSON or, failing that, a plain string; list items by number.
+    """Set one value of a configuration, in place: `a.b=c`, where c is JSON or else a string, and lists have indices.
 
-    `deepspeed=FILE` reads the file, from the working directory.
+    `deepspeed=FILE` reads the file, relative to the working directory.
 
     Raises:
-        ConfigError: if the assignment is none, a name on its way is no object or list, a number is not finite, or the
-            DeepSpeed file cannot be read.
+        ConfigError: The assignment is malformed, a key on its path is not an object or list, a number is not finite, or
+            the DeepSpeed file cannot be read.
     """
     path, value = _parsed(assignment)
     node: Any = raw
@@ -102,8 +115,8 @@ def apply_override(raw: Raw, assignment: str) -> None:
             node = node[index]
 
 
-def _parsed(assignment: str) -> tuple[str, Any]:
-    """(dotted key, value) of an override."""
+def _parsed(assignment: str) -> tuple[str, Json]:
+    """Return the dotted key and the value of an override."""
     path, equals, text = assignment.partition("=")
     path = path.strip()
     if not equals or not all(path.split(".")):
@@ -115,7 +128,7 @@ def _parsed(assignment: str) -> tuple[str, Any]:
         remedy += "" if path == "extends" else ", or --set deepspeed=FILE and then single keys"
         raise ConfigError(Problem(f"--set {path}", "only a file can extend another one", remedy))
     try:
-        value = strict_json.loads(text)
+        value: Json = strict_json.loads(text)
     except json.JSONDecodeError:
         value = text
     except strict_json.TooDeepError as error:

@@ -1,4 +1,4 @@
-"""The base of every typed section: strict, frozen, documented under each key."""
+"""The base class of typed sections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A JSON object of the configuration. No unknown key, no silent conversion (`true` is not 1)."""
+    """A JSON object of the configuration: immutable, without unknown keys or silent conversions (`true` is not 1)."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -1,4 +1,4 @@
-"""JSON as the standard has it: no comments, no byte order mark, no duplicate keys; mistakes get line and column."""
+"""Standard JSON: no comments, no byte order mark, no duplicate keys. Errors name line and column."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from trainer.config.file_search import special_file_type
 from trainer.errors import ConfigError, Problem
+from trainer.json_types import Json
 
 MAX_DEPTH = 100
-"""Objects and lists inside each other, at most. Far below what Python's stack holds."""
+"""Maximum nesting of objects and lists, far below the limit of Python's stack."""
 
-
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
-"""Characters that no file name and no UTF-8 file can hold."""
+_INVALID_TEXT = re.compile("[\x00\ud800-\udfff]")
+"""Characters that no file name and no UTF-8 file can contain."""
 
 
 class TooDeepError(ValueError):
-    """Text that is nested deeper than `MAX_DEPTH`."""
+    """JSON that is nested deeper than `MAX_DEPTH`."""
 
     def __init__(self) -> None:
         super().__init__(f"nested more than {MAX_DEPTH} levels deep")
@@ -36,7 +36,7 @@ def _position(text: str, offset: int) -> str:
 
 
 def _duplicates(text: str) -> list[tuple[str, int]]:
-    """Keys that stand twice in one object, with the offset of the second. `text` is known to be valid JSON."""
+    """Return duplicate keys of an object in valid JSON, with the offset of the second."""
     duplicates: list[tuple[str, int]] = []
     objects: list[set[str] | None] = []
     last: tuple[str, int] | None = None
@@ -48,9 +48,8 @@ def _duplicates(text: str) -> list[tuple[str, int]]:
             objects.append(None)
         elif token in "}]":
             objects.pop()
-        elif token == ":" and last is not None:
-            key, keys = json.loads(last[0]), objects[-1]
-            assert keys is not None
+        elif token == ":" and last is not None and (keys := objects[-1]) is not None:
+            key = json.loads(last[0])
             if key in keys:
                 duplicates.append((key, last[1]))
             keys.add(key)
@@ -67,12 +66,12 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     if rest[0] in "}]" and text[: error.pos].rstrip().endswith(","):
         return "a comma before the closing bracket"
     if rest.startswith("'"):
-        return "JSON strings stand in double quotes"
+        return "JSON strings need double quotes"
     return error.msg
 
 
 class _NotFinite(float):
-    """A number as it was written that is infinite or none: 1e999, Infinity, NaN."""
+    """An infinite number or NaN, with the text that it was written as: 1e999, Infinity, NaN."""
 
     def __new__(cls, literal: str) -> _NotFinite:
         number = super().__new__(cls, literal)
@@ -88,18 +87,19 @@ def _float(literal: str) -> float:
 
 
 def _int(literal: str) -> int | float:
-    """An integer, unless it is too large for a floating-point number, which it may have to become."""
+    """Parse an integer. One that is too large for a float is not finite, because it may be converted to a float."""
     return int(literal) if math.isfinite(float(literal)) else _NotFinite(literal)
 
 
-def loads(text: str) -> Any:
-    """`json.loads`, but for numbers that are not finite, which `unrepresentable_values` finds in what is returned.
+def loads(text: str) -> Json:
+    """Decode JSON. `unrepresentable_values` detects numbers that are not finite in the result.
 
     Raises:
-        TooDeepError: if it is nested deeper than `MAX_DEPTH`. json.JSONDecodeError: if it is not JSON.
+        TooDeepError: It is nested deeper than `MAX_DEPTH`.
+        json.JSONDecodeError: It is not JSON.
     """
     try:
-        value = json.loads(text, parse_constant=_NotFinite, parse_float=_float, parse_int=_int)
+        value: Json = json.loads(text, parse_constant=_NotFinite, parse_float=_float, parse_int=_int)
     except RecursionError:
         raise TooDeepError from None
     level = [value]
@@ -110,21 +110,21 @@ def loads(text: str) -> Any:
     return value
 
 
-def _items(node: dict[str, Any] | list[Any]) -> list[Any]:
+def _items(node: dict[str, Json] | list[Json]) -> list[Json]:
     return list(node.values()) if isinstance(node, dict) else node
 
 
-def unrepresentable_values(value: Any, key: str = "") -> Iterator[Problem]:
-    """Problems of the numbers in `value`, which `loads` returned, that are infinite or NaN, and of strings that are no
-    text.
+def unrepresentable_values(value: Json, key: str = "") -> Iterator[Problem]:
+    """Yield a problem for each infinite number or NaN, and for each string that is not valid text.
 
     Args:
-        key: dotted, of `value` itself.
+        value: A result of `loads`.
+        key: Dotted key of `value`.
     """
     if isinstance(value, _NotFinite):
         literal = value.literal if len(value.literal) <= 40 else value.literal[:37] + "..."
         yield Problem(key, f"must be a finite number (got {literal})")
-    elif isinstance(value, str) and _NO_TEXT.search(value):
+    elif isinstance(value, str) and _INVALID_TEXT.search(value):
         yield Problem(key, f"must be text without null characters and in valid Unicode (got {value[:40]!a})")
     elif isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -132,11 +132,15 @@ def unrepresentable_values(value: Any, key: str = "") -> Iterator[Problem]:
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
-    """The object that `text` holds.
+    """Decode a JSON object.
+
+    Args:
+        text: The JSON.
+        where: The file, for messages.
 
     Raises:
-        ConfigError: naming `where`, line and column, for anything that is not one strict JSON object; naming the key,
-            for a number that is not finite.
+        ConfigError: The text is not one standard JSON object (names line and column), or a number is not finite (names
+            the key).
     """
     if text.startswith("\ufeff"):
         raise ConfigError(Problem(where, "line 1, column 1: a byte order mark", "Save the file as plain UTF-8"))
@@ -149,8 +153,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
     duplicates = _duplicates(text)
     if duplicates:
         raise ConfigError(
-            Problem(where, f"{_position(text, offset)}: key '{key}' stands twice in one object")
-            for key, offset in duplicates
+            Problem(where, f"{_position(text, offset)}: duplicate key '{key}'") for key, offset in duplicates
         )
     if problems := list(unrepresentable_values(value)):
         raise ConfigError(Problem(f"{where}: {problem.path}", problem.reason) for problem in problems)
@@ -160,9 +163,13 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The object in the JSON file `path`; see `parse`."""
+    """Decode the object in a JSON file; see `parse`.
+
+    Raises:
+        ConfigError: The file cannot be read, or `parse` refuses its content.
+    """
     if (file_type := special_file_type(path)) is not None:
-        raise ConfigError(Problem(str(path), f"is {file_type}", "Give a regular file"))
+        raise ConfigError(Problem(str(path), f"is {file_type}", "Use a regular file"))
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:

@@ -1,9 +1,8 @@
-"""The `deepspeed` section: a standard DeepSpeed configuration, checked at every depth, and the only writer of
-what DeepSpeed receives.
+"""The `deepspeed` section: a standard DeepSpeed configuration, checked at every depth.
 
-DeepSpeed itself ignores an unknown top-level key and drops a nested "auto" in silence. Here its own pydantic
-classes are mirrored with our strictness, every key of an optimizer or scheduler is compared with the
-arguments of its class, and every "auto" is resolved exactly or refused.
+DeepSpeed itself ignores unknown top-level keys and drops a nested "auto" silently. Here its pydantic classes are
+mirrored strictly, every key of an optimizer or scheduler is compared with the arguments of its class, and every "auto"
+is resolved exactly or refused. No other package writes what DeepSpeed receives.
 """
 
 from trainer.config.deepspeed.missing_values import missing_values

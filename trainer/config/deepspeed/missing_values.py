@@ -1,4 +1,4 @@
-"""Values of a DeepSpeed section that only the user can give, asked for once and together."""
+"""Values of a DeepSpeed section that only the user can set, requested in one problem."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ _OPTIMIZER = {"type": "AdamW", "params": {"lr": 3e-4}}
 
 @dataclass(frozen=True)
 class _Gap:
-    """One thing to ask for."""
+    """A missing value."""
 
     name: str
-    """What is missing: a dotted key below `deepspeed`, or several."""
+    """The missing key, dotted below `deepspeed`, or several."""
 
     problem: Problem
-    """How it is asked for where it is the only one."""
+    """The problem if it is the only gap."""
 
     values: Mapping[str, Any]
     """Example values, by dotted key."""
 
 
 def missing_values(section: Mapping[str, Any], autos: Iterable[str] = (), file: str | None = None) -> list[Problem]:
-    """At most one problem: what to add to the section before its other values can mean anything.
+    """Return at most one problem: the values to add to the section.
 
     Args:
-        section: normalized, not yet valid. autos: dotted keys that are "auto" and may not be.
-        file: the DeepSpeed file that the section came from, as the configuration names it.
+        section: The normalized section, which is not validated yet.
+        autos: Dotted keys that are "auto" where only the user can set the value.
+        file: The DeepSpeed file that the section comes from, as the configuration names it.
     """
     gaps = [*_batch(section), *_optimizer(section), *_params(section), *map(_auto, autos)]
     if not gaps:
@@ -60,23 +61,23 @@ def missing_values(section: Mapping[str, Any], autos: Iterable[str] = (), file: 
     if len(gaps) == 1:
         return [Problem(gaps[0].problem.path, gaps[0].problem.reason, remedy)]
     names = ", ".join(gap.name for gap in gaps)
-    return [Problem("deepspeed", f"values that nothing else determines must be given: {names}", remedy)]
+    return [Problem("deepspeed", f"values that nothing else determines are missing: {names}", remedy)]
 
 
 def _line(values: Mapping[str, Any], file: str | None) -> str:
-    """What to write, ready to be copied."""
+    """Return the missing values with examples, ready to be copied."""
     if file is not None:
         return f'For example "deepspeed": {json.dumps({"extends": file, **values})}'
     return f"For example {json.dumps(values)[1:-1]} in the deepspeed section"
 
 
-def _put(node: dict[str, Any], keys: list[str], value: Any) -> None:
+def _put(node: dict[str, Any], keys: list[str], value: object) -> None:
     for key in keys[:-1]:
         node = node.setdefault(key, {})
     node[keys[-1]] = value
 
 
-def _is_open(value: Any) -> bool:
+def _is_open(value: object) -> bool:
     return value is None or value == "auto"
 
 
@@ -87,7 +88,7 @@ def _batch(section: Mapping[str, Any]) -> Iterator[_Gap]:
     names = ", ".join(missing)
     wanted = [key for key in BATCH_KEYS if key in missing][: len(missing) - 1]
     number = "one" if len(missing) == 2 else "two"
-    problem = Problem("deepspeed", f"two of the three batch keys must be given; missing: {names}")
+    problem = Problem("deepspeed", f"two of the three batch keys are required; missing: {names}")
     yield _Gap(f"{number} of {names}", problem, {key: _EXAMPLES[key] for key in wanted})
 
 
@@ -98,15 +99,16 @@ def _optimizer(section: Mapping[str, Any]) -> Iterator[_Gap]:
 
 
 def _params(section: Mapping[str, Any]) -> Iterator[_Gap]:
-    """Arguments of the optimizer and the scheduler; those that their classes do not have are told elsewhere."""
+    """Yield "auto" arguments of the optimizer and the scheduler that nothing resolves.
+
+    Arguments that their classes do not have are reported by `_param_problems`.
+    """
     for name in ("optimizer", "scheduler"):
         part = section.get(name)
         params = part.get("params") if isinstance(part, Mapping) else None
         if not isinstance(part, Mapping) or not isinstance(params, Mapping) or not isinstance(part.get("type"), str):
             continue
-        autos = [
-            key for key, value in params.items() if value == "auto" and f"{name}.params.{key}" not in RESOLVED_AUTOS
-        ]
+        autos = [key for key in params if params[key] == "auto" and f"{name}.params.{key}" not in RESOLVED_AUTOS]
         known = _known(name, part["type"], params) if autos else frozenset()
         yield from (_auto(f"{name}.params.{key}") for key in autos if key in known)
 

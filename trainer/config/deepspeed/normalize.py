@@ -1,7 +1,7 @@
-"""A DeepSpeed section as other trainers' files have it, in the keys and values that are checked here.
+"""Normalization of DeepSpeed sections from files of other trainers.
 
-Three rewrites that change nothing of what would be computed: the second names of DeepSpeed's keys, leftover keys at a
-value that turns them off, and `"enabled": "auto"` of a precision.
+Three rewrites that do not change what is computed: aliases of DeepSpeed's keys, unsupported keys with a value that
+disables them, and `"enabled": "auto"` of a precision.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ Raw = dict[str, Any]
 ZERO_ALIASES: Mapping[str, str] = {
     name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias and field.alias != name
 }
-"""DeepSpeed takes both names of these keys, such as `prefetch_bucket_size` for `stage3_prefetch_bucket_size`."""
+"""Key by alias. DeepSpeed accepts both, such as `prefetch_bucket_size` for `stage3_prefetch_bucket_size`."""
 
 
-def _is_off(value: Any) -> bool:
+def _is_off(value: object) -> bool:
     return value is False or value is None
 
 
-def _is_disabled(value: Any) -> bool:
-    """False, null, or an object with `"enabled": false`, which `"auto"` means where there is nothing to turn on."""
+def _is_disabled(value: object) -> bool:
+    """Return whether a value is false, null, or an object with `"enabled": false` or `"auto"`."""
     return _is_off(value) or (isinstance(value, Mapping) and value.get("enabled", True) in (False, "auto"))
 
 
-def _enables_nothing(value: Any) -> bool:
-    """Whether no leaf of a non-empty object turns something on."""
+def _enables_nothing(value: object) -> bool:
+    """Return whether a value is off, or a non-empty object of which every value is off."""
     return _is_off(value) or (isinstance(value, Mapping) and bool(value) and all(map(_is_off, value.values())))
 
 
-def _enables_no_monitor(value: Any) -> bool:
-    """`monitor_config` of LLaMA-Factory's files, which DeepSpeed does not read: no tracker in it is enabled."""
+def _enables_no_monitor(value: object) -> bool:
+    """Return whether no tracker is enabled in `monitor_config`, which LLaMA-Factory writes and DeepSpeed ignores."""
     parts = [part for part in value.values() if isinstance(part, Mapping)] if isinstance(value, Mapping) else []
     return _is_off(value) or (bool(parts) and all(map(_is_disabled, parts)))
 
@@ -50,14 +50,15 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "sequence_parallel_size": lambda value: _is_off(value) or (value == 1 and value is not True),
     "tensor_parallel": lambda value: _is_disabled(value) or value in ({"autotp_size": 0}, {"autotp_size": 1}),
 }
-"""Keys that are unknown or refused here, and whether a value asks for nothing. Other refused keys: `_is_disabled`."""
+"""Whether a value has no effect, by unknown or unsupported key. For other unsupported keys: `_is_disabled`."""
 
 
 def normalize_section(section: Mapping[str, Any], device: str | None) -> Raw:
-    """The section with equivalent keys and values that the schema has.
+    """Return the section with equivalent keys and values of the schema.
 
     Args:
-        section: as read from files; need not be valid. device: where the run computes, None for a dry run.
+        section: The section as read from files; it need not be valid.
+        device: Device that the run computes on; None if it is unknown.
     """
     result = {key: value for key, value in section.items() if not _is_neutral(key, value)}
     zero = result.get("zero_optimization")
@@ -71,14 +72,14 @@ def normalize_section(section: Mapping[str, Any], device: str | None) -> Raw:
     return result
 
 
-def _is_neutral(key: str, value: Any) -> bool:
+def _is_neutral(key: str, value: object) -> bool:
     if key in _NEUTRAL:
         return _NEUTRAL[key](value)
     return key in UNSUPPORTED and _is_disabled(value)
 
 
 def _resolve_precision(section: Raw, device: str | None) -> None:
-    """`"auto"`: fp16 is off, and bf16 is on where the device has it and fp16 was not asked for."""
+    """Resolve `"auto"`: fp16 is off; bf16 is on if the device supports it and fp16 is not enabled."""
     fp16 = section.get("fp16")
     wants_fp16 = isinstance(fp16, Mapping) and fp16.get("enabled") is True
     for name, value in (("fp16", False), ("bf16", not wants_fp16 and has_bf16(device))):
@@ -90,7 +91,7 @@ def _resolve_precision(section: Raw, device: str | None) -> None:
 def fp32_fallback_warnings(section: Mapping[str, Any], normal: Mapping[str, Any]) -> list[Problem]:
     """Warn where `"auto"` became false because the device lacks bf16; `normal` is `normalize_section(section)`."""
 
-    def enabled(part: Any) -> Any:
+    def enabled(part: object) -> object:
         return part.get("enabled") if isinstance(part, Mapping) else None
 
     if enabled(section.get("bf16")) != "auto" or enabled(normal.get("bf16")) or enabled(normal.get("fp16")):
@@ -100,5 +101,5 @@ def fp32_fallback_warnings(section: Mapping[str, Any], normal: Mapping[str, Any]
 
 
 def has_bf16(device: str | None) -> bool:
-    """Whether the device computes in bf16; every device that is not known yet does."""
+    """Return whether the device supports bf16; an unknown one is assumed to."""
     return device is None or bool(get_accelerator().is_bf16_supported())

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers: every parameter compared with the arguments of its class, and tried on a dummy."""
+"""Optimizers and schedulers: their keys are compared with the arguments of their classes, and tried on a dummy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TORCH_OPTIMIZERS = {
 ELEMENTWISE = frozenset(
     ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 )
-"""Each element's update depends on that element only, so ZeRO's flat slices compute the same step."""
+"""Optimizers that update each element independently, so that ZeRO's flat partitions compute the same step."""
 
 _MUON_KEYS = frozenset(("lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr"))
 _DEEPSPEED_NAMES = {
@@ -47,8 +47,8 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in parameters.items() if n not in ("self", "params", "model_params", "optimizer")}
 
 
-def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] | None:
-    """The keys that `params` may hold for this optimizer; None for an optimizer that does not exist."""
+def optimizer_keys(section: OptimizerSection, *, offload: bool) -> frozenset[str] | None:
+    """Return the keys of `params` for an optimizer; None for one that does not exist."""
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -68,12 +68,12 @@ def optimizer_keys(section: OptimizerSection, offload: bool) -> frozenset[str] |
         return frozenset(_arguments(DeepSpeedCPUAdagrad if offload else torch.optim.Adagrad))
     if name in _MUP:
         return frozenset(_arguments(_TORCH_OPTIMIZERS[_MUP[name]]))
-    found = _TORCH_OPTIMIZERS.get(section.type)
-    return frozenset(_arguments(found)) if found else None
+    torch_optimizer = _TORCH_OPTIMIZERS.get(section.type)
+    return frozenset(_arguments(torch_optimizer)) if torch_optimizer else None
 
 
 def weight_decay(resolved: Mapping[str, Any]) -> float:
-    """The optimizer's weight decay under a resolved configuration; its class's default where none is given."""
+    """Return the optimizer's weight decay under a resolved configuration; the default of its class if it is unset."""
     optimizer = resolved["optimizer"]
     params = optimizer.get("params", {})
     if "weight_decay" in params:
@@ -140,76 +140,81 @@ def _param_problems(
     for key, value in params.items():
         path = f"deepspeed.{where}.params.{key}"
         if key == "max_grad_norm":
-            yield Problem(path, "not an optimizer's parameter in DeepSpeed", "Set deepspeed.gradient_clipping")
+            yield Problem(path, "not an argument of an optimizer in DeepSpeed", "Set deepspeed.gradient_clipping")
         elif key not in known and (hinted := hint(path)):
             yield hinted
         elif key not in known:
             suggestion = suggest(key, known)
             yield Problem(path, f"unknown key{suggestion}", "" if suggestion else f"Known: {', '.join(sorted(known))}")
         elif value == "auto":
-            continue  # resolved, or asked for by `missing_values`
+            continue  # resolved, or reported by `missing_values`
         elif where == "scheduler" and key in PER_GROUP_ARGUMENTS and isinstance(value, list):
-            remedy = "For weights with other rates set training.learning_rate_scales"
-            yield Problem(path, f"must be a number, which all parameter groups get (got {value!r})", remedy)
+            remedy = "Set training.learning_rate_scales for weights with other rates"
+            yield Problem(path, f"must be one number, for all parameter groups (got {value!r})", remedy)
         elif key in checks and not checks[key][0](value):
             yield Problem(path, f"expected {checks[key][1]}, got {value!r}")
 
 
 def optimizer_problems(section: DeepSpeedSection) -> Iterator[Problem]:
-    """Unknown optimizer, unknown or wrong parameters, and optimizers that cannot work here."""
+    """Yield the problems of the optimizer: unknown, with unknown or invalid parameters, or not supported."""
     path = "deepspeed.optimizer"
     if section.optimizer is None:
-        return  # asked for by `missing_values`
+        return  # reported by `missing_values`
     name = section.optimizer.type
     if name.lower() == "lamb":
-        reason = "DeepSpeed 0.19 runs Lamb with fp16 at ZeRO stage 0 only, where its loss scale is applied one way"
-        yield Problem(f"{path}.type", reason, "Take AdamW")
+        reason = "DeepSpeed 0.19 supports Lamb only with fp16 at ZeRO stage 0, where its loss scaling is not undone"
+        yield Problem(f"{path}.type", reason, "Use AdamW")
         return
-    known = optimizer_keys(section.optimizer, section.offload_device != "none")
+    known = optimizer_keys(section.optimizer, offload=section.offload_device != "none")
     if known is None:
         names = [*_DEEPSPEED_NAMES.values(), *(n for n in _TORCH_OPTIMIZERS if n.lower() not in _DEEPSPEED_NAMES)]
         yield _unknown(f"{path}.type", "optimizer", name, names)
         return
     if name in ("LBFGS", "SparseAdam"):
-        reason = "evaluates the loss several times a step" if name == "LBFGS" else "takes sparse gradients only"
-        yield Problem(f"{path}.type", f"{name} {reason}, which the training step does not offer", "Take another")
+        reason = "evaluates the loss several times a step" if name == "LBFGS" else "requires sparse gradients"
+        yield Problem(f"{path}.type", f"{name} {reason}, which is not supported", "Choose another optimizer")
     if name.lower() in _MUP and importlib.util.find_spec("mup") is None:
-        yield Problem(f"{path}.type", f"{name} needs the package 'mup', which is not installed", "pip install mup")
+        yield Problem(
+            f"{path}.type", f"{name} requires the package 'mup', which is not installed", "Run pip install mup"
+        )
     zero = section.zero_optimization
     if name.lower() == "muon" and section.zero_stage == 3 and getattr(zero, "reduce_scatter", None) is not False:
         yield Problem(
             "deepspeed.zero_optimization.reduce_scatter",
-            "at ZeRO 3 Muon needs whole gradients, which reduce-scatter does not give",
+            "must be false for Muon at ZeRO 3, which requires full gradients",
             "Set it to false",
         )
     if name == "Adafactor" and section.zero_stage > 0:
         yield Problem(
             f"{path}.type",
-            "Adafactor's second moment is factored over rows and columns, and ZeRO would hand it flat slices: "
-            "it would be another algorithm",
-            "Set zero_optimization.stage to 0 or take another optimizer",
+            "Adafactor factors its second moment over rows and columns, and ZeRO's flat partitions would change the "
+            "algorithm",
+            "Set zero_optimization.stage to 0, or choose another optimizer",
         )
-    found = list(_param_problems("optimizer", section.optimizer.params, known))
-    yield from found
-    refusal = None if found else _optimizer_refusal(section.optimizer)
+    problems = list(_param_problems("optimizer", section.optimizer.params, known))
+    yield from problems
+    refusal = None if problems else _optimizer_refusal(section.optimizer)
     if refusal:
         yield Problem(f"{path}.params", refusal)
 
 
 def _trial(call: Callable[[], object]) -> str | None:
-    """What `call` fails with, in one line; None if it does not."""
+    """Return the cause of a failing call in one line; None if it succeeds."""
     try:
         call()
-    except Exception as error:  # every class checks in its own way, or not at all and fails by its arithmetic
+    except Exception as error:  # classes check their arguments with different exceptions, or fail in arithmetic
         return first_line(error)
     return None
 
 
 def _optimizer_refusal(section: OptimizerSection) -> str | None:
-    """What the optimizer's own class says against its parameters; DeepSpeed's kernels are not loaded for it."""
+    """Return why the optimizer's class refuses its parameters; None if it accepts them.
+
+    DeepSpeed's kernels are not loaded for this, so that its optimizers are tried with PyTorch's class.
+    """
     name, params = section.type.lower(), {k: v for k, v in section.params.items() if v != "auto"}
     if name in ("adam", "adamw") and not params.get("torch_adam"):
-        return "DeepSpeed's Adam has no amsgrad" if params.get("amsgrad") else None
+        return "DeepSpeed's Adam does not support amsgrad" if params.get("amsgrad") else None
     cls = torch.optim.AdamW if name in ("adam", "adamw") else _TORCH_OPTIMIZERS.get(section.type)
     params = {k: v for k, v in params.items() if k not in ("torch_adam", "adam_w_mode")}
     known = cls is not None and params.keys() <= _arguments(cls).keys()
@@ -228,12 +233,12 @@ def _scheduler_refusal(cls: type, section: SchedulerSection) -> str | None:
 
 
 def _walk(cls: type, params: Mapping[str, Any], rate: float, steps: int) -> list[float]:
-    """The rates of the first steps."""
+    """Return the rates of the first steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     schedule: Any = cls(optimizer, **params)
     rates = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps in between
+        warnings.simplefilter("ignore")  # torch warns that the optimizer does not step in between
         for _ in range(steps):
             rates.append(float(optimizer.param_groups[0]["lr"]))
             schedule.step()
@@ -241,15 +246,14 @@ def _walk(cls: type, params: Mapping[str, Any], rate: float, steps: int) -> list
 
 
 def first_learning_rates(resolved: Mapping[str, Any], steps: int) -> list[float]:
-    """The learning rates of the first steps under a resolved configuration, of Muon's two groups the matrices'."""
+    """Return the learning rates of the first steps under a resolved configuration; of Muon, that of matrices."""
     optimizer, section = resolved["optimizer"], resolved.get("scheduler")
     params = optimizer.get("params", {})
     rate = float(params.get("muon_lr", params.get("lr", 1e-3)))
     if section is None:
         return [rate] * steps
     cls = _scheduler_class(section["type"])
-    assert cls is not None
-    return _walk(cls, section["params"], rate, steps)
+    return [rate] * steps if cls is None else _walk(cls, section["params"], rate, steps)
 
 
 def _scheduler_class(name: str) -> type | None:
@@ -259,20 +263,20 @@ def _scheduler_class(name: str) -> type | None:
         return getattr(lr_schedules, name)  # type: ignore[no-any-return]
     cls = getattr(torch.optim.lr_scheduler, name, None)
     base = torch.optim.lr_scheduler.LRScheduler
-    # A scheduler that takes other schedulers or functions cannot be written in JSON; one that steps on a metric
-    # would need the validation loss inside the optimizer step.
+    # JSON cannot express a scheduler that takes other schedulers or functions; one that steps on a metric would need
+    # the validation loss within the optimizer step.
     unfit = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "ReduceLROnPlateau")
     return cls if isinstance(cls, type) and issubclass(cls, base) and name not in unfit else None
 
 
 def scheduler_keys(section: SchedulerSection) -> frozenset[str] | None:
-    """The keys that `params` may hold for this scheduler; None for one that does not exist."""
+    """Return the keys of `params` for a scheduler; None for one that does not exist."""
     cls = _scheduler_class(section.type)
     return None if cls is None else frozenset(_arguments(cls)) - {"last_batch_iteration"}
 
 
 def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
-    """Unknown scheduler, unknown or wrong parameters, missing ones."""
+    """Yield the problems of the scheduler: unknown, or with unknown, invalid or missing parameters."""
     if section.scheduler is None:
         return
     path = "deepspeed.scheduler"
@@ -283,11 +287,11 @@ def scheduler_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         return
     arguments = _arguments(cls)
     checks = _WSD_CHECKS if cls is WSD else _PARAM_CHECKS
-    found = list(_param_problems("scheduler", section.scheduler.params, known, checks))
+    problems = list(_param_problems("scheduler", section.scheduler.params, known, checks))
     for name, parameter in arguments.items():
         if parameter.default is inspect.Parameter.empty and name not in section.scheduler.params:
-            found.append(Problem(f"{path}.params.{name}", "required, but missing"))
-    yield from found
-    refusal = None if found else _scheduler_refusal(cls, section.scheduler)
+            problems.append(Problem(f"{path}.params.{name}", "required, but missing"))
+    yield from problems
+    refusal = None if problems else _scheduler_refusal(cls, section.scheduler)
     if refusal:
         yield Problem(f"{path}.params", refusal)

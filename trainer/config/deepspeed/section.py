@@ -1,4 +1,4 @@
-"""The `deepspeed` section, typed: DeepSpeed's own pydantic classes mirrored with our strictness."""
+"""The typed `deepspeed` section: strict mirrors of DeepSpeed's pydantic classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Auto = Literal["auto"]
 
 
 def _integral(value: object) -> object:
-    """5e8 is how people write bucket sizes; JSON reads it as a float."""
+    """Convert a whole float to an integer, because bucket sizes are often written as 5e8."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -30,24 +30,31 @@ Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
 
 
 _OMITTED_KEYS = ("zero_optimization.legacy_stage1", "zero_optimization.elastic_checkpoint")
-"""Keys that DeepSpeed's classes still have and that do nothing, or nothing here; see `UNSUPPORTED`."""
+"""Keys of DeepSpeed's classes that have no effect; see `UNSUPPORTED`."""
 
 
-def _strict(annotation: Any, path: str, auto: frozenset[str]) -> Any:
-    """The type of a DeepSpeed field, without DeepSpeed's silent conversions."""
+def _strict(annotation: object, path: str, auto: frozenset[str]) -> object:
+    """Return the type of a DeepSpeed field without DeepSpeed's silent conversions."""
     if get_origin(annotation) in (Union, types.UnionType):
         return Union[tuple(_strict(member, path, auto) for member in get_args(annotation))]  # noqa: UP007
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return mirror(annotation, path, auto)
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return Literal[tuple(dict.fromkeys(member.value for member in annotation))]
-    return {int: Integer, Path: str}.get(annotation, annotation)
+    if annotation is int:
+        return Integer
+    return str if annotation is Path else annotation
 
 
 def mirror(source: type[BaseModel], path: str, auto: frozenset[str] = frozenset()) -> type[Section]:
-    """A strict section with the keys, types and bounds of DeepSpeed's own class `source`.
+    """Create a strict section with the keys, types and bounds of a class of DeepSpeed.
 
-    `auto` holds the dotted paths at which "auto" may stand. Deprecated keys are left out, and those of `_OMITTED_KEYS`.
+    Deprecated keys and those of `_OMITTED_KEYS` are omitted.
+
+    Args:
+        source: DeepSpeed's class.
+        path: Dotted path of the section.
+        auto: Dotted paths whose value may be "auto".
     """
     fields: dict[str, Any] = {}
     for name, field in source.model_fields.items():
@@ -55,12 +62,12 @@ def mirror(source: type[BaseModel], path: str, auto: frozenset[str] = frozenset(
         key = field.alias or name
         if (isinstance(extra, Mapping) and extra.get("deprecated")) or f"{path}.{key}" in _OMITTED_KEYS:
             continue
-        kind = _strict(field.annotation, f"{path}.{key}", auto)
+        field_type: Any = _strict(field.annotation, f"{path}.{key}", auto)
         if field.metadata:
-            kind = Annotated[(kind, *field.metadata)]
+            field_type = Annotated[(field_type, *field.metadata)]
         if f"{path}.{key}" in auto:
-            kind = kind | Auto
-        fields[key] = (kind | None, None)
+            field_type = field_type | Auto
+        fields[key] = (field_type | None, None)
     return create_model(source.__name__, __base__=Section, **fields)
 
 
@@ -81,23 +88,36 @@ RESOLVED_AUTOS: Mapping[str, str] = {
     "scheduler.params.warmup_max_lr": "optimizer.params.lr",
     "scheduler.params.total_num_steps": "training.max_steps",
 }
-"""Where "auto" may stand and what it becomes: the meaning that Hugging Face's Trainer gives it. Those of `enabled` are
-resolved by `normalize_section`, before the section is built."""
+"""Value of "auto" by key, as in Hugging Face's Trainer. `normalize_section` resolves those of `enabled`."""
 
 _AUTO = frozenset(RESOLVED_AUTOS)
 _ZeroSection = mirror(DeepSpeedZeroConfig, "zero_optimization", _AUTO)
 _Dtype = Literal["fp32", "fp16", "bf16"]
 
 
-PER_GROUP_ARGUMENTS = frozenset((
-    "base_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_range_test_min_lr",
-    "cycle_min_lr", "cycle_max_lr", "cycle_min_mom", "cycle_max_mom", "warmup_min_lr", "warmup_max_lr",
-))  # fmt: skip
-"""Arguments for which schedulers take a list with one value for each parameter group. Here the weights of a rank decide
-how many groups it has, so a list of several values has no meaning."""
+PER_GROUP_ARGUMENTS = frozenset(
+    (
+        "base_lr",
+        "max_lr",
+        "base_momentum",
+        "max_momentum",
+        "swa_lr",
+        "lr_range_test_min_lr",
+        "cycle_min_lr",
+        "cycle_max_lr",
+        "cycle_min_mom",
+        "cycle_max_mom",
+        "warmup_min_lr",
+        "warmup_max_lr",
+    )
+)
+"""Arguments for which schedulers accept a list with one value for each parameter group. The number of groups of a rank
+depends on the weights that it holds, so that a list of several values has no meaning."""
 
 
 class OptimizerSection(Section):
+    """The optimizer."""
+
     type: str
     """Adam, AdamW, Adagrad, Lion, Muon (DeepSpeed's), or any of `torch.optim` by name."""
 
@@ -108,6 +128,8 @@ class OptimizerSection(Section):
 
 
 class SchedulerSection(Section):
+    """The learning-rate schedule. Without it the rate is constant."""
+
     type: str
     """LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR (DeepSpeed's), WSD (ours: warm-up, stable, decay),
     or one of `torch.optim.lr_scheduler`."""
@@ -118,20 +140,22 @@ class SchedulerSection(Section):
     @field_validator("params")
     @classmethod
     def _one_value_for_all_groups(cls, params: dict[str, Any]) -> dict[str, Any]:
-        """A list of one is its number, however many parameter groups a rank has."""
+        """Replace lists of one value, which applies to all parameter groups, by the value."""
 
-        def single(key: str, value: Any) -> Any:
+        def single(key: str, value: object) -> object:
             return value[0] if key in PER_GROUP_ARGUMENTS and isinstance(value, list) and len(value) == 1 else value
 
         return {key: single(key, value) for key, value in params.items()}
 
 
 class TimersSection(Section):
+    """DeepSpeed's timers."""
+
     throughput: mirror(DeepSpeedThroughputTimerConfig, "timers.throughput") | None = None  # type: ignore[valid-type]
 
 
 class FlopsProfilerSection(Section):
-    """Prints a per-module profile of one step; keys as in DeepSpeed."""
+    """DeepSpeed's per-module profile of one step."""
 
     enabled: bool = False
     recompute_fwd_factor: float = 0.0
@@ -143,6 +167,8 @@ class FlopsProfilerSection(Section):
 
 
 class DataTypesSection(Section):
+    """Data types other than the precision of the run."""
+
     grad_accum_dtype: _Dtype | None = None
     param_dtype: _Dtype | None = None
     buffer_dtype: _Dtype | None = None
@@ -150,7 +176,7 @@ class DataTypesSection(Section):
 
 
 class AioSection(Section):
-    """How DeepSpeed reads and writes NVMe."""
+    """DeepSpeed's access to NVMe."""
 
     block_size: Count | None = None
     queue_depth: Count | None = None
@@ -165,10 +191,10 @@ class DeepSpeedSection(Section):
 
     train_batch_size: Count | Auto | None = None
     """Samples of one optimizer step, over all data ranks and micro-batches. Two of the three batch keys
-    must be given."""
+    are required."""
 
     train_micro_batch_size_per_gpu: Count | Auto | None = None
-    """Samples that one data rank pushes through the model at once."""
+    """Samples of one forward pass on one data rank."""
 
     gradient_accumulation_steps: Count | Auto | None = None
     """Micro-batches of one optimizer step on one data rank."""
@@ -177,7 +203,7 @@ class DeepSpeedSection(Section):
     scheduler: SchedulerSection | None = None
 
     gradient_clipping: Annotated[float, Field(ge=0)] | Auto | None = None
-    """Largest global gradient norm; 0 turns clipping off. Default: 1.0."""
+    """Maximum global gradient norm; 0 disables clipping. Default: 1.0."""
 
     bf16: mirror(DeepSpeedBF16Config, "bf16", _AUTO) | None = None  # type: ignore[valid-type]
     fp16: mirror(DeepSpeedFP16Config, "fp16", _AUTO) | None = None  # type: ignore[valid-type]
@@ -190,13 +216,13 @@ class DeepSpeedSection(Section):
     aio: AioSection | None = None
     disable_python_gc: bool | None = None
     steps_per_print: Count | None = None
-    """DeepSpeed's own progress lines. Default: none, the console has ours."""
+    """Steps between two progress lines of DeepSpeed. Default: none, because the console has ours."""
 
     wall_clock_breakdown: bool | None = None
     memory_breakdown: bool | None = None
     dump_state: bool | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
-    """What DeepSpeed itself may print. Default: warning."""
+    """Level of DeepSpeed's log. Default: warning."""
 
     timers: TimersSection | None = None
     comms_logger: mirror(CommsLoggerConfig, "comms_logger") | None = None  # type: ignore[valid-type]
@@ -204,28 +230,31 @@ class DeepSpeedSection(Section):
 
     @property
     def zero_stage(self) -> int:
+        """ZeRO stage; 0 by default."""
         return int(getattr(self.zero_optimization, "stage", None) or 0)
 
     @property
     def offload_device(self) -> str:
-        """Where the optimizer state lives when not on the accelerator: `none`, `cpu` or `nvme`."""
+        """Device that the optimizer state is offloaded to: `none`, `cpu` or `nvme`."""
         offload = getattr(self.zero_optimization, "offload_optimizer", None)
         return str(getattr(offload, "device", None) or "none")
 
     @property
     def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Precision that the model computes in."""
         if self.bf16 is not None and self.bf16.enabled:
             return "bf16"
         return "fp16" if self.fp16 is not None and self.fp16.enabled else "fp32"
 
     @property
     def clipping(self) -> float:
+        """Maximum global gradient norm; 0 if it is not clipped."""
         return 1.0 if self.gradient_clipping in (None, "auto") else float(self.gradient_clipping)
 
 
 def deepspeed_class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
-    """What DeepSpeed's own classes say about the combination of keys inside one of their sections."""
-    for name, kind in (
+    """Yield what DeepSpeed's classes refuse about combinations of keys within their sections."""
+    for name, section_class in (
         ("zero_optimization", DeepSpeedZeroConfig),
         ("bf16", DeepSpeedBF16Config),
         ("fp16", DeepSpeedFP16Config),
@@ -234,8 +263,8 @@ def deepspeed_class_problems(section: DeepSpeedSection) -> Iterator[Problem]:
         if part is None:
             continue
         try:
-            kind(**part.model_dump(exclude_none=True))
+            section_class(**part.model_dump(exclude_none=True))
         except (ValueError, AssertionError) as error:
-            last = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = next((line for line in last if line.startswith(("Value error", "Assertion failed"))), last[0])
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            text = next((line for line in lines if line.startswith(("Value error", "Assertion failed"))), lines[0])
             yield Problem(f"deepspeed.{name}", text.split(" [type=")[0].removeprefix("Value error, "))

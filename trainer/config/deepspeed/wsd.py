@@ -1,14 +1,14 @@
-"""The schedule `WSD`: warm-up, stable, decay. DeepSpeed has none.
+"""The learning-rate schedule WSD: warm-up, stable, decay. DeepSpeed has none.
 
-MiniCPM (Hu et al. 2024, arXiv 2404.06395): the rate rises, stays, and falls over the last steps only, so the same run
-serves many lengths: a checkpoint from the stable phase can be decayed on another mixture, or trained on.
+MiniCPM (Hu et al. 2024, arXiv 2404.06395): the rate rises, stays constant, and falls over the last steps only. A
+checkpoint of the stable phase can therefore be decayed on another mixture, or trained further.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 DecayType = Literal["linear", "cosine", "1-sqrt"]
 
@@ -17,11 +17,17 @@ DECAYS: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "1-sqrt": lambda progress: 1 - math.sqrt(progress),
 }
-"""From the share of the decay that is over to the share of the way down that is left."""
+"""Remaining share of the decrease, as a function of the progress of the decay in [0, 1]."""
+
+
+class HasParameterGroups(Protocol):
+    """An optimizer, as far as a schedule uses it."""
+
+    param_groups: list[dict[str, Any]]
 
 
 class WSD:
-    """Sets the rate of step n, counted from 1, in every parameter group.
+    """Set the rate of step n, counted from 1, in every parameter group.
 
     With W = `warmup_num_steps`, D = `decay_num_steps`, T = `total_num_steps`:
 
@@ -30,13 +36,14 @@ class WSD:
         n > T - D       decay_min_lr + (warmup_max_lr - decay_min_lr) * f((n - (T - D)) / D)
         n > T           decay_min_lr
 
-    where f(x) is 1 - x, (1 + cos(pi x)) / 2, or 1 - sqrt(x). So step W is the first at the highest rate, and step T the
+    where f(x) is 1 - x, (1 + cos(pi x)) / 2, or 1 - sqrt(x). Step W is the first at the highest rate, and step T the
     first at the lowest.
     """
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: HasParameterGroups,
+        *,
         total_num_steps: int,
         decay_num_steps: int,
         warmup_num_steps: int = 0,
@@ -45,9 +52,17 @@ class WSD:
         decay_min_lr: float = 0.0,
         decay_type: DecayType = "linear",
     ) -> None:
-        """Args:
-        optimizer: torch's, or DeepSpeed's around it.
-        warmup_max_lr: of every group; default: each group's own `lr`.
+        """Set the rate of the first step.
+
+        Args:
+            optimizer: PyTorch's, or DeepSpeed's wrapper of it.
+            total_num_steps: Steps of the schedule.
+            decay_num_steps: Steps of the decay, the last ones.
+            warmup_num_steps: Steps of the warm-up, the first ones.
+            warmup_min_lr: Rate that the warm-up starts from.
+            warmup_max_lr: Rate of the stable phase. Default: the `lr` of each parameter group.
+            decay_min_lr: Rate that the decay ends at.
+            decay_type: Shape of the decay.
         """
         self._optimizer = optimizer
         self._total, self._decay, self._warmup = total_num_steps, decay_num_steps, warmup_num_steps
@@ -55,17 +70,16 @@ class WSD:
         self._peaks = [float(group["lr"]) if warmup_max_lr is None else warmup_max_lr for group in self._groups]
         self._fall = DECAYS[decay_type]
         self._steps = 0
-        """Steps that have been taken."""
+        """Completed optimizer steps."""
 
         self._set()
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
+        return self._optimizer.param_groups
 
     def rate(self, step: int, peak: float) -> float:
-        """The rate of a step, counted from 1."""
+        """Return the rate of a step, counted from 1, in a group with the given peak rate."""
         if step <= self._warmup:
             return self._first + (peak - self._first) * step / self._warmup
         decayed = step - (self._total - self._decay)
@@ -76,7 +90,7 @@ class WSD:
         return self._last + (peak - self._last) * self._fall(decayed / self._decay)
 
     def step(self) -> None:
-        """After an optimizer step: sets the rates of the next one."""
+        """Set the rates of the next step. Call after each optimizer step."""
         self._steps += 1
         self._set()
 
@@ -85,5 +99,5 @@ class WSD:
             group["lr"] = self.rate(self._steps + 1, peak)
 
     def get_last_lr(self) -> list[float]:
-        """The rates of the next step, by group."""
+        """Return the rates of the next step, by group."""
         return [group["lr"] for group in self._groups]
