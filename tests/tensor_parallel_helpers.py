@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from trainer.distributed import Launch, World, joined_world
-from trainer.tensor_parallel import TensorMapper, read_plan
+from trainer.tensor_parallel import TensorMapper, model_region, read_plan
 from trainer.topology import Topology
 
 
@@ -24,8 +24,8 @@ def single_tensor_group() -> Iterator[World]:
 def cut(model: PreTrainedModel, world: World, user: dict[str, str] | None = None, **options: Any) -> TensorMapper:
     place = world.topology
     plan = read_plan(model, user or {}, place.tensor, place.tensor_rank)
-    group = world.groups.of("tensor")
-    mapper = TensorMapper(model, plan, group, place.tensor, place.tensor_rank, world.groups.tensor_subgroup, **options)
+    region = model_region(model, world.groups.of("tensor"), place.tensor, place.tensor_rank)
+    mapper = TensorMapper(model, plan, region, world.groups.tensor_subgroup, **options)
     mapper.shard_parameters(model.parameters())
     mapper.install()
     return mapper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.harness import run_ranks
 from tests.tensor_parallel_helpers import single_tensor_group
 from tools.bench.traffic import Recorder
 from trainer.errors import TesseraError
+from trainer.sharding import VocabularyShard
 from trainer.tasks import IGNORE_INDEX
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 
@@ -56,7 +57,7 @@ def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequen
         own = _own_columns(whole, ranks, rank, behind)
         kept = own.clone()
         own.requires_grad_()
-        loss = VocabularyCrossEntropy(smoothing, z_loss, chunk, vocabulary, width, group, rank, ranks)
+        loss = VocabularyCrossEntropy(smoothing, z_loss, chunk, VocabularyShard(vocabulary, width, group, rank, ranks))
         got = loss(own.view(2, -1, width), labels.view(2, -1))
         (3 * got.objective).backward()
         wanted = _own_columns(logits.grad, ranks, rank, 0.0)  # type: ignore[arg-type]
@@ -95,7 +96,8 @@ def compare_loss(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
         count = sum(check_loss(ranks, rank, group, vocabulary, types) for vocabulary in vocabularies)
         width = 7
         for smoothing, chunk in itertools.product((0.0, 0.1), (None, 3)):
-            loss = VocabularyCrossEntropy(smoothing, 1e-3, chunk, ranks * width - 2, width, group, rank, ranks)
+            shard = VocabularyShard(ranks * width - 2, width, group, rank, ranks)
+            loss = VocabularyCrossEntropy(smoothing, 1e-3, chunk, shard)
             logits = torch.randn(TOKENS, width, dtype=torch.bfloat16, requires_grad=True)
             labels = torch.arange(TOKENS) % (ranks * width - 2)
             recorder, widest = Recorder(), Widest(width)
@@ -132,8 +134,12 @@ def test_loss_of_full_logits_matches_reference() -> None:
 
 
 def loss_that_counts_padding() -> int:
-    chunks = VocabularyCrossEntropy._chunks
-    VocabularyCrossEntropy._chunks = lambda self, x: chunks(replace(self, vocabulary=None), x)  # type: ignore[method-assign]
+    chunks = VocabularyCrossEntropy.chunks
+
+    def chunks_with_padding(loss: VocabularyCrossEntropy, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return chunks(replace(loss, shard=replace(loss.shard, size=None)), logits_NV)
+
+    VocabularyCrossEntropy.chunks = chunks_with_padding  # type: ignore[method-assign]
     return compare_loss([13], [torch.float32])
 
 
@@ -144,6 +150,6 @@ def test_counted_padding_is_detected() -> None:
 
 @pytest.mark.fast
 def test_logits_of_unexpected_width_are_refused() -> None:
-    loss = VocabularyCrossEntropy(vocabulary=13, width=7, ranks=2)
-    with pytest.raises(TesseraError, match="13 columns where this rank's part of the head has 7"):
+    loss = VocabularyCrossEntropy(shard=VocabularyShard(size=13, width=7, ranks=2))
+    with pytest.raises(TesseraError, match="13 columns where this rank's shard of the head has 7"):
         loss(torch.zeros(2, 13), torch.zeros(2, dtype=torch.long))

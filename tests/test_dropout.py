@@ -20,6 +20,7 @@ from tests.tensor_parallel_helpers import cut, gather_from_ranks, single_tensor_
 from tools.parity.shrink import tiny
 from trainer.distributed import World
 from trainer.errors import PlanError
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel.region import Region
 
 DROPPING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,7 +73,7 @@ def _dropping_model(name: str, world: World, *, sequence_parallel: bool, checkpo
     mapper = cut(model, world, sequence_parallel=sequence_parallel)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, mapper.cross_entropy(0.0, 0.0, None)
+    return model, VocabularyCrossEntropy(shard=mapper.vocabulary_shard())
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

@@ -19,7 +19,7 @@ from tests.training_jobs import train, train_bare
 from tools.parity.families import Family
 from tools.parity.gradient_proof import prove
 from trainer.errors import PlanError
-from trainer.tensor_parallel import TensorMapper, choose_experts_implementation, read_plan
+from trainer.tensor_parallel import TensorMapper, choose_experts_implementation, model_region, read_plan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -44,7 +44,13 @@ def test_experts_implementation_suits_their_widths(
     model = meta("mixtral", hidden_size=hidden, intermediate_size=width, head_dim=8)
     with caplog.at_level(logging.INFO, "trainer"):
         if ranks > 1:
-            TensorMapper(model, read_plan(model, {}, ranks, 0), None, ranks, 0, lambda count: None, dtype=dtype)
+            TensorMapper(
+                model,
+                read_plan(model, {}, ranks, 0),
+                model_region(model, None, ranks, 0),
+                lambda count: None,
+                dtype=dtype,
+            )
         else:
             choose_experts_implementation(model, dtype)
     assert model.model.layers[0].mlp.experts.config._experts_implementation == implementation

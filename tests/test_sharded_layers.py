@@ -18,6 +18,7 @@ from tests.tensor_parallel_helpers import cut, single_tensor_group
 from tools.parity.shrink import tiny
 from trainer.sharding import Joiner, shard_of
 from trainer.tasks import IGNORE_INDEX
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel import TensorMapper
 
 WIDTH, HEADS, HEAD = 16, 4, 4
@@ -274,8 +275,8 @@ def _behind(parameter: nn.Parameter) -> Tensor:
     if shard.is_full:
         return parameter.new_empty(0)
     inside = torch.zeros(shard.local_shape(), dtype=torch.bool)
-    for here, _ in shard.ranges():
-        inside.narrow(shard.dim, here.start, here.stop - here.start).fill_(True)
+    for local_index, _ in shard.blocks():
+        inside[local_index] = True
     return torch.stack([parameter.detach(), parameter.grad])[:, ~inside]  # type: ignore[list-item]
 
 
@@ -286,7 +287,7 @@ def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMappe
     ids[0, :3], ids[1, :2] = words - 1, whole.config.pad_token_id or 0
     labels[:, ::5] = IGNORE_INDEX
     loss = F.cross_entropy(whole(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    sums = mapper.cross_entropy(0.0, 0.0, None)(mine(ids).logits, labels)
+    sums = VocabularyCrossEntropy(shard=mapper.vocabulary_shard())(mine(ids).logits, labels)
     torch.testing.assert_close(sums.loss, loss.detach(), rtol=1e-6, atol=1e-6)
     loss.backward()
     sums.objective.backward()
@@ -323,7 +324,7 @@ def odd_vocabularies(names: list[str]) -> dict[str, int]:
                 parameter.grad = torch.zeros_like(parameter)
                 assert not _behind(parameter).any()
                 padded[name] += _behind(parameter).numel() // 2
-            joiner = Joiner(world.groups.of("tensor"), world.topology.tensor)
+            joiner = Joiner(world.groups.of)
             joined = dict(item for n, p in mine.named_parameters() for item in joiner.add(n, p.data, shard_of(p)))
             assert joined.keys() == dict(whole.named_parameters()).keys()
             for key, parameter in whole.named_parameters():

@@ -23,6 +23,7 @@ from trainer.pipeline import StageAssignment, assign_stages
 from trainer.run_directory import RunDirectory
 from trainer.sharding import wildcard_name
 from trainer.tensor_parallel import has_active_dropout, read_plan
+from trainer.tensor_parallel.styles import ParallelResidual
 from trainer.topology import Topology
 
 _ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
@@ -65,7 +66,7 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
     for name, reason in replicated.items():
         yield f"  whole: {name} ({reason})"
     if any(
-        style.word == "parallel_residual" for target in plan.modules for style in target.styles
+        isinstance(style, ParallelResidual) for target in plan.targets for style in target.styles
     ) and has_active_dropout(model):
         yield "  attention and MLP are summed apart, because dropout is active between them"
 

@@ -26,7 +26,7 @@ from tests.checkpoint_jobs import (
 from tests.harness import run_ranks
 from tests.test_tracking import read_rows
 from tools.parity.layout import Layout
-from trainer.sharding import Shard, chunks_of_flat_range, chunks_of_fragment
+from trainer.sharding import DimShard, Shard, chunks_of_flat_range, chunks_of_fragment
 
 PAIRS = [
     ("deepseek_v3", Layout(2, tensor=2), Layout(2, zero=1)),  # has a persistent buffer
@@ -142,7 +142,7 @@ def test_chunks_cover_sharded_tensor() -> None:
         packed = tuple(b - a for a, b in itertools.pairwise([0, *borders, shape[dim]]))
         whole, found = torch.arange(1, 1 + math.prod(shape)).view(shape), torch.zeros(shape, dtype=torch.int64)
         for index in range(of):
-            shard = Shard("x", shape, dim, index, of, packed)
+            shard = Shard("x", shape, (DimShard(dim, index, of, packed),))
             flat = shard.extract(whole).reshape(-1)
             middle = draw.randint(0, flat.numel())
             for first, end in ((0, middle), (middle, flat.numel())):

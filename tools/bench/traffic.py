@@ -24,6 +24,7 @@ from tools.bench.common import table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
 from trainer.distributed import Launch, World, joined_world
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel import build_mapper, collectives
 from trainer.topology import Topology
 
@@ -135,7 +136,7 @@ def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
     with recorder:
         logits = model(input_ids=ids, use_cache=False).logits
         recorder.during = "loss"
-        objective = mapper.cross_entropy(0.0, 0.0, None)(logits, ids).objective
+        objective = VocabularyCrossEntropy(shard=mapper.vocabulary_shard())(logits, ids).objective
         recorder.during = "backward"
         objective.backward()
     return recorder.counts

@@ -28,7 +28,8 @@ from trainer.distributed import Launch, World, joined_world
 from trainer.errors import ConfigError
 from trainer.pipeline import Stage, refuse_uses_on_other_stages, stage_bounds, trace_dataflow
 from trainer.sharding import Shard, fill_remote_with_zeros, shard_of, wildcard_name
-from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, read_plan
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
+from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, model_region, read_plan
 from trainer.topology import Topology
 
 BATCH, LENGTH = 2, 24
@@ -255,7 +256,7 @@ def _compare(
         _seed_every_block(model)
     plain_loss = _plain_loss(plain, inputs, labels)
     plain_loss.backward()  # type: ignore[no-untyped-call]
-    cross_entropy = sharded.mapper.cross_entropy(0.0, 0.0, None)
+    cross_entropy = VocabularyCrossEntropy(shard=sharded.mapper.vocabulary_shard())
 
     def compute() -> Tensor:
         output = sharded.model(**inputs)
@@ -382,14 +383,9 @@ def _shard(
     mapper: Mapper = IdentityMapper()
     if topology.tensor > 1:
         plan = read_plan(model, user, topology.tensor, topology.tensor_rank)
+        region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
         mapper = TensorMapper(
-            model,
-            plan,
-            world.groups.of("tensor"),
-            topology.tensor,
-            topology.tensor_rank,
-            world.groups.tensor_subgroup,
-            sequence_parallel=sequence_parallel,
+            model, plan, region, world.groups.tensor_subgroup, sequence_parallel=sequence_parallel
         )
     stage, parameter_ranks = _staged(family, model, world) if topology.pipeline > 1 else (None, {})
     mapper.shard_parameters(model.parameters())

@@ -51,7 +51,7 @@ class BaseEngine:
         self._world, self._mapper, self._task = world, mapper, task
         self._max_grad_norm = max_grad_norm
         self._is_first_step = True
-        self._joiner = Joiner(world.groups.of("tensor") if world.topology.tensor > 1 else None, world.topology.tensor)
+        self._joiner = Joiner(world.groups.of)
         self._parameters = [p for p in deepspeed_engine.module.parameters() if p.requires_grad]
         self._norm_parameters = [p for p in self._parameters if is_owned(p) and not is_counted_elsewhere(p)]
         self._reports_loss = world.topology.tensor_rank == 0 and world.topology.stage == loss_stage

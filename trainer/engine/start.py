@@ -38,6 +38,7 @@ from trainer.model import (
 from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, local_parameters, recompute, share_parameters
 from trainer.sharding import fill_remote_with_zeros
 from trainer.tasks import TASKS, TaskModule
+from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel import Mapper, build_mapper
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -202,5 +203,8 @@ class _EngineBuilder:
 
     def _task_module(self, model: PreTrainedModel, mapper: Mapper, *, can_defer_head: bool) -> TaskModule:
         options, task = self.loaded.config.training, TASKS[self.loaded.config.model.task]
-        cross_entropy = mapper.cross_entropy(options.label_smoothing, options.z_loss, options.loss_chunk_tokens)
+        shard = mapper.vocabulary_shard()
+        cross_entropy = VocabularyCrossEntropy(
+            options.label_smoothing, options.z_loss, options.loss_chunk_tokens, shard
+        )
         return TaskModule(model.train(), task, cross_entropy, can_defer_head=can_defer_head)

@@ -146,20 +146,10 @@ def _read_blocks(local: Tensor, shard: Shard, offsets: dict[str, Offset], files:
     if not shard.full_shape:  # a scalar has no dimension along which ranges could lie
         local.copy_(files.read(next(iter(offsets))))
         return
-    dim = shard.dim
     for key, start in offsets.items():
         source = files.view(key)
         shape = _block_shape(tuple(source.get_shape()), start)
-        for local_range, full_range in shard.ranges():
-            first = max(full_range.start, start[dim])
-            last = min(full_range.stop, start[dim] + shape[dim])
-            shift = local_range.start - full_range.start
-            if first >= last:
-                continue
-            inner = [slice(0, size) for size in shape]
-            inner[dim] = slice(first - start[dim], last - start[dim])
-            outer = [slice(begin, begin + size) for begin, size in zip(start, shape, strict=True)]
-            outer[dim] = slice(first + shift, last + shift)
-            block = source[tuple(inner[len(shape) - len(source.get_shape()) :])]
-            destination = local[tuple(outer)]
+        for local_index, source_index in shard.overlaps(start, shape):
+            block = source[source_index[len(shape) - len(source.get_shape()) :]]
+            destination = local[local_index]
             destination.copy_(block.reshape(destination.shape))

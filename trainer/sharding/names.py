@@ -6,5 +6,5 @@ import re
 
 
 def wildcard_name(name: str) -> str:
-    """The name with `*` for each number that stands alone in it."""
+    """Return the name with `*` for each part that is a number."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)

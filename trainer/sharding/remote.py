@@ -1,6 +1,6 @@
-"""Weights that another pipeline stage holds: in their place a module keeps what tells their name, shape and part.
+"""Placeholders for parameters of other pipeline stages: they have a name, a shape and a shard, and no values.
 
-Such a parameter is an attribute of its module like any other, but not registered: nothing trains, moves or counts it.
+A remote parameter is an attribute of its module like any other, but not registered: nothing trains, moves or counts it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import nn
 
 
 def make_remote(module: nn.Module, key: str) -> None:
-    """Makes a registered parameter of `module` one that lies on another stage."""
+    """Turn a registered parameter of `module` into a remote one."""
     parameter = module._parameters.pop(key)
     assert parameter is not None
     module.__dict__[key] = parameter
 
 
 def is_remote(module: nn.Module) -> bool:
-    """Whether all weights in `module`, which has some, are on other stages."""
+    """Return whether `module` has parameters, and all of them are remote."""
     has_local = any(True for _ in module.parameters())
     return not has_local and any(True for inner in module.modules() for _ in _remote_items(inner))
 
@@ -31,7 +31,7 @@ def _remote_items(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def local_and_remote_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters here and elsewhere with all their names, in the same order on every stage."""
+    """Yield local and remote parameters under all their names, in the same order on every stage."""
     for owner, module in model.named_modules():
         local = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
         for key, parameter in sorted((local | dict(_remote_items(module))).items()):
@@ -39,16 +39,19 @@ def local_and_remote_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Para
 
 
 def fill_remote_with_zeros(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives parameters that lie elsewhere the value zero, in the memory of a single number.
+    """Make the value of remote parameters zero, in the memory of a single number.
 
-    So modules that run on every stage, such as an embedding whose output nobody here reads, still give right shapes.
+    Modules that run on every stage, such as an embedding whose output this stage does not use, then return tensors of
+    the right shape.
     """
-    filled: dict[int, nn.Parameter] = {}
+    zeros: dict[int, nn.Parameter] = {}
+    """By the identity of the placeholder, so that tied parameters remain tied."""
+
     for module in model.modules():
         for key, parameter in list(_remote_items(module)):
-            if id(parameter) not in filled:
+            if id(parameter) not in zeros:
                 zero_dtype = dtype if parameter.is_floating_point() else parameter.dtype
                 zero = torch.zeros((), dtype=zero_dtype, device=device).expand(parameter.shape)
-                filled[id(parameter)] = nn.Parameter(zero, requires_grad=False)
-                filled[id(parameter)].__dict__.update(parameter.__dict__)
-            module.__dict__[key] = filled[id(parameter)]
+                zeros[id(parameter)] = nn.Parameter(zero, requires_grad=False)
+                zeros[id(parameter)].__dict__.update(parameter.__dict__)
+            module.__dict__[key] = zeros[id(parameter)]

@@ -1,48 +1,88 @@
-"""Which part of a weight this rank holds. The record lies on the parameter; nobody guesses it from a name again."""
+"""The record of which part of a tensor this rank holds, attached to the parameter: no name is parsed again."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.topology import Axis
+
 _ATTRIBUTE = "tessera_shard"
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class DimShard:
+    """The share of one dimension that the ranks of one axis divide among themselves.
+
+    Along `dim` the tensor consists of the matrices whose sizes `packed` lists (one as a rule; three for a fused q|k|v).
+    Each matrix is divided into `count` equal parts. This rank holds part `index` of each, one after the other.
+    """
+
+    dim: int
+    index: int
+    count: int
+    packed: tuple[int, ...]
+    axis: Axis = "tensor"
+    start: int = 0
+    """Offset of the packed matrices along `dim`, for a parameter that holds only some matrices of a fused weight."""
+
+    @property
+    def local_size(self) -> int:
+        """Size of the dimension on this rank, padding included."""
+        return sum(math.ceil(size / self.count) for size in self.packed)
+
+    def covers(self, size: int) -> bool:
+        """Whether the packed matrices make up the whole dimension, which has `size` elements."""
+        return self.start == 0 and sum(self.packed) == size
+
+    def ranges(self) -> Iterator[tuple[slice, slice]]:
+        """Yield (range in the local shard, range in the full tensor) along `dim`, one pair a packed matrix.
+
+        A range ends where its matrix ends in the full tensor: the elements after it in the local shard are padding.
+        """
+        local, full = 0, self.start
+        for size in self.packed:
+            length = math.ceil(size / self.count)
+            first = min(self.index * length, size)
+            last = min(first + length, size)
+            yield slice(local, local + last - first), slice(full + first, full + last)
+            local, full = local + length, full + size
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A box of a whole weight.
+    """The part of a full tensor that this rank holds: the product of its slices.
 
-    The weight consists, along `dim`, of the matrices whose sizes `packed` lists (one, as a rule; three for a fused
-    q|k|v). Each of them is cut into `of` equal parts, and this rank holds part `index` of each, one after the other.
+    A tensor may be sliced along several dimensions, each by another axis: an expert's weight along dimension 0 by
+    expert and along dimension 1 by tensor. Without slices the rank holds the full tensor.
     """
 
     name: str
-    """The weight's Hugging Face name."""
+    """The tensor's Hugging Face name."""
 
     full_shape: tuple[int, ...]
-    dim: int = 0
-    index: int = 0
-    of: int = 1
-    packed: tuple[int, ...] = ()
-    start: int = 0
-    """Where the packed matrices begin along `dim`, for a parameter that holds only some of those that the weight
-    consists of."""
+    slices: tuple[DimShard, ...] = ()
+    """At most one for each dimension and for each axis."""
 
     owner: bool = True
-    """Whether this rank counts the part in norms and writes it: true on exactly one holder of each part."""
+    """Whether this rank counts the part in norms and writes it: true on exactly one of the ranks that hold it."""
 
     owner_only: bool = False
-    """Whether only the owner has the weight, and the other ranks have zeros in its place, which nothing trains."""
+    """Whether only the owner stores the tensor; it is zero and frozen on the other ranks."""
 
     copies: int = 1
-    """How many neighbouring tensor ranks hold this very part and use it on sharded activations, so that the gradient of
-    each is partial and has to be summed over them; 1 for a part that no other rank has, and for a weight that all ranks
-    have and use on full activations. Also of a full weight: a single key/value head, a norm of each head."""
+    """How many neighboring tensor ranks hold this part and use it on sharded activations, so that each has a partial
+    gradient, and the gradients must be summed over these ranks. 1 for a part that no other rank holds, and for a tensor
+    that all ranks hold and use on full activations. A full tensor has copies, too: a single key/value head, a norm of
+    each head."""
 
     @classmethod
     def full(
@@ -54,81 +94,99 @@ class Shard:
         owner_only: bool = False,
         copies: int = 1,
     ) -> Shard:
-        packed = (shape[0],) if len(shape) else ()
-        return cls(name, tuple(shape), packed=packed, owner=owner, owner_only=owner_only, copies=copies)
+        """Return the record of a tensor that this rank holds in full."""
+        return cls(name, tuple(shape), owner=owner, owner_only=owner_only, copies=copies)
 
     @property
     def is_full(self) -> bool:
-        return self.of == 1 and self.covers_full_tensor
+        """Whether this rank holds the full tensor."""
+        return all(part.count == 1 for part in self.slices) and self.covers_full_tensor
 
     @property
     def covers_full_tensor(self) -> bool:
-        """Whether it speaks of all matrices of the weight, not only of some in a fused one."""
-        return self.start == 0 and sum(self.packed) == (self.full_shape or (0,))[self.dim]
+        """Whether the shards of all ranks make up the full tensor, and not only some matrices of a fused one."""
+        return all(part.covers(self.full_shape[part.dim]) for part in self.slices)
 
-    def replica_count(self, ranks: int) -> int:
-        """How many neighbouring tensor ranks of `ranks` hold this very part, full weights included."""
+    def along(self, axis: Axis) -> DimShard | None:
+        """Return the slice that the ranks of `axis` divide, if there is one."""
+        return next((part for part in self.slices if part.axis == axis), None)
+
+    def replica_count(self, tensor_ranks: int) -> int:
+        """Return how many neighboring ranks of `tensor_ranks` hold the same part, full tensors included."""
         if self.owner_only:
             return 1
-        return ranks if self.is_full else self.copies
+        part = self.along("tensor")
+        is_replicated = part is None or (part.count == 1 and part.covers(self.full_shape[part.dim]))
+        return tensor_ranks if is_replicated else self.copies
 
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of what this rank holds, padding included."""
+        """Return the shape of the part that this rank holds, padding included."""
         shape = list(self.full_shape)
-        if shape:
-            shape[self.dim] = sum(math.ceil(size / self.of) for size in self.packed)
+        for part in self.slices:
+            shape[part.dim] = part.local_size
         return tuple(shape)
 
-    def ranges(self) -> Iterator[tuple[slice, slice]]:
-        """Pairs of (range in the part that this rank holds, range in the whole weight), along `dim`.
+    def blocks(self) -> Iterator[tuple[Slices, Slices]]:
+        """Yield (index into the local shard, index into the full tensor) of each block that is dense in both.
 
-        Ranges end where the whole weight ends; what lies behind in this rank's part is padding.
+        The blocks are the product of the slices' ranges. They leave out padding.
         """
-        here, there = 0, self.start
-        for size in self.packed:
-            length = math.ceil(size / self.of)
-            first = min(self.index * length, size)
-            last = min(first + length, size)
-            yield slice(here, here + last - first), slice(there + first, there + last)
-            here, there = here + length, there + size
+        for ranges in itertools.product(*(part.ranges() for part in self.slices)):
+            local = [slice(0, size) for size in self.full_shape]
+            full = list(local)
+            for part, (local_range, full_range) in zip(self.slices, ranges, strict=True):
+                local[part.dim], full[part.dim] = local_range, full_range
+            if all(block.start < block.stop for block in full):
+                yield tuple(local), tuple(full)
 
-    def extract(self, whole: Tensor) -> Tensor:
-        """This rank's part of `whole`, as a tensor of its own; padding is zero."""
+    def overlaps(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Slices, Slices]]:
+        """Yield what the shard has in common with the chunk of the full tensor at `offsets`, of `sizes`.
+
+        Yields:
+            (index into the local shard, index into the chunk) of blocks of the same shape.
+        """
+        for local_index, full_index in self.blocks():
+            local, chunk = [], []
+            for local_range, full_range, offset, size in zip(local_index, full_index, offsets, sizes, strict=True):
+                first, last = max(full_range.start, offset), min(full_range.stop, offset + size)
+                shift = local_range.start - full_range.start
+                local.append(slice(first + shift, last + shift))
+                chunk.append(slice(first - offset, last - offset))
+            if all(block.start < block.stop for block in chunk):
+                yield tuple(local), tuple(chunk)
+
+    def extract(self, full: Tensor) -> Tensor:
+        """Copy this rank's part out of `full` (`full_shape`), as a tensor of `local_shape`; padding is zero."""
         if self.is_full:
-            return whole.clone()
-        local = whole.new_zeros(self.local_shape())
-        for here, there in self.ranges():
-            length = here.stop - here.start
-            local.narrow(self.dim, here.start, length).copy_(whole.narrow(self.dim, there.start, length))
+            return full.clone()
+        local = full.new_zeros(self.local_shape())
+        for local_index, full_index in self.blocks():
+            local[local_index].copy_(full[full_index])
         return local
 
-    def insert(self, local: Tensor, whole: Tensor) -> None:
-        """Writes this rank's part into its place in `whole`."""
-        if not self.full_shape:
-            whole.copy_(local)
-            return
-        for here, there in self.ranges():
-            length = here.stop - here.start
-            whole.narrow(self.dim, there.start, length).copy_(local.narrow(self.dim, here.start, length))
+    def insert(self, local: Tensor, full: Tensor) -> None:
+        """Copy this rank's part, `local` (`local_shape`), into its position in `full` (`full_shape`)."""
+        for local_index, full_index in self.blocks():
+            full[full_index].copy_(local[local_index])
 
 
 def set_shard(parameter: nn.Parameter, shard: Shard) -> None:
-    """Lays the record on the parameter, with DeepSpeed's flag beside it: "this rank counts it in the norm".
+    """Attach the record to the parameter, and set DeepSpeed's flag for "this rank counts it in the gradient norm".
 
-    Without the flag DeepSpeed counts a parameter on the first tensor rank only, which is right for whole ones, and
-    leaves out a second copy of a part on the others.
+    Without the flag DeepSpeed counts a parameter on the first tensor rank only. That is right for full ones. It is also
+    right for the second copy of a shard, which another rank has counted.
     """
     setattr(parameter, _ATTRIBUTE, shard)
     parameter.tensor_model_parallel = not shard.is_full and shard.owner  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """The record on a parameter; None where no tensor parallelism is at work."""
+    """Return the record of a parameter; None if no axis shards its model."""
     record: Any = getattr(parameter, _ATTRIBUTE, None)
     return record if isinstance(record, Shard) else None
 
 
 def is_owned(parameter: Tensor) -> bool:
-    """Whether this rank counts the parameter in sums over the tensor ranks, such as the gradient's norm."""
+    """Return whether this rank counts the parameter in sums over the ranks of a model, such as the gradient norm."""
     shard = shard_of(parameter)
     return shard is None or shard.owner

@@ -1,4 +1,6 @@
-"""Cross entropy over a vocabulary that is cut along the tensor ranks.
+"""Cross entropy over a vocabulary that is sharded along the tensor ranks.
+
+Shapes: N tokens, V columns of the vocabulary on this rank, padding included, C tokens of a chunk.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3; label smoothing after Szegedy et al. 2016, "Rethinking the
 Inception Architecture", section 7; z-loss after Chowdhery et al. 2022, "PaLM", section 5.
@@ -7,7 +9,7 @@ Inception Architecture", section 7; z-loss after Chowdhery et al. 2022, "PaLM", 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed.collectives import Group
 from trainer.errors import TesseraError
+from trainer.sharding import VocabularyShard
 from trainer.tasks.micro_batch import IGNORE_INDEX
 
 
@@ -38,118 +40,149 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class VocabularyCrossEntropy:
-    """Cross entropy of logits of which this rank has the columns [first, first + width) of `vocabulary`.
+    """Cross entropy of logits of which this rank has the columns of `shard`.
 
     With p = softmax(logits) and log Z = logsumexp(logits), summed over the tokens whose label is not ignored:
 
         (1 - s) * -log p(label) + s * mean over the vocabulary of -log p + z * (log Z)^2
 
     Three all-reduces of one number a token (the largest logit, the sum of exponentials, the label's logit; with
-    smoothing a second number travels with the last). Columns from `vocabulary` on are padding and count as -infinity.
+    smoothing a second number travels with the last). Columns from the vocabulary's size on are padding and count as
+    -infinity.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk_tokens: int | None = None
-    """So many tokens' logits are in fp32 at once; None for all."""
+    """How many tokens' logits are in fp32 at once; None for all."""
 
-    vocabulary: int | None = None
-    """None where this rank has all columns."""
-
-    width: int | None = None
-    """How many of them this rank has, padding included."""
-
-    group: Group = None
-    rank: int = 0
-    ranks: int = 1
+    shard: VocabularyShard = field(default_factory=VocabularyShard)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> LossSums:
-        """`logits` (..., width) in any float type; `labels` (...) ids of the whole vocabulary, or -100."""
-        if self.width is not None and logits.shape[-1] != self.width:
+        """Collective: all ranks of the shard's group must call it. Return the sums over a micro-batch.
+
+        Args:
+            logits: (..., V), of any float type.
+            labels: (...), ids of the full vocabulary, or `IGNORE_INDEX`.
+
+        Raises:
+            TesseraError: if the logits have another width than this rank's shard of the head.
+        """
+        if self.shard.width is not None and logits.shape[-1] != self.shard.width:
             raise TesseraError(
-                f"the logits have {logits.shape[-1]} columns where this rank's part of the head has {self.width}: the "
-                "model does not compute them with the module that it calls its output embeddings"
+                f"the logits have {logits.shape[-1]} columns where this rank's shard of the head has "
+                f"{self.shard.width}: the model does not compute them with the module that it calls its output "
+                "embeddings"
             )
         per_target, objective = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
             logits.flatten(0, -2), labels.flatten(), self
         )
         return LossSums(per_target.sum(), objective, per_target.view(labels.shape))
 
-    def _reduced(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        if self.ranks > 1:
-            dist.all_reduce(tensor, op=op, group=self.group)
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Collective: all ranks of the shard's group must call it. Reduce a tensor of any shape in place."""
+        if self.shard.ranks > 1:
+            dist.all_reduce(tensor, op=op, group=self.shard.group)
         return tensor
 
-    def _chunks(self, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Ranges of tokens with their logits, at least fp32, padding at -infinity. The logits must not be changed."""
-        count = len(logits_NV)
+    def chunks(self, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield ranges of C tokens with their logits (C, V), at least fp32, padding at -infinity.
+
+        The logits that are yielded may be those of the model, and must not be changed.
+        """
+        count, width = logits_NV.shape
         step = min(count, self.chunk_tokens or count)
-        width = logits_NV.shape[1]
-        real = width if self.vocabulary is None else max(0, self.vocabulary - self.rank * width)
+        size, rank = self.shard.size, self.shard.rank
+        columns = width if size is None else max(0, size - rank * width)  # without padding
         for start in range(0, count, max(1, step)):
             chunk = slice(start, min(start + step, count))
-            wide = logits_NV[chunk].to(torch.promote_types(logits_NV.dtype, torch.float32))
-            if real < width:
-                wide = wide.clone() if wide.dtype == logits_NV.dtype else wide
-                wide[:, real:] = -torch.inf
-            yield chunk, wide
+            logits_CV = logits_NV[chunk].to(torch.promote_types(logits_NV.dtype, torch.float32))
+            if columns < width:
+                logits_CV = logits_CV.clone() if logits_CV.dtype == logits_NV.dtype else logits_CV
+                logits_CV[:, columns:] = -torch.inf
+            yield chunk, logits_CV
 
-    def _local_labels(self, labels_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """(column of each label here, or 0; whether it is here)."""
-        columns = labels_N - self.rank * width
-        here = (columns >= 0) & (columns < width) & (labels_N != IGNORE_INDEX)
-        return columns.masked_fill(~here, 0), here
+    def local_columns(self, labels_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Return (column of each label on this rank, or 0; whether it is on this rank), both (N)."""
+        columns_N = labels_N - self.shard.rank * width
+        is_local_N = (columns_N >= 0) & (columns_N < width) & (labels_N != IGNORE_INDEX)
+        return columns_N.masked_fill(~is_local_N, 0), is_local_N
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """(logits (N, V), labels (N), loss) to (reported loss of each token (N), objective ()).
+
+    Autograd's own backward pass would keep the softmax in fp32 for all tokens at once. This one saves log Z of each
+    token, one number, and computes the softmax again, chunk by chunk.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, loss: VocabularyCrossEntropy) -> Any:
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        """Collective: all ranks of the loss's group must call it."""
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         count, width = logits_NV.shape
-        columns_N, here_N = loss._local_labels(labels_N, width)
-        largest_N = logits_NV.new_empty(count, dtype=wide)
-        exponentials_N, of_label = torch.empty_like(largest_N), logits_NV.new_zeros((2, count), dtype=wide)
-        for chunk, logits in loss._chunks(logits_NV):
-            largest_N[chunk] = logits.amax(-1)
-        loss._reduced(largest_N, dist.ReduceOp.MAX)
-        for chunk, logits in loss._chunks(logits_NV):
-            label = logits.gather(1, columns_N[chunk, None]).squeeze(1)
-            of_label[0, chunk] = torch.where(here_N[chunk], label, 0)
+        columns_N, is_local_N = loss.local_columns(labels_N, width)
+        is_target_N = labels_N != IGNORE_INDEX
+        largest_N = logits_NV.new_empty(count, dtype=dtype)
+        exponentials_N = torch.empty_like(largest_N)
+        # Two numbers a token that are sums over columns: the label's logit, and, for smoothing, all logits.
+        sums_2N = logits_NV.new_zeros((2, count), dtype=dtype)
+
+        # 1. The largest logit of each token over the full vocabulary. It is subtracted in 2, so that no exponential
+        #    overflows; all ranks must subtract the same, or their sums could not be added.
+        for chunk, logits_CV in loss.chunks(logits_NV):
+            largest_N[chunk] = logits_CV.amax(-1)
+        loss.all_reduce(largest_N, dist.ReduceOp.MAX)
+
+        # 2. Sums over this rank's columns: of the exponentials, of the label's logit (0 if another rank has the
+        #    label), and of all logits. Padding adds exp(-infinity) = 0 to the first, and is left out of the last.
+        for chunk, logits_CV in loss.chunks(logits_NV):
+            label_logits_C = logits_CV.gather(1, columns_N[chunk, None]).squeeze(1)
+            sums_2N[0, chunk] = torch.where(is_local_N[chunk], label_logits_C, 0)
             if loss.label_smoothing:
-                of_label[1, chunk] = logits.masked_fill(logits == -torch.inf, 0).sum(-1)
-            exponentials_N[chunk] = (logits - largest_N[chunk, None]).exp_().sum(-1)
-        loss._reduced(exponentials_N)
-        loss._reduced(of_label if loss.label_smoothing else of_label[0])
+                sums_2N[1, chunk] = logits_CV.masked_fill(logits_CV == -torch.inf, 0).sum(-1)
+            exponentials_N[chunk] = (logits_CV - largest_N[chunk, None]).exp_().sum(-1)
+        loss.all_reduce(exponentials_N)
+        loss.all_reduce(sums_2N if loss.label_smoothing else sums_2N[0])
+
+        # 3. log Z = largest + log(sum of exp(logit - largest)), and from it -log p(label) = log Z - logit(label) and
+        #    mean over the vocabulary of -log p = log Z - mean of the logits.
         log_z_N = largest_N + exponentials_N.log()
-        predicted_N = labels_N != IGNORE_INDEX
-        vocabulary = loss.vocabulary or width
-        cross_entropy_N = torch.where(predicted_N, log_z_N - of_label[0], 0)
-        smoothed_N = torch.where(predicted_N, log_z_N - of_label[1] / vocabulary, 0)
-        z_N = torch.where(predicted_N, log_z_N.square(), 0)
+        cross_entropy_N = torch.where(is_target_N, log_z_N - sums_2N[0], 0)
+        smoothed_N = torch.where(is_target_N, log_z_N - sums_2N[1] / (loss.shard.size or width), 0)
+        z_N = torch.where(is_target_N, log_z_N.square(), 0)
         objective = (
             (1 - loss.label_smoothing) * cross_entropy_N.sum()
             + loss.label_smoothing * smoothed_N.sum()
             + loss.z_loss * z_N.sum()
         )
         ctx.loss = loss
-        ctx.save_for_backward(logits_NV, log_z_N, columns_N, here_N, predicted_N)
+        ctx.save_for_backward(logits_NV, log_z_N, columns_N, is_local_N, is_target_N)
         ctx.mark_non_differentiable(cross_entropy_N)
         return cross_entropy_N, objective
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, gradient: Tensor) -> Any:
-        logits_NV, log_z_N, columns_N, here_N, predicted_N = ctx.saved_tensors
+        """Compute the gradient of this rank's logits; it needs no communication.
+
+        With d log Z / d logit(v) = p(v), V the vocabulary's size, and the terms of the objective in its order:
+
+            (1 - s) * (p(v) - [v = label]) + s * (p(v) - 1 / V) + z * 2 * log Z * p(v)
+            = p(v) * (1 + 2 * z * log Z) - (1 - s) * [v = label] - s / V
+        """
+        logits_NV, log_z_N, columns_N, is_local_N, is_target_N = ctx.saved_tensors
         loss: VocabularyCrossEntropy = ctx.loss
         result_NV = torch.empty_like(logits_NV)
-        for chunk, logits in loss._chunks(logits_NV):
-            log_z = log_z_N[chunk, None]
-            slope = (logits - log_z).exp_()
+        for chunk, logits_CV in loss.chunks(logits_NV):
+            log_z_C1 = log_z_N[chunk, None]
+            gradient_CV = (logits_CV - log_z_C1).exp_()  # p, which is 0 in padding
             if loss.z_loss:
-                slope *= 1 + 2 * loss.z_loss * log_z
-            slope.scatter_add_(1, columns_N[chunk, None], -(1 - loss.label_smoothing) * here_N[chunk, None].to(slope))
+                gradient_CV *= 1 + 2 * loss.z_loss * log_z_C1
+            label_weight_C1 = -(1 - loss.label_smoothing) * is_local_N[chunk, None].to(gradient_CV)
+            gradient_CV.scatter_add_(1, columns_N[chunk, None], label_weight_C1)
             if loss.label_smoothing:
-                share = loss.label_smoothing / (loss.vocabulary or logits_NV.shape[1])
-                slope -= share * (logits > -torch.inf).to(slope)
-            slope *= torch.where(predicted_N[chunk, None], gradient, 0)
-            result_NV[chunk] = slope.to(result_NV.dtype)
+                share = loss.label_smoothing / (loss.shard.size or logits_NV.shape[1])
+                gradient_CV -= share * (logits_CV > -torch.inf).to(gradient_CV)  # padding has no share
+            gradient_CV *= torch.where(is_target_N[chunk, None], gradient, 0)
+            result_NV[chunk] = gradient_CV.to(result_NV.dtype)
         return result_NV, None, None

@@ -1,8 +1,16 @@
 """Tensor parallelism: a plan for each weight, sharded layers, and the mapper that applies the plan to a model."""
 
+from trainer.tensor_parallel.audit import read_plan
 from trainer.tensor_parallel.experts import choose_experts_implementation
-from trainer.tensor_parallel.mapper import IdentityMapper, Mapper, TensorMapper, build_mapper, has_active_dropout
-from trainer.tensor_parallel.plan import Plan, read_plan
+from trainer.tensor_parallel.mapper import (
+    IdentityMapper,
+    Mapper,
+    TensorMapper,
+    build_mapper,
+    has_active_dropout,
+    model_region,
+)
+from trainer.tensor_parallel.plan import Plan
 from trainer.tensor_parallel.sequence import refuse_sequence_parallel
 from trainer.tensor_parallel.styles import Style
 
@@ -15,6 +23,7 @@ __all__ = [
     "build_mapper",
     "choose_experts_implementation",
     "has_active_dropout",
+    "model_region",
     "read_plan",
     "refuse_sequence_parallel",
 ]

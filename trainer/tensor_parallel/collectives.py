@@ -1,19 +1,20 @@
-"""Collectives that know their gradient.
+"""Collectives with a gradient, in conjugate pairs.
 
-The tensor ranks of a group compute the same thing, except inside a *cut region*, where each rank holds a part of the
-weights. Between the two lie conjugate pairs (Shoeybi et al. 2019, "Megatron-LM", section 3; Korthikanti et al. 2022,
-"Reducing Activation Recomputation in Large Transformer Models", section 4.2.2):
+The tensor ranks of a group compute the same, except inside a *tensor-parallel region*, where each rank has a shard of
+the weights. At the border between the two a forward collective has its conjugate in the backward pass (Shoeybi et al.
+2019, "Megatron-LM", section 3; Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+Models", section 4.2.2):
 
-| function                  | forward        | backward       | where                                        |
-| ------------------------- | -------------- | -------------- | -------------------------------------------- |
-| `enter_region`            | identity       | all-reduce     | into a cut region                            |
-| `reduce_from_region`      | all-reduce     | identity       | out of it                                    |
-| `gather_from_region`      | all-gather     | own slice      | a cut result that every rank needs whole     |
-| `split_to_region`         | own slice      | all-gather     | a whole input of which a rank needs its part |
-| `gather_sequence`         | all-gather     | reduce-scatter | entrance, when the sequence is cut outside   |
-| `reduce_scatter_sequence` | reduce-scatter | all-gather     | exit, when the sequence is cut outside       |
+| function                  | forward        | backward       | where                                           |
+| ------------------------- | -------------- | -------------- | ----------------------------------------------- |
+| `enter_region`            | identity       | all-reduce     | into a region                                   |
+| `reduce_from_region`      | all-reduce     | identity       | out of it                                       |
+| `gather_from_region`      | all-gather     | local slice    | a sharded result that every rank needs in full  |
+| `split_to_region`         | local slice    | all-gather     | a full input of which a rank needs its part     |
+| `gather_sequence`         | all-gather     | reduce-scatter | into a region, from a sharded sequence          |
+| `reduce_scatter_sequence` | reduce-scatter | all-gather     | out of a region, to a sharded sequence          |
 
-All of them accept tensors that are not contiguous.
+All of them take tensors of any shape, which need not be contiguous.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group).contiguous()  # no view, so that it may be changed in place
+        return all_gather(x, dim, group).contiguous()  # not a view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -102,43 +103,52 @@ class _DeferReduce(torch.autograd.Function):
 
 
 def defer_reduce(x: Tensor, shape: list[int]) -> Tensor:
-    """Zeros in the place of `x`, which goes another way: `x` gets no gradient here, and yet is passed in the backward
-    pass, on which ZeRO-3 relies to gather the weights behind it."""
+    """Return zeros of `shape` instead of `x`, which is summed later, with the output of another layer.
+
+    `x` gets no gradient here. It is part of the backward graph nevertheless, because ZeRO-3 gathers the weights that
+    `x` was computed from when the backward pass reaches it.
+    """
     result: Tensor = _DeferReduce.apply(x, shape)  # type: ignore[no-untyped-call]
     return result
 
 
 def enter_region(x: Tensor, group: Group) -> Tensor:
-    """`x` itself; its gradient is summed over the group."""
+    """Return `x`; collective in the backward pass, which sums its gradient over the group."""
     result: Tensor = _EnterRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def reduce_from_region(x: Tensor, group: Group) -> Tensor:
-    """The sum of `x` over the group; its gradient is already whole."""
+    """Collective: all ranks of the group must call it. Return the sum of `x`; its gradient is full already."""
     result: Tensor = _ReduceFromRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def gather_from_region(x: Tensor, dim: int, group: Group) -> Tensor:
-    """All parts along `dim`, for use in a region where every rank computes the same."""
+    """Collective: all ranks of the group must call it. Return all parts along `dim`.
+
+    The result is used where every rank computes the same, so that each part's gradient is a slice of the result's.
+    """
     result: Tensor = _GatherFromRegion.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def split_to_region(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part along `dim` of what every rank has whole."""
+    """Return this rank's part along `dim` of a full tensor; collective in the backward pass, which gathers them."""
     result: Tensor = _SplitToRegion.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def gather_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
-    """All parts along `dim`, for use in a cut region: the ranks' gradients are summed, each gets back its part."""
+    """Collective: all ranks of the group must call it. Return all parts along `dim`.
+
+    The result is used inside a region, where each rank has a partial gradient: they are summed and scattered.
+    """
     result: Tensor = _GatherSequence.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def reduce_scatter_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part along `dim` of the sum over the group."""
+    """Collective: all ranks of the group must call it. Return this rank's part, along `dim`, of the sum."""
     result: Tensor = _ReduceScatterSequence.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
-from trainer.sharding.shard import shard_of
+from trainer.sharding import shard_of
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +19,11 @@ _GROUPED, _ONE_BY_ONE = "grouped_mm", "eager"
 """Names of transformers' implementations."""
 
 _ALIGNMENT = 16
-"""Bytes of which the grouped matrix product wants every stride to be a multiple."""
+"""Bytes of which every stride must be a multiple in the grouped matrix product."""
 
 
 def choose_experts_implementation(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Computes the experts one at a time, where the widths that a rank holds do not suit the grouped matrix product.
+    """Compute the experts one at a time if the widths on this rank do not suit the grouped matrix product.
 
     Args:
         model: its parameters are full, or have their shard's record; they may be on the meta device.
@@ -43,14 +43,13 @@ def choose_experts_implementation(model: PreTrainedModel, dtype: torch.dtype) ->
     )
     model.set_experts_implementation(_ONE_BY_ONE)
     if next(_misaligned(model, dtype), None) is not None:
-        raise PlanError(
-            Problem("parallel.tensor", reason, f"Take a size for which the width is a multiple of {multiple}")
-        )
-    _report(f"computing experts one at a time: {reason}; a multiple of {multiple} elements is faster")
+        remedy = f"Use a size for which the width is a multiple of {multiple}"
+        raise PlanError(Problem("parallel.tensor", reason, remedy))
+    _log_once(f"computing experts one at a time: {reason}; a multiple of {multiple} elements is faster")
 
 
 def _misaligned(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
-    """Experts' weights that the grouped matrix product would be given, and cannot take: (name, width on this rank)."""
+    """Yield weights of experts that the grouped matrix product cannot take: (name, width on this rank)."""
     for owner, module in model.named_modules():
         config = getattr(module, "config", None)
         if not hasattr(module, "is_transposed") or getattr(config, "_experts_implementation", None) != _GROUPED:
@@ -63,6 +62,6 @@ def _misaligned(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int
 
 
 @cache
-def _report(text: str) -> None:
-    """Logs a line once, also where several parts of a model are made on this rank."""
+def _log_once(text: str) -> None:
+    """Log a line once, even if several parts of a model are made on this rank."""
     log.info(text)

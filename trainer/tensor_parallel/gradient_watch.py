@@ -1,8 +1,7 @@
-"""What a plan cannot prove by itself: that ranks that hold the same weight get the same gradient for it.
+"""Check what a plan cannot prove: that ranks that hold the same weight have the same gradient for it.
 
-A weight that is replicated but used on sharded activations gets another gradient on each rank, and so does a key/value
-head that several ranks share, unless their gradients are summed. The loss does not show it; the first backward pass
-does.
+A weight that is replicated but used on sharded activations has another gradient on each rank, unless the gradients are
+summed; and so has a key/value head that several ranks share. The loss does not show it; the first backward pass does.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from trainer.errors import PlanError, Problem
 from trainer.sharding import wildcard_name
 from trainer.tensor_parallel.plan import Plan, PlanEntry
 
-_DIFFERENCE = 0.02
-"""Ranks may differ by so much of a gradient's norm: kernels that add in no fixed order do."""
+_MAX_DIFFERENCE = 0.02
+"""Largest difference between ranks, as a share of the gradient's norm: kernels that add in no fixed order differ."""
 
 _NOISE = 1e-3
-"""Gradients smaller than this share of the largest are not compared: where the true one is zero, all is rounding."""
+"""Gradients smaller than this share of the largest are not compared: if the true one is zero, all is rounding."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +30,24 @@ class _Watched:
 
     name: str
     replica_count: int
-    """How many neighbouring tensor ranks hold it."""
+    """How many neighboring tensor ranks hold it."""
 
     is_summed: bool
-    """Whether the plan has its gradient summed over them."""
+    """Whether the plan sums its gradient over them."""
 
 
 class GradientWatch:
-    """Compares the gradients of one backward pass, as they are after all sums over ranks, among the ranks that hold the
-    same weight: all tensor ranks, or the group that shares a key/value head. Then it removes itself.
+    """Compares the gradients of one backward pass, after all sums over ranks, among the ranks that hold a weight.
+
+    These are all tensor ranks, or the ranks that share a key/value head. The watch removes itself after that.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, group: Group, ranks: int) -> None:
-        """Args:
-        group: of all tensor ranks. ranks: how many they are.
-        """
+        """Watch the parameters that several of the `ranks` tensor ranks, which are in `group`, hold."""
         self._group, self._ranks = group, ranks
-        self._seen: dict[_Watched, Tensor] = {}
+        self._sketches: dict[_Watched, Tensor] = {}
+        """(2) of each parameter: norm and sum of its gradient."""
+
         self._handles = []
         for entry in plan.entries:
             module = model.get_submodule(entry.name.rpartition(".")[0])
@@ -56,21 +56,21 @@ class GradientWatch:
                 self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def _watched(self, entry: PlanEntry, module: nn.Module) -> Iterator[tuple[nn.Parameter, _Watched]]:
-        for number, (parameter, piece) in enumerate(entry.held(module)):
-            replica_count = piece.replica_count(self._ranks)
+        for number, (parameter, shard) in enumerate(entry.local_parameters(module)):
+            replica_count = shard.replica_count(self._ranks)
             if parameter.requires_grad and replica_count > 1:
                 name = f"{entry.name} (part {number})" if number else entry.name
-                yield parameter, _Watched(name, replica_count, piece.copies > 1)
+                yield parameter, _Watched(name, replica_count, shard.copies > 1)
 
     def _recorder(self, watched: _Watched) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:
             wide = gradient.detach().double()
-            self._seen[watched] = torch.stack([wide.norm(), wide.sum()])
+            self._sketches[watched] = torch.stack([wide.norm(), wide.sum()])
 
         return record
 
     def verify(self) -> None:
-        """Compares what was seen; to be called on all ranks.
+        """Collective: all ranks of the group must call it. Compare the gradients, and stop watching.
 
         Raises:
             PlanError: naming the weight whose gradients differ most.
@@ -78,43 +78,49 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if not self._seen:
+        if not self._sketches:
             return
-        weights = sorted(self._seen, key=lambda watched: watched.name)
-        table = all_gather(torch.stack([self._seen[watched] for watched in weights]).unsqueeze(0), 0, self._group)
-        self._seen.clear()
-        largest = table[..., 0].max()
-        shares = [self._difference(table[:, n], watched.replica_count, largest) for n, watched in enumerate(weights)]
-        share, worst = torch.stack(shares).max(0)
-        if float(share) > _DIFFERENCE:
-            raise PlanError(_differ(weights[int(worst)], float(share)))
+        weights = sorted(self._sketches, key=lambda watched: watched.name)
+        local_W2 = torch.stack([self._sketches[watched] for watched in weights])
+        sketches_RW2 = all_gather(local_W2.unsqueeze(0), 0, self._group)
+        self._sketches.clear()
+        largest = sketches_RW2[..., 0].max()
+        differences = [
+            self._difference(sketches_RW2[:, number], watched.replica_count, largest)
+            for number, watched in enumerate(weights)
+        ]
+        difference, worst = torch.stack(differences).max(0)
+        if float(difference) > _MAX_DIFFERENCE:
+            raise PlanError(_problem(weights[int(worst)], float(difference)))
 
     @staticmethod
-    def _difference(sketches: Tensor, replica_count: int, largest: Tensor) -> Tensor:
-        """Largest difference within a group of holders, as a share of the gradient's norm.
+    def _difference(sketches_R2: Tensor, replica_count: int, largest: Tensor) -> Tensor:
+        """Return the largest difference () within a group of ranks that hold a weight, as a share of the norm.
 
         Args:
-            sketches: (tensor ranks, 2): norm and sum of one weight's gradient. largest: norm of any gradient.
+            sketches_R2: (tensor ranks, 2): norm and sum of one weight's gradient.
+            replica_count: size of the groups.
+            largest: (): norm of the largest gradient of all weights.
         """
-        groups = sketches.view(-1, replica_count, sketches.shape[-1])
+        groups = sketches_R2.view(-1, replica_count, sketches_R2.shape[-1])
         norms = groups[..., 0].amax(1)
         shares = (groups.amax(1) - groups.amin(1)).amax(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         return torch.where(norms > _NOISE * largest, shares, 0).max()
 
 
-def _differ(watched: _Watched, share: float) -> Problem:
-    row = f"parallel.tensor_plan.{wildcard_name(watched.name.partition(' ')[0])}"
-    differ = f"its gradients there differ by {100 * share:.0f} % of their norm"
+def _problem(watched: _Watched, difference: float) -> Problem:
+    key = f"parallel.tensor_plan.{wildcard_name(watched.name.partition(' ')[0])}"
+    differ = f"its gradients there differ by {100 * difference:.0f} % of their norm"
     if watched.is_summed:
         return Problem(
-            row,
+            key,
             f"{watched.name} is held by {watched.replica_count} tensor ranks, and {differ}, though they should have "
             "been summed",
             "This is an error of the trainer: please report it with the model's configuration; set parallel.tensor "
             "so that no key/value head is shared, or to 1",
         )
     return Problem(
-        row,
+        key,
         f"{watched.name} is replicated on {watched.replica_count} tensor ranks, and {differ}: it is used on sharded "
         "activations",
         "Give it 'replicated_with_grad_allreduce', or shard it",

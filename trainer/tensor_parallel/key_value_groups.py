@@ -1,4 +1,4 @@
-"""How many query heads share a key/value head, on a rank that shares key/value heads with others."""
+"""How many query heads share a key/value head, on a rank that shares key/value heads with other ranks."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trainer.sharding.remote import local_and_remote_parameters
-from trainer.sharding.shard import shard_of
+from trainer.sharding import local_and_remote_parameters, shard_of
 
 
 def correct_key_value_groups(model: nn.Module, heads: Mapping[str, int], ranks: int) -> None:
-    """Makes `num_key_value_groups` of each attention module the number for this rank's heads.
+    """Set `num_key_value_groups` of each attention module to the number for this rank's heads.
 
-    Sharding leaves that number as it is, unless a key/value head is held by several ranks, among which its query heads
-    are divided. A layer that lacks key/value weights and uses those of another layer is corrected like that one.
+    Sharding does not change that number, unless several ranks hold a key/value head and divide its query heads. A layer
+    that lacks key/value weights and uses those of another layer is corrected like that one.
 
     Args:
-        heads: key/value heads of each weight whose heads are held by several ranks, by the weight's name.
+        model: sharded, with the records of its shards.
+        heads: key/value heads of each weight whose heads several ranks hold, by the weight's name.
+        ranks: number of tensor ranks.
     """
     attentions = {
         name: module
@@ -25,7 +26,9 @@ def correct_key_value_groups(model: nn.Module, heads: Mapping[str, int], ranks: 
         if isinstance(getattr(module, "num_key_value_groups", None), int)
     }
     corrected: dict[nn.Module, int] = {}
-    by_kind: dict[tuple[type[nn.Module], int], tuple[str, int]] = {}
+    by_class: dict[tuple[type[nn.Module], int], tuple[str, int]] = {}
+    """By class and number of groups: the key of a key/value weight, and the corrected number."""
+
     for name, parameter in local_and_remote_parameters(model):
         shard = shard_of(parameter)
         above = [name[:end] for end in range(len(name)) if name[end] == "." and name[:end] in attentions]
@@ -33,9 +36,9 @@ def correct_key_value_groups(model: nn.Module, heads: Mapping[str, int], ranks: 
             attention = attentions[above[-1]]
             groups: int = attention.num_key_value_groups
             corrected[attention] = max(1, groups * heads[shard.name] // ranks)
-            by_kind[type(attention), groups] = name.removeprefix(f"{above[-1]}."), corrected[attention]
+            by_class[type(attention), groups] = name.removeprefix(f"{above[-1]}."), corrected[attention]
     for attention in attentions.values():
-        key, number = by_kind.get((type(attention), attention.num_key_value_groups), ("", 0))
-        borrows = number and key not in dict(local_and_remote_parameters(attention))
+        key, groups = by_class.get((type(attention), attention.num_key_value_groups), ("", 0))
+        borrows = groups and key not in dict(local_and_remote_parameters(attention))
         if attention in corrected or borrows:
-            attention.num_key_value_groups = corrected.get(attention, number)
+            attention.num_key_value_groups = corrected.get(attention, groups)

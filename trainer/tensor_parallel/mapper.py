@@ -1,4 +1,4 @@
-"""Cuts a model by its plan: parameters first, as their values arrive, then the modules around them."""
+"""Apply a tensor-parallel plan to a model: shard its parameters as their values arrive, then change its modules."""
 
 from __future__ import annotations
 
@@ -12,95 +12,97 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.distributed import World
 from trainer.distributed.collectives import Group
-from trainer.sharding.join import Joiner
-from trainer.sharding.shard import Shard, set_shard, shard_of
-from trainer.tasks.cross_entropy import VocabularyCrossEntropy
+from trainer.sharding import Joiner, Shard, VocabularyShard, set_shard, shard_of
+from trainer.tensor_parallel.audit import read_plan
 from trainer.tensor_parallel.experts import choose_experts_implementation
 from trainer.tensor_parallel.gradient_watch import GradientWatch
 from trainer.tensor_parallel.key_value_groups import correct_key_value_groups
-from trainer.tensor_parallel.layers import INSTALL, resize, share_pieces, sum_gradient
-from trainer.tensor_parallel.plan import Plan, PlanEntry, read_plan
+from trainer.tensor_parallel.layers import join_shards, resize, shard_key, sum_gradient
+from trainer.tensor_parallel.plan import Plan, PlanEntry
 from trainer.tensor_parallel.region import Region
 from trainer.tensor_parallel.sequence import SequenceParallel, refuse_sequence_parallel
+from trainer.tensor_parallel.styles import Divide
 
 
 class Mapper(Protocol):
-    """What stands between a model that is being made and the engine that trains it."""
+    """Applies a tensor-parallel plan to a model on one rank."""
 
     def shard_parameters(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Leaves each parameter, which holds its whole value, this rank's part.
+        """Replace the value of each parameter, which is full, by this rank's shard.
 
-        Returns them, and with them those that had to be made for parts that several ranks share.
+        Returns them, and the additional parameters with shards that several ranks hold.
         """
 
     def install(self) -> None:
-        """Changes the modules to compute with their parts."""
+        """Change the modules to compute with their shards. Collective: all ranks must call it."""
 
     def end_forward(self, device: torch.device) -> None:
-        """The model's forward pass has ended before its end, on a pipeline's stage."""
+        """Clear the state of a forward pass that ended before its end, as on a pipeline stage that is not the last."""
 
-    def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
-        """The loss over the logits that the model gives on this rank."""
+    def vocabulary_shard(self) -> VocabularyShard:
+        """Return which columns of the logits the model gives on this rank."""
 
     def full_buffer(self, name: str, buffer: Tensor) -> Tensor:
-        """The whole of a buffer of which each rank has a part. On all ranks."""
+        """Collective: all ranks of the tensor group must call it. Return a buffer in full."""
 
     def buffer_shards(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
-        """What this rank holds of a buffer, as views, each with the record of which part of the whole it is."""
+        """Yield what this rank holds of a buffer, as views with their records."""
 
     def verify_gradients(self) -> None:
-        """After the first backward pass, on all ranks: whether whole weights have the same gradient everywhere.
+        """Collective: all ranks of the tensor group must call it, once, after the first backward pass.
 
         Raises:
-            PlanError: naming the weight that has not.
+            PlanError: if ranks that hold the same weight have different gradients for it; the error names the weight.
         """
 
 
 CopyGroups = Callable[[int], Group]
-"""From a number of neighbouring tensor ranks that share a part to this rank's group of them."""
+"""Returns this rank's group of neighboring tensor ranks that hold a part, by their number."""
 
 
-_OF_OTHER_HEADS = re.compile("classif|summary|qa_|pooler")
-"""In the names of dropout rates that a language model does not use, and has: GPT-NeoX's classifier_dropout is 0.1."""
+_OTHER_HEADS = re.compile("classif|summary|qa_|pooler")
+"""In the names of dropout rates that a language model has and does not use: GPT-NeoX's classifier_dropout is 0.1."""
 
 
 def has_active_dropout(model: PreTrainedModel) -> bool:
-    """Whether some dropout is active in the model, be it a module or a rate that a module or a configuration holds."""
+    """Return whether any dropout module, or any rate of a module or a configuration, is nonzero."""
     modules = list(model.modules())
-    replica_count = [*modules, *(m.config for m in modules if isinstance(getattr(m, "config", None), PreTrainedConfig))]
-    named = [(key, value) for holder in replica_count for key, value in vars(holder).items() if "drop" in key]
-    rates = [value for key, value in named if isinstance(value, float) and not _OF_OTHER_HEADS.search(key)]
+    holders = [*modules, *(m.config for m in modules if isinstance(getattr(m, "config", None), PreTrainedConfig))]
+    named = [(key, value) for holder in holders for key, value in vars(holder).items() if "drop" in key]
+    rates = [value for key, value in named if isinstance(value, float) and not _OTHER_HEADS.search(key)]
     rates += [module.p for module in modules if isinstance(module, nn.Dropout)]
     return any(rate > 0 for rate in rates)
 
 
 class TensorMapper:
-    """Cuts one model for one rank.
+    """Shards one model for one rank.
 
-    1. On construction every parameter gets its record (`shard_of`), while it is still whole or on the meta device.
-    2. `shard_parameters` takes parameters that have their whole value and leaves them this rank's part of it.
-    3. `install` changes the modules, once all parameters are cut.
+    1. On construction every parameter gets its record (`shard_of`), while it is full or on the meta device.
+    2. `shard_parameters` takes parameters with their full value and leaves them this rank's shard.
+    3. `install` changes the modules, once all parameters are sharded.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         plan: Plan,
-        group: Group,
-        ranks: int,
-        rank: int,
+        region: Region,
         copy_groups: CopyGroups,
         *,
         sequence_parallel: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Args:
-        dtype: of the computation; by default that of the parameters.
+        """Attach the records of `plan` to the parameters of `model`.
+
+        Args:
+            model: its parameters are full, or on the meta device.
+            plan: of this model and rank.
+            region: of this model; see `model_region`.
+            copy_groups: makes groups of neighboring tensor ranks.
+            sequence_parallel: whether hidden states are sharded along the sequence between the regions.
+            dtype: of the computation; by default that of the parameters.
         """
-        self._model, self._plan = model, plan
-        self._region = Region(
-            group, ranks, rank, has_dropout=has_active_dropout(model), is_training=lambda: model.training
-        )
+        self._model, self._plan, self._region = model, plan, region
         self._copy_groups = copy_groups
         self._sequence_parallel = sequence_parallel
         self._shards: dict[str, tuple[Shard, ...]] = {}
@@ -109,64 +111,49 @@ class TensorMapper:
             self._shards[entry.name] = entry.shards
         choose_experts_implementation(model, dtype or next(model.parameters()).dtype)
 
-    def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
-        """See `Mapper.cross_entropy`."""
+    def vocabulary_shard(self) -> VocabularyShard:
+        """See `Mapper.vocabulary_shard`."""
         head = self._model.get_output_embeddings()
         shard = None if head is None else shard_of(head.weight)
         if shard is None or shard.is_full:
-            return VocabularyCrossEntropy(smoothing, z_loss, chunk_tokens)
-        return VocabularyCrossEntropy(
-            smoothing,
-            z_loss,
-            chunk_tokens,
-            vocabulary=shard.full_shape[0],
-            width=shard.local_shape()[0],
-            group=self._region.group,
-            rank=self._region.rank,
-            ranks=self._region.ranks,
-        )
+            return VocabularyShard()
+        region = self._region
+        return VocabularyShard(shard.full_shape[0], shard.local_shape()[0], region.group, region.rank, region.ranks)
 
     @torch.no_grad()
     def shard_parameters(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """See `Mapper.shard_parameters`."""
-        made = []
+        sharded = []
         for parameter in list(parameters):
             shard = shard_of(parameter)
             assert shard is not None
-            made.append(parameter)
+            sharded.append(parameter)
             shards = self._shards[shard.name]
             if shard.owner_only and not shard.owner:
                 parameter.requires_grad_(False).zero_()
-            if parameter.shape != shard.full_shape or all(piece.is_full for piece in shards):
+            if parameter.shape != shard.full_shape or all(part.is_full for part in shards):
                 continue
-            whole = parameter.data
-            parameter.data = shards[0].extract(whole)
+            full = parameter.data
+            parameter.data = shards[0].extract(full)
             owner, _, key = shard.name.rpartition(".")
-            for number, piece in enumerate(shards[1:], start=1):
-                extra = nn.Parameter(piece.extract(whole), parameter.requires_grad)
-                set_shard(extra, piece)
-                self._model.get_submodule(owner).register_parameter(f"{key}_piece{number}", extra)
-                made.append(extra)
-        return made
+            for number, part in enumerate(shards[1:], start=1):
+                additional = nn.Parameter(part.extract(full), parameter.requires_grad)
+                set_shard(additional, part)
+                self._model.get_submodule(owner).register_parameter(shard_key(key, number), additional)
+                sharded.append(additional)
+        return sharded
 
     def install(self) -> None:
         """See `Mapper.install`."""
-        shared = {p.name: piece for p in self._plan.entries for piece in p.shards if piece.copies > 1}
-        for copies in sorted({piece.copies for piece in shared.values()}):
-            self._copy_group(copies)  # on all pipeline stages, as all ranks make every group
-        heads = {p.name: shared[p.name].of for p in self._plan.entries if p.name in shared and p.is_divided}
-        correct_key_value_groups(self._model, heads, self._region.ranks)
+        shared = {entry.name: shard for entry in self._plan.entries for shard in entry.shards if shard.copies > 1}
+        for copies in sorted({shard.copies for shard in shared.values()}):
+            self._copy_group(copies)  # on all pipeline stages, because all ranks must create every group
+        correct_key_value_groups(self._model, dict(self._shared_heads(shared)), self._region.ranks)
         self._plan = self._plan.local_to(self._model)
         for entry in self._plan.entries:
             self._finish(entry)
-        self._cut_buffers()
-        resized = [target.module for target in self._plan.modules if any(s.word != "divide" for s in target.styles)]
-        blocks_first = sorted(self._plan.modules, key=lambda target: target.name.count("."))
-        for target in blocks_first:
-            for style in target.styles:
-                INSTALL[style.word](self._region, target, style)
-        for module in resized:
-            resize(module)
+        self._shard_buffers()
+        self._install_styles()
         if self._sequence_parallel:
             refuse_sequence_parallel(self._model, self._plan, has_active_dropout=self._region.has_dropout)
             SequenceParallel(self._model, self._plan, self._region).install()
@@ -179,54 +166,73 @@ class TensorMapper:
         self._region.use_shared_rng(device)
 
     def full_buffer(self, name: str, buffer: Tensor) -> Tensor:
-        """See `Mapper.full_buffer`."""
-        joiner = Joiner(self._region.group, self._region.ranks)
-        whole = buffer
-        for piece, part in self.buffer_shards(name, buffer):
-            for _, joined in joiner.add(name, part, piece):
-                whole = joined
-        return whole
+        """See `Mapper.full_buffer`. Collective: all ranks of the tensor group must call it."""
+        joiner = Joiner(lambda axis: self._region.group)
+        full = buffer
+        for shard, view in self.buffer_shards(name, buffer):
+            for _, joined in joiner.add(name, view, shard):
+                full = joined
+        return full
 
     def buffer_shards(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
         """See `Mapper.buffer_shards`."""
-        begin = 0
-        for piece in self._plan.buffers.get(name, (Shard.full(name, buffer.shape, owner=self._region.rank == 0),)):
-            if not piece.full_shape:
-                yield piece, buffer
+        start = 0
+        for shard in self._plan.buffers.get(name, (Shard.full(name, buffer.shape, owner=self._region.rank == 0),)):
+            part = shard.along("tensor")
+            if part is None:
+                yield shard, buffer
                 continue
-            length = piece.local_shape()[piece.dim]
-            yield piece, buffer.narrow(piece.dim, begin, length)
-            begin += length
+            yield shard, buffer.narrow(part.dim, start, part.local_size)
+            start += part.local_size
 
     def verify_gradients(self) -> None:
-        """See `Mapper.verify_gradients`."""
+        """See `Mapper.verify_gradients`. Collective: all ranks of the tensor group must call it."""
         self._watch.verify()
 
+    def _shared_heads(self, shared: Mapping[str, Shard]) -> Iterator[tuple[str, int]]:
+        """Yield how many units each weight has whose units several ranks share: (name, units)."""
+        for entry in self._plan.entries:
+            if entry.name in shared and entry.is_divided:
+                part = shared[entry.name].along("tensor")
+                yield entry.name, 1 if part is None else part.count
+
     def _finish(self, entry: PlanEntry) -> None:
-        """Sums the gradients of what several ranks hold and use on sharded activations."""
+        """Sum the gradients of what several ranks hold and use on sharded activations."""
         owner, _, key = entry.name.rpartition(".")
         module = self._model.get_submodule(owner)
         if len(entry.shards) > 1 and key == "weight":
-            share_pieces(module, len(entry.shards))
-        for held, piece in entry.held(module):
-            if piece.copies > 1:
-                sum_gradient(held, self._copy_group(piece.copies))
+            join_shards(module, len(entry.shards))
+        for parameter, shard in entry.local_parameters(module):
+            if shard.copies > 1:
+                sum_gradient(parameter, self._copy_group(shard.copies))
 
     def _copy_group(self, copies: int) -> Group:
-        """This rank's group of the `copies` ranks that hold a part."""
+        """Return this rank's group of the `copies` ranks that hold a part."""
         return self._region.group if copies == self._region.ranks else self._copy_groups(copies)
 
-    def _cut_buffers(self) -> None:
-        for buffer_name, shards in self._plan.buffers.items():
-            owner, _, key = buffer_name.rpartition(".")
+    def _shard_buffers(self) -> None:
+        for name, shards in self._plan.buffers.items():
+            owner, _, key = name.rpartition(".")
             module = self._model.get_submodule(owner)
-            whole = module._buffers[key]
-            assert whole is not None
-            module._buffers[key] = torch.cat([piece.extract(whole) for piece in shards], dim=shards[0].dim)
+            full = module._buffers[key]
+            part = shards[0].along("tensor")
+            assert full is not None
+            if part is not None:
+                module._buffers[key] = torch.cat([shard.extract(full) for shard in shards], dim=part.dim)
+
+    def _install_styles(self) -> None:
+        """Install the styles of blocks before those of the modules in them, then correct the modules' sizes."""
+        targets = self._plan.targets
+        for target in sorted(targets, key=lambda target: target.name.count(".")):
+            for style in target.styles:
+                style.install(self._region, target)
+        for target in targets:
+            if not all(isinstance(style, Divide) for style in target.styles):
+                resize(target.module)
 
 
 class IdentityMapper:
-    """The mapper where there is one tensor rank: nothing is cut."""
+    """The mapper for one tensor rank: nothing is sharded."""
 
     def shard_parameters(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """See `Mapper.shard_parameters`."""
@@ -238,9 +244,9 @@ class IdentityMapper:
     def end_forward(self, device: torch.device) -> None:
         """See `Mapper.end_forward`."""
 
-    def cross_entropy(self, smoothing: float, z_loss: float, chunk_tokens: int | None) -> VocabularyCrossEntropy:
-        """See `Mapper.cross_entropy`."""
-        return VocabularyCrossEntropy(smoothing, z_loss, chunk_tokens)
+    def vocabulary_shard(self) -> VocabularyShard:
+        """See `Mapper.vocabulary_shard`."""
+        return VocabularyShard()
 
     def full_buffer(self, name: str, buffer: Tensor) -> Tensor:
         """See `Mapper.full_buffer`."""
@@ -254,6 +260,12 @@ class IdentityMapper:
         """See `Mapper.verify_gradients`."""
 
 
+def model_region(model: PreTrainedModel, group: Group, ranks: int, rank: int) -> Region:
+    """Return the tensor-parallel region of a model for `rank` of the `ranks` in `group`."""
+    has_dropout = has_active_dropout(model)
+    return Region(group, ranks, rank, has_dropout=has_dropout, is_training=lambda: model.training)
+
+
 def build_mapper(
     model: PreTrainedModel,
     user: Mapping[str, str],
@@ -262,10 +274,12 @@ def build_mapper(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Mapper:
-    """What cuts `model` for this rank.
+    """Return the mapper of `model` for this rank.
 
     Args:
+        model: its parameters are full, or on the meta device.
         user: `parallel.tensor_plan`.
+        world: the joined world.
         sequence_parallel: `parallel.sequence_parallel`.
         dtype: of the computation.
 
@@ -273,18 +287,11 @@ def build_mapper(
         PlanError: if the plan and the model do not fit together, or no implementation of the experts takes their
             widths.
     """
-    place = world.topology
-    if place.tensor == 1:
+    topology = world.topology
+    if topology.tensor == 1:
         choose_experts_implementation(model, dtype)
         return IdentityMapper()
-    plan = read_plan(model, user, place.tensor, place.tensor_rank)
-    return TensorMapper(
-        model,
-        plan,
-        world.groups.of("tensor"),
-        place.tensor,
-        place.tensor_rank,
-        world.groups.tensor_subgroup,
-        sequence_parallel=sequence_parallel,
-        dtype=dtype,
-    )
+    plan = read_plan(model, user, topology.tensor, topology.tensor_rank)
+    region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
+    copy_groups = world.groups.tensor_subgroup
+    return TensorMapper(model, plan, region, copy_groups, sequence_parallel=sequence_parallel, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The rows of a model's plan: Hugging Face's, those that families have in common, the family's own, the user's."""
+"""The sources of a model's plan: Hugging Face's, what families have in common, the family's own, the user's."""
 
 from __future__ import annotations
 
@@ -10,119 +10,134 @@ from transformers import PreTrainedModel
 
 from trainer.errors import Problem, suggest
 from trainer.sharding import wildcard_name
-from trainer.tensor_parallel.families import COMMON, FAMILIES, UNITS
-from trainer.tensor_parallel.styles import WORDS, Style
+from trainer.tensor_parallel.families import COMMON, FAMILIES, UNITS, VARIANTS, Entries
+from trainer.tensor_parallel.styles import (
+    STYLES,
+    Column,
+    ColumnGatherOutput,
+    Style,
+    UnknownStyle,
+    VocabularyEmbedding,
+    VocabularyHead,
+    parse_styles,
+)
 
-_Rows = Mapping[str, str | None]
 
-
-class Rows:
+class PlanSources:
     """Styles by the full name of a module, parameter or buffer. Later sources override earlier ones.
 
-    A row that matches nothing is a problem where the user wrote it. In the other sources it is none: a family's rows
-    speak of modules that some of its configurations lack. If a row was misspelt there, its weight is left without one,
-    which the audit notices.
+    An entry of the user's that matches nothing is a problem. In the other sources it is none, because a family's
+    entries name modules that some of its configurations lack. If such a name is misspelt, its weight remains without
+    an entry, which the audit reports.
     """
 
     def __init__(self, model: PreTrainedModel, user: Mapping[str, str]) -> None:
+        """Merge the sources; what is wrong with the user's is in `problems`."""
         self.problems: list[Problem] = []
         self._model = model
         self._styles: dict[str, tuple[Style, ...]] = {}
         self._present = {wildcard_name(name) for name, _ in model.named_modules()}
         self._present |= {wildcard_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
         self._present |= {wildcard_name(name) for name, _ in model.named_buffers()}
-        for name, text in self._vocabulary():
-            self._add(name, text)
-        ends = set(self._styles)
-        for name, text in (getattr(model, "_tp_plan", None) or {}).items():
-            if wildcard_name(name) not in ends:
-                self._add(name, self._in_units(name, text))
-        before = set(self._styles)
-        for name, text in COMMON.items():
-            if self._full(name) not in before:
-                self._add(name, text)
-        for rows in self._family():
-            for name, override in rows.items():
-                self._add(name, override)
+        self._add_vocabulary()
+        self._add_hugging_face()
+        predefined = set(self._styles)
+        for name, style in COMMON.items():
+            if self._full_name(name) not in predefined:
+                self._add(name, (style,))
+        for entries in self._family():
+            for name, styles in entries.items():
+                if styles is None:
+                    self._styles.pop(self._full_name(name) or name, None)
+                else:
+                    self._add(name, (styles,) if isinstance(styles, Style) else styles)
         for name, text in user.items():
-            if self._full(name) is None:
-                self.problems.append(self._no_match(name, text))
-            self._add(name, text)
-        self._numbered = [row for row in self._styles if row != wildcard_name(row)]
+            self._add_user(name, text)
+        self._numbered = [name for name in self._styles if name != wildcard_name(name)]
 
-    def of(self, name: str) -> tuple[Style, ...]:
-        """The styles for a module, parameter or buffer: the row with its very numbers before the one with `*`."""
-        parts, star = name.split("."), wildcard_name(name)
-        for row in self._numbered:
-            if wildcard_name(row) == star and all(a in ("*", b) for a, b in zip(row.split("."), parts, strict=True)):
-                return self._styles[row]
-        return self._styles.get(star, ())
+    def styles(self, name: str) -> tuple[Style, ...]:
+        """Return the styles of a module, parameter or buffer: an entry with its very numbers, or one with `*`."""
+        parts, wildcard = name.split("."), wildcard_name(name)
+        for entry in self._numbered:
+            if wildcard_name(entry) == wildcard and all(
+                a in ("*", b) for a, b in zip(entry.split("."), parts, strict=True)
+            ):
+                return self._styles[entry]
+        return self._styles.get(wildcard, ())
 
-    def inside(self, name: str) -> Iterator[Style]:
-        """All styles of rows for what lies below the module called `name`."""
+    def styles_inside(self, name: str) -> Iterator[Style]:
+        """Yield all styles of entries for what is below the module called `name`."""
         prefix = wildcard_name(name) + "."
-        for row, styles in self._styles.items():
-            if wildcard_name(row).startswith(prefix):
+        for entry, styles in self._styles.items():
+            if wildcard_name(entry).startswith(prefix):
                 yield from styles
 
-    def _full(self, name: str) -> str | None:
-        """A row's name in full, if the model has it."""
-        names = (f"{self._model.base_model_prefix}.{name}", name)
-        found = next((n for n in names if wildcard_name(n) in self._present), None)
-        if found is None or re.search(r"(^|\.)\d+(\.|$)", name):  # a number in a row means this one only
-            return found
-        return wildcard_name(found)
+    def _full_name(self, name: str) -> str | None:
+        """Return an entry's name in full, if the model has it."""
+        candidates = (f"{self._model.base_model_prefix}.{name}", name)
+        full = next((n for n in candidates if wildcard_name(n) in self._present), None)
+        if full is None or re.search(r"(^|\.)\d+(\.|$)", name):  # a number in an entry means this one only
+            return full
+        return wildcard_name(full)
 
-    def _add(self, name: str, text: str | None) -> None:
-        full = self._full(name)
-        if full is None:
-            return
-        if text is None:
-            self._styles.pop(full, None)
-            return
-        styles = tuple(Style.parse(one) for one in text.split(" + "))
-        unknown = [self._unknown(name, style) for style in styles if style.word not in WORDS]
-        self.problems += unknown
-        if not unknown:
+    def _add(self, name: str, styles: tuple[Style, ...]) -> None:
+        """Set the styles of a name that the model has."""
+        if (full := self._full_name(name)) is not None:
             self._styles[full] = styles
 
-    def _vocabulary(self) -> Iterator[tuple[str, str]]:
-        """The embedding and the head, as the model itself names them."""
+    def _add_vocabulary(self) -> None:
+        """Add the embedding and the head, as the model itself names them."""
         head, table = self._model.get_output_embeddings(), self._model.get_input_embeddings()
         for name, module in self._model.named_modules():
             if isinstance(table, nn.Embedding) and module is table:
-                yield name, "embedding_rowwise"
+                self._add(name, (VocabularyEmbedding(),))
             elif isinstance(head, nn.Linear) and module is head:
-                yield name, "vocabulary_head"
+                self._add(name, (VocabularyHead(),))
 
-    @staticmethod
-    def _in_units(name: str, text: str) -> str:
-        """Hugging Face's plans do not say that attention's projections are cut in whole heads."""
-        return UNITS.get(name.rpartition(".")[2], text) if text in ("colwise", "colwise_gather_output") else text
+    def _add_hugging_face(self) -> None:
+        vocabulary = set(self._styles)
+        for name, text in (getattr(self._model, "_tp_plan", None) or {}).items():
+            if wildcard_name(name) in vocabulary or self._full_name(name) is None:
+                continue
+            styles = self._parsed(name, text)
+            if styles is None:
+                continue
+            if styles in ((Column(),), (ColumnGatherOutput(),)) and (unit := UNITS.get(name.rpartition(".")[2])):
+                # Hugging Face's plans do not say that attention's projections divide in whole heads.
+                styles = (unit,)
+            self._add(name, styles)
 
-    def _family(self) -> Iterator[_Rows]:
-        """The family's own rows, then those of the variants (`type?attribute=value&...`) that its configuration is."""
+    def _family(self) -> Iterator[Entries]:
+        """Yield the family's own entries, then those of the variants that its configuration is."""
         config = self._model.config
         yield FAMILIES.get(config.model_type, {})
-        for key, rows in FAMILIES.items():
-            model_type, _, conditions = key.partition("?")
-            pairs = [condition.split("=") for condition in conditions.split("&") if condition]
-            is_variant = pairs and all(str(getattr(config, name, None)) == value for name, value in pairs)
-            if is_variant and model_type == config.model_type:
-                yield rows
+        for variant in VARIANTS:
+            if variant.matches(config):
+                yield variant.entries
 
-    def _no_match(self, name: str, text: str) -> Problem:
+    def _add_user(self, name: str, text: str) -> None:
+        if self._full_name(name) is None:
+            self.problems.append(self._unmatched(name, text))
+        elif (styles := self._parsed(name, text)) is not None:
+            self._add(name, styles)
+
+    def _parsed(self, name: str, text: str) -> tuple[Style, ...] | None:
+        """Return the styles of a text; None, and a problem, if it cannot be read."""
+        try:
+            return parse_styles(text)
+        except UnknownStyle as error:
+            self.problems.append(_problem(name, str(error), f"The styles are {', '.join(STYLES)}"))
+        except ValueError as error:
+            self.problems.append(_problem(name, str(error), "See docs/tensor_plans.md"))
+        return None
+
+    def _unmatched(self, name: str, text: str) -> Problem:
         prefix = self._model.base_model_prefix + "."
-        suggestion = suggest(name, (present.removeprefix(prefix) for present in self._present), cutoff=0.4)
-        return Problem(
-            f"parallel.tensor_plan.{name}",
-            f"'{text}' matches no module, parameter or buffer of {self._model.config.model_type}{suggestion}",
-            "Names are those of model.named_modules(), with * for numbers",
-        )
+        names = sorted(present.removeprefix(prefix) for present in self._present)
+        reason = f"'{text}' matches no module, parameter or buffer of {self._model.config.model_type}"
+        hint = suggest(name, names, cutoff=0.4)
+        return _problem(name, reason + hint, "Names are those of model.named_modules(), with * for numbers")
 
-    def _unknown(self, name: str, style: Style) -> Problem:
-        return Problem(
-            f"parallel.tensor_plan.{name}",
-            f"'{style}' is not a style{suggest(style.word, WORDS)}",
-            f"The styles are {', '.join(WORDS)}",
-        )
+
+def _problem(name: str, reason: str, remedy: str) -> Problem:
+    return Problem(f"parallel.tensor_plan.{name}", reason, remedy)

@@ -1,21 +1,34 @@
-"""Tensor plans that Hugging Face lacks, has wrong, or leaves without the weights that stay whole. Dictionaries only.
+"""Tensor plans that Hugging Face lacks, has wrong, or leaves without the weights that stay full. Dictionaries only.
 
-Names and words are those of `trainer.tensor_parallel.plan`; names count from the base model. A row here overrides
-Hugging Face's row of the same name; None takes Hugging Face's row away. A new family is one dictionary here and one row
-in the table of families.
+Names count from the base model. An entry here overrides Hugging Face's entry of the same name, and None removes it. A
+new family is one dictionary here and one row in the table of families.
 """
 
 from __future__ import annotations
 
-from trainer.tensor_parallel.families import decoders, encoders, mixtures, recurrent
-from trainer.tensor_parallel.families.common import COMMON, UNITS, WHOLE_SEQUENCES
+from trainer.tensor_parallel.families import (
+    decoders,
+    encoder_decoders,
+    encoders,
+    latent_attention,
+    linear_attention,
+    mixtures,
+    recurrent,
+)
+from trainer.tensor_parallel.families.common import COMMON, FULL_SEQUENCES, UNITS, Entries, Variant
 
-FAMILIES: dict[str, dict[str, str | None]] = {
+FAMILIES: dict[str, Entries] = {
     **decoders.PLANS,
     **encoders.PLANS,
+    **encoder_decoders.PLANS,
+    **latent_attention.PLANS,
     **mixtures.PLANS,
+    **linear_attention.PLANS,
     **recurrent.PLANS,
 }
 """Plans by `model_type`."""
 
-__all__ = ["COMMON", "FAMILIES", "UNITS", "WHOLE_SEQUENCES"]
+VARIANTS: list[Variant] = [*decoders.VARIANTS, *mixtures.VARIANTS]
+"""Plans of configurations that differ from their family's; a later one overrides an earlier one."""
+
+__all__ = ["COMMON", "FAMILIES", "FULL_SEQUENCES", "UNITS", "VARIANTS", "Entries", "Variant"]
