@@ -25,7 +25,7 @@ class Joiner:
         """Tensors of which some parameters are still to come: the tensor, and how many elements it has so far."""
 
     def add(self, name: str, local: Tensor, shard: Shard | None) -> Iterator[tuple[str, Tensor]]:
-        """Collective: all ranks of the groups that slice the parameter must call it. Yield the full tensor.
+        """Yield the full tensor. Collective: all ranks of the groups that slice the parameter must call it.
 
         A full tensor that lies in several parameters is yielded with the last of them.
 
@@ -53,7 +53,7 @@ class Joiner:
             self._partial[shard.name] = full, numel
 
     def _gather(self, local: Tensor, shard: Shard) -> Iterator[tuple[Shard, Tensor]]:
-        """Collective: all ranks of the groups that slice the shard must call it. Yield each rank's shard once."""
+        """Yield each rank's shard once. Collective: all ranks of the groups that slice the shard must call it."""
         tensors, indices = local.unsqueeze(0), []
         for part in shard.slices:
             group = self._group_of(part.axis)

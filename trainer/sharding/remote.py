@@ -13,8 +13,8 @@ from torch import nn
 
 def make_remote(module: nn.Module, key: str) -> None:
     """Turn a registered parameter of `module` into a remote one."""
-    parameter = module._parameters.pop(key)
-    assert parameter is not None
+    parameter = module.get_parameter(key)
+    delattr(module, key)
     module.__dict__[key] = parameter
 
 
@@ -33,7 +33,7 @@ def _remote_items(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def local_and_remote_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield local and remote parameters under all their names, in the same order on every stage."""
     for owner, module in model.named_modules():
-        local = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+        local = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for key, parameter in sorted((local | dict(_remote_items(module))).items()):
             yield f"{owner}.{key}" if owner else key, parameter
 

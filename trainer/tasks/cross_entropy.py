@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from trainer.errors import TesseraError
 from trainer.sharding import VocabularyShard
@@ -59,7 +60,7 @@ class VocabularyCrossEntropy:
     shard: VocabularyShard = field(default_factory=VocabularyShard)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> LossSums:
-        """Collective: all ranks of the shard's group must call it. Return the sums over a micro-batch.
+        """Return the sums over a micro-batch. Collective: all ranks of the shard's group must call it.
 
         Args:
             logits: (..., V), of any float type.
@@ -80,7 +81,7 @@ class VocabularyCrossEntropy:
         return LossSums(per_target.sum(), objective, per_target.view(labels.shape))
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Collective: all ranks of the shard's group must call it. Reduce a tensor of any shape in place."""
+        """Reduce a tensor of any shape in place. Collective: all ranks of the shard's group must call it."""
         if self.shard.ranks > 1:
             dist.all_reduce(tensor, op=op, group=self.shard.group)
         return tensor
@@ -109,6 +110,13 @@ class VocabularyCrossEntropy:
         return columns_N.masked_fill(~is_local_N, 0), is_local_N
 
 
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    loss: VocabularyCrossEntropy
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _CrossEntropy(torch.autograd.Function):
     """(logits (N, V), labels (N), loss) to (reported loss of each token (N), objective ()).
 
@@ -117,8 +125,10 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, loss: VocabularyCrossEntropy) -> Any:
-        """Collective: all ranks of the loss's group must call it."""
+    def forward(
+        ctx: _Context, logits_NV: Tensor, labels_N: Tensor, loss: VocabularyCrossEntropy
+    ) -> tuple[Tensor, Tensor]:
+        """Compute both losses. Collective: all ranks of the loss's group must call it."""
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         count, width = logits_NV.shape
         columns_N, is_local_N = loss.local_columns(labels_N, width)
@@ -162,7 +172,7 @@ class _CrossEntropy(torch.autograd.Function):
         return cross_entropy_N, objective
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, _: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of this rank's logits; it needs no communication.
 
         With d log Z / d logit(v) = p(v), V the vocabulary's size, and the terms of the objective in its order:
@@ -171,7 +181,7 @@ class _CrossEntropy(torch.autograd.Function):
             = p(v) * (1 + 2 * z * log Z) - (1 - s) * [v = label] - s / V
         """
         logits_NV, log_z_N, columns_N, is_local_N, is_target_N = ctx.saved_tensors
-        loss: VocabularyCrossEntropy = ctx.loss
+        loss = ctx.loss
         result_NV = torch.empty_like(logits_NV)
         for chunk, logits_CV in loss.chunks(logits_NV):
             log_z_C1 = log_z_N[chunk, None]

@@ -19,86 +19,92 @@ All of them take tensors of any shape, which need not be contiguous.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from trainer.distributed.collectives import Group, all_gather, all_reduce, local_slice, reduce_scatter
 
 
+class _Context(FunctionCtx):
+    """What the forward pass of a collective leaves for its backward pass."""
+
+    group: Group
+    dim: int
+
+
 class _EnterRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return all_reduce(gradient, ctx.group), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, group: Group) -> Tensor:
         return all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None
 
 
 class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return all_gather(x, dim, group).contiguous()  # not a view: it may be changed in place
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return local_slice(gradient, ctx.dim, ctx.group), None, None
 
 
 class _SplitToRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return local_slice(x, dim, group).clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return all_gather(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return reduce_scatter(gradient, ctx.dim, ctx.group), None, None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return reduce_scatter(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
 class _DeferReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: list[int]) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, shape: list[int]) -> Tensor:
         return x.new_zeros(shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None
 
 
@@ -119,13 +125,13 @@ def enter_region(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_from_region(x: Tensor, group: Group) -> Tensor:
-    """Collective: all ranks of the group must call it. Return the sum of `x`; its gradient is full already."""
+    """Return the sum of `x`; its gradient is full already. Collective: all ranks of the group must call it."""
     result: Tensor = _ReduceFromRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def gather_from_region(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Collective: all ranks of the group must call it. Return all parts along `dim`.
+    """Return all parts along `dim`. Collective: all ranks of the group must call it.
 
     The result is used where every rank computes the same, so that each part's gradient is a slice of the result's.
     """
@@ -140,7 +146,7 @@ def split_to_region(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def gather_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Collective: all ranks of the group must call it. Return all parts along `dim`.
+    """Return all parts along `dim`. Collective: all ranks of the group must call it.
 
     The result is used inside a region, where each rank has a partial gradient: they are summed and scattered.
     """
@@ -149,6 +155,6 @@ def gather_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def reduce_scatter_sequence(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Collective: all ranks of the group must call it. Return this rank's part, along `dim`, of the sum."""
+    """Return this rank's part, along `dim`, of the sum. Collective: all ranks of the group must call it."""
     result: Tensor = _ReduceScatterSequence.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return result

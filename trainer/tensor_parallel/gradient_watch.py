@@ -70,7 +70,7 @@ class GradientWatch:
         return record
 
     def verify(self) -> None:
-        """Collective: all ranks of the group must call it. Compare the gradients, and stop watching.
+        """Compare the gradients, and stop watching. Collective: all ranks of the group must call it.
 
         Raises:
             PlanError: naming the weight whose gradients differ most.

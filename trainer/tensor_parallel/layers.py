@@ -144,7 +144,7 @@ def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
 
 def resize(module: nn.Module) -> None:
     """Set the sizes that a module keeps about its weight to those of this rank's shard."""
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
     shard = None if weight is None else shard_of(weight)
     if shard is None or shard.is_full:
         return

@@ -43,13 +43,13 @@ class Mapper(Protocol):
         """Return which columns of the logits the model gives on this rank."""
 
     def full_buffer(self, name: str, buffer: Tensor) -> Tensor:
-        """Collective: all ranks of the tensor group must call it. Return a buffer in full."""
+        """Return a buffer in full. Collective: all ranks of the tensor group must call it."""
 
     def buffer_shards(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
         """Yield what this rank holds of a buffer, as views with their records."""
 
     def verify_gradients(self) -> None:
-        """Collective: all ranks of the tensor group must call it, once, after the first backward pass.
+        """Compare gradients after the first backward pass. Collective: all ranks of the tensor group must call it.
 
         Raises:
             PlanError: if ranks that hold the same weight have different gradients for it; the error names the weight.
@@ -214,11 +214,10 @@ class TensorMapper:
         for name, shards in self._plan.buffers.items():
             owner, _, key = name.rpartition(".")
             module = self._model.get_submodule(owner)
-            full = module._buffers[key]
+            full = module.get_buffer(key)
             part = shards[0].along("tensor")
-            assert full is not None
             if part is not None:
-                module._buffers[key] = torch.cat([shard.extract(full) for shard in shards], dim=part.dim)
+                setattr(module, key, torch.cat([shard.extract(full) for shard in shards], dim=part.dim))
 
     def _install_styles(self) -> None:
         """Install the styles of blocks before those of the modules in them, then correct the modules' sizes."""

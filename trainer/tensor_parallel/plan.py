@@ -33,10 +33,9 @@ class PlanEntry:
     def local_parameters(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
         """Yield the parameters of `module`, which has it, that hold its shards after `Mapper.shard_parameters`."""
         key = self.name.rpartition(".")[2]
+        parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for number, shard in enumerate(self.shards):
-            parameter = module._parameters[shard_key(key, number)]
-            assert parameter is not None
-            yield parameter, shard
+            yield parameters[shard_key(key, number)], shard
 
     @property
     def is_sharded(self) -> bool:

@@ -69,7 +69,7 @@ class Region:
         return self._cached(x, lambda: collectives.enter_region(x, self.group))
 
     def enter_gathered(self, x: Tensor, dim: int) -> Tensor:
-        """Collective: all ranks of the region must call it. Return the full tensor inside the region; cached.
+        """Return the full tensor inside the region; cached. Collective: all ranks of the region must call it.
 
         Args:
             x: (..., features), this rank's part along `dim`; the token dimensions may be flattened to one.
@@ -112,7 +112,7 @@ class Region:
     # Outputs ----------------------------------------------------------------------------------------------------------
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Collective: all ranks of the region must call it. Return the sum of `x` (any shape)."""
+        """Return the sum of `x` (any shape). Collective: all ranks of the region must call it."""
         return collectives.reduce_from_region(x, self.group)
 
     def is_row_layer(self, module: nn.Module) -> bool:
