@@ -384,9 +384,7 @@ def _shard(
     if topology.tensor > 1:
         plan = read_plan(model, user, topology.tensor, topology.tensor_rank)
         region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
-        mapper = TensorMapper(
-            model, plan, region, world.groups.tensor_subgroup, sequence_parallel=sequence_parallel
-        )
+        mapper = TensorMapper(model, plan, region, world.groups.tensor_subgroup, sequence_parallel=sequence_parallel)
     stage, parameter_ranks = _staged(family, model, world) if topology.pipeline > 1 else (None, {})
     mapper.shard_parameters(model.parameters())
     mapper.install()
