@@ -448,7 +448,9 @@ def test_tensor_rank_reads_its_shard_only(family: Family, tmp_path: Path) -> Non
     for rank in range(2):
         with torch.device("meta"):
             model = CLASSES[family.task].from_config(whole.config)
-        mapper = TensorMapper(model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None)
+        mapper = TensorMapper(
+            model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
+        )
         for parameters in pretrained_weights(model, str(tmp_path)):
             mapper.shard_parameters(parameters)
         assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in whole.parameters())

@@ -215,7 +215,9 @@ def test_scalar_buffers_are_loaded_on_each_tensor_rank(tmp_path: Path) -> None:
     for rank in range(2):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole.config)
-        mapper = TensorMapper(model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None)
+        mapper = TensorMapper(
+            model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
+        )
         for parameters in pretrained_weights(model, str(tmp_path)):
             mapper.shard_parameters(parameters)
         assert all(torch.equal(model.get_buffer(name), buffer) for name, buffer in scalars.items())
@@ -289,7 +291,9 @@ def test_non_finite_value_is_seen_by_owning_rank_only(tiny: dict[str, Any], fold
     )
     for rank in range(2):
         model = build_model(loaded)
-        mapper = TensorMapper(model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None)
+        mapper = TensorMapper(
+            model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
+        )
         try:
             for parameters in pretrained_weights(model, str(folder)):
                 mapper.shard_parameters(parameters)

@@ -204,3 +204,21 @@ def join_parts() -> bool:
 
 def test_tensor_in_several_parameters_joins_with_its_last() -> None:
     assert run_ranks(join_parts, 4) == [True] * 4
+
+
+@pytest.mark.fast
+def test_overlaps_of_chunks_make_up_the_shard() -> None:
+    """A shard of two axes is filled from any chunks that make up the full tensor, and padding stays as it was."""
+    full = torch.arange(1, 1 + math.prod(SHAPE)).view(SHAPE)
+    borders = [(0, 1, 4, 6), (0, 3, 7, 10), (0, 2, 3)]
+    ranges = [list(itertools.pairwise(cuts)) for cuts in borders]
+    for expert, tensor in itertools.product(range(4), range(2)):
+        shard = _expert_shard(expert, tensor, experts=4)
+        local = torch.zeros(shard.local_shape(), dtype=full.dtype)
+        for chunk_range in itertools.product(*ranges):
+            chunk = full[tuple(slice(*ends) for ends in chunk_range)]
+            offsets = [first for first, _ in chunk_range]
+            for local_index, chunk_index in shard.overlaps(offsets, chunk.shape):
+                assert not local[local_index].any(), "each element once"
+                local[local_index] = chunk[chunk_index]
+        assert local.equal(shard.extract(full))
