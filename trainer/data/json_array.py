@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from trainer.data.compressed import open_decompressed
 from trainer.errors import DataError
@@ -25,7 +25,7 @@ class Element:
     where: str
     """File, line and element number, for error messages."""
 
-    value: Any
+    value: object
     size: int
     """Length in the file, in characters."""
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.data.batches import BatchShape, EvaluationBatches, TrainBatches
 from trainer.data.epochs import build_sample_order
@@ -32,7 +32,7 @@ class Batches:
 
     train: TrainBatches
     validation: EvaluationBatches | None
-    fingerprint: Mapping[str, Any]
+    fingerprint: Mapping[str, list[str] | list[float]]
     """Identifies the training data and its mixture: with equal fingerprints and seeds, step n reads equal samples."""
 
     @property
@@ -69,26 +69,12 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
 
     train = [open_samples(tokens) for tokens in prepared.train]
     validation = [open_samples(tokens) for tokens in prepared.validation]
-    tokenizer = prepared.tokenizer
-    special_ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
-    pad_id = next((token_id for token_id in special_ids if token_id is not None), 0)
-    parallel, is_concatenated = loaded.config.parallel, data.packing == "concatenate"
-    # Concatenated samples keep one shape, which the pipeline engine relies on; a sequence sharded over the tensor
-    # ranks must be divisible by their number.
-    padded_multiple = math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1)
-    width_multiple = data.sequence_length if is_concatenated else padded_multiple
-    collation = Collation(
-        length=data.sequence_length,
-        pad_id=pad_id,
-        pad_to_multiple_of=width_multiple,
-        mask_padding=not is_concatenated or loaded.facts.has_load_balancing_loss,
-    )
     shape = BatchShape(
         train=loaded.batch.batch_size,
         micro=loaded.batch.micro_batch_size,
         data_rank=topology.data_rank,
         data_ranks=topology.data,
-        collate=partial(task.collate, collation=collation),
+        collate=partial(task.collate, collation=_collation(loaded, prepared)),
     )
     order = build_sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)
@@ -98,3 +84,19 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     validation_batches = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None
     sources = [tokens.fingerprint() for tokens in prepared.train]
     return Batches(batches, validation_batches, {"sources": sources, "weights": list(prepared.weights)})
+
+
+def _collation(loaded: LoadedConfig, prepared: PreparedData) -> Collation:
+    """Choose the shape and the padding of micro-batches."""
+    data, parallel = loaded.config.data, loaded.config.parallel
+    tokenizer, is_concatenated = prepared.tokenizer, data.packing == "concatenate"
+    special_ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    # Concatenated samples keep one shape, which the pipeline engine relies on; a sequence sharded over the tensor
+    # ranks must be divisible by their number.
+    padded_multiple = math.lcm(PAD_MULTIPLE, parallel.tensor if parallel.sequence_parallel else 1)
+    return Collation(
+        length=data.sequence_length,
+        pad_id=next((token_id for token_id in special_ids if token_id is not None), 0),
+        pad_to_multiple_of=data.sequence_length if is_concatenated else padded_multiple,
+        mask_padding=not is_concatenated or loaded.facts.has_load_balancing_loss,
+    )

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.checkpoint_format import is_checkpoint
 from trainer.config.schema import DEFAULT_CACHE
@@ -22,6 +22,7 @@ from trainer.data.tokenization import DocumentEncoder, check_token_entry, open_c
 from trainer.data.tokenizer import END_OF_TEXT, TRAINING_BYTES, check_tokenizer, load_tokenizer, train_tokenizer
 from trainer.distributed import Launch
 from trainer.errors import ConfigError, DataError
+from trainer.json_types import JsonObject
 from trainer.run_layout import run_tokenizer_folder
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class PreparedData:
     """Special tokens around each document; None if all sources are token files."""
 
     @property
-    def frame_json(self) -> dict[str, Any] | None:
+    def frame_json(self) -> JsonObject | None:
         """The frame for `config.json`."""
         return None if self.frame is None else self.frame.as_json()
 

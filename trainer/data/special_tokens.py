@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from trainer.errors import ConfigError, Problem
+from trainer.json_types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,14 @@ class DocumentFrame:
         after = [f"{token} ({number})" for token, number in zip(self.suffix_tokens, self.suffix, strict=True)]
         return " ".join([*before, "TEXT", *after])
 
-    def as_json(self) -> dict[str, Any]:
-        """For `config.json`."""
-        return {name: list(values) for name, values in asdict(self).items()}
+    def as_json(self) -> JsonObject:
+        """Return the frame as it is recorded in `config.json`."""
+        return {
+            "prefix": [*self.prefix],
+            "suffix": [*self.suffix],
+            "prefix_tokens": [*self.prefix_tokens],
+            "suffix_tokens": [*self.suffix_tokens],
+        }
 
     @property
     def cache_key(self) -> int | dict[str, list[int]] | None:

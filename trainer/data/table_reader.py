@@ -18,7 +18,10 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyarrow import Array
 
 _BATCH_BYTES = 1 << 20
 _MAX_BATCH_ROWS = 250
@@ -35,7 +38,7 @@ def _column_index(names: list[str], field: str) -> int:
     return names.index(field)
 
 
-def _parquet(path: str, field: str) -> Iterator[Any]:
+def _parquet(path: str, field: str) -> Iterator[Array]:
     """Yield small batches, because dictionary encoding expands a small file to many large texts."""
     import pyarrow.parquet as pq
 
@@ -53,7 +56,7 @@ def _parquet(path: str, field: str) -> Iterator[Any]:
                 yield batch.column(0)
 
 
-def _arrow(path: str, field: str) -> Iterator[Any]:
+def _arrow(path: str, field: str) -> Iterator[Array]:
     import pyarrow as pa
 
     with pa.memory_map(path) as file:
@@ -76,7 +79,7 @@ def _arrow(path: str, field: str) -> Iterator[Any]:
                 yield batch.column(column)
 
 
-def _csv(path: str, field: str) -> Iterator[Any]:
+def _csv(path: str, field: str) -> Iterator[Array]:
     import pandas as pd  # type: ignore[import-untyped]
     import pyarrow as pa
 
@@ -85,7 +88,7 @@ def _csv(path: str, field: str) -> Iterator[Any]:
         yield pa.Array.from_pandas(frame.iloc[:, column])
 
 
-def _saved_dataset(path: str, field: str) -> Iterator[Any]:
+def _saved_dataset(path: str, field: str) -> Iterator[Array]:
     import datasets
 
     dataset = datasets.load_from_disk(path)

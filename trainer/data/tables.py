@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypedDict
 
 from trainer.data.documents import document_too_large
 from trainer.errors import DataError
@@ -26,6 +26,20 @@ _DOCUMENT_COPIES = 16
 
 _THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 """Environment that keeps libraries from reserving address space, which is what is limited, for every core."""
+
+
+class _Message(TypedDict, total=False):
+    """A line of the reader's output, see `table_reader.py`."""
+
+    file: int
+    rows: list[str | None]
+    row: int
+    type: str
+    bytes: int
+    fields: list[str]
+    memory: str
+    error: str
+    end: bool
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ def _parse_output(
     assert reader.stdout is not None
     file, number = files[0], 0
     for raw in reader.stdout:
-        line: dict[str, Any] = json.loads(raw)
+        line: _Message = json.loads(raw)
         if "file" in line:
             file, number = files[line["file"]], 0
         elif "rows" in line:
@@ -124,7 +138,7 @@ def _crash_error(reader: subprocess.Popen[bytes], stderr: IO[bytes], problem: st
     )
 
 
-def _reported_error(line: dict[str, Any], file: Path, limits: _Limits) -> DataError:
+def _reported_error(line: _Message, file: Path, limits: _Limits) -> DataError:
     """Convert an error line of the reader to an exception."""
     if "fields" in line:
         available = ", ".join(f"'{key}'" for key in line["fields"]) or "nothing"
