@@ -3,6 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 
 BIN     := $(abspath $(VENV))/bin
+COMPAT  := $(abspath $(VENV))-compat/bin
 PY      := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 ON_CPU   = $(shell $(PY) -c "import torch; print('' if torch.cuda.is_available() else 1)" 2>/dev/null)
@@ -11,7 +12,7 @@ PIP     := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 COMMA   := ,
 step     = @echo; echo '--- $(1) ---'
 
-.PHONY: help install quickstart test check matrix soak mutants bench schema clean
+.PHONY: help install quickstart test check matrix soak compat mutants bench schema clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,14 @@ matrix: $(VENV)/.installed-test  ## the long tests
 
 soak: $(VENV)/.installed-test  ## runs killed at random instants, over and over (about half an hour on 2 cores)
 	$(PY) -m pytest -m soak
+
+compat:  ## the fast proof on the newest allowed versions of all dependencies, in $(VENV)-compat (about 10 minutes on 2 cores)
+	test -x $(COMPAT)/python || $(PYTHON) -m venv $(VENV)-compat
+	$(COMPAT)/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[test]'
+	$(COMPAT)/python -m tools.extensions ShareMemCommBuilder FusedAdamBuilder
+	$(COMPAT)/python -m tools.extensions CPUAdamBuilder
+	$(COMPAT)/python -m pytest -m 'fast and not matrix'
+	$(COMPAT)/python -m pytest tests/test_layouts.py tests/test_engine.py tests/test_pipeline_engine.py
 
 mutants: $(VENV)/.installed-test  ## small faults in trainer/, which the fast tests must detect (under 40 minutes on 2 cores)
 	$(PY) -m tools.mutants

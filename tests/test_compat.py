@@ -124,7 +124,7 @@ def test_missing_name_is_refused(
 
 
 def with_renamed(owner: Any, name: str) -> Any:
-    """A copy of a module, class or function whose attributes and code have another word for `name`."""
+    """Copy a module, class or function, with another word for `name` in its attributes and code."""
     if isinstance(owner, type):
         members = {key: value for base in reversed(owner.__mro__[:-1]) for key, value in vars(base).items()}
         members = {key: value for key, value in members.items() if key not in UNCOPIED}

@@ -336,7 +336,7 @@ def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None
     assert groups.build(parameters, []) == parameters
     plain = torch.optim.SGD(parameters, lr=0.1)
     groups.install_rate_scales(plain)
-    assert not plain._optimizer_step_pre_hooks
+    assert "learning_rate_scale" not in plain.param_groups[0]
     loaded = check_config(tiny, world_size=1, device="cpu")
     assert weight_decay(loaded.deepspeed_json) == 0
     options = weight_options(build_model_shape(loaded), loaded.config.training, decay=0)

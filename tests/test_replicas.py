@@ -115,7 +115,7 @@ Case = tuple[dict[str, Any], str, int]
 
 
 def flipped(config: dict[str, Any], cases: list[Case], after_update: bool = False) -> list[str]:
-    """The error of the second step, for a flip after the first step or after the second; the first must pass."""
+    """Return the error of the second step, for a flip after the first or the second; the first step must pass."""
     launch, messages = Launch.from_environment(), []
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for values, name, rank in cases:

@@ -81,7 +81,7 @@ def batch_of(batches: TrainBatches, step: int, replica: int) -> Any:
 
 
 def train_replicas(config: dict[str, Any], every_steps: int) -> list[Weights]:
-    """The weights of each replica after training in turns; those of step 1 must differ."""
+    """Train replicas in turns and return the weights of each."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         loaded = load_job(config, launch.world_size)

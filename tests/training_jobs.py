@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import inspect
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,16 +14,20 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.configs import with_values
 from tests.reference_optimizers import scheduled_learning_rates, torch_optimizer
 from tools.parity.reference import ReferenceStep, load_reference_model, train_reference
 from trainer.config.load import LoadedConfig, check_config
 from trainer.data import TrainBatches, open_batches, prepare_data
+from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, joined_world, local_device
 from trainer.engine import start_engine
+from trainer.engine.loss_scale import LossScale
 from trainer.engine.plain import PlainEngine
 from trainer.model import build_model, build_model_shape, model_cost
 from trainer.pipeline import assign_stages
 from trainer.progress import Progress
+from trainer.tasks import TaskLoss
 from trainer.topology import Topology
 from trainer.tracking import Meter
 
@@ -57,17 +62,20 @@ def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Ou
 def _train(
     config: dict[str, Any], steps: int, launch: Launch, topology: Topology, world: World, sabotage: str
 ) -> Outcome:
+    if sabotage == "no clipping":
+        config = with_values(config, deepspeed__gradient_clipping=0.0)
     loaded = load_job(config, launch.world_size)
     prepared = prepare_data(loaded, launch, world.store)
     batches = open_batches(loaded, prepared, topology)
     assignment = assign_stages(build_model_shape(loaded), loaded)
     engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
     before = engine.evaluate(batches.validation).loss if batches.validation else None
-    if sabotage:
-        _sabotage(engine, sabotage)
     curve = []
     for batch in batches.train.steps(1, steps):
-        result = engine.train_step(batch)
+        if sabotage == "other samples":
+            batch = _with_other_samples(batch, topology.rank)
+        with _sabotaged_objective(sabotage):
+            result = engine.train_step(batch)
         total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
         norm = float("nan") if result.grad_norm is None else float(result.grad_norm)
         curve.append((total / batch.tokens, norm))
@@ -75,42 +83,32 @@ def _train(
     return curve, weights, before
 
 
-def _sabotage(engine: PlainEngine, fault: str) -> None:
-    """Breaks what the layout tests claim to prove; they must go red."""
-    forward = engine._forward
+def _with_other_samples(batch: StepBatch, rank: int) -> StepBatch:
+    """Shift the ids of every rank but rank 0."""
+    micro_batches = tuple(
+        replace(micro, inputs={**micro.inputs, "input_ids": micro.inputs["input_ids"] + rank})
+        for micro in batch.micro_batches
+    )
+    return replace(batch, micro_batches=micro_batches)
 
-    def mean_of_means(micro: Any) -> Any:
-        loss = forward(micro)
-        own = (micro.labels != -100).sum() * engine._world.topology.data
-        factor = engine._tokens / own / 4
-        return loss._replace(loss_sum=loss.loss_sum * factor, objective=loss.objective * factor)
 
-    def first_micro_batch_only(micro: Any) -> Any:
-        loss = forward(micro)
-        engine._seen = getattr(engine, "_seen", 0) + 1
-        return loss if engine._seen % 2 else loss._replace(objective=0 * loss.objective)
+@contextlib.contextmanager
+def _sabotaged_objective(fault: str) -> Iterator[None]:
+    """Break the objective of micro-batches, and not the reported loss; comparisons of layouts must detect it."""
+    original, calls = LossScale.objective, itertools.count()
 
-    if fault == "mean of means":
-        step = engine.train_step
+    def mean_of_means(scale: LossScale, loss: TaskLoss) -> torch.Tensor:
+        return loss.objective / (loss.target_losses != 0).sum() / 4
 
-        def remember(batch: Any) -> Any:
-            engine._tokens = batch.tokens
-            return step(batch)
+    def first_micro_batch_only(scale: LossScale, loss: TaskLoss) -> torch.Tensor:
+        return original(scale, loss) * (next(calls) % 2 == 0)
 
-        engine.train_step = remember  # type: ignore[method-assign]
-        engine._forward = mean_of_means  # type: ignore[method-assign]
-    elif fault == "drop a micro-batch":
-        engine._forward = first_micro_batch_only  # type: ignore[method-assign]
-    elif fault == "other samples":
-        refuse = engine._check_same_samples
-        rank = engine._world.topology.rank
-        engine._check_same_samples = lambda micro: refuse(  # type: ignore[method-assign]
-            replace(micro, inputs={"input_ids": micro.inputs["input_ids"] + rank})
-        )
-    elif fault == "no clipping":
-        engine._max_grad_norm = 0.0
-    else:
-        raise ValueError(fault)
+    faults = {"mean of means": mean_of_means, "drop a micro-batch": first_micro_batch_only}
+    LossScale.objective = faults.get(fault, original)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LossScale.objective = original  # type: ignore[method-assign]
 
 
 def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
@@ -205,7 +203,7 @@ _COLLECTIVES = (
 
 def _owner() -> str:
     """The package whose code is innermost on the stack."""
-    frame = sys._getframe(2)
+    frame = inspect.currentframe().f_back.f_back  # type: ignore[union-attr]
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).split(".")[0]
         if package in _OWNERS:
@@ -222,7 +220,7 @@ class _HostReadCounter(TorchDispatchMode):
         self._counted = counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func.name() == "aten::_local_scalar_dense":
             (self._counted.ours if _owner() == "trainer" else self._counted.theirs)["host read"] += 1
         return func(*args, **(kwargs or {}))
 
