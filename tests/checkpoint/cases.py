@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,8 +71,12 @@ class UnbrokenRun(NamedTuple):
         return self.folder / "checkpoints" / f"step-{step:08}"
 
 
+RunUnbroken = Callable[..., UnbrokenRun]
+"""Runs a model in a layout without interruption; see the fixture `unbroken_run`."""
+
+
 def run_config(base: dict[str, Any], model: str, layout: Layout, run: Path, **values: Any) -> dict[str, Any]:
-    """The configuration of one of `MODELS` in a layout."""
+    """Return the configuration of one of `MODELS` in a layout."""
     return layout.apply_to(with_values(base, run__output_dir=str(run), **MODELS[model], **values))
 
 
@@ -80,7 +85,7 @@ def with_resume(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run_in_one_world(jobs: list[tuple[Any, ...]], world: int = 1) -> list[Any]:
-    """Rank 0's outcome of each job; see `run_jobs`."""
+    """Return rank 0's outcome of each job; see `run_jobs`."""
     return list(run_ranks(run_jobs, world, jobs)[0])
 
 
@@ -107,7 +112,7 @@ def flip_bit(path: Path) -> None:
 
 
 def make_manifest(**fields: Any) -> Manifest:
-    """A manifest without tensors; `fields` replace the defaults."""
+    """Return a manifest without tensors; `fields` replace the defaults."""
     defaults: dict[str, Any] = {
         "step": 1,
         "attempt": 1,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.checkpoint.cases import UnbrokenRun, run_cli, run_config, validation_sources
+from tests.checkpoint.cases import RunUnbroken, UnbrokenRun, run_cli, run_config, validation_sources
 from tests.checkpoint_jobs import train_and_save
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
@@ -32,7 +31,7 @@ def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def unbroken_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., UnbrokenRun]:
+def unbroken_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RunUnbroken:
     """Run a model in a layout once, for all tests that resume from it."""
     runs: dict[str, UnbrokenRun] = {}
 
@@ -49,7 +48,7 @@ def unbroken_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def uploaded_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the command on two ranks, in `run`, with checkpoints after steps 2, 4 and 6, uploaded to `copies`."""
+    """Run the command on two ranks, in `run`, with checkpoints after steps 2, 4 and 6, uploaded to `copies`."""
     folder = tmp_path_factory.mktemp("uploaded")
     config = with_values(
         base,

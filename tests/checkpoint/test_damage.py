@@ -46,7 +46,7 @@ Outcome = Any
 
 @pytest.fixture(scope="module")
 def saved_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with checkpoints of steps 1 and 2."""
+    """Create a run directory with checkpoints of steps 1 and 2."""
     run = tmp_path_factory.mktemp("saved") / "run"
     run_in_one_world([(with_values(base, run__output_dir=str(run)), 2, (1, 2))])
     return run
@@ -56,7 +56,7 @@ def saved_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 def damage_outcomes(
     base: dict[str, Any], saved_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str, str], Outcome]:
-    """By damage, file, and `auto` or `named`: resume a run whose newest checkpoint is damaged, all in one world."""
+    """Resume runs whose newest checkpoint is damaged, in one world; by damage, file, and `auto` or `named`."""
     folder, jobs = tmp_path_factory.mktemp("damaged"), {}
     for i, (damage, file) in enumerate([*FILE_DAMAGES, *POINTER_DAMAGES]):
         for resume in ("auto", "named"):

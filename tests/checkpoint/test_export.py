@@ -1,4 +1,4 @@
-"""The command-line tool: list, show, verify, diff, export."""
+"""The command-line tool for checkpoints: list, show, verify, diff, export."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.checkpoint.cases import (
-    MODELS,
-    flip_bit,
-    run_cli,
-    run_tool,
-)
+from tests.checkpoint.cases import MODELS, flip_bit, run_cli, run_tool
 from tests.configs import with_values
-from trainer.checkpoint_format import (
-    checksum,
-)
+from trainer.checkpoint_format import checksum
 
 
 def test_tool_lists_shows_verifies_and_compares_checkpoints(uploaded_run: Path, tmp_path: Path) -> None:
@@ -42,28 +35,36 @@ def test_tool_lists_shows_verifies_and_compares_checkpoints(uploaded_run: Path, 
     assert differing.status == 1
     assert "0 tensors are equal bit for bit" in differing.out
     assert run_tool("diff", run, uploaded_run / "copies" / "step-00000006").status == 0
-    copied = tmp_path / "damaged"
-    shutil.copytree(run / "checkpoints", copied / "checkpoints")
-    flip_bit(copied / "checkpoints" / "step-00000006" / "rank-00000.safetensors")
-    damaged = run_tool("verify", copied)
+
+
+def test_tool_reports_damaged_and_missing_checkpoints(uploaded_run: Path, tmp_path: Path) -> None:
+    damaged_run = tmp_path / "damaged"
+    shutil.copytree(uploaded_run / "run" / "checkpoints", damaged_run / "checkpoints")
+    flip_bit(damaged_run / "checkpoints" / "step-00000006" / "rank-00000.safetensors")
+    damaged = run_tool("verify", damaged_run)
     assert damaged.status == 4
     assert "step-00000006/rank-00000.safetensors: damaged" in damaged.out
-    manifest = copied / "checkpoints" / "step-00000006" / "manifest.json"
+    missing = run_tool("show", tmp_path)
+    assert missing.status == 4
+    assert "not a checkpoint: it has no manifest.json" in missing.err
+
+
+def test_tool_escapes_control_characters_of_manifest(uploaded_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000006"
+    shutil.copytree(uploaded_run / "run" / "checkpoints" / "step-00000006", folder)
+    manifest = folder / "manifest.json"
     body = json.loads(manifest.read_text())
     del body["checksum"]
     body["created"] = "today\x1b[2J"
     manifest.write_text(json.dumps({**body, "checksum": checksum(body)}))
-    assert r"today\x1b[2J, commit" in run_tool("show", copied).out, "no control character of a file reaches the console"
-    nothing = run_tool("show", tmp_path)
-    assert nothing.status == 4
-    assert "not a checkpoint: it has no manifest.json" in nothing.err
+    assert r"today\x1b[2J, commit" in run_tool("show", folder).out
 
 
 @pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
 def test_export_equals_final_model(model: str, base: dict[str, Any], tmp_path: Path) -> None:
-    """In several files, in both types; and the export of the last checkpoint is what the run itself has written."""
-    ended = run_cli(with_values(base, run__output_dir=str(tmp_path / "run"), **MODELS[model], training__max_steps=2),
-                    tmp_path)  # fmt: skip
+    """In several files; and in bf16 with the rounding of that dtype."""
+    config = with_values(base, run__output_dir=str(tmp_path / "run"), **MODELS[model], training__max_steps=2)
+    ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
     out = run_tool("export", tmp_path / "run", tmp_path / "hf", "--check", "--shard_gigabytes", "0.00005")
     assert out.status == 0, out.out + out.err

@@ -1,4 +1,4 @@
-"""Importing DeepSpeed's checkpoints, and code in foreign files that must not run."""
+"""Importing DeepSpeed checkpoints; code in files of other owners never runs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,19 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from tests.checkpoint.cases import (
-    run_cli,
-    run_tool,
-    validation_sources,
-)
-from tests.checkpoint_jobs import (
-    read_state,
-)
+from tests.checkpoint.cases import run_cli, run_tool, validation_sources
+from tests.checkpoint_jobs import read_state
 from tests.configs import with_values
 from tests.harness import run_ranks
 from trainer.checkpoint.deepspeed_to_safetensors import _load_tensors
-from trainer.checkpoint_format import (
-    MANIFEST,
-    checksum,
-)
+from trainer.checkpoint_format import MANIFEST, checksum
 from trainer.distributed import Launch, joined_world
 from trainer.files import hash_file
 from trainer.topology import Topology
 
 
 def save_deepspeed_checkpoint(folder: str, weights: dict[str, Any], stage: int) -> None:
-    """A plain data-parallel run of somebody else's, saved with DeepSpeed's own `save_checkpoint`."""
+    """Train a data-parallel model without our code, and save it with DeepSpeed's `save_checkpoint`."""
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,12 +32,13 @@ def save_deepspeed_checkpoint(folder: str, weights: dict[str, Any], stage: int) 
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=0):
         model = LlamaForCausalLM(LlamaConfig(**weights))
         settings = {
-            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
             "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
-        }  # fmt: skip
+        }
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-        ids = torch.arange(12)[None] + launch.rank
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        ids_BT = torch.arange(12)[None] + launch.rank
+        engine.backward(engine(input_ids=ids_BT, labels=ids_BT).loss)
         engine.step()
         engine.save_checkpoint(folder)
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
@@ -55,13 +47,16 @@ def save_deepspeed_checkpoint(folder: str, weights: dict[str, Any], stage: int) 
 
 
 class _PickledByGetattr:
-    """As early releases of Python 3.11 pickle a member of an enumeration; or, of another object, an attack."""
+    """Pickles an attribute by `getattr`, as early releases of Python 3.11 pickle members of enumerations.
+
+    With another object the same pickle is an attack.
+    """
 
     def __init__(self, target: Any, name: str) -> None:
-        self._made_by = getattr, (target, name)
+        self._reduced = getattr, (target, name)
 
     def __reduce__(self) -> Any:
-        return self._made_by
+        return self._reduced
 
 
 @pytest.mark.fast
@@ -78,14 +73,14 @@ def test_enum_pickled_by_getattr_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.matrix) for stage in (0, 3))])
 def test_deepspeed_checkpoint_is_imported(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
-    source = tmp_path / "theirs"
+    source = tmp_path / "deepspeed"
     source.mkdir()
-    about = {key: value for key, value in base["model"]["config"].items() if key != "model_type"}
-    run_ranks(save_deepspeed_checkpoint, 2, str(source), about, stage)
+    model_config = {key: value for key, value in base["model"]["config"].items() if key != "model_type"}
+    run_ranks(save_deepspeed_checkpoint, 2, str(source), model_config, stage)
     config = with_values(base, run__output_dir=str(tmp_path / "run"), training__max_steps=1)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    made = run_tool("import", source, "--config", tmp_path / "config.json")
-    assert made.status == 0, made.err
+    imported = run_tool("import", source, "--config", tmp_path / "config.json")
+    assert imported.status == 0, imported.err
     state = read_state(tmp_path / "run" / "checkpoints" / "step-00000000")
     expected = torch.load(source / "expected", weights_only=True)
     assert {f"weight/{name}" for name in expected} == state.keys()
@@ -93,9 +88,9 @@ def test_deepspeed_checkpoint_is_imported(stage: int, base: dict[str, Any], tmp_
     ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
     assert "resuming from step 0" in ended.out
-    again = run_tool("import", source, "--config", tmp_path / "config.json")
-    assert again.status == 2
-    assert "holds checkpoints" in again.err
+    second = run_tool("import", source, "--config", tmp_path / "config.json")
+    assert second.status == 2
+    assert "holds checkpoints" in second.err
 
 
 class Canary:
@@ -109,16 +104,16 @@ class Canary:
 
 
 def test_code_in_checkpoints_never_runs(uploaded_run: Path, base: dict[str, Any], tmp_path: Path) -> None:
-    """Pickles in a checkpoint, in DeepSpeed's files and beside a model; code that a configuration names."""
+    """Neither pickles in a checkpoint or in DeepSpeed's files nor code that a model's configuration names."""
     canary = tmp_path / "canary"
     pickled = io.BytesIO()
     torch.save({"module": {"a": torch.zeros(1)}, "x": Canary(str(canary))}, pickled)
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    (theirs / "mp_rank_00_model_states.pt").write_bytes(pickled.getvalue())
+    source = tmp_path / "deepspeed"
+    source.mkdir()
+    (source / "mp_rank_00_model_states.pt").write_bytes(pickled.getvalue())
     config = with_values(base, run__output_dir=str(tmp_path / "run"))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused = run_tool("import", theirs, "--config", tmp_path / "config.json")
+    refused = run_tool("import", source, "--config", tmp_path / "config.json")
     assert refused.status == 4
     assert "would run" in refused.err
 
@@ -126,13 +121,13 @@ def test_code_in_checkpoints_never_runs(uploaded_run: Path, base: dict[str, Any]
     shutil.copytree(uploaded_run / "run" / "checkpoints" / "step-00000006", step)
     (step / "rank-00000.safetensors").write_bytes(pickled.getvalue())
     (step / "optimizer.pt").write_bytes(pickled.getvalue())
-    told = json.loads((step / MANIFEST).read_text())
-    told["files"][0] = {"name": "rank-00000.safetensors", "bytes": len(pickled.getvalue()),
-                        "hash": hash_file(step / "rank-00000.safetensors")}  # fmt: skip
-    told["model"]["config"]["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
-    del told["checksum"]
-    (step / MANIFEST).write_text(json.dumps({"checksum": checksum(told), **told}))
-    assert run_tool("verify", tmp_path / "evil").status == 0, "an attacker can make hashes"
+    body = json.loads((step / MANIFEST).read_text())
+    digest = hash_file(step / "rank-00000.safetensors")
+    body["files"][0] = {"name": "rank-00000.safetensors", "bytes": len(pickled.getvalue()), "hash": digest}
+    body["model"]["config"]["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    del body["checksum"]
+    (step / MANIFEST).write_text(json.dumps({"checksum": checksum(body), **body}))
+    assert run_tool("verify", tmp_path / "evil").status == 0, "an attacker can compute hashes"
     loaded = run_cli(
         with_values(config, checkpoint__resume=str(step), data__validation=validation_sources(base)), tmp_path
     )

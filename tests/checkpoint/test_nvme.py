@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.cases import OFFLOAD, UnbrokenRun, run_config, with_resume
+from tests.checkpoint.cases import OFFLOAD, RunUnbroken, run_config, with_resume
 from tests.checkpoint_jobs import read_state, train_and_save
 from tests.harness import run_ranks
 from tools.parity.layout import Layout
@@ -31,7 +30,7 @@ def test_nvme_state_equals_state_in_memory(
     offload: dict[str, Any],
     values: dict[str, Any],
     base: dict[str, Any],
-    unbroken_run: Callable[..., UnbrokenRun],
+    unbroken_run: RunUnbroken,
     tmp_path: Path,
 ) -> None:
     """Bit for bit; also resumed from one to the other, and back."""

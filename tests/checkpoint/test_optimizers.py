@@ -91,7 +91,7 @@ def assert_equal_runs(folder: Path, case: Case, losses: Any, resumed_losses: Any
 
 @pytest.fixture(scope="module")
 def outcomes(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Any, Any]]]:
-    """The runs of `CASES`, in one world."""
+    """Run `CASES` in one world."""
     folder = tmp_path_factory.mktemp("optimizers")
     return folder, dict(zip(map(case_name, CASES), run_cases(base, folder, CASES), strict=True))
 

@@ -9,56 +9,53 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.cases import (
-    flip_bit,
-    run_cli,
-    run_in_one_world,
-    validation_sources,
-)
+from tests.checkpoint.cases import flip_bit, run_cli, run_in_one_world, validation_sources
 from tests.configs import with_values
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.saved import checkpoint_name
-from trainer.checkpoint_format import (
-    MANIFEST,
-    read_manifest,
-    verify_files,
-)
+from trainer.checkpoint_format import MANIFEST, read_manifest, verify_files
 from trainer.errors import CheckpointError
 
 
 def test_remote_copy_is_fetched_and_verified(uploaded_run: Path, base: dict[str, Any], tmp_path: Path) -> None:
-    """Where the run directory has none, the copy is fetched; retention holds there too; so does damage."""
-    copies = uploaded_run / "copies"
-    assert sorted(f.name for f in copies.glob("step-*")) == ["step-00000004", "step-00000006"]
-    shutil.copytree(copies, tmp_path / "copies")
-    run_jobs = with_values(
-        base, run__output_dir=str(tmp_path / "several"), training__max_steps=8,
-        data__validation=validation_sources(base), checkpoint__resume=f"file://{tmp_path}/copies",
-    )  # fmt: skip
-    assert list(run_in_one_world([(run_jobs, 8)], world=3)[0]) == [7, 8]
-    verify_files(fetched := tmp_path / "several" / "checkpoints" / "step-00000006", read_manifest(fetched))
-    config = with_values(base, run__output_dir=str(tmp_path / "run"), training__max_steps=8,
-                         checkpoint__upload=f"file://{tmp_path}/copies", data__validation=validation_sources(base),
-                         deepspeed__optimizer__params__lr=0.125)  # fmt: skip
+    """Where the run directory has no valid checkpoint; retention applies to copies, and damage is detected in them."""
+    copies = tmp_path / "copies"
+    shutil.copytree(uploaded_run / "copies", copies)
+    assert sorted(path.name for path in copies.glob("step-*")) == ["step-00000004", "step-00000006"]
+    from_copies = with_values(
+        base,
+        run__output_dir=str(tmp_path / "named"),
+        training__max_steps=8,
+        data__validation=validation_sources(base),
+        checkpoint__resume=f"file://{copies}",
+    )
+    assert list(run_in_one_world([(from_copies, 8)], world=3)[0]) == [7, 8]
+    verify_files(fetched := tmp_path / "named" / "checkpoints" / "step-00000006", read_manifest(fetched))
+    config = with_values(
+        base,
+        run__output_dir=str(tmp_path / "run"),
+        training__max_steps=8,
+        checkpoint__upload=f"file://{copies}",
+        data__validation=validation_sources(base),
+        deepspeed__optimizer__params__lr=0.125,
+    )
     ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
     assert "resuming from step 6" in ended.out
     before = base["deepspeed"]["optimizer"]["params"]["lr"]
     assert f"changed since the last attempt: deepspeed.optimizer.params.lr: {before} -> 0.125" in ended.out
-    assert (tmp_path / "copies" / "latest").read_text() == "step-00000008\n"
-    assert read_manifest(tmp_path / "run" / "checkpoints" / "step-00000008").attempt == 2, (
-        "later than what it came from"
-    )
+    assert (copies / "latest").read_text() == "step-00000008\n"
+    assert read_manifest(tmp_path / "run" / "checkpoints" / "step-00000008").attempt == 2
     for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
         flip_bit(folder / "rank-00000.safetensors")
-    again = with_values(config, checkpoint__resume="auto")
-    assert run_in_one_world([(again, 8)]) == [{}], "all of its own are damaged: the copy is taken"
-    verify_files(mended := tmp_path / "run" / "checkpoints" / "step-00000008", read_manifest(mended))
-    flip_bit(tmp_path / "copies" / "step-00000008" / "rank-00000.safetensors")
+    assert run_in_one_world([(config, 8)]) == [{}], "all local checkpoints are damaged: the copy replaces the last"
+    verify_files(restored := tmp_path / "run" / "checkpoints" / "step-00000008", read_manifest(restored))
+    flip_bit(copies / "step-00000008" / "rank-00000.safetensors")
     shutil.rmtree(tmp_path / "run")
-    status, words = run_in_one_world([(with_values(run_jobs, run__output_dir=str(tmp_path / "run")), 8)], world=2)[0]
+    from_copies = with_values(from_copies, run__output_dir=str(tmp_path / "run"))
+    status, message = run_in_one_world([(from_copies, 8)], world=2)[0]
     assert status == 4
-    assert "damaged" in words
+    assert "damaged" in message
     damaged = run_cli(config, tmp_path)
     assert damaged.status == 4
     assert "damaged" in damaged.err
@@ -66,7 +63,7 @@ def test_remote_copy_is_fetched_and_verified(uploaded_run: Path, base: dict[str,
 
 @pytest.mark.fast
 def test_remote_copy_is_complete_once_manifest_exists(tmp_path: Path) -> None:
-    """In an object store: nothing is found before the manifest is there; a deleted copy loses it first."""
+    """In an object store a copy is found only with its manifest; deletion removes that first."""
     remote = Remote(f"memory://{tmp_path.name}/run")
     assert remote.newest() is None
     for step, attempt in ((10, 1), (20, 1), (15, 2)):
@@ -74,15 +71,15 @@ def test_remote_copy_is_complete_once_manifest_exists(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "rank-00000.safetensors").write_bytes(b"x" * step)
         (folder / MANIFEST).write_text(json.dumps({"attempt": attempt, "step": step}))
-        before = remote.newest()
+        newest = remote.newest()
         remote.upload(folder, ["rank-00000.safetensors"])
-        assert remote.newest() == before
+        assert remote.newest() == newest
         remote.upload(folder, [MANIFEST])
-        assert remote.newest() == folder.name, "of a later attempt, or a later step"
+        assert remote.newest() == folder.name, "a later attempt is newer, and so is a later step"
     remote.fetch(checkpoint_name(20), "rank-00000.safetensors", tmp_path / "fetched")
     assert (tmp_path / "fetched").read_bytes() == b"x" * 20
-    remote.delete(checkpoint_name(15))
-    remote.delete(checkpoint_name(15))
+    for _ in range(2):  # deleting an absent copy does nothing
+        remote.delete(checkpoint_name(15))
     assert remote.newest() == checkpoint_name(20)
     assert Remote(f"memory://{tmp_path.name}/run/{checkpoint_name(10)}").newest() == ""
     with pytest.raises(CheckpointError, match="cannot be copied"):

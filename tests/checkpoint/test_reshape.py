@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.cases import (
-    BF16,
-    BF16_FP32,
-    OFFLOAD,
-    SMALL_GROUPS,
-    run_cli,
-    run_config,
-)
-from tests.checkpoint_jobs import (
-    read_state,
-    train_and_save,
-)
+from tests.checkpoint.cases import BF16, BF16_FP32, OFFLOAD, SMALL_GROUPS, RunUnbroken, run_cli, run_config
+from tests.checkpoint_jobs import read_state, train_and_save
 from tests.harness import run_ranks
 from tests.test_tracking import read_rows
 from tools.parity.layout import Layout
@@ -36,7 +26,7 @@ PAIRS = [
 ]
 
 
-MORE_PAIRS = [
+SLOW_PAIRS = [
     ("llama", Layout(2, zero=3, changes=SMALL_GROUPS), Layout(2, pipeline=2)),
     ("gpt2", Layout(2, tensor=2, zero=1), Layout(2, zero=3)),
     ("tied", Layout(8, tensor=2, pipeline=2, zero=1), Layout()),
@@ -72,22 +62,29 @@ MORE_PAIRS = [
 
 @pytest.mark.parametrize(
     ("model", "source", "target"),
-    [*PAIRS, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MORE_PAIRS)],
+    [*PAIRS, *(pytest.param(*row, marks=pytest.mark.matrix) for row in SLOW_PAIRS)],
     ids=str,
 )
 def test_checkpoint_resumes_in_another_layout(
-    model: str, source: Layout, target: Layout, base: dict[str, Any], unbroken_run: Any, tmp_path: Path
+    model: str,
+    source: Layout,
+    target: Layout,
+    base: dict[str, Any],
+    unbroken_run: RunUnbroken,
+    tmp_path: Path,
 ) -> None:
-    """Saved, loaded elsewhere and saved again, the state is the same bit for bit; and training goes on as before."""
-    whole = unbroken_run(model, source)
-    config = run_config(base, model, target, tmp_path, checkpoint__resume=str(whole.checkpoint(3)))
+    """Saved, loaded in another layout and saved again, the state is equal bit for bit, and training continues."""
+    unbroken = unbroken_run(model, source)
+    config = run_config(base, model, target, tmp_path, checkpoint__resume=str(unbroken.checkpoint(3)))
     losses = run_ranks(train_and_save, target.world_size, config, 6, (3,))[0]
-    now, then = read_state(tmp_path / "checkpoints" / "step-00000003"), read_state(whole.checkpoint(3))
-    assert now.keys() == then.keys()
-    assert [name for name in then if not now[name].equal(then[name])] == []
-    # Rounding differs between layouts; in bf16 by more, where gradients are summed in another type.
+    state, expected = read_state(tmp_path / "checkpoints" / "step-00000003"), read_state(unbroken.checkpoint(3))
+    assert state.keys() == expected.keys()
+    assert any(key.startswith("buffer/") for key in expected) == (model == "deepseek_v3")
+    assert [key for key in expected if not state[key].equal(expected[key])] == []
+    # Layouts sum in different orders; in bf16 the gradients are also summed in another dtype.
     tolerance = 1e-3 if source.changes[:1] == BF16 else 1e-5
-    assert [losses[step] for step in (4, 5, 6)] == pytest.approx([whole.losses[s] for s in (4, 5, 6)], rel=tolerance)
+    expected_losses = {step: unbroken.losses[step] for step in (4, 5, 6)}
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
 
 
 CURVES = [
@@ -96,7 +93,7 @@ CURVES = [
 ]
 
 
-MORE_CURVES = [
+SLOW_CURVES = [
     ("llama", Layout(2, zero=3), Layout(2, pipeline=2)),
     ("llama", Layout(1), Layout(8, tensor=2, pipeline=2, zero=1)),
     ("tied", Layout(2, pipeline=2), Layout(2, zero=2)),
@@ -108,28 +105,30 @@ MORE_CURVES = [
 
 @pytest.mark.parametrize(
     ("model", "source", "target"),
-    [*CURVES, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MORE_CURVES)],
+    [*CURVES, *(pytest.param(*row, marks=pytest.mark.matrix) for row in SLOW_CURVES)],
     ids=str,
 )
 def test_command_resumes_in_another_layout(
     model: str, source: Layout, target: Layout, base: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A run of six steps, and one that goes on from its third under another layout, with the same numbers."""
+    """A run of six steps, and one that resumes from its third step in another layout, have equal metrics."""
     values = {"training__log_every_steps": 1, "checkpoint__every_steps": 3, "checkpoint__asynchronous": True}
-    whole = run_cli(run_config(base, model, source, tmp_path / "whole" / "run", **values), tmp_path / "whole",
-                    world=source.world_size)  # fmt: skip
-    assert whole.status == 0, whole.err
-    third = str(tmp_path / "whole" / "run" / "checkpoints" / "step-00000003")
-    rest = run_cli(run_config(base, model, target, tmp_path / "rest" / "run", **values), tmp_path / "rest",
-                   "--resume", third, world=target.world_size)  # fmt: skip
-    assert rest.status == 0, rest.err
-    assert "resuming from step 3" in rest.out
-    then, now = ({row["step"]: row for row in read_rows(tmp_path / n / "run")} for n in ("whole", "rest"))
-    assert list(now) == [4, 5, 6]
+    config = run_config(base, model, source, tmp_path / "unbroken" / "run", **values)
+    unbroken = run_cli(config, tmp_path / "unbroken", world=source.world_size)
+    assert unbroken.status == 0, unbroken.err
+    third = str(tmp_path / "unbroken" / "run" / "checkpoints" / "step-00000003")
+    config = run_config(base, model, target, tmp_path / "resumed" / "run", **values)
+    resumed = run_cli(config, tmp_path / "resumed", "--resume", third, world=target.world_size)
+    assert resumed.status == 0, resumed.err
+    assert "resuming from step 3" in resumed.out
+    expected_rows, rows = (
+        {row["step"]: row for row in read_rows(tmp_path / name / "run")} for name in ("unbroken", "resumed")
+    )
+    assert list(rows) == [4, 5, 6]
     for key in ("loss", "grad_norm", "learning_rate", "epoch", "tokens", "samples", "auxiliary_loss"):
-        expected = [then[step][key] for step in (4, 5, 6) if key in then[step]]
-        assert [now[step][key] for step in (4, 5, 6) if key in now[step]] == pytest.approx(expected, rel=1e-4), key
-    assert (tmp_path / "rest" / "run" / "final" / "config.json").exists()
+        expected = [expected_rows[step][key] for step in (4, 5, 6) if key in expected_rows[step]]
+        assert [rows[step][key] for step in (4, 5, 6) if key in rows[step]] == pytest.approx(expected, rel=1e-4), key
+    assert (tmp_path / "resumed" / "run" / "final" / "config.json").exists()
 
 
 def test_chunks_cover_sharded_tensor() -> None:

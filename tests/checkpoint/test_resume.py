@@ -17,16 +17,13 @@ from tests.checkpoint.cases import (
     DROPOUT,
     OFFLOAD,
     SMALL_GROUPS,
+    RunUnbroken,
     run_cli,
     run_config,
     validation_sources,
     with_resume,
 )
-from tests.checkpoint_jobs import (
-    read_state,
-    scalar_state_in,
-    train_and_save,
-)
+from tests.checkpoint_jobs import read_state, scalar_state_in, train_and_save
 from tests.configs import with_values
 from tests.harness import run_ranks
 from tests.test_tracking import read_rows
@@ -40,7 +37,7 @@ BITWISE = [
 ]
 
 
-MORE_BITWISE = [
+SLOW_BITWISE = [
     ("llama", Layout(2, zero=1), {}),
     ("llama", Layout(2), DROPOUT),
     ("llama", Layout(2, zero=1, changes=BF16), {}),
@@ -64,42 +61,52 @@ MORE_BITWISE = [
 
 @pytest.mark.parametrize(
     ("model", "layout", "values"),
-    [*BITWISE, *(pytest.param(*row, marks=pytest.mark.matrix) for row in MORE_BITWISE)],
+    [*BITWISE, *(pytest.param(*row, marks=pytest.mark.matrix) for row in SLOW_BITWISE)],
     ids=lambda value: str(value) if isinstance(value, str | Layout) else "dropout" if value else "",
 )
 def test_resumed_run_equals_unbroken_run(
-    model: str, layout: Layout, values: dict[str, Any], base: dict[str, Any], unbroken_run: Any, tmp_path: Path
+    model: str,
+    layout: Layout,
+    values: dict[str, Any],
+    base: dict[str, Any],
+    unbroken_run: RunUnbroken,
+    tmp_path: Path,
 ) -> None:
-    """In fresh processes, bit for bit: losses, weights, optimizer, counters; over the border of an epoch."""
-    whole = unbroken_run(model, layout, **values)
-    config = run_config(base, model, layout, tmp_path, checkpoint__resume=str(whole.checkpoint(3)), **values)
+    """In fresh processes, bit for bit: losses, weights, optimizer, counters; across the end of an epoch."""
+    unbroken = unbroken_run(model, layout, **values)
+    config = run_config(base, model, layout, tmp_path, checkpoint__resume=str(unbroken.checkpoint(3)), **values)
     losses = run_ranks(train_and_save, layout.world_size, config, 6, (6,))[0]
-    assert losses == {step: loss for step, loss in whole.losses.items() if step > 3}
-    now, then = read_state(tmp_path / "checkpoints" / "step-00000006"), read_state(whole.checkpoint(6))
-    assert now.keys() == then.keys()
-    assert [name for name in then if not now[name].equal(then[name])] == []
-    assert scalar_state_in(tmp_path / "checkpoints" / "step-00000006") == scalar_state_in(whole.checkpoint(6))
+    assert losses == {step: loss for step, loss in unbroken.losses.items() if step > 3}
+    last = tmp_path / "checkpoints" / "step-00000006"
+    state, expected = read_state(last), read_state(unbroken.checkpoint(6))
+    assert state.keys() == expected.keys()
+    assert [key for key in expected if not state[key].equal(expected[key])] == []
+    assert scalar_state_in(last) == scalar_state_in(unbroken.checkpoint(6))
 
 
 @pytest.mark.fast
 def test_fp16_loss_scale_round_trips() -> None:
-    """fp16 cannot be trained on CPUs; its state is what DeepSpeed's scaler says."""
+    """Without training, which fp16 cannot do on CPUs: the state is that of DeepSpeed's scaler."""
     scaler = DynamicLossScaler(2**16, 2, 1.0, 2, False)
     engine = SimpleNamespace(
-        global_steps=0, global_samples=0, skipped_steps=0, micro_steps=0, gradient_accumulation_steps=lambda: 1,
+        global_steps=0,
+        global_samples=0,
+        skipped_steps=0,
+        micro_steps=0,
+        gradient_accumulation_steps=lambda: 1,
         lr_scheduler=None,
-    )  # fmt: skip
+    )
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     inner.loss_scaler = scaler  # type: ignore[attr-defined]
     engine.optimizer = inner
     model = torch.nn.Linear(1, 1)
     state = DeepSpeedTrainingState(engine, None, [model], None)  # type: ignore[arg-type]
     vars(scaler).update(cur_scale=1024.0, cur_iter=7, last_overflow_iter=5, cur_hysteresis=1)
-    numbers = json.loads(json.dumps(vars(state.scalar_state())))
+    saved = json.loads(json.dumps(vars(state.scalar_state())))
     expected = dict(vars(scaler))
     inner.loss_scaler = DynamicLossScaler(2**16, 2, 1.0, 2, False)  # type: ignore[attr-defined]
     assert vars(inner.loss_scaler) != expected
-    state.load_scalar_state(ScalarState(**numbers))
+    state.load_scalar_state(ScalarState(**saved))
     assert vars(inner.loss_scaler) == expected
 
 
@@ -107,25 +114,27 @@ def test_fp16_loss_scale_round_trips() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed has no fp16 on CPUs")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_run_resumes_with_its_loss_scale(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
-    """On one GPU, from a scale that overflows at first, so that steps are skipped before the checkpoint."""
+    """On one GPU, with an initial scale that overflows, so that steps are skipped before the checkpoint."""
     config = with_values(
-        base, run__output_dir=str(tmp_path / "whole"), deepspeed__zero_optimization={"stage": stage},
+        base,
+        run__output_dir=str(tmp_path / "unbroken"),
+        deepspeed__zero_optimization={"stage": stage},
         deepspeed__fp16={"enabled": True, "initial_scale_power": 26, "loss_scale_window": 3, "hysteresis": 1},
-    )  # fmt: skip
-    whole = run_ranks(train_and_save, 1, config, 12, (6, 12))[0]
-    sixth = tmp_path / "whole" / "checkpoints" / "step-00000006"
+    )
+    unbroken_losses = run_ranks(train_and_save, 1, config, 12, (6, 12))[0]
+    sixth = tmp_path / "unbroken" / "checkpoints" / "step-00000006"
     assert scalar_state_in(sixth)["counters"]["skipped_steps"] > 0
-    rest = with_resume(with_values(config, run__output_dir=str(tmp_path / "rest")), sixth)
-    losses = run_ranks(train_and_save, 1, rest, 12, (6, 12))[0]
-    assert losses == pytest.approx({step: loss for step, loss in whole.items() if step > 6}, rel=1e-3)
+    resumed = with_resume(with_values(config, run__output_dir=str(tmp_path / "resumed")), sixth)
+    losses = run_ranks(train_and_save, 1, resumed, 12, (6, 12))[0]
+    assert losses == pytest.approx({step: loss for step, loss in unbroken_losses.items() if step > 6}, rel=1e-3)
     for step in (6, 12):
         name = f"checkpoints/step-{step:08}"
-        assert scalar_state_in(tmp_path / "rest" / name) == scalar_state_in(tmp_path / "whole" / name)
+        assert scalar_state_in(tmp_path / "resumed" / name) == scalar_state_in(tmp_path / "unbroken" / name)
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.matrix)])
 def test_frozen_weights_are_saved_once(stage: int, base: dict[str, Any], tmp_path: Path) -> None:
-    """Saved once, by whoever holds them, without a state of the optimizer's; loaded under another stage."""
+    """By one rank, without optimizer state; and loaded at another ZeRO stage."""
     name = "model.embed_tokens.weight"
     config = with_values(base, deepspeed__zero_optimization={"stage": stage}, run__output_dir=str(tmp_path / "first"))
     losses = run_ranks(train_and_save, 2, config, 2, (1, 2), None, (), name)[0]
@@ -134,24 +143,33 @@ def test_frozen_weights_are_saved_once(stage: int, base: dict[str, Any], tmp_pat
     assert f"weight/{name}" in saved
     assert f"exp_avg/{name}" not in saved
     assert saved[f"weight/{name}"].equal(read_state(folder.with_name("step-00000002"))[f"weight/{name}"])
-    other = with_values(config, run__output_dir=str(tmp_path / "other"), checkpoint__resume=str(folder),
-                        deepspeed__zero_optimization={"stage": 4 - stage})  # fmt: skip
+    other = with_values(
+        config,
+        run__output_dir=str(tmp_path / "other"),
+        checkpoint__resume=str(folder),
+        deepspeed__zero_optimization={"stage": 4 - stage},
+    )
     assert run_ranks(train_and_save, 2, other, 2, (1,), None, (), name)[0][2] == pytest.approx(losses[2], rel=1e-5)
-    again = read_state(tmp_path / "other" / "checkpoints" / "step-00000001")
-    assert again.keys() == saved.keys()
-    assert all(again[key].equal(saved[key]) for key in saved)
+    resaved = read_state(tmp_path / "other" / "checkpoints" / "step-00000001")
+    assert resaved.keys() == saved.keys()
+    assert all(resaved[key].equal(saved[key]) for key in saved)
 
 
 def test_model_path_reads_weights_of_checkpoint(uploaded_run: Path, base: dict[str, Any], tmp_path: Path) -> None:
-    """`model.path` takes its weights, without the optimizer's state."""
+    """Without the optimizer state: a new run."""
     run = uploaded_run / "run"
     config = with_values(
-        base, model__config=None, model__path=str(run / "checkpoints" / "step-00000006"), training__max_steps=2,
-        training__log_every_steps=1, run__output_dir=str(tmp_path / "run"), data__validation=validation_sources(base),
+        base,
+        model__config=None,
+        model__path=str(run / "checkpoints" / "step-00000006"),
+        training__max_steps=2,
+        training__log_every_steps=1,
+        run__output_dir=str(tmp_path / "run"),
+        data__validation=validation_sources(base),
         evaluation__max_batches=1,
-    )  # fmt: skip
+    )
     ended = run_cli(config, tmp_path)
     assert ended.status == 0, ended.err
-    then = [row["loss"] for row in read_rows(run) if row["split"] == "validation"][-1]
-    now = next(row["loss"] for row in read_rows(tmp_path / "run") if row["split"] == "validation")
-    assert now == pytest.approx(then, rel=1e-6)
+    last_loss = [row["loss"] for row in read_rows(run) if row["split"] == "validation"][-1]
+    first_loss = next(row["loss"] for row in read_rows(tmp_path / "run") if row["split"] == "validation")
+    assert first_loss == pytest.approx(last_loss, rel=1e-6)
