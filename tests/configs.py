@@ -14,8 +14,13 @@ def tiny_config(corpus: Path, cache: Path, output: Path) -> dict[str, Any]:
         "run": {"output_dir": str(output), "seed": 11},
         "model": {
             "config": {
-                "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
-                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "model_type": "llama",
+                "vocab_size": VOCABULARY,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
                 "max_position_embeddings": 64,
             }
         },
@@ -33,7 +38,7 @@ def tiny_config(corpus: Path, cache: Path, output: Path) -> dict[str, Any]:
             "optimizer": {"type": "AdamW", "params": {"lr": 0.002, "eps": 1e-3}},
             "gradient_clipping": 0.5,
         },
-    }  # fmt: skip
+    }
 
 
 def with_values(config: dict[str, Any], **values: Any) -> dict[str, Any]:

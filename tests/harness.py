@@ -19,7 +19,7 @@ __all__ = [
     "run_command",
     "run_ranks",
     "running_command",
-]  # fmt: skip
+]
 
 
 @contextlib.contextmanager

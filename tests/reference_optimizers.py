@@ -74,9 +74,15 @@ class Muon(torch.optim.Optimizer):
     ahead, and tall matrices' updates are scaled by sqrt(rows / columns)."""
 
     def __init__(
-        self, params: Any, lr: float, momentum: float, weight_decay: float, adam_lr: float,
-        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10,
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        adam_lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+    ) -> None:
         for group in params:
             name, (parameter,) = group["name"], group["params"]
             group["matrix"] = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name

@@ -26,16 +26,28 @@ ROWS: dict[str, list[str]] = {
     "traffic": ["Tessera     whole", "Tessera       cut", "AutoTP     whole", "AutoTP: the sum", "Tessera: the sum"],
     "pipeline": ["1f1b", "dualpipev", "0 to 1  activations", "1 to 0    gradients", "llama, tensor 2      1"],
     "checkpoint": [
-        "save, against dd conv=fsync", "load, against a sequential read", "then DeepSpeed gathers the weights",
-        "asynchronous stall, of a save", "bytes, of the least", "files", "memory beside the state, loading",
+        "save, against dd conv=fsync",
+        "load, against a sequential read",
+        "then DeepSpeed gathers the weights",
+        "asynchronous stall, of a save",
+        "bytes, of the least",
+        "files",
+        "memory beside the state, loading",
     ],
     "replicas": ["fp32, ZeRO 0", "fp32, ZeRO 1", "bf16, ZeRO 1"],
     "guards": [
-        "stop look-up after a step", "releasing the run lock", "comparing the ranks at the start", "guards, CPU time",
-        "until no rank is left", "not in a short round", "ranks left after 10 s", "limit 4 s: named after",
-        "the other ends, beyond the limit", "rank stopped, default limit, 1800 s: named after",
+        "stop look-up after a step",
+        "releasing the run lock",
+        "comparing the ranks at the start",
+        "guards, CPU time",
+        "until no rank is left",
+        "not in a short round",
+        "ranks left after 10 s",
+        "limit 4 s: named after",
+        "the other ends, beyond the limit",
+        "rank stopped, default limit, 1800 s: named after",
     ],
-}  # fmt: skip
+}
 """What begins the lines of its tables, or stands in them."""
 
 

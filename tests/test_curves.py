@@ -28,10 +28,32 @@ FEW_FAMILIES = [
     pytest.param("gpt2", {"pipeline": 2, "pipeline_schedule": "dualpipev"}, marks=pytest.mark.matrix),
 ]
 TENSOR_FAMILIES = [
-    "gpt2", "bloom", "opt", "gpt_neox", "gptj", "falcon", "phi", "phi3", "cohere", "gemma2", "gemma3_text",
-    "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "mistral", "starcoder2", "stablelm", "mpt",
-    "gpt_bigcode", "deepseek_v3", "mamba", "mamba2", "granite",
-]  # fmt: skip
+    "gpt2",
+    "bloom",
+    "opt",
+    "gpt_neox",
+    "gptj",
+    "falcon",
+    "phi",
+    "phi3",
+    "cohere",
+    "gemma2",
+    "gemma3_text",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "olmo2",
+    "olmoe",
+    "mistral",
+    "starcoder2",
+    "stablelm",
+    "mpt",
+    "gpt_bigcode",
+    "deepseek_v3",
+    "mamba",
+    "mamba2",
+    "granite",
+]
 PIPELINE_FAMILIES = ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba2", "falcon", "qwen3_next"]
 
 

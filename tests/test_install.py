@@ -25,8 +25,9 @@ JOINING = {"ShareMemCommBuilder"}
 
 
 def recipe(target: str) -> list[str]:
-    printed = subprocess.run(["make", "-n", "VENV=/nowhere", target], cwd=ROOT, capture_output=True, text=True,
-                             check=True, timeout=60)  # fmt: skip
+    printed = subprocess.run(
+        ["make", "-n", "VENV=/nowhere", target], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     return printed.stdout.splitlines()
 
 
@@ -35,8 +36,10 @@ def compiled(lines: list[str]) -> set[str]:
 
 
 def test_install_compiles_only_quickstart_extensions() -> None:
-    needs = {name: set(required_extensions(load_config(ROOT / "ds_configs" / f"{name}.json").deepspeed_json))
-             for name in ("quickstart", "quickstart-offload")}  # fmt: skip
+    needs = {
+        name: set(required_extensions(load_config(ROOT / "ds_configs" / f"{name}.json").deepspeed_json))
+        for name in ("quickstart", "quickstart-offload")
+    }
     assert compiled(recipe("install")) == JOINING | needs["quickstart"]
     later = compiled(recipe("test")) - compiled(recipe("install"))
     assert later == needs["quickstart-offload"] - needs["quickstart"]
@@ -70,8 +73,15 @@ def test_missing_prerequisite_fails_before_download(missing: str, words: str, tm
     if missing == "python":
         (programs / "g++").symlink_to("/bin/true")
     options = [f"VENV={tmp_path / 'venv'}", *([f"PYTHON={old}"] if missing == "python" else [])]
-    ended = subprocess.run(["make", "install", *options], cwd=ROOT, capture_output=True, text=True, check=False,
-                           timeout=60, env={**os.environ, "PATH": str(programs)})  # fmt: skip
+    ended = subprocess.run(
+        ["make", "install", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PATH": str(programs)},
+    )
     assert ended.returncode != 0
     assert words in ended.stdout + ended.stderr
     assert not (tmp_path / "venv").exists()

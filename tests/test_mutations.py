@@ -20,9 +20,15 @@ TIMEOUT_SECONDS = 60
 """That one command may take, on a busy machine."""
 
 FILES = (
-    "run/config.json", "run/checkpoints/*/manifest.json", "run/checkpoints/latest", "run/metrics.jsonl",
-    "run/events.jsonl", "cache/**/*.idx", "cache/**/*.bin", "cache/**/complete.json",
-)  # fmt: skip
+    "run/config.json",
+    "run/checkpoints/*/manifest.json",
+    "run/checkpoints/latest",
+    "run/metrics.jsonl",
+    "run/events.jsonl",
+    "cache/**/*.idx",
+    "cache/**/*.bin",
+    "cache/**/complete.json",
+)
 STATUSES = (0, 2, 3, 4)
 
 
@@ -46,11 +52,13 @@ def test_traceback_is_detected(tmp_path: Path) -> None:
 
 def mutated_configurations(tiny: dict[str, Any], folder: Path, seeds: range) -> list[str]:
     config = with_values(
-        tiny, deepspeed__zero_optimization={"stage": 2, "offload_optimizer": {"device": "none"}},
+        tiny,
+        deepspeed__zero_optimization={"stage": 2, "offload_optimizer": {"device": "none"}},
         deepspeed__scheduler={"type": "WarmupCosineLR", "params": {"warmup_num_steps": 2, "total_num_steps": 4}},
         checkpoint={"every_steps": 2, "keep_last": 2, "resume": "auto", "upload": "memory://x/y"},
-        parallel={"tensor": 1, "pipeline": 1}, evaluation={"every_steps": 2},
-    )  # fmt: skip
+        parallel={"tensor": 1, "pipeline": 1},
+        evaluation={"every_steps": 2},
+    )
     wrong = []
     for seed in seeds:
         file = folder / "config.json"
@@ -67,8 +75,14 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("trained")
     config = tiny_config(corpus, folder / "cache", folder / "run")
-    config = with_values(config, training__max_steps=2, checkpoint={"every_steps": 1}, data__validation=None,
-                         run__output_dir="run", data__cache_dir="cache")  # fmt: skip
+    config = with_values(
+        config,
+        training__max_steps=2,
+        checkpoint={"every_steps": 1},
+        data__validation=None,
+        run__output_dir="run",
+        data__cache_dir="cache",
+    )
     (folder / "config.json").write_text(json.dumps(config))
     assert not end_of(folder / "config.json")
     return folder

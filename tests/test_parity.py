@@ -163,26 +163,48 @@ def test_invalid_command_line_is_refused(arguments: list[str]) -> None:
         main(arguments)
 
 
-LLAMA = {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 32,
-         "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "num_key_value_heads": 32,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
 GEMMA = {"model_type": "gemma2", "final_logit_softcapping": None}
-FALCON = {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 128,
-          "hidden_size": 8192}  # fmt: skip
+FALCON = {
+    "model_type": "falcon",
+    "new_decoder_architecture": True,
+    "num_kv_heads": 8,
+    "num_attention_heads": 128,
+    "hidden_size": 8192,
+}
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("model", "kept", "small"),
     [
-        (LLAMA, {"tie_word_embeddings": True, "attention_bias": True, "rope_parameters": LLAMA["rope_parameters"]},
-         {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4}),
-        (GEMMA, {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0},
-         {"hidden_size": 64, "num_key_value_heads": 4}),
+        (
+            LLAMA,
+            {"tie_word_embeddings": True, "attention_bias": True, "rope_parameters": LLAMA["rope_parameters"]},
+            {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4},
+        ),
+        (
+            GEMMA,
+            {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0},
+            {"hidden_size": 64, "num_key_value_heads": 4},
+        ),
         (FALCON, {"new_decoder_architecture": True}, {"num_kv_heads": 4, "num_attention_heads": 8}),
     ],
     ids=lambda value: value.get("model_type"),
-)  # fmt: skip
+)
 def test_shrink_keeps_module_structure(
     config: Path, model: dict[str, Any], kept: dict[str, Any], small: dict[str, Any]
 ) -> None:

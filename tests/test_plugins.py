@@ -50,8 +50,9 @@ def test_plugin_model_matches_single_process_in_every_layout(
 ) -> None:
     alone = train(wizard(corpus, shared_cache, tmp_path / "run"), tmp_path)
     assert alone.status == 0, alone.err
-    expected, found = ({(row["split"], row["step"]): row["loss"] for row in read_rows(run)}
-                       for run in (tmp_path / "run", resumed))  # fmt: skip
+    expected, found = (
+        {(row["split"], row["step"]): row["loss"] for row in read_rows(run)} for run in (tmp_path / "run", resumed)
+    )
     assert found.keys() >= expected.keys() >= {("train", 4), ("validation", 4)}
     assert [found[key] for key in expected] == pytest.approx(list(expected.values()), rel=1e-5)
     stored = json.loads((resumed / "config.json").read_text())

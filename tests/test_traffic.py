@@ -11,7 +11,7 @@ from trainer.tensor_parallel.region import Region
 PARALLEL_RESIDUALS = [
     *(Case(model_type) for model_type in ("gpt_neox", "gptj", "falcon", "phi", "cohere")),
     Case("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}),
-]  # fmt: skip
+]
 
 
 def of_hidden_states(measured: Measured, during: str, *, outside: bool = False) -> dict[str, int]:

@@ -74,8 +74,12 @@ def _say(line: str) -> None:
 
 
 def _parser() -> CommandLineParser:
-    parser = CommandLineParser(prog="python -m tools.checkpoint", description=__doc__, allow_abbrev=False,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = CommandLineParser(
+        prog="python -m tools.checkpoint",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandLineParser)
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
@@ -156,10 +160,15 @@ def _list(options: argparse.Namespace) -> int:
         manifest = one.manifest
         marks = [mark for mark, true in (("latest", position == 0), ("best", one.folder in best)) if true]
         table.add_row(
-            one.folder.name, str(manifest.attempt), f"{manifest.tokens:,}", _loss(manifest, "train"),
+            one.folder.name,
+            str(manifest.attempt),
+            f"{manifest.tokens:,}",
+            _loss(manifest, "train"),
             _loss(manifest, "validation"),
-            _layout(manifest), format_bytes(manifest.bytes), " ".join(marks),
-        )  # fmt: skip
+            _layout(manifest),
+            format_bytes(manifest.bytes),
+            " ".join(marks),
+        )
     _console().print(table)
     for error in damaged:
         _say(f"damaged: {error}")

@@ -41,9 +41,13 @@ def _rank(
     function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, port: int, pipe: Connection
 ) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     import torch
 
     torch.set_num_threads(1)
@@ -202,9 +206,15 @@ def running_command(
             out, err = Path(folder) / f"out-{rank}", Path(folder) / f"err-{rank}"
             variables = dict(environment or {})
             if world > 1:
-                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                              "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                              "OMP_NUM_THREADS": "1"}  # fmt: skip
+                variables |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "OMP_NUM_THREADS": "1",
+                }
             variant = (variants or {}).get(rank, RankOverride())
             variables |= variant.environment
             directory = variant.working_folder or working_folder

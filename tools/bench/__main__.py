@@ -60,8 +60,12 @@ def main() -> None:
     for name, module in BENCHMARKS.items():
         sub = names.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(sub)
-        sub.add_argument("--quick", action="store_true", help="a short round, to see that the benchmark works: "
-                         + ", ".join(f"{key} {value}" for key, value in module.QUICK.items()))  # fmt: skip
+        sub.add_argument(
+            "--quick",
+            action="store_true",
+            help="a short round, to see that the benchmark works: "
+            + ", ".join(f"{key} {value}" for key, value in module.QUICK.items()),
+        )
         sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
     if options.quick:

@@ -82,17 +82,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         key: statistics.median(getattr(one, key)) for key in ("write", "read", "save", "stall", "load", "publish")
     }
     rows = [
-        ("save, against dd conv=fsync", f"{middle['write'] / middle['save']:.2f} x",
-         f"{one.bytes / middle['save'] / 1e6:.0f} MB/s"),
-        ("load, against a sequential read", f"{middle['read'] / middle['load']:.2f} x",
-         f"{one.bytes / middle['load'] / 1e6:.0f} MB/s"),
+        (
+            "save, against dd conv=fsync",
+            f"{middle['write'] / middle['save']:.2f} x",
+            f"{one.bytes / middle['save'] / 1e6:.0f} MB/s",
+        ),
+        (
+            "load, against a sequential read",
+            f"{middle['read'] / middle['load']:.2f} x",
+            f"{one.bytes / middle['load'] / 1e6:.0f} MB/s",
+        ),
         ("then DeepSpeed gathers the weights", "", f"{1e3 * middle['publish']:.0f} ms"),
-        ("asynchronous stall, of a save", f"{100 * middle['stall'] / middle['save']:.1f} %",
-         f"{1e3 * middle['stall']:.0f} ms"),
+        (
+            "asynchronous stall, of a save",
+            f"{100 * middle['stall'] / middle['save']:.1f} %",
+            f"{1e3 * middle['stall']:.0f} ms",
+        ),
         ("bytes, of the least", f"{one.bytes / one.minimum_bytes:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
         ("files", str(one.files), f"{options.world} ranks"),
         ("memory beside the state, loading", f"{one.extra_memory / 1e6:.1f} MB", ""),
-    ]  # fmt: skip
+    ]
     print(f"{options.size} M parameters, {options.world} ranks, ZeRO 1, median of {options.rounds} rounds")
     print(table(("", "", ""), rows))
     return {**asdict(one), "median": middle}
@@ -122,9 +131,14 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
 
 
 def _round(
-    number: int, engine: Engine, saver: CheckpointSaver, later: CheckpointSaver, world: World, loaded: LoadedConfig,
+    number: int,
+    engine: Engine,
+    saver: CheckpointSaver,
+    later: CheckpointSaver,
+    world: World,
+    loaded: LoadedConfig,
     measured: Measured,
-) -> None:  # fmt: skip
+) -> None:
     """The first one warms up, and is not counted."""
     folder = Path(loaded.config.run.output_dir) / CHECKPOINTS
     progress, topology = Progress(number + 1, 0, 0), world.topology

@@ -49,18 +49,28 @@ _NOT_RUN = "not in a short round"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, default=25, choices=(1, 5, 25),
-                        help="millions of parameters of the runs that are signalled (default 25)")  # fmt: skip
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=25,
+        choices=(1, 5, 25),
+        help="millions of parameters of the runs that are signalled (default 25)",
+    )
     parser.add_argument("--pairs", type=int, default=20, help="of blocks of steps with and without guards (default 20)")
     parser.add_argument("--steps", type=int, default=100, help="of a block (default 100)")
     parser.add_argument("--comparisons", type=int, default=5, help="starts at which ranks are compared (default 5)")
-    parser.add_argument("--limit", type=float, default=20.0,
-                        help="run.collective_timeout_seconds where a rank is stopped (default 20)")  # fmt: skip
+    parser.add_argument(
+        "--limit", type=float, default=20.0, help="run.collective_timeout_seconds where a rank is stopped (default 20)"
+    )
     parser.add_argument("--launches", type=int, default=2, help="of `deepspeed` for each signal (default 2)")
-    parser.add_argument("--stopped", nargs="+", default=["data", "pipeline", "default"],
-                        choices=("data", "pipeline", "default"),
-                        help="runs of which a rank is stopped: of data ranks, of pipeline stages, and of data ranks at "
-                        "the default limit, until the rank is named (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--stopped",
+        nargs="+",
+        default=["data", "pipeline", "default"],
+        choices=("data", "pipeline", "default"),
+        help="runs of which a rank is stopped: of data ranks, of pipeline stages, and of data ranks at "
+        "the default limit, until the rank is named (default: all)",
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -94,8 +104,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "stopped": stopped,
         "signalled": signalled,
     }
-    print(f"2 ranks; {options.pairs} interleaved pairs of {options.steps} steps (1 M parameters, 256 tokens a rank); "
-          f"signals to runs of {options.size} M parameters\n")  # fmt: skip
+    print(
+        f"2 ranks; {options.pairs} interleaved pairs of {options.steps} steps (1 M parameters, 256 tokens a rank); "
+        f"signals to runs of {options.size} M parameters\n"
+    )
     print(table(("", ""), _rows(figures, options.limit)))
     return figures
 
@@ -206,8 +218,9 @@ def _stopped(folder: Path, case: str, limit: float) -> dict[str, float]:
     path = folder / f"stopped-{case}.json"
     path.write_text(json.dumps(config))
     variables = {"DS_ACCELERATOR": "cpu"}
-    with running_command(str(ROOT / "launch" / "train.py"), "--config", str(path), world=2,
-                         environment=variables) as started:  # fmt: skip
+    with running_command(
+        str(ROOT / "launch" / "train.py"), "--config", str(path), world=2, environment=variables
+    ) as started:
         first, second = started.processes
         wait_for_steps(run_directory, 3, lambda: first.exitcode, lambda: started.output() + started.errors())
         os.kill(second.pid, signal.SIGSTOP)

@@ -28,9 +28,10 @@ def processes_of(config: Path) -> list[Process]:
 def rank_processes(config: Path) -> list[Process]:
     """Those of them that train."""
     return [
-        one for one in processes_of(config)
+        one
+        for one in processes_of(config)
         if one.role is None and any(word.endswith("train.py") for word in one.command[:6])
-    ]  # fmt: skip
+    ]
 
 
 @contextlib.contextmanager
@@ -40,11 +41,20 @@ def launched(config: Path, ranks: int = 2) -> Iterator[subprocess.Popen[bytes]]:
     folder = Path(sys.executable).parent
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
-    words = [str(folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(get_free_port()),
-             "launch/train.py", "--config", str(config)]  # fmt: skip
+    words = [
+        str(folder / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(get_free_port()),
+        "launch/train.py",
+        "--config",
+        str(config),
+    ]
     with config.with_suffix(".out").open("wb") as output:
-        command = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output,
-                                   start_new_session=True)  # fmt: skip
+        command = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     try:
         yield command
     finally:

@@ -234,10 +234,14 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
     tokens = loaded.batch.batch_size * LENGTH
     print(f"\n{parameters / 1e6:.1f} M parameters, ZeRO {stage}, {tokens} tokens a step, {rounds} steps")
     rows = [
-        (name, f"{1e3 * medians[name]:.1f}", _ratio(measured, seconds["plain DeepSpeed"]),
-         _ratio(measured, seconds["bare torch"]))
+        (
+            name,
+            f"{1e3 * medians[name]:.1f}",
+            _ratio(measured, seconds["plain DeepSpeed"]),
+            _ratio(measured, seconds["bare torch"]),
+        )
         for name, measured in seconds.items()
-    ]  # fmt: skip
+    ]
     print(table(("loop", "CPU ms a step", "to plain DeepSpeed", "to bare torch"), rows), flush=True)
     return {"parameters": parameters, "seconds": seconds, "medians": medians}
 

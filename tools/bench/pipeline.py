@@ -86,16 +86,20 @@ def _loaded(case: Case, world: int) -> LoadedConfig:
         "run": {"output_dir": "/tmp/unused"},
         "model": {"config": inline(config)},
         "parallel": {
-            "tensor": case.tensor, "pipeline": case.stages, "sequence_parallel": case.sequence_parallel,
-            "pipeline_layers": [case.layers] * stages, "pipeline_schedule": case.schedule,
+            "tensor": case.tensor,
+            "pipeline": case.stages,
+            "sequence_parallel": case.sequence_parallel,
+            "pipeline_layers": [case.layers] * stages,
+            "pipeline_schedule": case.schedule,
         },
         "data": {"train": [{"path": "builtin:python-stdlib"}], "sequence_length": LENGTH},
         "training": {"max_steps": 2},
         "deepspeed": {
-            "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": case.micro_batches,
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_accumulation_steps": case.micro_batches,
             "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
         },
-    }  # fmt: skip
+    }
     return check_config(raw, world_size=world, device="cpu")
 
 
@@ -177,13 +181,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"forward_seconds": FORWARD_SECONDS, "idle": [], "boundaries": [], "parameters": []}
     for stages in options.stages:
         figures["idle"] += _idle(stages, options.micro_batches)
-    print(f"Idle share of a step, stages that sleep {1000 * FORWARD_SECONDS:.0f} ms forward, "
-          f"{2000 * FORWARD_SECONDS:.0f} ms backward.\n")  # fmt: skip
+    print(
+        f"Idle share of a step, stages that sleep {1000 * FORWARD_SECONDS:.0f} ms forward, "
+        f"{2000 * FORWARD_SECONDS:.0f} ms backward.\n"
+    )
     rows = [
-        (f["schedule"], f["ranks"], f["micro_batches"], f"{f['theory']:.2%}", f"{f['measured']:.2%}",
-         f"{100 * (f['measured'] - f['theory']):+.2f}")
+        (
+            f["schedule"],
+            f["ranks"],
+            f["micro_batches"],
+            f"{f['theory']:.2%}",
+            f"{f['measured']:.2%}",
+            f"{100 * (f['measured'] - f['theory']):+.2f}",
+        )
         for f in figures["idle"]
-    ]  # fmt: skip
+    ]
     print(table(("schedule", "ranks", "micro-batches", "theory", "measured", "points more"), rows))
     for name in options.cases:
         case = CASES[name]
@@ -194,10 +206,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"\nSent of a micro-batch by a rank. A hidden state: {BATCH} x {LENGTH} x {HIDDEN} in fp32, {_STATE} bytes.\n"
     )
     rows = [
-        (f["case"], f"{f['from']} to {f['to']}", "activations" if f["to"] > f["from"] else "gradients",
-         f"{f['bytes_of_a_micro_batch']:.0f}", f"{f['hidden_states']:.4f}")
+        (
+            f["case"],
+            f"{f['from']} to {f['to']}",
+            "activations" if f["to"] > f["from"] else "gradients",
+            f"{f['bytes_of_a_micro_batch']:.0f}",
+            f"{f['hidden_states']:.4f}",
+        )
         for f in figures["boundaries"]
-    ]  # fmt: skip
+    ]
     print(table(("model", "stages", "what", "bytes", "hidden states"), rows))
     print("\nParameters of a stage's first rank.\n")
     rows = [
@@ -231,5 +248,9 @@ def _boundaries(name: str, found: Measured, micro_batches: int) -> Iterator[dict
     for (source, to), count in sorted(found.sent.items()):
         each = count / micro_batches
         yield {
-            "case": name, "from": source, "to": to, "bytes_of_a_micro_batch": each, "hidden_states": each / _STATE,
-        }  # fmt: skip
+            "case": name,
+            "from": source,
+            "to": to,
+            "bytes_of_a_micro_batch": each,
+            "hidden_states": each / _STATE,
+        }

@@ -38,8 +38,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         counted, formula = sum(worst["counted"].values()), sum(worst["formula"].values())
         figures[f"zero{stage}-{'bf16' if half else 'fp32'}"] = worst
         parts = "  ".join(f"{k} {v / 1e6:.2f}" for k, v in worst["counted"].items())
-        rows.append((stage, "bf16" if half else "fp32", f"{counted / 1e6:.2f}", f"{formula / 1e6:.2f}",
-                     f"{100 * (counted / formula - 1):+.2f} %", parts))  # fmt: skip
+        rows.append(
+            (
+                stage,
+                "bf16" if half else "fp32",
+                f"{counted / 1e6:.2f}",
+                f"{formula / 1e6:.2f}",
+                f"{100 * (counted / formula - 1):+.2f} %",
+                parts,
+            )
+        )
     print(f"model states of {options.size} M parameters on each of {options.world} ranks, MB")
     print(table(("ZeRO", "type", "counted", "formula", "difference", "counted parts"), rows))
     return figures
@@ -110,8 +118,11 @@ def _gradients(inner: Any) -> Iterator[Any]:
 
 def _masters(optimizer: Any) -> Iterator[Any]:
     for name in (
-        "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition",
-        "fp32_groups_flat", "fp32_groups",
-    ):  # fmt: skip
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+        "fp32_groups_flat",
+        "fp32_groups",
+    ):
         for group in getattr(optimizer, name, None) or ():
             yield from group if isinstance(group, list | tuple) else [group]

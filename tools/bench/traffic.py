@@ -217,8 +217,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "layer_bytes_sent_by_a_rank": bytes_sent,
             }
             head = (case.model_type, case.system, "cut" if case.sequence_parallel else "whole", ranks)
-            layers.append((*head, _words(measured.layer, "forward"), _words(measured.layer, "backward"),
-                           f"{bytes_sent / ACTIVATION:.3f}"))  # fmt: skip
+            layers.append(
+                (
+                    *head,
+                    _words(measured.layer, "forward"),
+                    _words(measured.layer, "backward"),
+                    f"{bytes_sent / ACTIVATION:.3f}",
+                )
+            )
             if case.model_type == "llama":
                 outside.append((*head, *(_words(measured.outside, d) for d in ("forward", "loss", "backward"))))
     figures |= {"sum_of_a_transposed_tensor_is_right": summed, "seconds": round(time.perf_counter() - began, 1)}

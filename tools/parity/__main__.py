@@ -42,34 +42,56 @@ what is compared:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandLineParser(
-        prog="python -m tools.parity", description=__doc__, epilog=_LAYOUTS, allow_abbrev=False,
+        prog="python -m tools.parity",
+        description=__doc__,
+        epilog=_LAYOUTS,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     own = parser.add_argument_group("your configuration")
     own.add_argument("--config", type=Path, metavar="X.json", help="a configuration as for launch/train.py")
     own.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="what to compare with one process; see below")
-    own.add_argument("--shrink", action="store_true",
-                     help="compare a tiny model with the same kinds of layers and random weights, on sequences of "
-                     f"{compared_config.SHRUNK_LENGTH} tokens: seconds instead of minutes, "
-                     "and no weights needed")  # fmt: skip
+    own.add_argument(
+        "--shrink",
+        action="store_true",
+        help="compare a tiny model with the same kinds of layers and random weights, on sequences of "
+        f"{compared_config.SHRUNK_LENGTH} tokens: seconds instead of minutes, "
+        "and no weights needed",
+    )
     own.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value of the file")
     families = parser.add_argument_group("families")
-    families.add_argument("--families", nargs="+", metavar="NAME",
-                          help="model types of tools/parity/families.py, or 'all' (minutes)")  # fmt: skip
-    families.add_argument("--tensor", type=int, default=None, metavar="N", help="tensor ranks (default: 2, or 1 with "
-                          "--pipeline)")  # fmt: skip
+    families.add_argument(
+        "--families", nargs="+", metavar="NAME", help="model types of tools/parity/families.py, or 'all' (minutes)"
+    )
+    families.add_argument(
+        "--tensor", type=int, default=None, metavar="N", help="tensor ranks (default: 2, or 1 with --pipeline)"
+    )
     families.add_argument("--pipeline", type=int, default=None, metavar="N", help="stages (default: 1)")
     families.add_argument("--sequence_parallel", action="store_true", help="with sequence parallelism")
-    families.add_argument("--shapes", action="store_true", help="also in other shapes: key/value heads, widths, ties, "
-                          "biases, every boolean that changes the set of weights")  # fmt: skip
-    families.add_argument("--training", action="store_true", help="also through launch/train.py: a step, a checkpoint, "
-                          "a step in another layout, the export")  # fmt: skip
-    families.add_argument("--matrix", action="store_true", help="all of it: tensor, sequence and pipeline parallelism, "
-                          "other shapes, training")  # fmt: skip
-    families.add_argument("--write", action="store_true", help=f"with --families all: the same as --matrix, and write "
-                          f"{page.PAGE} and the totals in {page.README}")  # fmt: skip
-    families.add_argument("--fresh", action="store_true",
-                          help=f"prove again what is kept in {results.FOLDER} for these sources")  # fmt: skip
+    families.add_argument(
+        "--shapes",
+        action="store_true",
+        help="also in other shapes: key/value heads, widths, ties, "
+        "biases, every boolean that changes the set of weights",
+    )
+    families.add_argument(
+        "--training",
+        action="store_true",
+        help="also through launch/train.py: a step, a checkpoint, a step in another layout, the export",
+    )
+    families.add_argument(
+        "--matrix",
+        action="store_true",
+        help="all of it: tensor, sequence and pipeline parallelism, other shapes, training",
+    )
+    families.add_argument(
+        "--write",
+        action="store_true",
+        help=f"with --families all: the same as --matrix, and write {page.PAGE} and the totals in {page.README}",
+    )
+    families.add_argument(
+        "--fresh", action="store_true", help=f"prove again what is kept in {results.FOLDER} for these sources"
+    )
     options = parser.parse_args(arguments)
     _check(parser, options)
     return options
@@ -80,9 +102,16 @@ def _check(parser: CommandLineParser, options: argparse.Namespace) -> None:
     if (options.config is None) == (options.families is None):
         parser.error("give either --config with --layouts, or --families")
     own = {"--layouts": options.layouts, "--shrink": options.shrink, "--set": options.set}
-    of_families = {"--tensor": options.tensor, "--pipeline": options.pipeline, "--shapes": options.shapes,
-                   "--sequence_parallel": options.sequence_parallel, "--training": options.training,
-                   "--matrix": options.matrix, "--write": options.write, "--fresh": options.fresh}  # fmt: skip
+    of_families = {
+        "--tensor": options.tensor,
+        "--pipeline": options.pipeline,
+        "--shapes": options.shapes,
+        "--sequence_parallel": options.sequence_parallel,
+        "--training": options.training,
+        "--matrix": options.matrix,
+        "--write": options.write,
+        "--fresh": options.fresh,
+    }
     if options.config is not None and options.layouts is None:
         parser.error("--config needs --layouts, for example --layouts tensor=2")
     for name, value in (of_families if options.config is not None else own).items():

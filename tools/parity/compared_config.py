@@ -190,6 +190,9 @@ def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tupl
     except Exception as error:  # the families' constructors raise what they like
         reasons.append(first_line(error))
     raise ConfigError(
-        Problem("--shrink", f"'{shape.config.model_type}' cannot be made small: {shortened(reasons[0], 200)}",
-                "Leave --shrink out, and set smaller sizes with --set model.config.KEY=N")
-    )  # fmt: skip
+        Problem(
+            "--shrink",
+            f"'{shape.config.model_type}' cannot be made small: {shortened(reasons[0], 200)}",
+            "Leave --shrink out, and set smaller sizes with --set model.config.KEY=N",
+        )
+    )

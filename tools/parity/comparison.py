@@ -82,13 +82,18 @@ def _train(subject: ComparedConfig, layouts: list[Layout]) -> bool:
     sections["run"] = {"plugins": subject.raw["run"].get("plugins", [])}
     sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
     sections["deepspeed"] = {"zero_optimization": subject.raw["deepspeed"]["zero_optimization"]}
-    print(f"launch/train.py: a step as {', then as '.join(str(one) for one in layouts)} from its checkpoint; the "
-          "export ...", flush=True)  # fmt: skip
+    print(
+        f"launch/train.py: a step as {', then as '.join(str(one) for one in layouts)} from its checkpoint; the "
+        "export ...",
+        flush=True,
+    )
     began = time.monotonic()
     verdict = prove_training("the model", sections, layouts, length=subject.raw["data"]["sequence_length"])
     outcome = "equal" if verdict.outcome == "right" else verdict.outcome
-    print(f"  {f'{outcome}: {verdict.reason}' if verdict.reason else outcome}; {time.monotonic() - began:.1f} s",
-          flush=True)  # fmt: skip
+    print(
+        f"  {f'{outcome}: {verdict.reason}' if verdict.reason else outcome}; {time.monotonic() - began:.1f} s",
+        flush=True,
+    )
     return verdict.outcome == "right"
 
 
@@ -134,21 +139,30 @@ def _run_reference(
     for note in subject.notes if first else ():
         print(f"note: {note}")
     rows, length = job.micro_batches * job.samples, raw["data"]["sequence_length"]
-    print(f"one process, plain torch: {STEPS} steps on {rows} x {length} random tokens, "
-          f"{job.micro_batches} micro-batch{'es' * (job.micro_batches > 1)} ...", flush=True)  # fmt: skip
+    print(
+        f"one process, plain torch: {STEPS} steps on {rows} x {length} random tokens, "
+        f"{job.micro_batches} micro-batch{'es' * (job.micro_batches > 1)} ...",
+        flush=True,
+    )
     try:
         result = ranks.run_ranks(comparison_jobs.reference, 1, own)[0]
     except AssertionError as error:
         raise ConfigError(
-            Problem("model", f"the plain Hugging Face model fails by itself: {last_line(str(error))}",
-                    f"The whole report is in {_report(str(error))}")
-        ) from None  # fmt: skip
+            Problem(
+                "model",
+                f"the plain Hugging Face model fails by itself: {last_line(str(error))}",
+                f"The whole report is in {_report(str(error))}",
+            )
+        ) from None
     if isinstance(result, Refusal):
         raise ConfigError(result.problems)
     if first and result.dropout:
         print(f"note: dropout set to 0 ({', '.join(result.dropout)})")
-    print(f"  {result.parameters:,} parameters; losses {', '.join(f'{loss:.4f}' for loss in result.losses)}; SGD at "
-          f"{result.rate:.2g}, clipped at {result.clipping:.3g}; {result.seconds:.1f} s", flush=True)  # fmt: skip
+    print(
+        f"  {result.parameters:,} parameters; losses {', '.join(f'{loss:.4f}' for loss in result.losses)}; SGD at "
+        f"{result.rate:.2g}, clipped at {result.clipping:.3g}; {result.seconds:.1f} s",
+        flush=True,
+    )
     return own, result
 
 
@@ -217,13 +231,17 @@ def _remarks(
     name, worst = max(gradients.items(), key=lambda item: item[1])
     if worst > TOLERANCE:
         wrong = sum(error > TOLERANCE for error in gradients.values())
-        remarks.append(f"worst parameter: {name}, gradient off by {worst:.2g} of its largest element "
-                       f"({wrong} of {len(gradients)} gradients differ)")  # fmt: skip
+        remarks.append(
+            f"worst parameter: {name}, gradient off by {worst:.2g} of its largest element "
+            f"({wrong} of {len(gradients)} gradients differ)"
+        )
     else:
         name, worst = max(parameters.items(), key=lambda item: item[1])
         if worst > TOLERANCE:
-            remarks.append(f"worst parameter: {name}, off by {worst:.2g} of what it changed in {STEPS} steps; the "
-                           "first step's gradients agree")  # fmt: skip
+            remarks.append(
+                f"worst parameter: {name}, off by {worst:.2g} of what it changed in {STEPS} steps; the "
+                "first step's gradients agree"
+            )
     return [*remarks, f"first block that differs: {_first_block(gradients, parameters, outputs, expected)}"]
 
 
@@ -234,8 +252,10 @@ def _first_block(
     later = [key for key in expected.outputs if outputs.get(key, math.inf) > TOLERANCE]
     if later and later[0].startswith("1/"):
         return f"{later[0].split('/', 2)[2]}, by its output"
-    for errors, what in ((gradients, "by its gradients; all outputs agree, and backward runs from the end"),
-                         (parameters if not later else {}, "by its parameters after the last step")):  # fmt: skip
+    for errors, what in (
+        (gradients, "by its gradients; all outputs agree, and backward runs from the end"),
+        (parameters if not later else {}, "by its parameters after the last step"),
+    ):
         wrong = [name for name in expected.scales if errors.get(name, 0.0) > TOLERANCE]
         if wrong:
             inside = [n for n in wrong if any(n.startswith(f"{block}.") for block in expected.blocks)]

@@ -33,9 +33,27 @@ SEES = "sees later tokens"
 """Stands in every refusal of a model that is not causal."""
 
 EXEMPLARY = (
-    "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite",
-    "jamba", "llama", "mamba2", "mixtral", "olmo2", "opt", "phi3", "qwen3", "qwen3_next", "starcoder2",
-)  # fmt: skip
+    "bloom",
+    "cohere",
+    "deepseek_v3",
+    "falcon",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "jamba",
+    "llama",
+    "mamba2",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen3",
+    "qwen3_next",
+    "starcoder2",
+)
 """Families that are proven in every shape and every way."""
 
 
@@ -116,9 +134,7 @@ def chosen(names: list[str]) -> list[Family]:
 
 def _prove(families: list[Family], column: Column) -> list[Verdict]:
     # Whether a tiny model is like the default is asked once a family, not in each cell: the default's is large.
-    return prove(
-        families, like_default=False, sequence_parallel=column.sequence_parallel, pipeline=column.pipeline
-    )  # fmt: skip
+    return prove(families, like_default=False, sequence_parallel=column.sequence_parallel, pipeline=column.pipeline)
 
 
 def _verdicts(families: list[Family], column: Column) -> list[Verdict]:
@@ -244,14 +260,20 @@ def prove_all(
             outcomes += f"; trained: {row.training.outcome}"
         if row.shapes:
             outcomes += f"; {len(row.shapes)} in other shapes: {totals([v.outcome for v in row.shapes.values()])}"
-        print(f"[{number:{len(str(len(families)))}}/{len(families)}] {clock(left)} left  {family!s:{width}}  "
-              f"{outcomes}{_remark(row)}", flush=True)  # fmt: skip
+        print(
+            f"[{number:{len(str(len(families)))}}/{len(families)}] {clock(left)} left  {family!s:{width}}  "
+            f"{outcomes}{_remark(row)}",
+            flush=True,
+        )
         yield row
 
 
 def _remark(row: Row) -> str:
-    reasons = {f"{v.family}: {reason_of(v)}" if v.outcome in BAD else reason_of(v): None
-               for v in row.verdicts if v.outcome not in SOUND and v.reason}  # fmt: skip
+    reasons = {
+        f"{v.family}: {reason_of(v)}" if v.outcome in BAD else reason_of(v): None
+        for v in row.verdicts
+        if v.outcome not in SOUND and v.reason
+    }
     worst = max((v.worst for v in row.verdicts), default=0.0)
     if any(v.outcome == "wrong" for v in row.verdicts):
         reasons[f"largest difference {worst:.1e}"] = None

@@ -88,9 +88,13 @@ def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *,
         for step, layout in enumerate(layouts, start=1):
             try:
                 result = run_command(
-                    "launch/train.py", "--config", str(config), f"--set=training.max_steps={step}",
-                    *(f"--set={override}" for override in _overrides(layout)), world=layout.world_size,
-                )  # fmt: skip
+                    "launch/train.py",
+                    "--config",
+                    str(config),
+                    f"--set=training.max_steps={step}",
+                    *(f"--set={override}" for override in _overrides(layout)),
+                    world=layout.world_size,
+                )
             except AssertionError as error:  # a hang
                 return Verdict(name, layout.world_size, "failed", f"{layout}: {last_line(str(error))}")
             if result.status:
@@ -123,17 +127,21 @@ def _write_config(folder: Path, sections: RawConfig, layouts: Sequence[Layout], 
         "model": model | {"config": without_dropout(model["config"])} if model.get("config") else model,
         "run": {**sections.get("run", {}), "output_dir": str(folder / "run"), "seed": 5},
         "data": {
-            "train": [{"path": str(folder / "train.bin")}], "validation": [{"path": str(folder / "validation.bin")}],
-            "sequence_length": length, "cache_dir": str(folder / "cache"),
+            "train": [{"path": str(folder / "train.bin")}],
+            "validation": [{"path": str(folder / "validation.bin")}],
+            "sequence_length": length,
+            "cache_dir": str(folder / "cache"),
         },
         "training": {**sections.get("training", {}), "epochs": None, "max_steps": len(layouts), "log_every_steps": 1},
         "evaluation": {"max_batches": 1},
         "deepspeed": {
-            "train_batch_size": _MICRO * micro_batches, "train_micro_batch_size_per_gpu": _MICRO,
-            "optimizer": {"type": "SGD", "params": {"lr": RATE}}, "gradient_clipping": 1.0,
+            "train_batch_size": _MICRO * micro_batches,
+            "train_micro_batch_size_per_gpu": _MICRO,
+            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+            "gradient_clipping": 1.0,
             **sections.get("deepspeed", {"zero_optimization": {"stage": 1}}),
         },
-    }  # fmt: skip
+    }
     path = folder / "config.json"
     path.write_text(json.dumps(raw))
     vocabulary = model_facts(model_config(ModelSection(**sections["model"]))).vocabulary_size

@@ -38,12 +38,26 @@ FLIP = "flip "
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
 HEAD_WIDTHS = ("head_dim", "d_kv", "attention_head_size", "d_head", "dim_head", "v_head_dim", "attention_head_dim")
 WIDTHS = {
-    "intermediate_size": 124, "ffn_dim": 124, "d_ff": 124, "dff": 124, "dim_ff": 124, "n_inner": 124, "d_inner": 124,
-    "encoder_ffn_dim": 124, "decoder_ffn_dim": 124, "ffn_hidden_size": 124, "feed_forward_size": 124,
-    "dense_intermediate_size": 124, "moe_intermediate_size": 36, "shared_expert_intermediate_size": 36,
-    "expert_ffn_hidden_size": 36, "shared_intermediate_size": 36, "shared_experts_intermediate_size": 36,
-    "moe_shared_expert_intermediate_size": 36, "ffn_config": {"ffn_hidden_size": 124},
-}  # fmt: skip
+    "intermediate_size": 124,
+    "ffn_dim": 124,
+    "d_ff": 124,
+    "dff": 124,
+    "dim_ff": 124,
+    "n_inner": 124,
+    "d_inner": 124,
+    "encoder_ffn_dim": 124,
+    "decoder_ffn_dim": 124,
+    "ffn_hidden_size": 124,
+    "feed_forward_size": 124,
+    "dense_intermediate_size": 124,
+    "moe_intermediate_size": 36,
+    "shared_expert_intermediate_size": 36,
+    "expert_ffn_hidden_size": 36,
+    "shared_intermediate_size": 36,
+    "shared_experts_intermediate_size": 36,
+    "moe_shared_expert_intermediate_size": 36,
+    "ffn_config": {"ffn_hidden_size": 124},
+}
 """Two tensor ranks get columns that are no multiple of 16 bytes in fp32, four an odd number; experts too."""
 
 VOCABULARY = 257
