@@ -159,38 +159,52 @@ def dry_run_text(loaded: LoadedConfig) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; options that stand for keys become overrides.
+
+    Raises:
+        ConfigError: The command line is invalid.
+    """
     parser = CommandLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="X.json", help="the configuration; see ds_configs/")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c",
-        help="override one value, for example training.max_steps=10; may be given several times",
-    )  # fmt: skip
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override one value, for example training.max_steps=10; may be repeated",
+    )
     parser.add_argument(
-        "--resume", metavar="auto|never|DIR",
-        help="go on from the newest checkpoint of the run directory (auto, the default), begin anew (never), or go on "
-        "from a checkpoint, a run directory or a place such as s3://bucket/run",
-    )  # fmt: skip
+        "--resume",
+        metavar="auto|never|DIR",
+        help="resume from the newest checkpoint of the run directory (auto, the default), start a new run (never), or "
+        "resume from a checkpoint, a run directory or a location such as s3://bucket/run",
+    )
     parser.add_argument(
-        "--allow_change", action="append", default=[], metavar="KEY",
-        help="go on with another value of this key, such as data.train, than the run had; may be given several times",
-    )  # fmt: skip
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume with another value of this key, such as data.train; may be repeated",
+    )
     parser.add_argument(
-        "--verify_data", action="store_true",
-        help="verify every block of the token cache, instead of a sample, and build again what is damaged",
-    )  # fmt: skip
+        "--verify_data",
+        action="store_true",
+        help="verify every block of the token cache, instead of a sample, and rebuild damaged entries",
+    )
     parser.add_argument(
-        "--dry_run", action="store_true",
-        help="check everything, say what would run (ranks, parameters, batch, memory), and start nothing",
-    )  # fmt: skip
+        "--dry_run",
+        action="store_true",
+        help="check the configuration and describe the run (ranks, parameters, batch, memory) without starting it",
+    )
     parser.add_argument(
         "--world",
         type=int,
         metavar="N",
-        help="with --dry_run or --print_config: for so many processes (default: the fewest possible)",
+        help="with --dry_run or --print_config: number of processes (default: the smallest possible)",
     )
-    parser.add_argument("--print_config", action="store_true", help="print the configuration as resolved, and stop")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args()
     if options.resume is not None:
@@ -198,9 +212,9 @@ def parse_arguments() -> argparse.Namespace:
     if options.allow_change:
         options.set.append(f"checkpoint.allow_changed={json.dumps(options.allow_change)}")
     if options.world is not None and (options.world < 1 or not (options.dry_run or options.print_config)):
-        parser.error("--world N goes with --dry_run or --print_config, and N is at least 1")
+        parser.error("--world N requires --dry_run or --print_config, and N must be at least 1")
     if options.verify_data and (options.dry_run or options.print_config):
-        parser.error("--verify_data goes with training, not with --dry_run or --print_config")
+        parser.error("--verify_data cannot be used with --dry_run or --print_config")
     return options
 
 

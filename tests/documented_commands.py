@@ -65,7 +65,7 @@ COMMANDS: dict[str, Run] = {
     "python launch/generate.py --path FOLDER --prompt 'import os'": Run(says=("import os",)),
     "python launch/train.py --config X.json --dry_run": Run(says=("steps", "processes")),
     "python launch/train.py --config ds_configs/quickstart-2x2x2.json --dry_run --world 8": Run(
-        says=("the configuration is sound", "processes    8 = pipeline 2 x data 2 x tensor 2")
+        says=("the configuration is valid", "processes    8 = pipeline 2 x data 2 x tensor 2")
     ),
     "deepspeed launch/train.py --config mine.json": Run(world=4, status=2, says=("error: 3 mistakes",)),
     "deepspeed launch/train.py --config X.json": _REPEATED,

@@ -105,7 +105,7 @@ def test_bad_input_is_refused(bad: Bad, tiny: dict[str, Any], tmp_path: Path, to
     [
         ([], "the following arguments are required: --config"),
         (["--config", "x.json", "--wrold", "2"], "unrecognized arguments: --wrold 2"),
-        (["--config", "x.json", "--world", "2"], "--world N goes with --dry_run or --print_config"),
+        (["--config", "x.json", "--world", "2"], "--world N requires --dry_run or --print_config"),
         (["--config", "x.json"], "x.json: no such file"),
     ],
 )

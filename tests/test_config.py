@@ -299,7 +299,7 @@ def test_shipped_configuration_is_valid(path: Path, monkeypatch: pytest.MonkeyPa
     from trainer.dry_run import describe
 
     said = describe(loaded)
-    assert "the configuration is sound" in said
+    assert "the configuration is valid" in said
     assert "checkpoint   " in said
 
 

@@ -75,7 +75,7 @@ def test_dry_run_warns_of_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: seen.append(path) or SimpleNamespace(free=free))
     config = with_values(fresh, run__output_dir=str(tmp_path / "runs" / "later"))
     text = describe(check_config(config, world_size=1, device=None))
-    assert ("warning: run.output_dir: 0.0 MiB free in " in text) == warns
+    assert ("warning: run.output_dir: 0.00 MB free in " in text) == warns
     assert seen == [tmp_path], "the run directory is not there yet"
 
 
@@ -119,8 +119,8 @@ def test_dry_run_reports_unsupported_fp16(fresh: dict[str, Any], tmp_path: Path)
     half = with_values(fresh, deepspeed__fp16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
     ended = dry_run(half, tmp_path)
     assert ended.status == 0, ended.err
-    assert "the configuration is sound, but not on this machine" in ended.out
-    assert "warning: on this machine it would be refused: deepspeed.fp16.enabled: DeepSpeed has no fp16" in ended.out
+    assert "the configuration is valid, but not on this machine" in ended.out
+    assert "warning: refused on this machine: deepspeed.fp16.enabled: DeepSpeed does not support fp16" in ended.out
     assert "not on this machine" not in dry_run(fresh, tmp_path).out
 
 

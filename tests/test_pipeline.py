@@ -201,10 +201,10 @@ def test_dry_run_shows_the_stages(tiny: dict[str, Any], tmp_path: Path) -> None:
     ended = dry_run(config, tmp_path, "--world", "8")
     assert ended.status == 0, ended.err
     assert "processes    8 = pipeline 2 x data 2 x tensor 2" in ended.out
-    assert "pipeline     2 stages on 2 ranks (1f1b), 2 micro-batches: a rank waits for 33.3% of the time" in ended.out
+    assert "pipeline     2 stages on 2 ranks (1f1b), 2 micro-batches: a bubble of 33.3%" in ended.out
     rows = [line.split() for line in ended.out.splitlines() if line.split()[2:3] in (["0-0"], ["1-1"])]
     assert [row[:2] for row in rows] == [["0", "0"], ["1", "1"]]
-    assert "0.0 MiB (model.layers.*)" in ended.out
+    assert "0.01 MB (model.layers.*)" in ended.out
     assert "warning" not in ended.out
 
 
@@ -214,7 +214,7 @@ def test_dry_run_shows_two_stages_per_rank(tiny: dict[str, Any], tmp_path: Path)
         parallel__pipeline_layers=[1, 1, 2, 1],
     )  # fmt: skip
     said = dry_run(config, tmp_path).out
-    assert "pipeline     4 stages on 2 ranks (dualpipev), 4 micro-batches: a rank waits for 17.2% of the time" in said
+    assert "pipeline     4 stages on 2 ranks (dualpipev), 4 micro-batches: a bubble of 17.2%" in said
     rows = [line.split() for line in said.splitlines() if line.split()[2:3] in (["0-0"], ["1-1"], ["2-3"], ["4-4"])]
     assert [row[:2] for row in rows] == [["0", "0"], ["1", "1"], ["2", "1"], ["3", "0"]]
     assert rows[0][4] == rows[3][4]

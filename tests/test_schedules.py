@@ -146,4 +146,4 @@ def test_dry_run_lists_zero_rate_steps(tiny: dict[str, Any], tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, deepspeed__scheduler=scheduler)))
     output = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--dry_run").out
     assert "schedule     WarmupLR {'warmup_num_steps': 3}\n" in output
-    assert "  the rate is 0 in steps 1 and 2: nothing is learned there\n" in output
+    assert "  the rate is 0 in steps 1 and 2, which changes no weight\n" in output

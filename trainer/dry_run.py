@@ -1,4 +1,4 @@
-"""What a configuration would run: said by one process, before anything starts."""
+"""The dry run: a description of what a configuration would run, by one process that starts nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer.checkpoint import preview_resume
 from trainer.config import LoadedConfig
@@ -25,33 +25,34 @@ from trainer.sharding import wildcard_name
 from trainer.tensor_parallel import has_active_dropout, read_plan
 from trainer.tensor_parallel.styles import ParallelResidual
 from trainer.topology import Topology
+from trainer.units import format_bytes
 
-_ONE_MOMENT = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ONE_MOMENT_OPTIMIZERS = ("lion", "adagrad", "muon", "rmsprop", "asgd", "adafactor")
 _SHOWN_RANKS = 16
 _INSPECTED_STEPS = 1000
-"""In how many steps a schedule's zeros are looked for."""
+"""First steps of a schedule that are searched for rates of 0."""
 
 
 def _moments(loaded: LoadedConfig) -> int:
+    """Return the number of fp32 values that the optimizer stores for each parameter."""
     optimizer = loaded.deepspeed_json["optimizer"]
     name = optimizer["type"].lower()
     if name == "sgd":
         return 1 if optimizer.get("params", {}).get("momentum") else 0
-    return 1 if name in _ONE_MOMENT else 2
-
-
-def _format_bytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    return 1 if name in _ONE_MOMENT_OPTIMIZERS else 2
 
 
 def _model_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
     length = loaded.config.data.sequence_length
     yield f"model        {loaded.facts.model_type}, {loaded.initialize} weights, task {loaded.config.model.task}"
-    yield (f"parameters   {cost.parameters:,}; {cost.flops_per_token(length):.3g} FLOPs a token, forward and "
-           f"backward, at {length} tokens")  # fmt: skip
+    flops = cost.flops_per_token(length)
+    yield f"parameters   {cost.parameters:,}; {flops:.3g} FLOPs a token, forward and backward, at {length} tokens"
 
 
-def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
+def _tensor_lines(loaded: LoadedConfig, model: PreTrainedModel) -> Iterator[str]:
     parallel = loaded.config.parallel
     if parallel.tensor == 1:
         return
@@ -62,37 +63,35 @@ def _tensor_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
             replicated[wildcard_name(entry.name)] = entry.style.argument or str(entry.style)
     share = 100 * plan.sharded_fraction()
     exchange = "all-gathers and reduce-scatters" if parallel.sequence_parallel else "all-reduces"
-    yield f"tensor       {parallel.tensor} ranks share {share:.1f} % of the matrices' elements; {exchange} between them"
+    yield f"tensor       {share:.1f} % of the elements of matrices sharded over {parallel.tensor} ranks; {exchange}"
     for name, reason in replicated.items():
-        yield f"  whole: {name} ({reason})"
-    if any(
-        isinstance(style, ParallelResidual) for target in plan.targets for style in target.styles
-    ) and has_active_dropout(model):
-        yield "  attention and MLP are summed apart, because dropout is active between them"
+        yield f"  replicated: {name} ({reason})"
+    styles = [style for target in plan.targets for style in target.styles]
+    if any(isinstance(style, ParallelResidual) for style in styles) and has_active_dropout(model):
+        yield "  separate all-reduces for attention and MLP, because dropout is active between them"
 
 
-def _pipeline_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> Iterator[str]:
+def _pipeline_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment) -> Iterator[str]:
     if assignment.dataflow is None:
         return
     parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation_steps
-    size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
-    bubble = parallel.bubble(micro_batches)
-    yield (f"pipeline     {assignment.stages} stages on {assignment.ranks} ranks ({parallel.pipeline_schedule}), "
-           f"{micro_batches} micro-batches: a rank waits for {bubble:.1%} of the time")  # fmt: skip
-    yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent of each micro-batch"
+    element_size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
+    stages = f"{assignment.stages} stages on {assignment.ranks} ranks ({parallel.pipeline_schedule})"
+    yield f"pipeline     {stages}, {micro_batches} micro-batches: a bubble of {parallel.bubble(micro_batches):.1%}"
+    yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent for each micro-batch"
     rank_parameters = _parameters_by_rank(loaded, model, assignment)
     ranks = parallel.tensor if parallel.sequence_parallel else 1
     length = loaded.config.data.sequence_length
     for stage, first, end, share, boundary_bytes in assignment.table(
-        loaded.batch.micro_batch_size, length, size, ranks
+        loaded.batch.micro_batch_size, length, element_size, ranks
     ):
-        traffic = ", ".join(f"{_format_bytes(count)} ({name})" for name, count in boundary_bytes.items()) or "-"
+        traffic = ", ".join(f"{format_bytes(count)} ({name})" for name, count in boundary_bytes.items()) or "-"
         rank = assignment.rank_of_stage(stage)
         yield f"  {stage:5}  {rank:4}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {rank_parameters[rank]:22,}  {traffic}"
 
 
-def _parameters_by_rank(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> list[int]:
-    """Parameters that each rank of the pipeline holds; the first tensor rank's, padding included."""
+def _parameters_by_rank(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment) -> list[int]:
+    """Return the number of parameters of each pipeline rank, on the first tensor rank, with padding."""
     parallel = loaded.config.parallel
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
@@ -105,7 +104,7 @@ def _parameters_by_rank(loaded: LoadedConfig, model: Any, assignment: StageAssig
     return rank_parameters
 
 
-def _group_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
+def _group_lines(loaded: LoadedConfig, model: PreTrainedModel) -> Iterator[str]:
     decay = weight_decay(loaded.deepspeed_json)
     options = weight_options(model, loaded.config.training, decay=decay)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -116,8 +115,8 @@ def _group_lines(loaded: LoadedConfig, model: Any) -> Iterator[str]:
         return
     for option, counts in sorted(members.items(), reverse=True):
         scale = "" if option.scale == 1 else f", learning rate x {option.scale:g}"
-        yield (f"  {len(counts)} weights ({sum(counts):,} parameters): weight decay "
-               f"{decay if option.decays else 0:g}{scale}")  # fmt: skip
+        rate = decay if option.decays else 0
+        yield f"  {len(counts)} weights ({sum(counts):,} parameters): weight decay {rate:g}{scale}"
 
 
 def _schedule_lines(loaded: LoadedConfig) -> Iterator[str]:
@@ -131,11 +130,11 @@ def _schedule_lines(loaded: LoadedConfig) -> Iterator[str]:
     zero_rate_steps = [step for step, rate in enumerate(rates, start=1) if rate == 0]
     if zero_rate_steps:
         plural = "s" if len(zero_rate_steps) > 1 else ""
-        yield f"  the rate is 0 in step{plural} {_ranges(zero_rate_steps)}: nothing is learned there"
+        yield f"  the rate is 0 in step{plural} {_ranges(zero_rate_steps)}, which changes no weight"
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers in words: 1, 2 and 90 to 100."""
+    """Return ascending numbers in words: 1, 2 and 90 to 100."""
     parts: list[str] = []
     for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         first, *rest = [number for _, number in group]
@@ -146,19 +145,20 @@ def _ranges(numbers: list[int]) -> str:
 def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     batch, config = loaded.batch, loaded.config
     tokens = batch.batch_size * config.data.sequence_length
-    yield (f"batch        {batch.batch_size} samples a step = {batch.micro_batch_size} a micro-batch x "
-           f"{batch.accumulation_steps} "
-           f"accumulated x {loaded.data_ranks} data ranks")  # fmt: skip
+    yield (
+        f"batch        {batch.batch_size} samples a step = {batch.micro_batch_size} a micro-batch x "
+        f"{batch.accumulation_steps} accumulated x {loaded.data_ranks} data ranks"
+    )
     at_most = "" if config.data.packing == "concatenate" and config.data.drop_last else "at most "
     steps = loaded.known_steps
     frame = document_frame(loaded)
-    shown = f'{frame} (data.special_tokens "{config.data.special_tokens}")' if frame else "as the token files hold them"
+    shown = f'{frame} (data.special_tokens "{config.data.special_tokens}")' if frame else "as in the token files"
     yield f"documents    {shown}"
     total = "" if steps is None else f", {at_most}{tokens * steps:,} in {steps:,} steps"
     yield f"tokens       {at_most}{tokens:,} a step{total}"
 
 
-def _memory_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment) -> Iterator[str]:
+def _memory_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment) -> Iterator[str]:
     section = loaded.config.deepspeed
     rank_parameters = _parameters_by_rank(loaded, model, assignment)
     states = state_bytes(
@@ -168,18 +168,15 @@ def _memory_lines(loaded: LoadedConfig, model: Any, assignment: StageAssignment)
         half=section.precision != "fp32",
         moments=_moments(loaded),
     )
-    parameters = getattr(getattr(section.zero_optimization, "offload_param", None), "device", None) or "none"
+    weight_device = getattr(getattr(section.zero_optimization, "offload_param", None), "device", None) or "none"
     offloaded: tuple[str, ...] = ("master weights", "optimizer moments") if section.offload_device != "none" else ()
-    offloaded += ("weights",) if parameters != "none" else ()
+    offloaded += ("weights",) if weight_device != "none" else ()
     on_device = sum(size for name, size in states.items() if name not in offloaded)
-    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in states.items() if size)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items() if size)
     yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
-    whose = (
-        "each rank's device"
-        if len(rank_parameters) == 1
-        else f"the devices of pipeline rank {rank_parameters.index(max(rank_parameters))}, the most"
-    )
-    yield f"memory       {_format_bytes(on_device)} of model states on {whose} ({parts}); activations come on top"
+    largest = f"the devices of pipeline rank {rank_parameters.index(max(rank_parameters))}, the maximum"
+    place = "each rank's device" if len(rank_parameters) == 1 else largest
+    yield f"memory       {format_bytes(on_device)} of model states on {place} ({parts}), without activations"
     if offloaded:
         yield f"offloaded    {', '.join(offloaded)}"
 
@@ -189,15 +186,15 @@ def _data_lines(loaded: LoadedConfig, report: DataReport) -> Iterator[str]:
     for source in report.sources:
         yield f"data         {source}"
     if report.epoch_samples is None or loaded.known_steps is None:
-        yield "  the number of samples is not known before the data are prepared"
+        yield "  the number of samples is known once the data are prepared"
         return
     read = loaded.known_steps * loaded.batch.batch_size
-    yield (f"epochs       {loaded.known_steps:,} steps read {read:,} samples: {about}{read / report.epoch_samples:.2f} "
-           f"epochs of {about}{report.epoch_samples:,} samples")  # fmt: skip
+    epochs = f"{about}{read / report.epoch_samples:.2f} epochs of {about}{report.epoch_samples:,} samples"
+    yield f"epochs       {loaded.known_steps:,} steps read {read:,} samples: {epochs}"
 
 
 def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -> Iterator[str]:
-    yield from (f"warning: on this machine it would be refused: {problem}" for problem in device)
+    yield from (f"warning: refused on this machine: {problem}" for problem in device)
     for source in report.sources:
         if source.empty_files:
             shown = ", ".join(source.empty_files[:3]) + (", ..." if len(source.empty_files) > 3 else "")
@@ -208,7 +205,7 @@ def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -
 def _resume_lines(loaded: LoadedConfig) -> Iterator[str]:
     resumed = preview_resume(loaded)
     if resumed is not None:
-        yield f"resume       from step {resumed.manifest.step:,} ({resumed.folder}); its files are there, in full size"
+        yield f"resume       from step {resumed.manifest.step:,} ({resumed.folder}); its files are complete by size"
 
 
 def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
@@ -216,12 +213,9 @@ def _checkpoint_line(loaded: LoadedConfig, cost: ModelCost) -> str:
     interval = None if loaded.known_steps is None else section.interval(loaded.known_steps)
     every = "ten over the run and " if section.every_steps == "auto" else ""
     every = f"every {interval} steps and " if interval else every
-    kept = (
-        "all kept"
-        if section.keep_last is None
-        else f"the newest {section.keep_last} and the best {section.keep_best} kept"
-    )
-    return f"checkpoint   {every}at the end; {_format_bytes(_checkpoint_bytes(loaded, cost))} each, {kept}"
+    newest = f"the newest {section.keep_last} and the best {section.keep_best} kept"
+    kept = "all kept" if section.keep_last is None else newest
+    return f"checkpoint   {every}at the end; {format_bytes(_checkpoint_bytes(loaded, cost))} each, {kept}"
 
 
 def _checkpoint_bytes(loaded: LoadedConfig, cost: ModelCost) -> int:
@@ -229,16 +223,13 @@ def _checkpoint_bytes(loaded: LoadedConfig, cost: ModelCost) -> int:
 
 
 def _disk_lines(loaded: LoadedConfig, cost: ModelCost) -> Iterator[str]:
-    """A warning where the disk cannot hold one checkpoint more: training would go on without."""
+    """Yield a warning if the disk cannot hold another checkpoint, without which training would continue."""
     folder = Path(loaded.config.run.output_dir).expanduser().absolute()
-    place = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free, size = shutil.disk_usage(place).free, _checkpoint_bytes(loaded, cost)
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free, size = shutil.disk_usage(existing).free, _checkpoint_bytes(loaded, cost)
     if free < size:
-        yield (
-            f"warning: run.output_dir: {_format_bytes(free)} free in {place}, and a checkpoint takes "
-            f"{_format_bytes(size)}. Free space, "
-            "or take another folder"
-        )
+        shortage = f"{format_bytes(free)} free in {existing}, and a checkpoint takes {format_bytes(size)}"
+        yield f"warning: run.output_dir: {shortage}. Free space, or choose another folder"
 
 
 def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
@@ -247,20 +238,22 @@ def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield f"processes    {loaded.world_size} = {sizes}"
     yield "  rank  stage  data  tensor"
     for rank in range(min(loaded.world_size, _SHOWN_RANKS)):
-        place = Topology.of(loaded.world_size, rank, pipeline=parallel.pipeline, tensor=parallel.tensor)
-        yield f"  {rank:4}  {place.stage:5}  {place.data_rank:4}  {place.tensor_rank:6}"
+        topology = Topology.of(loaded.world_size, rank, pipeline=parallel.pipeline, tensor=parallel.tensor)
+        yield f"  {rank:4}  {topology.stage:5}  {topology.data_rank:4}  {topology.tensor_rank:6}"
     if loaded.world_size > _SHOWN_RANKS:
         yield f"  ... and {loaded.world_size - _SHOWN_RANKS} more"
 
 
 def describe(loaded: LoadedConfig) -> str:
-    """The rank grid, parameters, batch arithmetic, memory of model states, documents, tokens, epochs.
+    """Return a description of the run: ranks, parameters, batch arithmetic, memory of model states, data, epochs.
 
-    Looks at the first rows of the data, the headers of the weights, and the checkpoint to resume from.
+    Reads the first rows of the data, the headers of the weights, and the manifest of the checkpoint to resume from.
 
     Raises:
-        ConfigError: if transformers refuses to build the model, its layers cannot be divided, or the run directory is
-            another run's. DataError: something wrong in the first rows. CheckpointError: nothing to resume from.
+        ConfigError: The model cannot be built, its layers cannot be divided, or the run directory belongs to another
+            run.
+        DataError: The first rows are invalid.
+        CheckpointError: The checkpoint to resume from is missing or damaged.
     """
     directory = RunDirectory.examine(loaded)
     report = inspect_data(loaded)
@@ -274,7 +267,7 @@ def describe(loaded: LoadedConfig) -> str:
     cost, assignment = model_cost(model), assign_stages(model, loaded)
     optimizer, extensions = loaded.deepspeed_json["optimizer"], required_extensions(loaded.deepspeed_json)
     lines = [
-        f"{loaded.name}: the configuration is sound{where}; nothing was started",
+        f"{loaded.name}: the configuration is valid{where}; nothing was started",
         *(
             [f"finished     at step {directory.finished_step}"]
             if directory.is_finished(loaded)
