@@ -60,8 +60,8 @@ def main() -> None:
 
 
 def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verify_data: bool = False) -> None:
-    """Takes the run directory, and trains what is left to do there."""
-    # Imported here, because they take longer to load than a mistake takes to be told.
+    """Claim the run directory, and train what is left to train in it. Collective: all ranks must call it."""
+    # Imported here, so that configuration errors are reported before the slow imports.
     from trainer.data import source_facts
     from trainer.fault_tolerance import claim_run_directory, compare_ranks, guarded_run, start_facts
 
@@ -79,68 +79,42 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
 
 
 def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: GuardedRun, *, verify_data: bool) -> None:
-    """The whole story, one call a package, in the order in which data passes."""
-    from trainer.causality import verify_causality
-    from trainer.checkpoint import CheckpointSaver, RunRecord, find_checkpoint, restore
-    from trainer.data import open_batches, prepare_data, prepared_facts, resolve_steps
-    from trainer.engine import start_engine
+    """Run the whole training, in the order in which data pass. Collective: all ranks must call it."""
+    from trainer.assembly import assemble, plan_model
+    from trainer.data import prepare_data, prepared_facts, resolve_steps
     from trainer.fault_tolerance import compare_ranks
     from trainer.loop import fit
-    from trainer.model import build_model, build_model_shape, describe_model, model_cost, write_model
-    from trainer.pipeline import assign_stages
+    from trainer.model import write_model
     from trainer.topology import Topology
-    from trainer.tracking import Meter, open_trackers
-    from trainer.update import Synchronous
+    from trainer.tracking import open_trackers
 
-    config = loaded.config
-    shape = build_model_shape(loaded)
-    cost, stages = model_cost(shape), assign_stages(shape, loaded)
-    topology = Topology.of(
-        launch.world_size, launch.rank, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor
-    )
+    parallel, seed = loaded.config.parallel, loaded.config.run.seed
+    plan = plan_model(loaded)
+    topology = Topology.of(launch.world_size, launch.rank, pipeline=parallel.pipeline, tensor=parallel.tensor)
     run.phases.enter("data")
-    prepared = prepare_data(loaded, launch, store, verify_data=verify_data)
-    loaded = resolve_steps(loaded, prepared)
-    compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, prepared), timeout=JOIN_TIMEOUT)
+    data = prepare_data(loaded, launch, store, verify_data=verify_data)
+    loaded = resolve_steps(loaded, data)
+    compare_ranks(launch, store, "prepare its data", prepared_facts(loaded, data), timeout=JOIN_TIMEOUT)
     configure_logging(launch.rank, run.directory.path / "logs")
     if loaded.legacy_defaults.message:
         log.info("%s", loaded.legacy_defaults.message)
-    with joined_world(launch, topology, store, run.phases, seed=config.run.seed) as world:
-        batches = open_batches(loaded, prepared, topology, pin=world.device.type == "cuda")
-        model = build_model(loaded, prepared.tokenizer)
-        record = RunRecord(describe_model(model), batches.fingerprint, batches.evaluated_samples)
-        resumption = find_checkpoint(loaded, run.directory, world, record)
-        is_resumed = resumption.checkpoint is not None
-        engine = Synchronous().wrap(start_engine(model, loaded, world, stages, blank=is_resumed), world)
-        if not is_resumed:
-            verify_causality(loaded, world, engine, batches.train)
-        progress, directory = restore(resumption, engine), resumption.directory
+    with joined_world(launch, topology, store, run.phases, seed=seed) as world:
+        trainer = assemble(loaded, world, run.directory, data=data, plan=plan)
+        directory, step = trainer.directory, trainer.progress.step
         if world.is_rank_zero:
-            directory.write_config(loaded, frame=prepared.frame_json)
-            directory.save_tokenizer(prepared.tokenizer)
-            directory.record("resume" if progress.step else "start", progress.step, processes=launch.world_size)
-        batches.train.resume_from(progress.step, progress.samples)
-        checkpoints = CheckpointSaver(resumption.context)
-        meter = Meter(
-            engine,
-            progress,
-            device=world.device,
-            devices=launch.world_size,
-            cost=cost,
-            sequence_length=config.data.sequence_length,
-            attempt=directory.attempt,
-        )
+            directory.write_config(loaded, frame=data.frame_json)
+            directory.save_tokenizer(data.tokenizer)
+            directory.record("resume" if step else "start", step, processes=launch.world_size)
         stop = StopAgreement(run.requests, world, directory, final_step=loaded.steps, lock=run.lock)
-        states = resumption.tracker_states
+        states = trainer.resumption.tracker_states
         with open_trackers(loaded, directory, states, is_rank_zero=world.is_rank_zero) as trackers:
-            fit(loaded, world, engine, batches, checkpoints, meter, trackers, stop)
-        files = write_model(
-            model, engine.full_weights(), directory.final, prepared.tokenizer, writes=world.is_rank_zero
-        )
+            fit(trainer, trackers, stop)
+        weights = trainer.engine.full_weights()
+        files = write_model(trainer.model, weights, directory.final, data.tokenizer, writes=world.is_rank_zero)
         if world.is_rank_zero:
-            directory.write_config(loaded, frame=prepared.frame_json, finished_step=loaded.steps, final=files)
+            directory.write_config(loaded, frame=data.frame_json, finished_step=loaded.steps, final=files)
             directory.record("finish", loaded.steps, reason=loaded.length_unit)
-            log.info("finished: the model is in %s, the numbers in %s", directory.final, directory.metrics)
+            log.info("finished: the model is in %s, the metrics in %s", directory.final, directory.metrics)
 
 
 def resolved_json(loaded: LoadedConfig) -> dict[str, Any]:

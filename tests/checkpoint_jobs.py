@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,13 @@ import torch
 
 from launch.train import train
 from tests.training_jobs import job_topology, load_job
-from trainer import checkpoint_format
-from trainer.checkpoint import CheckpointSaver, RunRecord, find_checkpoint, restore, writer
+from trainer import assembly, checkpoint_format
+from trainer.assembly import assemble
+from trainer.checkpoint import writer
 from trainer.checkpoint_format import ChunkReader, read_manifest
-from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
-from trainer.engine import start_engine
 from trainer.errors import TesseraError, TrainingHalted
 from trainer.fault_tolerance import StopRequests
-from trainer.model import build_model, build_model_shape, describe_model
-from trainer.pipeline import assign_stages
-from trainer.run_directory import RunDirectory
 
 Losses = dict[int, float]
 """By step."""
@@ -69,19 +66,9 @@ def _train_and_save(
     launch: Launch, world: World, config: dict[str, Any], last: int, saves: tuple[int, ...] = (),
     kill: int | None = None, victims: Any = (), frozen: str = "",
 ) -> Losses:  # fmt: skip
-    loaded = load_job(config, launch.world_size)
-    directory = RunDirectory.examine(loaded)
-    prepared = prepare_data(loaded, launch, world.store)
-    batches = open_batches(loaded, prepared, world.topology)
-    model = build_model(loaded, prepared.tokenizer)
-    if frozen:
-        model.get_parameter(frozen).requires_grad_(False)
-    resumption = find_checkpoint(loaded, directory, world, RunRecord(describe_model(model), batches.fingerprint))
-    assignment = assign_stages(build_model_shape(loaded), loaded)
-    engine = start_engine(model, loaded, world, assignment, blank=resumption.checkpoint is not None)
-    progress = restore(resumption, engine)
-    checkpoints = CheckpointSaver(resumption.context)
-    batches.train.resume_from(progress.step, progress.samples)
+    with _frozen(frozen):
+        trainer = assemble(load_job(config, launch.world_size), world)
+    engine, checkpoints, progress, batches = trainer.engine, trainer.checkpoints, trainer.progress, trainer.batches
     if kill is not None and launch.rank in victims:
         kill_at_event(kill)
     losses: Losses = {}
@@ -97,6 +84,22 @@ def _train_and_save(
             checkpoints.save(engine, progress, {"train": losses[step]})
     checkpoints.close()
     return losses
+
+
+@contextmanager
+def _frozen(name: str) -> Iterator[None]:
+    """Within, models are built with one weight that is not trained."""
+    build_model = assembly.build_model
+
+    def build(*arguments: Any) -> Any:
+        model = build_model(*arguments)
+        if name:
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
+    assembly.build_model = build
+    yield
+    assembly.build_model = build_model
 
 
 def train_until_halted(config: dict[str, Any]) -> list[str]:

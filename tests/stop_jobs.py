@@ -19,8 +19,8 @@ from torch.distributed import PrefixStore
 from tests.configs import with_values
 from tests.test_tracking import read_rows
 from tests.training_jobs import job_topology, load_job
-from tools.bench.common import assemble
-from trainer.checkpoint import restore, writer
+from trainer.assembly import assemble
+from trainer.checkpoint import writer
 from trainer.distributed import Launch, World, joined_world
 from trainer.errors import Preempted
 from trainer.events import read_events
@@ -86,27 +86,21 @@ def _attempt(
     """One start of a run: the step after which it was stopped, the message, and the steps after which it evaluated."""
     loaded = load_job(with_values(config, run__output_dir=str(run)), world.topology.world_size)
     world = replace(world, store=PrefixStore(name, world.store))
-    parts = assemble(loaded, world)
-    progress = restore(parts.resumption, parts.started.engine)
-    parts.batches.train.resume_from(progress.step, progress.samples)
-    meter = replace(parts.meter, progress=progress)
-    parts.resumption.directory.path.mkdir(parents=True, exist_ok=True)
-    requests = StopRequests(world.topology.rank)
+    trainer = assemble(loaded, world)
+    directory, rank = trainer.directory, world.topology.rank
+    directory.path.mkdir(parents=True, exist_ok=True)
+    requests = StopRequests(rank)
     requests.install()
-    requests.begin_run(parts.resumption.directory, RunLock())
-    draw = random.Random(seed * 1000 + world.topology.rank)
-    stop = _DelayedAgreement(requests, world, parts.resumption.directory, loaded.steps, draw)
-    trackers = _EvaluationCounter(
-        {"jsonl": JsonLines(parts.resumption.directory.metrics)} if world.is_rank_zero else {}
-    )
+    requests.begin_run(directory, RunLock())
+    draw = random.Random(seed * 1000 + rank)
+    stop = _DelayedAgreement(requests, world, directory, loaded.steps, draw)
+    trackers = _EvaluationCounter({"jsonl": JsonLines(directory.metrics)} if world.is_rank_zero else {})
     stopped, message = -1, ""
-    with _sending(
-        signal_plan if signal_plan and signal_plan.rank == world.topology.rank else None, parts.started.engine, draw
-    ):
+    with _sending(signal_plan if signal_plan and signal_plan.rank == rank else None, trainer.engine, draw):
         try:
-            fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, meter, trackers, stop)
+            fit(trainer, trackers, stop)
         except Preempted as error:
-            stopped, message = meter.progress.step, str(error)
+            stopped, message = trainer.progress.step, str(error)
     requests.release()
     return stopped, message, tuple(trackers.steps)
 

@@ -21,6 +21,7 @@ from tests.harness import run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
 from tests.training_jobs import job_topology, load_job
 from trainer import causality
+from trainer.assembly import plan_model
 from trainer.causality import CONTROL, PROBED, Finding, verify_causality
 from trainer.checkpoint_format import read_manifest
 from trainer.config.causal_attention import make_causal
@@ -34,8 +35,7 @@ from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError
 from trainer.fault_tolerance import StopRequests
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import assign_stages
+from trainer.model import build_model
 from trainer.tasks import MicroBatch
 from trainer.topology import Topology
 
@@ -87,10 +87,9 @@ def examine(jobs: list[Job]) -> list[Any]:
 
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, Any, Any]:
     loaded = load_job(config, launch.world_size)
-    prepared = prepare_data(loaded, launch, world.store)
-    model = build_model(loaded, prepared.tokenizer)
-    engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
-    return loaded, engine, open_batches(loaded, prepared, world.topology).train
+    data = prepare_data(loaded, launch, world.store)
+    engine = start_engine(build_model(loaded, data.tokenizer), loaded, world, plan_model(loaded).assignment)
+    return loaded, engine, open_batches(loaded, data, world.topology).train
 
 
 def _probe(config: dict[str, Any], launch: Launch, world: World, *, maskless: bool) -> str:

@@ -25,13 +25,10 @@ from tests.training_jobs import (
     train,
     train_bare,
 )
-from trainer.data import open_batches, prepare_data
+from trainer.assembly import assemble
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
 from trainer.engine.loss_scale import LossScale
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import assign_stages
 from trainer.tasks import MicroBatch, TaskLoss
 from trainer.topology import Topology
 
@@ -269,12 +266,10 @@ def hooked_steps(config: dict[str, Any], steps: int) -> list[tuple[list[float], 
     """For each step: norms of the gradients in the hook, by call; the norm of the result; whether weights were old."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
-        loaded = load_job(config, launch.world_size)
-        prepared = prepare_data(loaded, launch, world.store)
-        assignment = assign_stages(build_model_shape(loaded), loaded)
-        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
+        trainer = assemble(load_job(config, launch.world_size), world)
+        engine = trainer.engine
         outcomes = []
-        for batch in open_batches(loaded, prepared, world.topology).train.steps(1, steps):
+        for batch in trainer.batches.train.steps(1, steps):
             before = {name: weight.clone() for name, weight in engine.full_weights()}
             squares, is_unchanged = [], []
 

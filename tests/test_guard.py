@@ -21,8 +21,8 @@ from tests.configs import with_values
 from tests.harness import captured_messages, run_ranks, running_command
 from tests.test_tracking import TRAIN
 from tests.training_jobs import job_topology, load_job
-from tools.bench.common import assemble
-from trainer.checkpoint import restore, saver, writer
+from trainer.assembly import assemble
+from trainer.checkpoint import saver, writer
 from trainer.distributed import Launch, PhaseMark, Phases, joined_world
 from trainer.errors import DataError, Preempted, TrainingHalted
 from trainer.events import read_events
@@ -100,12 +100,10 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
     saver._PROGRESS_SECONDS = 0.05
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
-        parts = assemble(loaded := load_job(config, launch.world_size), world)
-        parts.resumption.directory.path.mkdir(parents=True, exist_ok=True)
-        restore(parts.resumption, parts.started.engine)
-        requests = StopRequests(launch.rank)
-        stop = StopAgreement(requests, world, parts.resumption.directory, final_step=loaded.steps)
-        fit(loaded, world, parts.started.engine, parts.batches, parts.checkpoints, parts.meter, Trackers({}), stop)
+        trainer = assemble(load_job(config, launch.world_size), world)
+        trainer.directory.path.mkdir(parents=True, exist_ok=True)
+        stop = StopAgreement(StopRequests(launch.rank), world, trainer.directory, final_step=trainer.loaded.steps)
+        fit(trainer, Trackers({}), stop)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
@@ -15,14 +15,12 @@ from tests.training_jobs import losses_with_dropout, shared_weights_after
 from tools.bench import pipeline
 from tools.parity.__main__ import main
 from tools.parity.shrink import tiny as tiny_model
+from trainer.assembly import assemble
 from trainer.compat.deepspeed.pipeline import instructions_of
 from trainer.config.load import check_config
 from trainer.config.schema import ParallelSection
-from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import assign_stages
+from trainer.engine.pipeline import PipelineEngine
 from trainer.topology import Topology
 
 
@@ -96,9 +94,8 @@ def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
     topology = Topology.of(launch.world_size, launch.rank, pipeline=config["parallel"]["pipeline"])
     with joined_world(launch, topology, seed=1) as world:
         loaded = check_config(config, world_size=launch.world_size, device="cpu")
-        prepared = prepare_data(loaded, launch, world.store)
-        assignment = assign_stages(build_model_shape(loaded), loaded)
-        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
+        trainer = assemble(loaded, world)
+        engine = cast("PipelineEngine", trainer.engine)
         in_flight = maximum = 0
         instructions = instructions_of(engine.deepspeed_engine)
         for instruction, change in ((ForwardPass, 1), (BackwardPass, -1)):
@@ -110,7 +107,7 @@ def max_micro_batches_in_flight(config: dict[str, Any]) -> int:
                 maximum = max(in_flight, maximum)
 
             instructions[instruction] = executes
-        engine.train_step(open_batches(loaded, prepared, topology).train.batch_at(1))
+        engine.train_step(trainer.batches.train.batch_at(1))
         assert in_flight == 0
         return maximum
 

@@ -12,12 +12,9 @@ import torch.distributed as dist
 from tests import training_jobs
 from tests.configs import with_values
 from tests.harness import run_ranks
-from trainer.data import open_batches, prepare_data
+from trainer.assembly import assemble
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
 from trainer.engine.grid import Grid
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import assign_stages
 from trainer.topology import Topology
 
 STEPS = 3
@@ -40,12 +37,10 @@ def train_replica(config: dict[str, Any], replicas: int) -> Replica:
     config = with_values(config, run__seed=SEEDS[topology.coordinate("replica")])
     with joined_world(launch, topology, seed=SEEDS[0]) as world:
         loaded = training_jobs.load_job(config, world.topology.world_size)
-        prepared = prepare_data(loaded, launch, world.store)
-        batches = open_batches(loaded, prepared, world.topology)
-        assignment = assign_stages(build_model_shape(loaded), loaded)
-        engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
+        trainer = assemble(loaded, world)
+        engine = trainer.engine
         curve = []
-        for step, batch in enumerate(batches.train.steps(1, STEPS), start=1):
+        for step, batch in enumerate(trainer.batches.train.steps(1, STEPS), start=1):
             world.seed_step(step)
             result = engine.train_step(batch)
             assert result.grad_norm is not None

@@ -17,15 +17,14 @@ from tests.configs import LENGTH, VOCABULARY, with_values
 from tests.harness import run_ranks
 from tests.training_jobs import job_topology, load_job
 from tools.parity.shrink import tiny as tiny_family
+from trainer.assembly import assemble
 from trainer.config import LoadedConfig
 from trainer.config.load import check_config
 from trainer.config.schema import DataSection
 from trainer.config.tasks import TASK_FAMILIES, TaskFamilies
 from trainer.data import open_batches, prepare_data
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
-from trainer.model import build_model, build_model_shape, initialize_weights, returns_head_output
-from trainer.pipeline import assign_stages
+from trainer.model import build_model, initialize_weights, returns_head_output
 from trainer.tasks import (
     IGNORE_INDEX,
     TASKS,
@@ -113,10 +112,8 @@ def train_masked(config: dict[str, Any]) -> tuple[list[float], dict[str, Any], f
     """Losses of some steps, final weights, and an evaluation before them, in this rank's world."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
-        loaded = load_masked(config, launch.world_size)
-        prepared = prepare_data(loaded, launch, world.store)
-        batches = open_batches(loaded, prepared, world.topology)
-        engine = start_engine(build_model(loaded), loaded, world, assign_stages(build_model_shape(loaded), loaded))
+        trainer = assemble(load_masked(config, launch.world_size), world)
+        batches, engine = trainer.batches, trainer.engine
         assert batches.validation is not None
         evaluation = engine.evaluate(batches.validation)
         losses = []

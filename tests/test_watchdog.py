@@ -21,8 +21,8 @@ import torch.distributed as dist
 from tests.configs import tiny_config, with_values
 from tests.harness import CommandResult, run_command, run_ranks
 from tests.training_jobs import load_job
+from trainer.assembly import plan_model
 from trainer.checkpoint.context import checkpoint_group
-from trainer.data import prepare_data
 from trainer.distributed import JOIN_TIMEOUT, Launch, PhaseMark, Phases, joined_world
 from trainer.engine import start_engine
 from trainer.errors import RankLost
@@ -31,8 +31,7 @@ from trainer.fault_tolerance.failures import is_collective_failure
 from trainer.fault_tolerance.inspection import is_debugged, main_thread_location, process_state
 from trainer.fault_tolerance.reports import STALE_ROUNDS, PeerReports, initial_report
 from trainer.fault_tolerance.watchdog import PEER_CHECK_SECONDS, REPORT_SECONDS
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import assign_stages
+from trainer.model import build_model
 from trainer.topology import Topology
 
 SCRIPT = str(Path(__file__).parent / "data" / "misbehaving_rank.py")
@@ -188,11 +187,9 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
     phases = Phases(20.0)
     with joined_world(launch, topology, None, phases, seed=1) as world:
         loaded = load_job(config, launch.world_size)
-        prepared = prepare_data(loaded, launch, world.store)
-        assignment = assign_stages(build_model_shape(loaded), loaded)
         world.groups.tensor_subgroup(2)
+        start_engine(build_model(loaded), loaded, world, plan_model(loaded).assignment)
         checkpoint_group()
-        start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
         found: dict[str, list[float]] = {"before": _of_groups()}
         for name in ("resume", "first", "second"):
             phases.enter("resume" if name == "resume" else "step")

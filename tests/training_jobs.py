@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,16 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.configs import with_values
 from tests.reference_optimizers import scheduled_learning_rates, torch_optimizer
 from tools.parity.reference import ReferenceStep, load_reference_model, train_reference
+from trainer.assembly import assemble
 from trainer.config.load import LoadedConfig, check_config
 from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, joined_world, local_device
-from trainer.engine import start_engine
 from trainer.engine.loss_scale import LossScale
 from trainer.engine.plain import PlainEngine
-from trainer.model import build_model, build_model_shape, model_cost
-from trainer.pipeline import assign_stages
-from trainer.progress import Progress
+from trainer.loop import start_meter
 from trainer.tasks import TaskLoss
 from trainer.topology import Topology
 from trainer.tracking import Meter
@@ -56,24 +54,19 @@ def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Ou
     launch = Launch.from_environment()
     topology = job_topology(jobs[0][0], launch)
     with joined_world(launch, topology, seed=jobs[0][0]["run"]["seed"]) as world:
-        return [_train(config, steps, launch, topology, world, sabotage) for config, steps in jobs]
+        return [_train(config, steps, world, sabotage) for config, steps in jobs]
 
 
-def _train(
-    config: dict[str, Any], steps: int, launch: Launch, topology: Topology, world: World, sabotage: str
-) -> Outcome:
+def _train(config: dict[str, Any], steps: int, world: World, sabotage: str) -> Outcome:
     if sabotage == "no clipping":
         config = with_values(config, deepspeed__gradient_clipping=0.0)
-    loaded = load_job(config, launch.world_size)
-    prepared = prepare_data(loaded, launch, world.store)
-    batches = open_batches(loaded, prepared, topology)
-    assignment = assign_stages(build_model_shape(loaded), loaded)
-    engine = start_engine(build_model(loaded, prepared.tokenizer), loaded, world, assignment)
+    trainer = assemble(load_job(config, world.topology.world_size), world)
+    batches, engine = trainer.batches, trainer.engine
     before = engine.evaluate(batches.validation).loss if batches.validation else None
     curve = []
     for batch in batches.train.steps(1, steps):
         if sabotage == "other samples":
-            batch = _with_other_samples(batch, topology.rank)
+            batch = _with_other_samples(batch, world.topology.rank)
         with _sabotaged_objective(sabotage):
             result = engine.train_step(batch)
         total = sum(row[0] for row in engine.all_gather_scalars([result.loss_sum]))
@@ -144,22 +137,9 @@ def _train_bare(config: dict[str, Any], steps: int) -> Outcome:
     return curve, {name: p.detach().numpy() for name, p in model.named_parameters()}, None
 
 
-def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
-    loaded = load_job(config, launch.world_size)
-    prepared = prepare_data(loaded, launch, world.store)
-    model = build_model(loaded, prepared.tokenizer)
-    cost = model_cost(model)
-    engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
-    meter = Meter(
-        engine,
-        Progress(),
-        device=world.device,
-        devices=launch.world_size,
-        cost=cost,
-        sequence_length=loaded.config.data.sequence_length,
-        attempt=1,
-    )
-    return open_batches(loaded, prepared, world.topology).train, engine, meter
+def _start(config: dict[str, Any], world: World) -> tuple[TrainBatches, PlainEngine, Meter]:
+    trainer = assemble(load_job(config, world.topology.world_size), world)
+    return trainer.batches.train, cast("PlainEngine", trainer.engine), start_meter(trainer)
 
 
 def learning_rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
@@ -168,7 +148,7 @@ def learning_rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
     rates_of_jobs = []
     with joined_world(launch, job_topology(jobs[0][0], launch), seed=1) as world:
         for config, steps in jobs:
-            batches, engine, _ = _start(config, launch, world)
+            batches, engine, _ = _start(config, world)
             rates_of_jobs.append([engine.train_step(b).learning_rate for b in batches.steps(1, steps)])
     return rates_of_jobs
 
@@ -177,7 +157,7 @@ def auxiliary_loss(config: dict[str, Any]) -> float:
     """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
-        batches, engine, meter = _start(config, launch, world)
+        batches, engine, meter = _start(config, world)
         batch = batches.batch_at(1)
         result = engine.train_step(batch)
         meter.add(batch.tokens)
@@ -251,7 +231,7 @@ def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, Even
     launch = Launch.from_environment()
     quiet, logging, plain = (EventCounts(Counter(), Counter()) for _ in range(3))
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
-        batches, engine, meter = _start(config, launch, world)
+        batches, engine, meter = _start(config, world)
         steps = meter.timed(batches.steps(1, 4))
         for counted in (None, quiet, logging):
             batch = next(steps)
@@ -274,7 +254,7 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
     """What this rank's stage holds, after some steps, of the weights that several stages hold."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
-        batches, engine, _ = _start(config, launch, world)
+        batches, engine, _ = _start(config, world)
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
         shared = {name for name, stages in engine.stages_of_shared_weights.items() if len(stages) > 1}
@@ -286,5 +266,5 @@ def losses_with_dropout(config: dict[str, Any], steps: int) -> list[float]:
     """This rank's sums of the loss."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
-        batches, engine, _ = _start(config, launch, world)
+        batches, engine, _ = _start(config, world)
         return [float(engine.train_step(batch).loss_sum) for batch in batches.steps(1, steps)]

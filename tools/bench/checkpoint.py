@@ -17,16 +17,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tools.bench.common import assemble, configuration, table, write_tokens
+from tools.bench.common import configuration, table, write_tokens
 from tools.ranks import run_ranks
-from trainer.checkpoint import CheckpointSaver, RunRecord, find_checkpoint
+from trainer.assembly import assemble
+from trainer.checkpoint import CheckpointSaver, find_checkpoint
 from trainer.checkpoint.load import load_state, scalar_state_of
 from trainer.checkpoint.saved import checkpoint_name
 from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import Engine
-from trainer.model import describe_model
 from trainer.progress import Progress
 from trainer.run_directory import RunDirectory
 from trainer.run_layout import CHECKPOINTS
@@ -114,14 +114,13 @@ def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
     loaded = configuration(Path(folder), size, world=world_size, zero_optimization={"stage": 1})
     measured = Measured()
     with joined_world(launch, topology, seed=1) as world:
-        run = assemble(loaded, world)
-        engine, description = run.started.engine, describe_model(run.started.model)
-        engine.train_step(run.batches.train.batch_at(1))
+        trainer = assemble(loaded, world)
+        engine, record = trainer.engine, trainer.resumption.context.record
+        engine.train_step(trainer.batches.train.batch_at(1))
 
         def checkpoints(**values: Any) -> CheckpointSaver:
             section = loaded.config.checkpoint.model_copy(update=values)
             changed = replace(loaded, config=loaded.config.model_copy(update={"checkpoint": section}))
-            record = RunRecord(description, run.batches.fingerprint)
             return CheckpointSaver(find_checkpoint(changed, RunDirectory.examine(changed), world, record).context)
 
         at_once, later = (checkpoints(resume="never", keep_last=None, asynchronous=how) for how in (False, True))

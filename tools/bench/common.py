@@ -5,25 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from trainer.checkpoint import CheckpointSaver, Resumption, RunRecord, find_checkpoint
 from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_config import scrub
-from trainer.data import Batches, open_batches, prepare_data
 from trainer.data.indexed import IndexedWriter
-from trainer.distributed import Launch, World
-from trainer.engine import Engine, start_engine
-from trainer.model import ModelCost, build_model, build_model_shape, describe_model, model_cost
-from trainer.pipeline import StageAssignment, assign_stages
-from trainer.progress import Progress
-from trainer.run_directory import RunDirectory
-from trainer.tracking import Meter
 
 VOCABULARY = 4096
 LENGTH = 256
@@ -76,58 +66,6 @@ def inline(config: PreTrainedConfig) -> dict[str, Any]:
     unwanted = ("transformers_version", "dtype", "architectures")
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in scrub(fields).items() if key not in unwanted}
-
-
-@dataclass(frozen=True)
-class Started:
-    """A model and the engine that trains it."""
-
-    shape: PreTrainedModel
-    """The model as it was before it was sharded, on the meta device."""
-
-    cost: ModelCost
-    assignment: StageAssignment
-    model: PreTrainedModel
-    engine: Engine
-
-
-def start(loaded: LoadedConfig, world: World) -> Started:
-    """Build the model and start its engine, as `launch/train.py` does."""
-    shape = build_model_shape(loaded)
-    cost, assignment = model_cost(shape), assign_stages(shape, loaded)
-    model = build_model(loaded)
-    return Started(shape, cost, assignment, model, start_engine(model, loaded, world, assignment))
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """The parts of a run, all that `fit` takes but the trackers."""
-
-    started: Started
-    batches: Batches
-    resumption: Resumption
-    checkpoints: CheckpointSaver
-    meter: Meter
-
-
-def assemble(loaded: LoadedConfig, world: World) -> Assembled:
-    """Put a run together from its first step on, as `launch/train.py` does."""
-    topology = world.topology
-    batches = open_batches(loaded, prepare_data(loaded, Launch.from_environment(), world.store), topology)
-    started = start(loaded, world)
-    directory = RunDirectory.examine(loaded)
-    record = RunRecord(describe_model(started.model), batches.fingerprint)
-    resumption = find_checkpoint(loaded, directory, world, record)
-    meter = Meter(
-        started.engine,
-        Progress(),
-        device=world.device,
-        devices=topology.world_size,
-        cost=started.cost,
-        sequence_length=loaded.config.data.sequence_length,
-        attempt=1,
-    )
-    return Assembled(started, batches, resumption, CheckpointSaver(resumption.context), meter)
 
 
 def rank_environment(rank: int, world: int, port: int) -> None:

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tools.bench.common import Assembled, assemble, configuration, settings, table, write_tokens
+from tools.bench.common import configuration, settings, table, write_tokens
 from tools.bench.launches import ROOT, launched, rank_processes, wait_for_steps
 from tools.ranks import run_ranks, running_command, time_limit
+from trainer.assembly import Trainer, assemble
 from trainer.config import load_config
 from trainer.data import source_facts
 from trainer.distributed import Launch, configure_logging, joined_world, open_store
 from trainer.fault_tolerance import StopAgreement, StopRequests, compare_ranks, start_facts
 from trainer.fault_tolerance.run_lock import RunLock
 from trainer.fault_tolerance.watchdog import Watchdog
-from trainer.run_directory import RunDirectory
 from trainer.topology import Topology
 
 QUICK: dict[str, Any] = {
@@ -167,11 +167,12 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"with": [], "without": [], "look_up": []}
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         loaded = configuration(Path(folder), 1, batch=1, world=launch.world_size, zero_optimization={"stage": 1})
-        parts, directory = assemble(loaded, world), RunDirectory.examine(loaded)
-        batches = parts.batches.train.steps(1, _WARM_UP + 2 * pairs * count)
+        trainer = assemble(loaded, world)
+        directory = trainer.directory
+        batches = trainer.batches.train.steps(1, _WARM_UP + 2 * pairs * count)
         agreement = StopAgreement(StopRequests(launch.rank), world, directory, final_step=loaded.steps)
         for _ in range(_WARM_UP):
-            parts.started.engine.train_step(next(batches))
+            trainer.engine.train_step(next(batches))
         for pair in range(pairs):
             for name in ("with", "without") if pair % 2 else ("without", "with"):
                 watchdog = None
@@ -182,21 +183,21 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
                 begin = time.process_time()
                 for step in range(1, count + 1):
                     if watchdog is None:
-                        parts.started.engine.train_step(next(batches))
+                        trainer.engine.train_step(next(batches))
                     else:
-                        found["look_up"].append(_guarded_step(step, parts, batches, agreement, watchdog))
+                        found["look_up"].append(_guarded_step(step, trainer, batches, agreement, watchdog))
                 found[name].append((time.process_time() - begin) / count)
                 if watchdog is not None:
                     watchdog.close()
     return found
 
 
-def _guarded_step(step: int, parts: Assembled, batches: Any, agreement: StopAgreement, watchdog: Watchdog) -> float:
+def _guarded_step(step: int, trainer: Trainer, batches: Any, agreement: StopAgreement, watchdog: Watchdog) -> float:
     """A step as the training loop makes it; the seconds of the look-up after it."""
     batch = next(batches)
     agreement.before_step(step)
     watchdog.phases.enter("step", step)
-    parts.started.engine.train_step(batch)
+    trainer.engine.train_step(batch)
     begin = time.perf_counter()
     agreement.stops_after(step)
     return time.perf_counter() - begin

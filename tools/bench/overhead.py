@@ -21,7 +21,8 @@ import deepspeed
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tools.bench.common import LENGTH, assemble, configuration, rank_environment, table, write_tokens
+from tools.bench.common import LENGTH, configuration, rank_environment, table, write_tokens
+from trainer.assembly import assemble
 from trainer.config.deepspeed import engine_settings
 from trainer.config.load import LoadedConfig
 from trainer.data.indexed import IndexedTokens
@@ -108,8 +109,8 @@ def _model(loaded: LoadedConfig) -> Any:
 
 def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
     """The real `fit`; it pauses where it asks for the next batch."""
-    run = assemble(loaded, world)
-    train = run.batches.train
+    trainer = assemble(loaded, world)
+    train = trainer.batches.train
     trackers = Trackers({"jsonl": JsonLines(folder / "metrics.jsonl")})
 
     def loop(pause: Callable[[], None]) -> None:
@@ -121,8 +122,8 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
                 pause()  # so that the reading thread fills the place of the next batch in our own turn
 
         train.steps = pausing  # type: ignore[method-assign]
-        stop = StopAgreement(StopRequests(), world, run.resumption.directory, final_step=loaded.steps)
-        fit(loaded, world, run.started.engine, run.batches, run.checkpoints, run.meter, trackers, stop)
+        stop = StopAgreement(StopRequests(), world, trainer.directory, final_step=loaded.steps)
+        fit(trainer, trackers, stop)
 
     return Contestant("Tessera", loop)
 

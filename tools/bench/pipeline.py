@@ -13,13 +13,16 @@ import deepspeed.runtime.pipe.engine as deepspeed_pipe
 import torch
 from torch import Tensor, nn
 
-from tools.bench.common import inline, start, table
+from tools.bench.common import inline, table
 from tools.parity.shrink import tiny
 from tools.ranks import run_ranks
+from trainer.assembly import plan_model
 from trainer.config.load import LoadedConfig, check_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, joined_world
+from trainer.engine import start_engine
 from trainer.engine.pipeline import PipelineEngine
+from trainer.model import build_model
 from trainer.pipeline import local_parameters
 from trainer.tasks import MicroBatch
 from trainer.topology import Topology
@@ -131,8 +134,9 @@ def measure(cases: list[Case]) -> list[Measured]:
 
 def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     loaded = _loaded(case, launch.world_size)
-    started = start(loaded, world)
-    shape, assignment, engine = started.shape, started.assignment, started.engine
+    plan = plan_model(loaded)
+    shape, assignment = plan.shape, plan.assignment
+    engine = start_engine(build_model(loaded), loaded, world, assignment)
     assert isinstance(engine, PipelineEngine)
     assert assignment.dataflow is not None
     if case.sleeps:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.bench.common import assemble, configuration, table, write_tokens
+from tools.bench.common import configuration, table, write_tokens
 from tools.ranks import run_ranks, time_limit
+from trainer.assembly import assemble
 from trainer.distributed import Launch, World, joined_world
 from trainer.topology import Topology
 
@@ -50,12 +51,12 @@ def _seconds(folder: str, millions: int, steps: int) -> dict[str, dict[str, floa
 
 
 def _case(folder: str, millions: int, steps: int, settings: dict[str, Any], world: World) -> dict[str, float]:
-    parts = assemble(configuration(Path(folder), millions, world=world.topology.world_size, **settings), world)
+    trainer = assemble(configuration(Path(folder), millions, world=world.topology.world_size, **settings), world)
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    for step, batch in enumerate(parts.batches.train.steps(1, 2 * steps + _WARM_UP), start=1):
+    for step, batch in enumerate(trainer.batches.train.steps(1, 2 * steps + _WARM_UP), start=1):
         verifies = step % 2 == 0
         begin = time.process_time()
-        parts.started.engine.train_step(batch, verify_step=step if verifies else None)
+        trainer.engine.train_step(batch, verify_step=step if verifies else None)
         if step > _WARM_UP:
             seconds[verifies].append(time.process_time() - begin)
     return {"without": statistics.median(seconds[False]), "with": statistics.median(seconds[True])}

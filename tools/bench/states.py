@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.common import configuration, start, table, write_tokens
+from tools.bench.common import configuration, table, write_tokens
 from tools.ranks import run_ranks
 from trainer.config.load import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
+from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
-from trainer.model import state_bytes
+from trainer.model import build_model, build_model_shape, model_cost, state_bytes
 from trainer.topology import Topology
 
 QUICK: dict[str, Any] = {"size": 1}
@@ -65,10 +66,10 @@ def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> d
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"zero_optimization": zero, "bf16": {"enabled": half}, "gradient_accumulation_steps": 2}
     loaded = configuration(folder, size, world=ranks, **settings)
-    started = start(loaded, world)
-    assert isinstance(started.engine, PlainEngine)
-    formula = state_bytes(started.cost.parameters, stage=stage, data_ranks=ranks, half=half)
-    return {"counted": _count(started.engine, loaded), "formula": formula}
+    engine = start_engine(build_model(loaded), loaded, world)
+    assert isinstance(engine, PlainEngine)
+    formula = state_bytes(model_cost(build_model_shape(loaded)).parameters, stage=stage, data_ranks=ranks, half=half)
+    return {"counted": _count(engine, loaded), "formula": formula}
 
 
 def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:

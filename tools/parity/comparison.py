@@ -23,10 +23,9 @@ from tools.parity.gradient_proof import TOLERANCE
 from tools.parity.layout import Layout
 from tools.parity.text import last_line
 from tools.parity.training_proof import prove_training
+from trainer.assembly import plan_model
 from trainer.config.load import check_config
 from trainer.errors import ConfigError, Problem
-from trainer.model import build_model_shape
-from trainer.pipeline import assign_stages
 
 SECONDS = 24 * 3600.0
 """How long a layout may take: a model may be large and a machine slow."""
@@ -115,7 +114,7 @@ def _refuse_early(jobs: list[ComparisonJob]) -> None:
     for job in jobs:
         try:
             loaded = check_config(job.raw, world_size=job.layout.world_size, device="cpu")
-            assign_stages(build_model_shape(loaded), loaded)
+            plan_model(loaded)
         except ConfigError as error:
             problems += [_of_layout(job.layout, problem) for problem in error.problems]
     if problems:

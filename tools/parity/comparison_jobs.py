@@ -28,14 +28,14 @@ from tools.parity.dropout import disable_dropout
 from tools.parity.gradient_proof import NOISE, blocks_of
 from tools.parity.layout import Layout
 from tools.parity.reference import ReferenceStep, load_reference_model, scaled_sgd, train_reference
+from trainer.assembly import plan_model
 from trainer.config.load import LoadedConfig, check_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather
 from trainer.engine import Engine, start_engine
 from trainer.errors import ConfigError, Problem, TesseraError
-from trainer.model import build_model, build_model_shape
-from trainer.pipeline import assign_stages
+from trainer.model import build_model
 from trainer.sharding import shard_of
 from trainer.tasks import IGNORE_INDEX, MicroBatch, count_targets
 from trainer.topology import Topology
@@ -286,7 +286,7 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
         loaded = check_config(job.raw, world_size=launch.world_size, device="cpu")
         model = build_model(loaded)
         disable_dropout(model)
-        engine = start_engine(model, loaded, world, assign_stages(build_model_shape(loaded), loaded))
+        engine = start_engine(model, loaded, world, plan_model(loaded).assignment)
         kept = [BlockOutputs(model_part) for model_part in engine.models]
         differences = RankDifferences([], [], {}, {}, {})
 

@@ -1,0 +1,104 @@
+"""Assembly of a run: from a configuration to all parts that train it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.causality import verify_causality
+from trainer.checkpoint import CheckpointSaver, Resumption, RunRecord, find_checkpoint, restore
+from trainer.config import LoadedConfig
+from trainer.data import Batches, PreparedData, open_batches, prepare_data
+from trainer.distributed import Launch, World
+from trainer.engine import Engine, start_engine
+from trainer.model import ModelCost, PreTrainedModel, build_model, build_model_shape, describe_model, model_cost
+from trainer.pipeline import StageAssignment, assign_stages
+from trainer.progress import Progress
+from trainer.run_directory import RunDirectory
+from trainer.update import Synchronous
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What follows from the shapes of the model alone."""
+
+    shape: PreTrainedModel
+    """The unsharded model on the meta device."""
+
+    cost: ModelCost
+    assignment: StageAssignment
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The parts of a run on one rank, ready for the step after `progress`."""
+
+    loaded: LoadedConfig
+    world: World
+    data: PreparedData
+    batches: Batches
+    plan: ModelPlan
+    model: PreTrainedModel
+    """The model as built; the models that hold weights are those of the engine."""
+
+    engine: Engine
+    resumption: Resumption
+    checkpoints: CheckpointSaver
+    progress: Progress
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run directory, numbered for this attempt."""
+        return self.resumption.directory
+
+
+def plan_model(loaded: LoadedConfig) -> ModelPlan:
+    """Derive costs and stages from the shapes of the model, before data are read and before ranks wait for each other.
+
+    Raises:
+        ConfigError: transformers cannot build the model.
+        PlanError: the tensor plan or the pipeline does not fit the model.
+    """
+    shape = build_model_shape(loaded)
+    return ModelPlan(shape, model_cost(shape), assign_stages(shape, loaded))
+
+
+def assemble(
+    loaded: LoadedConfig,
+    world: World,
+    directory: RunDirectory | None = None,
+    *,
+    data: PreparedData | None = None,
+    plan: ModelPlan | None = None,
+) -> Trainer:
+    """Put the parts of a run together, in the order in which data pass. Collective: all ranks must call it.
+
+    A run that has a checkpoint resumes from it; any other one starts at step 1 with the weights of the configuration,
+    after a check that the model is causal.
+
+    Args:
+        loaded: The configuration, with its number of steps resolved.
+        world: The joined world.
+        directory: The run directory as `RunDirectory.examine` returns it, which is called by default.
+        data: Prepared data; prepared here by default.
+        plan: From `plan_model`, which is called by default.
+
+    Raises:
+        ConfigError: the model, the data or the checkpoint does not fit the configuration.
+        CheckpointError: the checkpoint to resume from is missing or damaged.
+        DataError: a source is too small for one sample.
+    """
+    data = prepare_data(loaded, Launch.from_environment(), world.store) if data is None else data
+    plan = plan_model(loaded) if plan is None else plan
+    batches = open_batches(loaded, data, world.topology, pin=world.device.type == "cuda")
+    model = build_model(loaded, data.tokenizer)
+    record = RunRecord(describe_model(model), batches.fingerprint, batches.evaluated_samples)
+    directory = RunDirectory.examine(loaded) if directory is None else directory
+    resumption = find_checkpoint(loaded, directory, world, record)
+    is_resumed = resumption.checkpoint is not None
+    engine = Synchronous().wrap(start_engine(model, loaded, world, plan.assignment, blank=is_resumed), world)
+    if not is_resumed:
+        verify_causality(loaded, world, engine, batches.train)
+    progress = restore(resumption, engine)
+    batches.train.resume_from(progress.step, progress.samples)
+    checkpoints = CheckpointSaver(resumption.context)
+    return Trainer(loaded, world, data, batches, plan, model, engine, resumption, checkpoints, progress)
