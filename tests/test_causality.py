@@ -30,7 +30,7 @@ from trainer.config.load import check_config, load_config
 from trainer.config.model_config import model_config
 from trainer.data import open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer
-from trainer.distributed import Launch, World, joined_world, seed_everything
+from trainer.distributed import Launch, ProcessGroups, World, joined_world, seed_everything
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError
@@ -300,7 +300,9 @@ class _Stub:
 
 def asked(config: dict[str, Any], ids: Any, passes: list[torch.Tensor] | None = None) -> list[MicroBatch]:
     """The micro-batches that the probe runs, over losses that say nothing unless `passes` do."""
-    world = World(Topology.of(1, 0), torch.device("cpu"), 1, HashStore(), {})
+    topology = Topology.of(1, 0)
+    groups = ProcessGroups(topology, HashStore())
+    world = World(topology, topology, torch.device("cpu"), 1, HashStore(), groups)
     stub = _Stub(passes or [torch.ones(2, 4096)] * 2, np.array(ids, dtype=np.int64))
     verify_causality(check_config(config, world_size=None, device="cpu"), world, stub, stub)  # type: ignore[arg-type]
     return stub.asked
