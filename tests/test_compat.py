@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import pkgutil
@@ -121,6 +122,36 @@ def test_missing_name_is_refused(
         f"{dependency.required[group][path][name]}. {dependency.remedy()}"
     )
     assert expected in str(refused.value).splitlines()
+
+
+@pytest.mark.parametrize("dependency", DEPENDENCIES, ids=IDS)
+def test_names_in_use_are_those_listed(dependency: Dependency) -> None:
+    """Every private name that the package touches is listed, and every listed name is in use."""
+    package = ROOT / "trainer" / "compat" / dependency.distribution
+    attributes, strings = names_in(package)
+    attributes_anywhere, _ = names_in(ROOT / "trainer")
+    listed = {name for owners in dependency.required.values() for names in owners.values() for name in names}
+    modules = {part for owners in dependency.required.values() for path in owners for part in path.split(".")}
+    private = {name for name in attributes if name.startswith("_") and not name.startswith("__")}
+    assert private - listed - modules == set()
+    assert {name for name in listed if name.startswith("_")} - attributes - strings == set()
+    assert listed - attributes_anywhere - attributes - strings == set()
+
+
+def names_in(package: Path) -> tuple[set[str], set[str]]:
+    """Collect attributes, imported names included, and strings in the code of a package but its tables of names."""
+    attributes, strings = set(), set()
+    for file in package.glob("**/*.py"):
+        if file.name == "names.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "super()"):
+                attributes.add(node.attr)
+            elif isinstance(node, ast.alias):
+                attributes.add(node.name)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.add(node.value)
+    return attributes, strings
 
 
 def with_renamed(owner: Any, name: str) -> Any:

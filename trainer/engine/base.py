@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.compat.deepspeed.flags import is_counted_elsewhere
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 from trainer.compat.deepspeed.optimizer_layouts import layout_of
-from trainer.compat.deepspeed.pipeline import is_counted_elsewhere
 from trainer.distributed import World
 from trainer.engine.evaluation_sums import EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult, TrainingState

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.compat.deepspeed.flags import set_counted_elsewhere
 from trainer.compat.deepspeed.interfaces import Settings
 from trainer.compat.deepspeed.nvme import keep_unaligned_gradients, prepare_nvme
 from trainer.compat.deepspeed.optimizer_layout import undo_initial_step
-from trainer.compat.deepspeed.pipeline import as_pipeline_engine, pipeline_module, set_counted_elsewhere
+from trainer.compat.deepspeed.pipeline import as_pipeline_engine, pipeline_module
 from trainer.compat.deepspeed.zero3 import Partition, partitioner
 from trainer.config import LoadedConfig
 from trainer.config.deepspeed import (

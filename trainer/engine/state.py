@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from trainer.checkpoint_format import BUFFER, WEIGHT
 from trainer.compat.deepspeed.counters import read_counters, read_loss_scale, restore_counters, restore_loss_scale
+from trainer.compat.deepspeed.flags import is_counted_elsewhere
 from trainer.compat.deepspeed.fragments import FlatFragment
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 from trainer.compat.deepspeed.optimizer_layouts import layout_of
-from trainer.compat.deepspeed.pipeline import is_counted_elsewhere
 from trainer.compat.deepspeed.zero3 import full_shape, is_partitioned, local_elements
 from trainer.distributed import World
 from trainer.engine.interface import Scalars, ScalarState, TensorChunk

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.compat.deepspeed.flags import set_tensor_parallel
 from trainer.topology import Axis
 
 _ATTRIBUTE = "tessera_shard"
@@ -177,7 +178,7 @@ def set_shard(parameter: nn.Parameter, shard: Shard) -> None:
     right for the second copy of a shard, which another rank has counted.
     """
     setattr(parameter, _ATTRIBUTE, shard)
-    parameter.tensor_model_parallel = not shard.is_full and shard.owner  # type: ignore[attr-defined]
+    set_tensor_parallel(parameter, not shard.is_full and shard.owner)
 
 
 def shard_of(parameter: Tensor) -> Shard | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
+from trainer.compat.transformers.models import head_plan
 from trainer.errors import Problem, suggest
 from trainer.sharding import wildcard_name
 from trainer.tensor_parallel.families import COMMON, FAMILIES, UNITS, VARIANTS, Entries
@@ -96,7 +97,7 @@ class PlanSources:
 
     def _add_hugging_face(self) -> None:
         vocabulary = set(self._styles)
-        for name, text in (getattr(self._model, "_tp_plan", None) or {}).items():
+        for name, text in head_plan(self._model).items():
             if wildcard_name(name) in vocabulary or self._full_name(name) is None:
                 continue
             styles = self._parsed(name, text)

@@ -133,7 +133,6 @@ _PIPELINE: Names = {
         "_INSTRUCTION_MAP": "replaced: instructions of the schedule",
         "_exec_backward_pass": "backward pass of the loss, or of a single tensor",
         "_exec_optimizer_step": "optimizer step at the end of the schedule",
-        "_exec_schedule": "calling the replaced instructions with the engine and a buffer",
         "_running_engine_backward": "telling DeepSpeed's hooks that a backward pass is the engine's",
         "_config": "bf16 settings that the backward pass follows",
         "pipe_buffers": "activations received and sent, by buffer",

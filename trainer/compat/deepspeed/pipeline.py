@@ -87,16 +87,6 @@ def _remote_stage(received: Any) -> Any:
     raise AssertionError("the stage of another rank was called")
 
 
-def set_counted_elsewhere(parameter: nn.Parameter, value: bool) -> None:
-    """State whether another pipeline stage counts a parameter in the gradient norm."""
-    parameter.ds_pipe_replicated = value  # type: ignore[attr-defined]
-
-
-def is_counted_elsewhere(parameter: nn.Parameter) -> bool:
-    """Return whether another pipeline stage counts a parameter in the gradient norm, and saves it."""
-    return getattr(parameter, "ds_pipe_replicated", False)
-
-
 def as_pipeline_engine(engine: object) -> DeepSpeedPipelineEngine:
     """Narrow the type of an engine that `deepspeed.initialize` has made for a pipeline module."""
     assert isinstance(engine, PipelineEngine), type(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainer.compat.guard import check_names
@@ -13,6 +14,11 @@ check_names(TRANSFORMERS, MODEL)
 def attention_implementation(config: PreTrainedConfig) -> str:
     """Return the name of the attention implementation in use."""
     return str(config._attn_implementation)
+
+
+def head_plan(model: nn.Module) -> dict[str, str]:
+    """Return the styles that transformers' tensor-parallel plan gives to modules of a class with a head."""
+    return dict(getattr(model, "_tp_plan", None) or {})
 
 
 def names_not_saved(model: PreTrainedModel) -> set[str]:
