@@ -1,4 +1,4 @@
-"""What tests of tensor parallelism share: a world of one tensor group, a cut model, everybody's values."""
+"""Helpers for tests of tensor parallelism: a world of one tensor group, a sharded model, values of all ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from trainer.topology import Topology
 
 @contextlib.contextmanager
 def single_tensor_group() -> Iterator[World]:
+    """Join a world whose ranks are one tensor group. Collective: all ranks must call it."""
     launch = Launch.from_environment()
     with joined_world(launch, Topology.of(launch.world_size, launch.rank, tensor=launch.world_size), seed=1) as world:
         yield world
 
 
-def cut(model: PreTrainedModel, world: World, user: dict[str, str] | None = None, **options: Any) -> TensorMapper:
-    place = world.topology
-    plan = read_plan(model, user or {}, place.tensor, place.tensor_rank)
-    region = model_region(model, world.groups.of("tensor"), place.tensor, place.tensor_rank)
+def shard_model(
+    model: PreTrainedModel, world: World, user: dict[str, str] | None = None, **options: Any
+) -> TensorMapper:
+    """Shard a full model by its plan and `user`, and return the mapper. Collective: all ranks must call it."""
+    topology = world.topology
+    plan = read_plan(model, user or {}, topology.tensor, topology.tensor_rank)
+    region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
     mapper = TensorMapper(model, plan, region, world.groups.tensor_subgroup, **options)
     mapper.shard_parameters(model.parameters())
     mapper.install()
@@ -32,7 +36,7 @@ def cut(model: PreTrainedModel, world: World, user: dict[str, str] | None = None
 
 
 def gather_from_ranks(value: Any) -> list[Any]:
-    """Every rank's value, by rank."""
+    """Return the value of every rank, in rank order. Collective: all ranks must call it."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered

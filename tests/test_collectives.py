@@ -1,4 +1,4 @@
-"""Collectives and their gradients, against the whole computed on one rank."""
+"""Collectives and their gradients, against the same computation on one rank."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from trainer.tensor_parallel import collectives
 
 @dataclass(frozen=True)
 class Pair:
-    """A collective of `trainer.tensor_parallel.collectives`, and what all ranks together compute with it."""
+    """A collective of `trainer.tensor_parallel.collectives`, and its result on all ranks."""
 
     name: str
-    whole: Callable[[list[Tensor], int], list[Tensor]]
-    """From every rank's input to every rank's output."""
+    expected_outputs: Callable[[list[Tensor], int], list[Tensor]]
+    """From the inputs of all ranks to the outputs of all ranks."""
 
     same_input: bool = False
     same_output: bool = False
     along: bool = True
-    """Whether it works along a dimension."""
+    """Whether it takes a dimension."""
 
 
 def _parts(x: Tensor, dim: int, count: int) -> list[Tensor]:
@@ -49,8 +49,8 @@ PAIRS = [
 LAYOUTS = ("contiguous", "transposed", "strided")
 
 
-def _laid_out(values: Tensor, layout: str) -> Tensor:
-    """A copy of `values` in memory that is contiguous, that of a transposed tensor, or every second element of one."""
+def _with_layout(values: Tensor, layout: str) -> Tensor:
+    """Return a copy whose memory is contiguous, transposed, or strided."""
     if layout == "contiguous":
         return values.clone(memory_format=torch.contiguous_format)
     if layout == "transposed":
@@ -58,42 +58,46 @@ def _laid_out(values: Tensor, layout: str) -> Tensor:
     return torch.stack([values, values], -1)[..., 0]
 
 
-def compare_collective(pair: Pair, dim: int, layout: str, slope_layout: str, world: World) -> None:
-    """One rank's part of what `pair.whole` computes for all, forward and backward; inputs stay what they were."""
+def compare_collective(pair: Pair, dim: int, layout: str, gradient_layout: str, world: World) -> None:
+    """Compare a rank's output and gradient with `pair.expected_outputs`; the inputs must not change."""
     rank, ranks, group = world.topology.rank, world.topology.world_size, world.groups.of("tensor")
-    what = f"{pair.name}, dim {dim}, {layout}, gradient {slope_layout}"
+    what = f"{pair.name}, dim {dim}, {layout}, gradient {gradient_layout}"
 
     def same(a: Tensor | None, b: Tensor | None) -> None:
         torch.testing.assert_close(a, b, msg=lambda m: f"{what}: {m}")
 
-    draw = torch.Generator().manual_seed(7)
-    wholes = [torch.randn(4, 8, 12, generator=draw).requires_grad_() for _ in range(ranks)]
-    wholes = [wholes[0]] * ranks if pair.same_input else wholes
-    expected = pair.whole(wholes, dim)
-    slopes = [torch.randn(expected[0].shape, generator=draw) for _ in range(ranks)]
-    if slope_layout == "expanded":
-        slopes = [s[:1, :1, :1].expand_as(s) for s in slopes]
+    generator = torch.Generator().manual_seed(7)
+    inputs = [torch.randn(4, 8, 12, generator=generator).requires_grad_() for _ in range(ranks)]
+    inputs = [inputs[0]] * ranks if pair.same_input else inputs
+    expected = pair.expected_outputs(inputs, dim)
+    output_gradients = [torch.randn(expected[0].shape, generator=generator) for _ in range(ranks)]
+    if gradient_layout == "expanded":
+        output_gradients = [s[:1, :1, :1].expand_as(s) for s in output_gradients]
     if pair.same_output:  # used once by all
-        slopes = [slopes[0]] * ranks
-        expected[0].backward(slopes[0])
+        output_gradients = [output_gradients[0]] * ranks
+        expected[0].backward(output_gradients[0])
     else:
-        torch.autograd.backward(expected, slopes)
-    x = _laid_out(wholes[rank].detach(), layout).requires_grad_()
+        torch.autograd.backward(expected, output_gradients)
+    x = _with_layout(inputs[rank].detach(), layout).requires_grad_()
     y = getattr(collectives, pair.name)(x, *([dim] if pair.along else []), group)
     same(y, expected[rank])
     if pair.name != "enter_region":
         assert x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr(), f"{what}: the input's own memory"
         y.add_(1.0)
-    slope = slopes[rank] if slope_layout == "expanded" else _laid_out(slopes[rank], slope_layout)
-    before = slope.clone()
-    y.backward(slope)
-    same(x.grad, wholes[rank].grad)
-    same(slope, before)
-    same(x, wholes[rank])
+    output_gradient = (
+        output_gradients[rank]
+        if gradient_layout == "expanded"
+        else _with_layout(output_gradients[rank], gradient_layout)
+    )
+    before = output_gradient.clone()
+    y.backward(output_gradient)
+    same(x.grad, inputs[rank].grad)
+    same(output_gradient, before)
+    same(x, inputs[rank])
 
 
 def compare_collectives(names: list[str]) -> int:
-    """Each collective in every layout of its input and of its gradient; the number of comparisons."""
+    """Compare each collective in every layout of its input and its gradient; return the number of comparisons."""
     checked = 0
     with single_tensor_group() as world:
         for pair in (p for p in PAIRS if p.name in names):
@@ -110,7 +114,7 @@ def test_collectives_match_their_definition(ranks: int) -> None:
     assert run_ranks(compare_collectives, ranks, names) == [2 * 9 + 4 * 27] * ranks
 
 
-def sum_of_a_copy(names: list[str]) -> int:
+def sum_a_copy(names: list[str]) -> int:
     def all_reduce(tensor: Tensor, group: Any) -> Tensor:
         reduced = tensor.detach().clone()
         dist.all_reduce(reduced.contiguous(), group=group)
@@ -123,9 +127,4 @@ def sum_of_a_copy(names: list[str]) -> int:
 @pytest.mark.parametrize("name", ["enter_region", "reduce_from_region"])
 def test_lost_sum_is_detected(name: str) -> None:
     with pytest.raises(AssertionError, match=f"{name}, dim 0, (transposed|contiguous, gradient transposed)"):
-        run_ranks(sum_of_a_copy, 2, [name])
-
-
-# Layers --------------------------------------------------------------------------------------------------------------
-
-"""Sizes of the toy layers; two key/value heads."""
+        run_ranks(sum_a_copy, 2, [name])

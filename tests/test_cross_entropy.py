@@ -1,4 +1,4 @@
-"""Cross entropy over a cut vocabulary."""
+"""Cross entropy over a sharded vocabulary."""
 
 from __future__ import annotations
 
@@ -26,57 +26,57 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def _reference(logits: Tensor, labels: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """(cross entropy, objective), summed, by torch's own functions."""
+    """Return (cross entropy, objective), summed, from torch's own functions."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     plain = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     smooth = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
     return plain, smooth + z_loss * wide.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
 
 
-def _own_columns(whole: Tensor, ranks: int, rank: int, behind: float) -> Tensor:
-    """A rank's columns, with `behind` in those that are padding."""
+def _local_columns(whole: Tensor, ranks: int, rank: int, padding: float) -> Tensor:
+    """Return a rank's columns, with `padding` as the value of the padded ones."""
     width = -(-whole.shape[1] // ranks)
-    padded = F.pad(whole, (0, width * ranks - whole.shape[1]), value=behind)
+    padded = F.pad(whole, (0, width * ranks - whole.shape[1]), value=padding)
     return padded[:, rank * width : (rank + 1) * width].clone()
 
 
 def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequence[torch.dtype]) -> int:
-    """Values and gradients of every variant against torch's; the number of variants."""
+    """Compare values and gradients of every variant with torch's; return the number of variants."""
     width = -(-vocabulary // ranks)
     count = 0
-    for dtype, smoothing, z_loss, chunk, behind in itertools.product(
+    for dtype, smoothing, z_loss, chunk, padding in itertools.product(
         types, (0.0, 0.1), (0.0, 1e-2), (1, 3, None), (7.0, -torch.inf)
     ):
-        draw = torch.Generator().manual_seed(vocabulary)
-        whole = (3 * torch.randn(TOKENS, vocabulary, generator=draw)).to(dtype)
-        labels = torch.randint(0, vocabulary, (TOKENS,), generator=draw)
+        generator = torch.Generator().manual_seed(vocabulary)
+        whole = (3 * torch.randn(TOKENS, vocabulary, generator=generator)).to(dtype)
+        labels = torch.randint(0, vocabulary, (TOKENS,), generator=generator)
         labels[:2], labels[::6] = vocabulary - 1, IGNORE_INDEX
         logits = whole.clone().requires_grad_()
         expected = _reference(logits, labels, smoothing, z_loss)
         (3 * expected[1]).backward()
-        own = _own_columns(whole, ranks, rank, behind)
-        kept = own.clone()
+        own = _local_columns(whole, ranks, rank, padding)
+        before = own.clone()
         own.requires_grad_()
         loss = VocabularyCrossEntropy(smoothing, z_loss, chunk, VocabularyShard(vocabulary, width, group, rank, ranks))
-        got = loss(own.view(2, -1, width), labels.view(2, -1))
-        (3 * got.objective).backward()
-        wanted = _own_columns(logits.grad, ranks, rank, 0.0)  # type: ignore[arg-type]
+        sums = loss(own.view(2, -1, width), labels.view(2, -1))
+        (3 * sums.objective).backward()
+        expected_gradient = _local_columns(logits.grad, ranks, rank, 0.0)  # type: ignore[arg-type]
         exact = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
-        torch.testing.assert_close(got.loss, expected[0].detach(), rtol=exact, atol=exact)
-        torch.testing.assert_close(got.objective, expected[1].detach(), rtol=exact, atol=exact)
-        plain = F.cross_entropy(whole.to(got.per_target.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        torch.testing.assert_close(got.per_target, plain.view(2, -1), rtol=exact, atol=exact)
+        torch.testing.assert_close(sums.loss, expected[0].detach(), rtol=exact, atol=exact)
+        torch.testing.assert_close(sums.objective, expected[1].detach(), rtol=exact, atol=exact)
+        plain = F.cross_entropy(whole.to(sums.per_target.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        torch.testing.assert_close(sums.per_target, plain.view(2, -1), rtol=exact, atol=exact)
         exact = 8e-3 if dtype == torch.bfloat16 else 5 * exact
-        torch.testing.assert_close(own.grad, wanted, rtol=exact, atol=exact)
-        assert got.loss.dtype == torch.promote_types(dtype, torch.float32)
-        assert not got.loss.requires_grad
-        assert torch.equal(own.detach(), kept), "the logits were changed"
+        torch.testing.assert_close(own.grad, expected_gradient, rtol=exact, atol=exact)
+        assert sums.loss.dtype == torch.promote_types(dtype, torch.float32)
+        assert not sums.loss.requires_grad
+        assert torch.equal(own.detach(), before), "the logits were changed"
         count += 1
     return count
 
 
 class Widest(TorchDispatchMode):
-    """The largest number of tokens whose logits are in fp32 in one tensor."""
+    """Records the largest number of tokens whose logits are in fp32 in one tensor."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Widest(TorchDispatchMode):
 
 
 def compare_loss(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
-    """`check_loss`, and how many collectives, how many tokens at a time, and nothing to predict."""
+    """Run `check_loss`, and check the collectives, the tokens of a chunk, and batches without a target."""
     with single_tensor_group() as world:
         ranks, rank, group = world.topology.world_size, world.topology.rank, world.groups.of("tensor")
         count = sum(check_loss(ranks, rank, group, vocabulary, types) for vocabulary in vocabularies)
@@ -133,7 +133,7 @@ def test_loss_of_full_logits_matches_reference() -> None:
     assert check_loss(1, 0, None, 13, TYPES) == 72
 
 
-def loss_that_counts_padding() -> int:
+def compare_loss_that_counts_padding() -> int:
     chunks = VocabularyCrossEntropy.chunks
 
     def chunks_with_padding(loss: VocabularyCrossEntropy, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -145,7 +145,7 @@ def loss_that_counts_padding() -> int:
 
 def test_counted_padding_is_detected() -> None:
     with pytest.raises(AssertionError, match="not close"):
-        run_ranks(loss_that_counts_padding, 2)
+        run_ranks(compare_loss_that_counts_padding, 2)
 
 
 @pytest.mark.fast

@@ -1,4 +1,4 @@
-"""Experts whose widths do not suit the grouped matrix product, which wants multiples of 16 bytes."""
+"""Experts whose widths do not suit the grouped matrix product, which needs multiples of 16 bytes."""
 
 from __future__ import annotations
 
@@ -68,20 +68,19 @@ def test_unsupported_expert_widths_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_experts_of_any_width_gradients_match() -> None:
-    """The full width, 12, is a multiple of 16 bytes; a rank's, 6, is none."""
+    """The full width, 12, is a multiple of 16 bytes; the width on a rank, 6, is not."""
     families = [
         Family("mixtral", variant="narrow", fields={"intermediate_size": 12}),
         Family("qwen3_moe", variant="narrow", fields={"moe_intermediate_size": 12}),
         Family("gpt_oss", variant="narrow", fields={"intermediate_size": 12}),
         Family("nemotron_h", variant="narrow", fields={"moe_intermediate_size": 12}),
     ]
-    found = run_ranks(prove, 2, families)[0]
-    assert [describe(v) for v in found if v.outcome != "right"] == []
+    verdicts = run_ranks(prove, 2, families)[0]
+    assert [describe(v) for v in verdicts if v.outcome != "right"] == []
 
 
 def test_run_trains_experts_of_any_width(corpus: Path, shared_cache: Path, tmp_path: Path) -> None:
-    """Against a bare process that computes one expert at a time: a width that suits nowhere (18), and one that does not
-    on two ranks (12 and 6; 24 and 12 in bf16), at ZeRO 0 and 3."""
+    """Compare with a bare process: a width that suits no rank (18), and widths that do not suit two ranks."""
     base = with_values(tiny_config(corpus, shared_cache, tmp_path), data__validation=[])
 
     def config(width: int, **values: Any) -> dict[str, Any]:
@@ -95,8 +94,8 @@ def test_run_trains_experts_of_any_width(corpus: Path, shared_cache: Path, tmp_p
     parted = [config(12, parallel__tensor=2, deepspeed__zero_optimization=zero) for zero in ({"stage": 0}, zero3)]
     half = config(24, parallel__tensor=2, deepspeed__bf16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
     *exact, rounded = run_ranks(train, 2, [(job, 1) for job in (*parted, half)])[0]
-    for found, reference in zip([*alone, *exact], [expected[n] for n in (0, 1, 1)], strict=True):
-        np.testing.assert_allclose(found[0], reference[0], rtol=2e-5)
+    for verdicts, reference in zip([*alone, *exact], [expected[n] for n in (0, 1, 1)], strict=True):
+        np.testing.assert_allclose(verdicts[0], reference[0], rtol=2e-5)
         for name in reference[1]:
-            np.testing.assert_allclose(found[1][name], reference[1][name], atol=2e-5, rtol=0, err_msg=name)
+            np.testing.assert_allclose(verdicts[1][name], reference[1][name], atol=2e-5, rtol=0, err_msg=name)
     np.testing.assert_allclose(rounded[0], expected[2][0], rtol=2e-2)

@@ -1,4 +1,4 @@
-"""Every gradient of families cut over tensor ranks, against a plain Hugging Face model; and breaks that must show."""
+"""Every gradient of families sharded over tensor ranks, against Hugging Face's model; negative controls."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tools.parity.variations import FEW_HEADS, GENERIC, HEADS, OPPOSITE, UNEVEN,
 from trainer.config.causal_attention import NON_CAUSAL_FAMILIES
 from trainer.tensor_parallel import TensorMapper, collectives, layers
 from trainer.tensor_parallel.families import FAMILIES as PLANS
+from trainer.tensor_parallel.families import VARIANTS
 
 REPRESENTATIVE = [
     Family("llama"),
@@ -48,17 +49,17 @@ REPRESENTATIVE = [
     Family("t5", "seq2seq_lm"),
     Family("bart", "seq2seq_lm"),
 ]
-"""What attention, experts and recurrences there are, each at least once."""
+"""Each arrangement of attention, experts and recurrences at least once."""
 
 COUNTED = {Column(2): (180, 55), Column(pipeline=2): (173, 53), Column(2, 2): (173, 53)}
-"""At least so many causal language models, and so many others, are right."""
+"""Minimum number of causal language models, and of others, that are right."""
 
 
-def in_float64(families: list[Family]) -> list[Verdict]:
+def prove_in_float64(families: list[Family]) -> list[Verdict]:
     return prove(families, dtype=torch.float64)
 
 
-def in_sequence_parallel(families: list[Family]) -> list[Verdict]:
+def prove_with_sequence_parallel(families: list[Family]) -> list[Verdict]:
     return prove(families, sequence_parallel=True)
 
 
@@ -69,19 +70,19 @@ def describe(verdict: Verdict) -> str:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_family_gradients_match(ranks: int) -> None:
     families = [f for f in REPRESENTATIVE if ranks == 2 or f.model_type != "codegen"]  # four blocks of two heads
-    found = run_ranks(prove, ranks, families)[0]
-    assert [describe(v) for v in found if v.outcome != "right"] == []
+    verdicts = run_ranks(prove, ranks, families)[0]
+    assert [describe(v) for v in verdicts if v.outcome != "right"] == []
 
 
 def test_family_gradients_match_in_float64() -> None:
-    """Of families that compute nothing in float32 by themselves."""
+    """Only families that compute nothing in float32 explicitly."""
     names = ("gpt2", "opt", "bloom", "gpt_neox", "codegen", "falcon", "bert", "bart")
-    found = run_ranks(in_float64, 2, [f for f in REPRESENTATIVE if f.model_type in names])[0]
-    assert [describe(v) for v in found if not v.worst <= 1e-9 or v.outcome != "right"] == []
+    verdicts = run_ranks(prove_in_float64, 2, [f for f in REPRESENTATIVE if f.model_type in names])[0]
+    assert [describe(v) for v in verdicts if not v.worst <= 1e-9 or v.outcome != "right"] == []
 
 
 def test_family_gradients_match_with_sequence_parallel() -> None:
-    kinds = (
+    model_types = (
         "llama",
         "qwen3",
         "olmo2",
@@ -95,90 +96,89 @@ def test_family_gradients_match_with_sequence_parallel() -> None:
         "mamba2",
         "bart",
     )
-    found = run_ranks(in_sequence_parallel, 2, [f for f in REPRESENTATIVE if f.model_type in kinds])[0]
-    assert [describe(v) for v in found if v.outcome != "right"] == []
+    verdicts = run_ranks(prove_with_sequence_parallel, 2, [f for f in REPRESENTATIVE if f.model_type in model_types])[0]
+    assert [describe(v) for v in verdicts if v.outcome != "right"] == []
 
 
 def test_four_key_value_heads_on_eight_ranks_gradients_match() -> None:
-    found = run_ranks(prove, 8, [Family("llama"), Family("qwen3"), Family("falcon"), Family("gpt_bigcode")])[0]
-    assert [describe(v) for v in found if v.outcome != "right"] == []
+    verdicts = run_ranks(prove, 8, [Family("llama"), Family("qwen3"), Family("falcon"), Family("gpt_bigcode")])[0]
+    assert [describe(v) for v in verdicts if v.outcome != "right"] == []
 
 
-def no_reduction_of_inputs(families: list[Family]) -> list[Verdict]:
-    """The loss stays exact: only gradients tell."""
+def skip_input_reduction(families: list[Family]) -> list[Verdict]:
+    """The loss stays exact; only gradients differ."""
     collectives.enter_region = lambda x, group: x
     return prove(families)
 
 
-def no_sum_of_outputs(families: list[Family]) -> list[Verdict]:
+def skip_output_reduction(families: list[Family]) -> list[Verdict]:
     collectives.reduce_from_region = lambda x, group: x
     return prove(families)
 
 
-def bias_added_twice(families: list[Family]) -> list[Verdict]:
+def add_bias_twice(families: list[Family]) -> list[Verdict]:
     plain = layers._RowLinear.forward
     layers._RowLinear.forward = lambda self, x: plain(self, x) + self.bias  # type: ignore[method-assign]
     return prove(families)
 
 
-def no_sum_of_shared_gradients(families: list[Family]) -> list[Verdict]:
+def skip_gradient_sums(families: list[Family]) -> list[Verdict]:
     from trainer.tensor_parallel import mapper
 
     mapper.sum_gradient = lambda parameter, group: None
     return prove(families)
 
 
-def wrong_arrangement(families: list[Family]) -> list[Verdict]:
+def shard_fused_weight_as_one(families: list[Family]) -> list[Verdict]:
     return prove(families, {"h.*.attn.c_attn": "colwise:head_dim"})
 
 
-def norms_left_whole(families: list[Family]) -> list[Verdict]:
+def replicate_norms_without_sum(families: list[Family]) -> list[Verdict]:
     return prove(families, {"layers.*.self_attn.q_norm": "replicate:a test"})
 
 
-def gradient_becomes(value: float, name: str) -> None:
-    """Changes the gradient of the first parameter that holds a part of the weight `name`, after it has been summed."""
+def scale_gradient(value: float, name: str) -> None:
+    """Scale the gradient of the first parameter with a shard of the weight of module `name`, after its sum."""
     install = TensorMapper.install
 
     def installed(self: TensorMapper) -> None:
         install(self)
-        parameter = self._model.get_submodule(name)._parameters["weight"]
-        assert parameter is not None
-        parameter.register_hook(lambda gradient: gradient * value)
+        parameters = dict(self._model.get_submodule(name).named_parameters(recurse=False))
+        parameters["weight"].register_hook(lambda gradient: gradient * value)
 
     TensorMapper.install = installed  # type: ignore[method-assign]
 
 
-def gradient_is_nan(families: list[Family]) -> list[Verdict]:
-    gradient_becomes(float("nan"), "model.layers.1.mlp.down_proj")
+def make_gradient_nan(families: list[Family]) -> list[Verdict]:
+    scale_gradient(float("nan"), "model.layers.1.mlp.down_proj")
     return prove(families)
 
 
-def first_part_is_tripled(families: list[Family]) -> list[Verdict]:
-    """Falcon's fused q|k|v lies in two parameters: queries, and the key and value that ranks share."""
-    gradient_becomes(3.0, "transformer.h.1.self_attention.query_key_value")
+def triple_gradient_of_first_shard(families: list[Family]) -> list[Verdict]:
+    """Falcon's fused q|k|v is in two parameters: the queries, and the key and value that ranks share."""
+    scale_gradient(3.0, "transformer.h.1.self_attention.query_key_value")
     return prove(families)
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "model_type", "loss_tells"),
+    ("sabotage", "model_type", "loss_differs"),
     [
-        (no_reduction_of_inputs, "llama", False),
-        (no_sum_of_outputs, "llama", True),
-        (bias_added_twice, "opt", True),
-        (no_sum_of_shared_gradients, "qwen3", False),
-        (wrong_arrangement, "gpt2", True),
-        (norms_left_whole, "qwen3", False),
-        (gradient_is_nan, "llama", False),
-        (first_part_is_tripled, "falcon", False),
+        (skip_input_reduction, "llama", False),
+        (skip_output_reduction, "llama", True),
+        (add_bias_twice, "opt", True),
+        (skip_gradient_sums, "qwen3", False),
+        (shard_fused_weight_as_one, "gpt2", True),
+        (replicate_norms_without_sum, "qwen3", False),
+        (make_gradient_nan, "llama", False),
+        (triple_gradient_of_first_shard, "falcon", False),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_layout_comparison_detects_sabotage(sabotage: object, model_type: str, loss_tells: bool) -> None:
+def test_layout_comparison_detects_sabotage(sabotage: object, model_type: str, loss_differs: bool) -> None:
     (verdict,) = run_ranks(sabotage, 2, [Family(model_type)])[0]  # type: ignore[arg-type]
     assert verdict.outcome == "wrong"
-    plain, cut = verdict.loss
-    assert (abs(plain - cut) > 1e-4 * plain) == loss_tells
+    plain, sharded = verdict.loss
+    assert (abs(plain - sharded) > 1e-4 * plain) == loss_differs
 
 
 @pytest.mark.fast
@@ -186,13 +186,13 @@ def test_every_plan_belongs_to_a_listed_family() -> None:
     known = {family.model_type for family in FAMILIES}
     parts = {part for model_type in known for part in getattr(CONFIG_MAPPING[model_type], "sub_configs", {}).values()}
     known |= {part.model_type for part in parts if hasattr(part, "model_type")}
-    strangers = {key.partition("?")[0] for key in PLANS} - known
-    assert not strangers, f"{sorted(strangers)}: a plan without a row in tools/parity/families.py"
+    planned = {*PLANS, *(variant.model_type for variant in VARIANTS)}
+    assert planned - known == set(), "plans without a row in tools/parity/families.py"
 
 
-def shaped(model_type: str, shape: str, task: Task = "causal_lm") -> Family:
-    """A family in one shape; the table says which shapes it has."""
-    return next(one.family for one in variations(Family(model_type, task)) if one.shape == shape)
+def family_of_shape(model_type: str, shape: str, task: Task = "causal_lm") -> Family:
+    """Return a family in one of its shapes."""
+    return next(variation.family for variation in variations(Family(model_type, task)) if variation.shape == shape)
 
 
 SHAPED = [
@@ -209,28 +209,32 @@ SHAPED = [
     ("stablelm", "flip qk_layernorm=True"),
     ("falcon", "flip bias=True"),
 ]
-"""What the generic shape hides, each at least once."""
+"""Arrangements that the generic shape does not have, each at least once."""
 
 
-def in_any_shape(families: list[Family]) -> list[Verdict]:
+def prove_any_shape(families: list[Family]) -> list[Verdict]:
     return prove(families, like_default=False)
 
 
 def test_family_gradients_match_in_other_shapes() -> None:
-    families = [*(shaped(*pair) for pair in SHAPED), shaped("bart", UNEVEN, "seq2seq_lm")]
-    found = run_ranks(in_any_shape, 2, families)[0]
-    assert [describe(v) for v in found if v.outcome != "right"] == []
+    families = [*(family_of_shape(*pair) for pair in SHAPED), family_of_shape("bart", UNEVEN, "seq2seq_lm")]
+    verdicts = run_ranks(prove_any_shape, 2, families)[0]
+    assert [describe(v) for v in verdicts if v.outcome != "right"] == []
 
 
 def test_shared_heads_on_more_ranks_than_heads_gradients_match() -> None:
-    families = [shaped("llama", HEADS), shaped("llama", FEW_HEADS), shaped("olmo2", FEW_HEADS)]
-    found = run_ranks(in_any_shape, 4, families)[0]
-    assert [describe(v) for v in found if v.outcome != "right"] == []
+    families = [
+        family_of_shape("llama", HEADS),
+        family_of_shape("llama", FEW_HEADS),
+        family_of_shape("olmo2", FEW_HEADS),
+    ]
+    verdicts = run_ranks(prove_any_shape, 4, families)[0]
+    assert [describe(v) for v in verdicts if v.outcome != "right"] == []
 
 
 @pytest.mark.fast
 def test_shapes_match_their_names() -> None:
-    llama = {one.shape: one.changed for one in variations(Family("llama"))}
+    llama = {variation.shape: variation.changed for variation in variations(Family("llama"))}
     assert llama == {
         GENERIC: (),
         HEADS: ("num_key_value_heads=1",),
@@ -245,8 +249,8 @@ def test_shapes_match_their_names() -> None:
 
 @pytest.mark.fast
 def test_shapes_with_differing_layers_gradients_match() -> None:
-    """Gemma 4 forbids to read one number for all layers."""
-    assert UNEVEN in {one.shape for one in variations(Family("gemma4_text"))}
+    """Gemma 4 refuses to return one number for all layers."""
+    assert UNEVEN in {variation.shape for variation in variations(Family("gemma4_text"))}
 
 
 @pytest.mark.parametrize(("model_type", "layouts"), [("gemma4_text", ("tensor=2", "pipeline=2"))])
@@ -255,14 +259,14 @@ def test_launch_trains_family(model_type: str, layouts: tuple[str, str]) -> None
     assert verdict.outcome == "right", describe(verdict)
 
 
-def steps_further(family: str, path: str) -> Verdict:
+def compare_with_larger_rate(family: str, path: str) -> Verdict:
     training_proof.RATE *= 1.01
     return training_proof.compare(family, path)
 
 
 def test_differing_training_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: the bare loop takes larger steps than the command."""
-    monkeypatch.setattr(training_proof, "compare", steps_further)
+    """Negative control: the bare loop uses a larger learning rate than the command."""
+    monkeypatch.setattr(training_proof, "compare", compare_with_larger_rate)
     verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
     assert (verdict.outcome, "is not what a bare loop trains" in verdict.reason) == ("wrong", True), describe(verdict)
 
@@ -273,7 +277,7 @@ def test_differing_training_is_detected(monkeypatch: pytest.MonkeyPatch) -> None
     [("llama", "right"), ("bert", "right"), ("xlnet", "wrong"), ("prophetnet", "wrong"), ("cpmant", "wrong")],
 )
 def test_family_causality_matches_expectation(model_type: str, outcome: str) -> None:
-    """Those that see later tokens are refused by name; the long test looks whether there are others."""
+    """Families that see later tokens are refused by name; the matrix looks for others."""
     verdict = prove_causality(Family(model_type))
     assert verdict.outcome == outcome, describe(verdict)
     assert (model_type in NON_CAUSAL_FAMILIES) == (outcome == "wrong")
@@ -281,7 +285,7 @@ def test_family_causality_matches_expectation(model_type: str, outcome: str) -> 
 
 @pytest.mark.matrix
 def test_all_families_are_proven() -> None:
-    """Goes on where it was stopped: verdicts are kept for as long as the sources stay the same."""
+    """Resume after an interruption: verdicts are kept as long as the sources stay the same."""
     rows = matrix.run(["all"], matrix.PAGES_COLUMNS, Results(), shapes=True, training=True)
     assert [describe(v) for row in rows for v in row.verdicts if v.outcome in matrix.BAD] == []
     causal = [row for row in rows if row.family.task == "causal_lm"]

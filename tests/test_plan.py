@@ -1,4 +1,4 @@
-"""Shards cover every weight once; plans are audited, and every problem is named."""
+"""Plans cover every weight once; they are audited, and every problem is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.tensor_parallel.units import Refused, ResolvedPart
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "gpt_bigcode", "codegen", "mixtral", "mamba2"])
 def test_plans_cover_every_weight_once(model_type: str) -> None:
-    """Of all ranks' pieces, those that count cover each weight exactly; and every rank holds as much."""
+    """The shards with an owner cover each weight exactly, and every rank holds the same number of elements."""
     for ranks in (2, 4):
         if model_type == "codegen" and ranks == 4:
             continue  # four blocks of two heads
@@ -48,40 +48,40 @@ def test_indivisible_units_are_refused(units: int, ranks: int, shared: bool) -> 
 
 
 def meta(model_type: str, **fields: Any) -> PreTrainedModel:
-    """A tiny model without memory."""
+    """Return a tiny model on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny(model_type, **fields))
     return model
 
 
-def problems(model: PreTrainedModel, user: dict[str, str] | None = None, ranks: int = 2) -> list[str]:
-    """What the audit says, a line each."""
-    with pytest.raises(PlanError) as refused:
+def plan_problems(model: PreTrainedModel, user: dict[str, str] | None = None, ranks: int = 2) -> list[str]:
+    """Return the problems that the audit reports, one line each."""
+    with pytest.raises(PlanError) as error:
         read_plan(model, user or {}, ranks, 0)
-    return [str(problem) for problem in refused.value.problems]
+    return [str(problem) for problem in error.value.problems]
 
 
 @pytest.mark.fast
 def test_unmatched_user_entry_is_reported() -> None:
-    (said,) = problems(meta("llama"), {"layers.*.self_atn.q_proj": "colwise:head_dim"})
-    assert said.startswith("parallel.tensor_plan.layers.*.self_atn.q_proj: 'colwise:head_dim' matches no module")
-    assert "did you mean 'layers.*.self_attn.q_proj'?" in said
-    assert "model.named_modules()" in said
+    (message,) = plan_problems(meta("llama"), {"layers.*.self_atn.q_proj": "colwise:head_dim"})
+    assert message.startswith("parallel.tensor_plan.layers.*.self_atn.q_proj: 'colwise:head_dim' matches no module")
+    assert "did you mean 'layers.*.self_attn.q_proj'?" in message
+    assert "model.named_modules()" in message
 
 
 @pytest.mark.fast
 def test_unknown_style_is_reported() -> None:
-    (said,) = problems(meta("llama"), {"layers.*.self_attn.q_proj": "colwize:head_dim"})
-    assert said.startswith("parallel.tensor_plan.layers.*.self_attn.q_proj: 'colwize:head_dim' is not a style")
-    assert "did you mean 'colwise'?" in said
-    assert "packed_colwise" in said
+    (message,) = plan_problems(meta("llama"), {"layers.*.self_attn.q_proj": "colwize:head_dim"})
+    assert message.startswith("parallel.tensor_plan.layers.*.self_attn.q_proj: 'colwize:head_dim' is not a style")
+    assert "did you mean 'colwise'?" in message
+    assert "packed_colwise" in message
 
 
 @pytest.mark.fast
 def test_weight_without_entry_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", {k: v for k, v in FAMILIES["gpt2"].items() if k != "h.*.attn.c_attn"})
-    found = problems(meta("gpt2", num_hidden_layers=1))
-    weight, bias, unpaired = found
+    messages = plan_problems(meta("gpt2", num_hidden_layers=1))
+    weight, bias, unpaired = messages
     assert weight.startswith("parallel.tensor_plan.transformer.h.*.attn.c_attn.weight: ")
     assert "transformer.h.0.attn.c_attn.weight [64, 192] (Conv1D) has no entry in the tensor plan of gpt2" in weight
     assert weight.endswith("Add one to parallel.tensor_plan")
@@ -93,45 +93,47 @@ def test_weight_without_entry_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.fast
 def test_unpaired_row_layer_is_reported() -> None:
     user = {"layers.*.mlp.up_proj": "replicate", "layers.*.mlp.gate_proj": "replicate"}
-    (said,) = problems(meta("llama", num_hidden_layers=1), user)
-    assert said.startswith("parallel.tensor_plan.model.layers.*.mlp.down_proj.weight: 'rowwise' needs a sharded input")
-    assert "model.layers.0.mlp.down_proj.weight" in said
-    assert "'colwise', or use 'rowwise_split_input'" in said
+    (message,) = plan_problems(meta("llama", num_hidden_layers=1), user)
+    assert message.startswith(
+        "parallel.tensor_plan.model.layers.*.mlp.down_proj.weight: 'rowwise' needs a sharded input"
+    )
+    assert "model.layers.0.mlp.down_proj.weight" in message
+    assert "'colwise', or use 'rowwise_split_input'" in message
 
 
 @pytest.mark.fast
 def test_indivisible_sizes_name_the_largest_working_size() -> None:
     model = meta("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
-    found = problems(model, ranks=4)
-    heads = next(said for said in found if "q_proj" in said)
+    messages = plan_problems(model, ranks=4)
+    heads = next(message for message in messages if "q_proj" in message)
     assert heads.startswith("parallel.tensor: model.layers.0.self_attn.q_proj.weight [48, 48], 'colwise:head_dim': ")
     assert "its 6 units of 8 cannot be divided by tensor 4" in heads
-    assert all(said.endswith("The largest size below that works for the whole model is 2") for said in found)
-    assert any("its 2 units of 8 cannot be divided by tensor 3" in said for said in problems(model, ranks=3))
-    deeper = problems(
+    assert all(message.endswith("The largest size below that works for the whole model is 2") for message in messages)
+    assert any("its 2 units of 8 cannot be divided by tensor 3" in message for message in plan_problems(model, ranks=3))
+    deeper = plan_problems(
         meta("llama", num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, hidden_size=48), ranks=4
     )
-    assert len(deeper) == len(set(deeper)) == len(found)
+    assert len(deeper) == len(set(deeper)) == len(messages)
     read_plan(model, {}, 2, 0)
 
 
 @pytest.mark.fast
 def test_tied_weights_with_different_shards_are_reported() -> None:
     model = meta("llama", num_hidden_layers=1, tie_word_embeddings=True)
-    (said,) = problems(model, {"embed_tokens": "embedding_colwise"})
-    assert "lm_head.weight" in said
-    assert "model.embed_tokens.weight" in said
-    assert "'vocabulary_head' contradicts 'embedding_colwise'" in said
-    assert said.endswith("Give both the same style")
+    (message,) = plan_problems(model, {"embed_tokens": "embedding_colwise"})
+    assert "lm_head.weight" in message
+    assert "model.embed_tokens.weight" in message
+    assert "'vocabulary_head' contradicts 'embedding_colwise'" in message
+    assert message.endswith("Give both the same style")
 
 
 @pytest.mark.fast
 def test_plan_error_lists_every_problem() -> None:
     user = {"layers.*.mpl.up_proj": "colwise", "layers.*.mlp.down_proj": "rowise"}
     model = meta("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
-    said = "\n".join(problems(model, user, ranks=4))
+    message = "\n".join(plan_problems(model, user, ranks=4))
     for part in ("did you mean 'layers.*.mlp.up_proj'?", "did you mean 'rowwise'?", "its 6 units of 8"):
-        assert part in said
+        assert part in message
 
 
 def _install_in_sequence_parallel(model: PreTrainedModel) -> None:
@@ -143,28 +145,30 @@ def _install_in_sequence_parallel(model: PreTrainedModel) -> None:
 
 @pytest.mark.fast
 def test_sequence_parallel_refuses_dropout_in_full_sequence_blocks() -> None:
-    with pytest.raises(PlanError) as refused:
+    with pytest.raises(PlanError) as error:
         _install_in_sequence_parallel(meta("mixtral", attention_dropout=0.1))
-    (said,) = [str(problem) for problem in refused.value.problems]
-    assert said.startswith("parallel.sequence_parallel: model.layers.0.mlp needs full sequences, and dropout is active")
-    assert "dropout rates to 0, or sequence_parallel to false" in said
+    (message,) = [str(problem) for problem in error.value.problems]
+    assert message.startswith(
+        "parallel.sequence_parallel: model.layers.0.mlp needs full sequences, and dropout is active"
+    )
+    assert "dropout rates to 0, or sequence_parallel to false" in message
     _install_in_sequence_parallel(meta("mixtral", attention_dropout=0.0))
     _install_in_sequence_parallel(meta("llama", attention_dropout=0.1))
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("model_type", "fields", "active"), [
-    ("llama", {}, False),
-    ("llama", {"attention_dropout": 0.1}, True),
-    ("gpt_neox", {"classifier_dropout": 0.1}, False),  # of a head that a language model does not have
-    ("gpt_neox", {"hidden_dropout": 0.1}, True),
-    ("gpt2", {"summary_first_dropout": 0.1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, False),
-    ("gpt2", {}, True),
-    ("mpt", {}, False),
-    ("mpt", {"attn_config": {"attn_pdrop": 1}}, True),  # in a configuration of its own
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "fields", "active"),
+    [
+        ("llama", {}, False),
+        ("llama", {"attention_dropout": 0.1}, True),
+        ("gpt_neox", {"classifier_dropout": 0.1}, False),  # of a head that a language model does not have
+        ("gpt_neox", {"hidden_dropout": 0.1}, True),
+        ("gpt2", {"summary_first_dropout": 0.1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, False),
+        ("gpt2", {}, True),
+        ("mpt", {}, False),
+        ("mpt", {"attn_config": {"attn_pdrop": 1}}, True),  # in a configuration of its own
+    ],
+)
 def test_active_dropout_is_detected(model_type: str, fields: dict[str, Any], active: bool) -> None:
     assert has_active_dropout(meta(model_type, **fields)) == active
-
-
-# Random numbers ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Cut layers against whole ones, and vocabularies that do not divide."""
+"""Sharded layers against full ones, and vocabularies that are not divisible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tests.harness import run_ranks
-from tests.tensor_parallel_helpers import cut, single_tensor_group
+from tests.tensor_parallel_helpers import shard_model, single_tensor_group
 from tools.parity.shrink import tiny
 from trainer.sharding import Joiner, shard_of
 from trainer.tasks import IGNORE_INDEX
@@ -25,12 +25,12 @@ WIDTH, HEADS, HEAD = 16, 4, 4
 
 
 class Feedforward(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, variant: str) -> None:
         super().__init__()
-        if kind == "conv":
+        if variant == "conv":
             self.up, self.down = Conv1D(32, WIDTH), Conv1D(WIDTH, 32)
         else:
-            self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH, bias=kind != "no bias")
+            self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH, bias=variant != "no bias")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
@@ -49,7 +49,7 @@ class Gated(nn.Module):
 
 
 class Joined(nn.Module):
-    """A row layer over two cut activations side by side."""
+    """A row layer over two sharded activations, concatenated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class Joined(nn.Module):
         return self.down(torch.cat([self.first(x), self.second(x)], -1).sin())
 
 
-class There(nn.Module):
-    """A column layer whose result is joined, and a row layer of a whole input."""
+class GatheredSplit(nn.Module):
+    """A column layer whose output is gathered, and a row layer with a full input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class There(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Heads (B, T, heads x size); every `groups` query heads share a key/value head."""
+    """Return attention of q, k, v, all (B, T, heads x size); `groups` query heads share a key/value head."""
     q, k, v = (t.unflatten(-1, (-1, HEAD)).transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -104,10 +104,10 @@ class RMSNorm(nn.Module):
 class Fused(nn.Module):
     """Queries | keys | values in one matrix."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, variant: str) -> None:
         super().__init__()
-        self.num_heads, self.num_kv, self.kind = HEADS, 2, kind
-        self.qkv = Conv1D(32, WIDTH) if kind == "conv" else nn.Linear(WIDTH, 32)
+        self.num_heads, self.num_kv, self.variant = HEADS, 2, variant
+        self.qkv = Conv1D(32, WIDTH) if variant == "conv" else nn.Linear(WIDTH, 32)
         self.o = nn.Linear(16, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Mixture(nn.Module):
 
 
 class Tables(nn.Module):
-    """Embeddings looked up with ids made of the input."""
+    """Embeddings of ids that are computed from the input."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Tables(nn.Module):
 
 
 class Toy(PreTrainedModel):
-    """One layer, its input and its output whole."""
+    """One layer with a full input and a full output (B, T, D)."""
 
     config_class = PreTrainedConfig
     base_model_prefix = "model"
@@ -180,56 +180,68 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "Conv1D": (lambda: Feedforward("conv"), _UP_DOWN),
     "packed": (Gated, {"gate_up": "packed_colwise", "down": "rowwise"}),
     "packed row": (Joined, {"first": "colwise", "second": "colwise", "down": "packed_rowwise:8,24"}),
-    "gathered and split": (There, {"up": "colwise_gather_output", "down": "rowwise_split_input"}),
+    "gathered and split": (GatheredSplit, {"up": "colwise_gather_output", "down": "rowwise_split_input"}),
     "shared heads": (
         Attention,
-        {"q": "colwise:4", "k": "kv_colwise:4", "v": "kv_colwise:4", "o": "rowwise", "wide_norm": "rms_norm",
-         "head_norm": "replicated_with_grad_allreduce"},
+        {
+            "q": "colwise:4",
+            "k": "kv_colwise:4",
+            "v": "kv_colwise:4",
+            "o": "rowwise",
+            "wide_norm": "rms_norm",
+            "head_norm": "replicated_with_grad_allreduce",
+        },
     ),
     "fused, shared heads": (lambda: Fused("linear"), _FUSED),
     "fused, shared heads, Conv1D": (lambda: Fused("conv"), _FUSED),
     "experts": (
         Mixture,
-        {"router": "replicate", "experts": "moe_tp_experts", "experts.gate_up_proj": "packed_colwise",
-         "experts.down_proj": "rowwise"},
+        {
+            "router": "replicate",
+            "experts": "moe_tp_experts",
+            "experts.gate_up_proj": "packed_colwise",
+            "experts.down_proj": "rowwise",
+        },
     ),
     "embeddings of 11": (lambda: Tables(11), {"table": "embedding_rowwise", "wide": "embedding_colwise"}),
     "embeddings of 9, a rank with padding only": (
         lambda: Tables(9),
         {"table": "embedding_rowwise", "wide": "embedding_colwise"},
     ),
-}  # fmt: skip
-"""What a layer is made by, and its rows, counted from the layer."""
+}
+"""A layer's constructor, and its rows, counted from the layer."""
 
 
 def compare_layers(names: list[str]) -> list[str]:
-    """Which layers' outputs or gradients differ from the whole layer's."""
+    """Return the tensors that differ from those of the full layer. Collective: all ranks must call it."""
     wrong = []
     with single_tensor_group() as world:
         for name in names:
-            make, rows = LAYERS[name]
+            make, padding_rows = LAYERS[name]
             torch.manual_seed(3)
-            whole = Toy(make()).double()
+            full = Toy(make()).double()
             with torch.no_grad():
-                for parameter in whole.parameters():
+                for parameter in full.parameters():
                     parameter.copy_(torch.randn_like(parameter) / 2)
-            mine = copy.deepcopy(whole)
-            cut(mine, world, {f"layers.*.{key}".removesuffix("."): style for key, style in rows.items()})
+            sharded = copy.deepcopy(full)
+            shard_model(
+                sharded, world, {f"layers.*.{key}".removesuffix("."): style for key, style in padding_rows.items()}
+            )
             x = torch.randn(2, 6, WIDTH, dtype=torch.double)
             inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-            outputs = [whole(inputs[0]), mine(inputs[1])]
-            slope = torch.randn_like(outputs[0])
+            outputs = [full(inputs[0]), sharded(inputs[1])]
+            output_gradient = torch.randn_like(outputs[0])
             for output in outputs:
-                output.backward(slope)
-            found = {"output": (outputs[0], outputs[1]), "input": (inputs[0].grad, inputs[1].grad)}
-            expected = dict(whole.named_parameters())
-            for key, parameter in mine.named_parameters():
+                output.backward(output_gradient)
+            pairs = {"output": (outputs[0], outputs[1]), "input": (inputs[0].grad, inputs[1].grad)}
+            expected = dict(full.named_parameters())
+            for key, parameter in sharded.named_parameters():
                 shard = shard_of(parameter)
                 assert shard is not None
-                found[key] = shard.extract(expected[shard.name].grad), parameter.grad
+                pairs[key] = shard.extract(expected[shard.name].grad), parameter.grad
             wrong += [
                 f"{name}: {key} on rank {world.topology.rank}"
-                for key, (a, b) in found.items()
+                for key, (a, b) in pairs.items()
                 if b is None or a.shape != b.shape or not torch.allclose(a, b, rtol=1e-9, atol=1e-12)
             ]
     return wrong
@@ -240,14 +252,14 @@ def test_sharded_layers_match_full_layers(ranks: int) -> None:
     assert run_ranks(compare_layers, ranks, list(LAYERS)) == [[]] * ranks
 
 
-ODD: dict[str, tuple[str, dict[str, Any]]] = {
+PADDED_VOCABULARIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"vocab_size": 259, "pad_token_id": 200, "tie_word_embeddings": False}),
     "llama tied": ("llama", {"vocab_size": 259, "pad_token_id": 200, "tie_word_embeddings": True}),
     "gpt2 tied": ("gpt2", {"vocab_size": 257}),
     "gptj, a bias in the head": ("gptj", {"vocab_size": 259}),
     "llama of 5 words": ("llama", {"vocab_size": 5, "pad_token_id": 4, "tie_word_embeddings": True}),
 }
-"""Models with vocabularies that do not divide; the last one leaves the fourth of four ranks nothing but padding."""
+"""Models whose vocabulary is not divisible; the fourth of four ranks has only padding of the last one."""
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -257,8 +269,8 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _odd_model(name: str) -> PreTrainedModel:
-    model_type, fields = ODD[name]
+def _padded_model(name: str) -> PreTrainedModel:
+    model_type, fields = PADDED_VOCABULARIES[name]
     config = _without_dropout(tiny(model_type, num_hidden_layers=2, **fields))
     torch.manual_seed(5)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
@@ -268,8 +280,8 @@ def _odd_model(name: str) -> PreTrainedModel:
     return model.train()
 
 
-def _behind(parameter: nn.Parameter) -> Tensor:
-    """The elements of a part that lie behind the end of the whole weight; none in one that is whole."""
+def _padding(parameter: nn.Parameter) -> Tensor:
+    """Return values and gradients (2, elements) of the padding of a shard."""
     shard = shard_of(parameter)
     assert shard is not None
     if shard.is_full:
@@ -280,71 +292,77 @@ def _behind(parameter: nn.Parameter) -> Tensor:
     return torch.stack([parameter.detach(), parameter.grad])[:, ~inside]  # type: ignore[list-item]
 
 
-def _one_step(whole: PreTrainedModel, mine: PreTrainedModel, mapper: TensorMapper, draw: torch.Generator) -> None:
-    """Compares loss and every gradient, which stay on the parameters."""
-    words = whole.config.vocab_size
-    ids, labels = (torch.randint(0, words, (2, 12), generator=draw) for _ in range(2))
-    ids[0, :3], ids[1, :2] = words - 1, whole.config.pad_token_id or 0
+def _one_step(
+    full: PreTrainedModel, sharded: PreTrainedModel, mapper: TensorMapper, generator: torch.Generator
+) -> None:
+    """Compare the loss and every gradient; the gradients stay on the parameters."""
+    vocabulary = full.config.vocab_size
+    ids, labels = (torch.randint(0, vocabulary, (2, 12), generator=generator) for _ in range(2))
+    ids[0, :3], ids[1, :2] = vocabulary - 1, full.config.pad_token_id or 0
     labels[:, ::5] = IGNORE_INDEX
-    loss = F.cross_entropy(whole(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    sums = VocabularyCrossEntropy(shard=mapper.vocabulary_shard())(mine(ids).logits, labels)
+    loss = F.cross_entropy(full(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    sums = VocabularyCrossEntropy(shard=mapper.vocabulary_shard())(sharded(ids).logits, labels)
     torch.testing.assert_close(sums.loss, loss.detach(), rtol=1e-6, atol=1e-6)
     loss.backward()
     sums.objective.backward()
-    expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
     floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, parameter in mine.named_parameters():
+    for name, parameter in sharded.named_parameters():
         shard = shard_of(parameter)
         assert shard is not None
-        said = f"{whole.config.model_type} of {words}: {name}"
+        what = f"{full.config.model_type} of {vocabulary}: {name}"
         torch.testing.assert_close(
             parameter.grad,
             shard.extract(expected[shard.name]),
             rtol=1e-6,
             atol=floor,
-            msg=lambda m, s=said: f"{s}: {m}",
+            msg=lambda m, s=what: f"{s}: {m}",
         )
-        assert not _behind(parameter).any(), f"{said} is trained where it is padding"
+        assert not _padding(parameter).any(), f"{what} has a gradient in its padding"
 
 
-def odd_vocabularies(names: list[str]) -> dict[str, int]:
-    """Losses, gradients and joined weights over two steps of AdamW; the number of padded elements by name."""
+def train_padded_vocabularies(names: list[str]) -> dict[str, int]:
+    """Compare losses, gradients and joined weights over two steps of AdamW. Collective: all ranks must call it.
+
+    Returns:
+        The number of padded elements by model.
+    """
     padded = {}
     with single_tensor_group() as world:
         for name in names:
-            whole = _odd_model(name)
-            mine = copy.deepcopy(whole)
-            mapper, draw = cut(mine, world), torch.Generator().manual_seed(2)
+            full = _padded_model(name)
+            sharded = copy.deepcopy(full)
+            mapper, generator = shard_model(sharded, world), torch.Generator().manual_seed(2)
             for _ in range(2):
-                _one_step(whole, mine, mapper, draw)
-                for model in (whole, mine):
+                _one_step(full, sharded, mapper, generator)
+                for model in (full, sharded):
                     _train(model)
             padded[name] = 0
-            for parameter in mine.parameters():
+            for parameter in sharded.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-                assert not _behind(parameter).any()
-                padded[name] += _behind(parameter).numel() // 2
+                assert not _padding(parameter).any()
+                padded[name] += _padding(parameter).numel() // 2
             joiner = Joiner(world.groups.of)
-            joined = dict(item for n, p in mine.named_parameters() for item in joiner.add(n, p.data, shard_of(p)))
-            assert joined.keys() == dict(whole.named_parameters()).keys()
-            for key, parameter in whole.named_parameters():
+            joined = dict(item for n, p in sharded.named_parameters() for item in joiner.add(n, p.data, shard_of(p)))
+            assert joined.keys() == dict(full.named_parameters()).keys()
+            for key, parameter in full.named_parameters():
                 assert joined[key].shape == parameter.shape
                 torch.testing.assert_close(joined[key], parameter.data, rtol=0, atol=1e-6)
     return padded
 
 
 def _train(model: nn.Module) -> None:
-    """The first step of AdamW, on every parameter."""
+    """Take the first step of AdamW, with every parameter."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, weight_decay=0.1)
     optimizer.step()
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("ranks", "rows"), [(2, (2, 1, 1, 1, 1)), (4, (2, 1, 3, 1, 2))])
-def test_padded_vocabularies_match_full_ones(ranks: int, rows: tuple[int, ...]) -> None:
-    """`rows` of padding in each model's embedding and head on the last rank; GPT-J's head is counted below."""
-    padded = run_ranks(odd_vocabularies, ranks, list(ODD))[-1]
+@pytest.mark.parametrize(("ranks", "padding_rows"), [(2, (2, 1, 1, 1, 1)), (4, (2, 1, 3, 1, 2))])
+def test_padded_vocabularies_match_full_ones(ranks: int, padding_rows: tuple[int, ...]) -> None:
+    """`padding_rows` of padding in each model's embedding and head on the last rank; GPT-J's head is counted below."""
+    padded = run_ranks(train_padded_vocabularies, ranks, list(PADDED_VOCABULARIES))[-1]
     head = 64 + 1  # GPT-J has an untied head with a bias
-    expected = dict(zip(ODD, (64 * n for n in rows), strict=True))
+    expected = dict(zip(PADDED_VOCABULARIES, (64 * n for n in padding_rows), strict=True))
     expected["gptj, a bias in the head"] += head
     assert padded == expected

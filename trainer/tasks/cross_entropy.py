@@ -1,6 +1,6 @@
 """Cross entropy over a vocabulary that is sharded along the tensor ranks.
 
-Shapes: N tokens, V columns of the vocabulary on this rank, padding included, C tokens of a chunk.
+Shapes: N tokens, C tokens of a chunk, v columns of the vocabulary on this rank, padding included.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3; label smoothing after Szegedy et al. 2016, "Rethinking the
 Inception Architecture", section 7; z-loss after Chowdhery et al. 2022, "PaLM", section 5.
@@ -63,7 +63,7 @@ class VocabularyCrossEntropy:
         """Return the sums over a micro-batch. Collective: all ranks of the shard's group must call it.
 
         Args:
-            logits: (..., V), of any float type.
+            logits: (..., v), of any float type.
             labels: (...), ids of the full vocabulary, or `IGNORE_INDEX`.
 
         Raises:
@@ -86,22 +86,22 @@ class VocabularyCrossEntropy:
             dist.all_reduce(tensor, op=op, group=self.shard.group)
         return tensor
 
-    def chunks(self, logits_NV: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield ranges of C tokens with their logits (C, V), at least fp32, padding at -infinity.
+    def chunks(self, logits_Nv: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield ranges of C tokens with their logits (C, v), at least fp32, padding at -infinity.
 
         The logits that are yielded may be those of the model, and must not be changed.
         """
-        count, width = logits_NV.shape
+        count, width = logits_Nv.shape
         step = min(count, self.chunk_tokens or count)
         size, rank = self.shard.size, self.shard.rank
         columns = width if size is None else max(0, size - rank * width)  # without padding
         for start in range(0, count, max(1, step)):
             chunk = slice(start, min(start + step, count))
-            logits_CV = logits_NV[chunk].to(torch.promote_types(logits_NV.dtype, torch.float32))
+            logits_Cv = logits_Nv[chunk].to(torch.promote_types(logits_Nv.dtype, torch.float32))
             if columns < width:
-                logits_CV = logits_CV.clone() if logits_CV.dtype == logits_NV.dtype else logits_CV
-                logits_CV[:, columns:] = -torch.inf
-            yield chunk, logits_CV
+                logits_Cv = logits_Cv.clone() if logits_Cv.dtype == logits_Nv.dtype else logits_Cv
+                logits_Cv[:, columns:] = -torch.inf
+            yield chunk, logits_Cv
 
     def local_columns(self, labels_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Return (column of each label on this rank, or 0; whether it is on this rank), both (N)."""
@@ -118,7 +118,7 @@ class _Context(FunctionCtx):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """(logits (N, V), labels (N), loss) to (reported loss of each token (N), objective ()).
+    """(logits (N, v), labels (N), loss) to (reported loss of each token (N), objective ()).
 
     Autograd's own backward pass would keep the softmax in fp32 for all tokens at once. This one saves log Z of each
     token, one number, and computes the softmax again, chunk by chunk.
@@ -126,32 +126,32 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, logits_NV: Tensor, labels_N: Tensor, loss: VocabularyCrossEntropy
+        ctx: _Context, logits_Nv: Tensor, labels_N: Tensor, loss: VocabularyCrossEntropy
     ) -> tuple[Tensor, Tensor]:
         """Compute both losses. Collective: all ranks of the loss's group must call it."""
-        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-        count, width = logits_NV.shape
+        dtype = torch.promote_types(logits_Nv.dtype, torch.float32)
+        count, width = logits_Nv.shape
         columns_N, is_local_N = loss.local_columns(labels_N, width)
         is_target_N = labels_N != IGNORE_INDEX
-        largest_N = logits_NV.new_empty(count, dtype=dtype)
+        largest_N = logits_Nv.new_empty(count, dtype=dtype)
         exponentials_N = torch.empty_like(largest_N)
         # Two numbers a token that are sums over columns: the label's logit, and, for smoothing, all logits.
-        sums_2N = logits_NV.new_zeros((2, count), dtype=dtype)
+        sums_2N = logits_Nv.new_zeros((2, count), dtype=dtype)
 
         # 1. The largest logit of each token over the full vocabulary. It is subtracted in 2, so that no exponential
         #    overflows; all ranks must subtract the same, or their sums could not be added.
-        for chunk, logits_CV in loss.chunks(logits_NV):
-            largest_N[chunk] = logits_CV.amax(-1)
+        for chunk, logits_Cv in loss.chunks(logits_Nv):
+            largest_N[chunk] = logits_Cv.amax(-1)
         loss.all_reduce(largest_N, dist.ReduceOp.MAX)
 
         # 2. Sums over this rank's columns: of the exponentials, of the label's logit (0 if another rank has the
         #    label), and of all logits. Padding adds exp(-infinity) = 0 to the first, and is left out of the last.
-        for chunk, logits_CV in loss.chunks(logits_NV):
-            label_logits_C = logits_CV.gather(1, columns_N[chunk, None]).squeeze(1)
+        for chunk, logits_Cv in loss.chunks(logits_Nv):
+            label_logits_C = logits_Cv.gather(1, columns_N[chunk, None]).squeeze(1)
             sums_2N[0, chunk] = torch.where(is_local_N[chunk], label_logits_C, 0)
             if loss.label_smoothing:
-                sums_2N[1, chunk] = logits_CV.masked_fill(logits_CV == -torch.inf, 0).sum(-1)
-            exponentials_N[chunk] = (logits_CV - largest_N[chunk, None]).exp_().sum(-1)
+                sums_2N[1, chunk] = logits_Cv.masked_fill(logits_Cv == -torch.inf, 0).sum(-1)
+            exponentials_N[chunk] = (logits_Cv - largest_N[chunk, None]).exp_().sum(-1)
         loss.all_reduce(exponentials_N)
         loss.all_reduce(sums_2N if loss.label_smoothing else sums_2N[0])
 
@@ -167,7 +167,7 @@ class _CrossEntropy(torch.autograd.Function):
             + loss.z_loss * z_N.sum()
         )
         ctx.loss = loss
-        ctx.save_for_backward(logits_NV, log_z_N, columns_N, is_local_N, is_target_N)
+        ctx.save_for_backward(logits_Nv, log_z_N, columns_N, is_local_N, is_target_N)
         ctx.mark_non_differentiable(cross_entropy_N)
         return cross_entropy_N, objective
 
@@ -175,24 +175,24 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: _Context, _: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of this rank's logits; it needs no communication.
 
-        With d log Z / d logit(v) = p(v), V the vocabulary's size, and the terms of the objective in its order:
+        With d log Z / d logit(i) = p(i), V the vocabulary's size, and the terms of the objective in its order:
 
-            (1 - s) * (p(v) - [v = label]) + s * (p(v) - 1 / V) + z * 2 * log Z * p(v)
-            = p(v) * (1 + 2 * z * log Z) - (1 - s) * [v = label] - s / V
+            (1 - s) * (p(i) - [i = label]) + s * (p(i) - 1 / V) + z * 2 * log Z * p(i)
+            = p(i) * (1 + 2 * z * log Z) - (1 - s) * [i = label] - s / V
         """
-        logits_NV, log_z_N, columns_N, is_local_N, is_target_N = ctx.saved_tensors
+        logits_Nv, log_z_N, columns_N, is_local_N, is_target_N = ctx.saved_tensors
         loss = ctx.loss
-        result_NV = torch.empty_like(logits_NV)
-        for chunk, logits_CV in loss.chunks(logits_NV):
+        result_Nv = torch.empty_like(logits_Nv)
+        for chunk, logits_Cv in loss.chunks(logits_Nv):
             log_z_C1 = log_z_N[chunk, None]
-            gradient_CV = (logits_CV - log_z_C1).exp_()  # p, which is 0 in padding
+            gradient_Cv = (logits_Cv - log_z_C1).exp_()  # p, which is 0 in padding
             if loss.z_loss:
-                gradient_CV *= 1 + 2 * loss.z_loss * log_z_C1
-            label_weight_C1 = -(1 - loss.label_smoothing) * is_local_N[chunk, None].to(gradient_CV)
-            gradient_CV.scatter_add_(1, columns_N[chunk, None], label_weight_C1)
+                gradient_Cv *= 1 + 2 * loss.z_loss * log_z_C1
+            label_weight_C1 = -(1 - loss.label_smoothing) * is_local_N[chunk, None].to(gradient_Cv)
+            gradient_Cv.scatter_add_(1, columns_N[chunk, None], label_weight_C1)
             if loss.label_smoothing:
-                share = loss.label_smoothing / (loss.shard.size or logits_NV.shape[1])
-                gradient_CV -= share * (logits_CV > -torch.inf).to(gradient_CV)  # padding has no share
-            gradient_CV *= torch.where(is_target_N[chunk, None], gradient, 0)
-            result_NV[chunk] = gradient_CV.to(result_NV.dtype)
-        return result_NV, None, None
+                share = loss.label_smoothing / (loss.shard.size or logits_Nv.shape[1])
+                gradient_Cv -= share * (logits_Cv > -torch.inf).to(gradient_Cv)  # padding has no share
+            gradient_Cv *= torch.where(is_target_N[chunk, None], gradient, 0)
+            result_Nv[chunk] = gradient_Cv.to(result_Nv.dtype)
+        return result_Nv, None, None

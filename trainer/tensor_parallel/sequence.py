@@ -56,9 +56,9 @@ class SequenceParallel:
         self._region.use_rank_local_rng(hidden_BTD.device)
         return collectives.split_to_region(hidden_BTD, SEQUENCE, self._region.group)
 
-    def _end(self, hidden_BSD: Tensor) -> Tensor:
-        self._region.use_shared_rng(hidden_BSD.device)
-        return collectives.gather_from_region(hidden_BSD, SEQUENCE, self._region.group)
+    def _end(self, hidden_BtD: Tensor) -> Tensor:
+        self._region.use_shared_rng(hidden_BtD.device)
+        return collectives.gather_from_region(hidden_BtD, SEQUENCE, self._region.group)
 
     def _install_layer(self, name: str, layer: nn.Module) -> None:
         blocks = _blocks(name, layer, self._sharded)
