@@ -1,4 +1,4 @@
-"""A run begun by an earlier version resumes as that version would have gone on: tests/data/begun_run."""
+"""A run started by an earlier version resumes with that version's defaults: tests/data/begun_run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ STORED_STEPS = 3
 BEFORE = {
     row.key: row.legacy_value_in({}) for row in ADDED_KEYS if row.legacy_value_in({}) not in (ABSENT, row.new_default)
 }
-"""What a configuration of that version meant by the keys that it lacks, where new runs differ."""
+"""Defaults of that version, by added key, where new runs have others."""
 
 Weights = dict[str, torch.Tensor]
 
 
 def train(run: Path, *arguments: str, **values: Any) -> CommandResult:
-    """The user's command, with the cache beside the run directory."""
+    """Run the training command, with the cache next to the run directory."""
     paths = {"run.output_dir": str(run), "data.cache_dir": str(run.parent / "cache"), "training.max_steps": STEPS}
     settings = [f"{key}={json.dumps(value)}" for key, value in {**paths, **values}.items()]
     return run_command(
@@ -45,13 +45,13 @@ def train(run: Path, *arguments: str, **values: Any) -> CommandResult:
 
 
 def copy_begun_run(folder: Path) -> Path:
-    """A copy of the stored run directory."""
+    """Copy the stored run directory."""
     shutil.copytree(BEGUN / "run", folder)
     return folder
 
 
 def losses(metrics: Path) -> dict[tuple[str, int], float]:
-    """By split and step; of repeated steps the last."""
+    """Return losses by split and step; of repeated steps the last."""
     rows = map(json.loads, metrics.read_text().splitlines())
     return {(row["split"], row["step"]): row["loss"] for row in rows}
 
@@ -63,20 +63,22 @@ def read_outcome(run: Path) -> tuple[dict[tuple[str, int], float], Weights]:
 STORED = losses(BEGUN / "unbroken.jsonl"), load_file(BEGUN / "unbroken.safetensors")
 
 
-def after_resuming(found: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
-    return {place: loss for place, loss in found.items() if place[1] > STORED_STEPS}
+def after_resuming(losses: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
+    return {(split, step): loss for (split, step), loss in losses.items() if step > STORED_STEPS}
 
 
-def assert_equal(one: tuple[Any, Weights], other: tuple[Any, Weights], tolerance: float = 0.0) -> None:
-    assert after_resuming(one[0]) == pytest.approx(after_resuming(other[0]), rel=tolerance, abs=0.0)
-    assert one[1].keys() == other[1].keys()
-    for name, weight in one[1].items():
-        torch.testing.assert_close(weight, other[1][name], rtol=tolerance, atol=tolerance)
+def assert_equal(actual: tuple[Any, Weights], expected: tuple[Any, Weights], tolerance: float = 0.0) -> None:
+    assert after_resuming(actual[0]) == pytest.approx(after_resuming(expected[0]), rel=tolerance, abs=0.0)
+    assert actual[1].keys() == expected[1].keys()
+    for name, weight in actual[1].items():
+        torch.testing.assert_close(weight, expected[1][name], rtol=tolerance, atol=tolerance)
 
 
 def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """On the kind of CPU that wrote the fixture: the losses and weights of the unbroken run of then. On another, whose
-    sums round otherwise, it is the run that has the old values given explicitly."""
+    """Resume with the losses and weights of the stored unbroken run.
+
+    Another kind of CPU rounds sums differently; there the reference is a run with the old values set explicitly.
+    """
     resumed = train(copy_begun_run(tmp_path / "run"))
     assert resumed.status == 0, resumed.err
     ended = train(tmp_path / "fresh", **BEFORE)
@@ -90,11 +92,11 @@ def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert explicit.status == 0, explicit.err
         assert_equal(read_outcome(tmp_path / "run"), read_outcome(tmp_path / "explicit"))
         assert_equal(read_outcome(tmp_path / "run"), STORED, 1e-5)
-    said = [line for line in resumed.out.splitlines() if "resuming with the values" in line]
-    assert len(said) == 1, resumed.out
-    assert said[0].removeprefix("[tessera] ") in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    kept = [line for line in resumed.out.splitlines() if "resuming with the values" in line]
+    assert len(kept) == 1, resumed.out
+    assert kept[0].removeprefix("[tessera] ") in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     for key, value in BEFORE.items():
-        assert f"{key} = {json.dumps(value)} (new runs: " in said[0]
+        assert f"{key} = {json.dumps(value)} (new runs: " in kept[0]
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {key: value_at(stored, key) for key in BEFORE} == BEFORE, "the next attempt finds them written down"
     newest = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08}"
@@ -104,42 +106,42 @@ def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("upload", [False, True])
 def test_begun_run_resumes_twice(upload: bool, tmp_path: Path) -> None:
-    """Also where only its copies at `checkpoint.upload` are left, with the arguments that the refusal names."""
+    """Also if only its copies at `checkpoint.upload` are left, with the arguments that the refusal names."""
     run, copies, settings = tmp_path / "run", tmp_path / "copies", ()
     if upload:
         copy_begun_run(tmp_path / "begun")
         shutil.copytree(tmp_path / "begun" / "checkpoints", copies)
-        place = {"checkpoint.upload": f"file://{copies}"}
-        refused = train(run, **place)
+        upload_key = {"checkpoint.upload": f"file://{copies}"}
+        refused = train(run, **upload_key)
         assert refused.status == 2, refused.err
         settings = tuple(f"{key}={json.dumps(value)}" for key, value in BEFORE.items())
         assert all(f"(--set {shlex.quote(setting)})" in refused.err for setting in settings), refused.err
-        given = [part for setting in settings for part in ("--set", setting)]
+        arguments = [part for setting in settings for part in ("--set", setting)]
     else:
-        place, given = {}, []
+        upload_key, arguments = {}, []
         copy_begun_run(run)
     for steps in (STORED_STEPS + 1, STORED_STEPS + 2):
-        resumed = train(run, *given, **place, **{"training.max_steps": steps})
+        resumed = train(run, *arguments, **upload_key, **{"training.max_steps": steps})
         assert resumed.status == 0, resumed.err
     assert f"resuming from step {STORED_STEPS + 1}" in resumed.out
-    found = losses(run / "metrics.jsonl")
-    assert found["train", steps] == pytest.approx(STORED[0]["train", steps], rel=1e-5)
+    resumed_losses = losses(run / "metrics.jsonl")
+    assert resumed_losses["train", steps] == pytest.approx(STORED[0]["train", steps], rel=1e-5)
 
 
 def test_new_run_uses_new_defaults(tmp_path: Path) -> None:
-    """The negative control: without the run directory the same command computes something else."""
+    """The negative control: without the run directory the same command gives other losses."""
     ended = train(tmp_path / "run", **{"training.max_steps": STORED_STEPS})
     assert ended.status == 0, ended.err
     assert "resuming with the values" not in ended.out
     new = json.loads((tmp_path / "run" / "config.json").read_text())
     assert all(value_at(new, key) != before for key, before in BEFORE.items())
-    found = losses(tmp_path / "run" / "metrics.jsonl")
-    assert all(abs(found["train", step] - STORED[0]["train", step]) > 1e-4 for step in (2, 3)), found
+    new_losses = losses(tmp_path / "run" / "metrics.jsonl")
+    assert all(abs(new_losses["train", step] - STORED[0]["train", step]) > 1e-4 for step in (2, 3)), new_losses
 
 
 @pytest.mark.fast
 def test_resumed_run_keeps_earlier_defaults(tmp_path: Path) -> None:
-    """From the run directory, or from what checkpoint.resume names; not where a run begins anew."""
+    """From the run directory, or from what checkpoint.resume names; not if a run starts again."""
     run, paths = copy_begun_run(tmp_path / "run"), [f"data.cache_dir={tmp_path}"]
     elsewhere = f"run.output_dir={tmp_path / 'other'}"
     resumes = [f"checkpoint.resume={run}", f"checkpoint.resume={run}/checkpoints/step-00000003"]
@@ -194,7 +196,7 @@ def test_stored_run_is_read(place: str, tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_added_key_may_depend_on_model_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A key that the schema does not list, in those configurations only that a function says."""
+    """A key that the schema does not list, in the configurations that a function selects."""
 
     def is_decoder(stored: Any) -> Any:
         return False if value_at(stored, "model.config.model_type") == "llama" else ABSENT
@@ -213,7 +215,7 @@ def test_configuration_in_run_directory_is_valid_input() -> None:
 
 
 def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]]:
-    """A run directory as this version writes it, with `values` of the user; and the arguments that resume it."""
+    """Write a run directory with `values` of the user; return it and the arguments that resume it."""
     settings = [f"run.output_dir={folder}", f"data.cache_dir={folder}"]
     chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     loaded = load_config(CONFIG, [*settings, *chosen], world_size=1, device="cpu")
@@ -224,11 +226,14 @@ def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("training.learning_rate_scales", {"model.norm.weight": 0.0}), ("training.weight_decay_exclude", []),
-     ("data.special_tokens", "none")],
-)  # fmt: skip
+    [
+        ("training.learning_rate_scales", {"model.norm.weight": 0.0}),
+        ("training.weight_decay_exclude", []),
+        ("data.special_tokens", "none"),
+    ],
+)
 def test_explicit_values_are_not_kept(key: str, value: Any, tmp_path: Path) -> None:
-    """Deleting the key again is another value, as with every key that identifies a run."""
+    """Removing the key is a change of value, as with every key that identifies a run."""
     run, settings = with_new_configuration(tmp_path / "run", **{key: value})
     loaded = load_config(CONFIG, settings, world_size=1, device="cpu")
     assert not loaded.legacy_defaults.message
@@ -242,7 +247,7 @@ def test_explicit_values_are_not_kept(key: str, value: Any, tmp_path: Path) -> N
 
 @pytest.mark.fast
 def test_kept_defaults_survive_further_attempts(tmp_path: Path) -> None:
-    """Through attempts that name the values, and not where an attempt has changed one."""
+    """Through attempts that set the same values, but not for a value that an attempt has changed."""
     run = copy_begun_run(tmp_path / "run")
     settings = [f"run.output_dir={run}", f"data.cache_dir={tmp_path}"]
 
@@ -262,7 +267,7 @@ def test_kept_defaults_survive_further_attempts(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_kept_defaults_respect_changed_packing(tmp_path: Path) -> None:
-    """`data.drop_last` has no meaning without concatenation: the values of the run do not make the change invalid."""
+    """`data.drop_last` has no meaning without concatenation: kept values do not make the change invalid."""
     allowed = 'checkpoint.allow_changed=["data.packing"]'
     settings = [
         f"run.output_dir={copy_begun_run(tmp_path / 'run')}",
@@ -291,14 +296,14 @@ def test_conflicting_explicit_value_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_resumed_run_keeps_checkpoint_defaults(tmp_path: Path) -> None:
-    """The new default of keep_last would delete what the earlier version kept. A key that is set counts."""
+    """The new default of keep_last would delete what the earlier version kept. A key that is set wins."""
     run, keys = copy_begun_run(tmp_path / "run"), ("every_steps", "keep_last")
     stored = json.loads((run / "config.json").read_text())
     stored["checkpoint"].update(dict.fromkeys(keys))
     (run / "config.json").write_text(json.dumps(stored))
-    own = with_values(json.loads(Path(CONFIG).read_text()), checkpoint={}, run__output_dir=str(run),
-                      data__cache_dir=str(tmp_path))  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(own))
+    paths = {"run__output_dir": str(run), "data__cache_dir": str(tmp_path)}
+    config = with_values(json.loads(Path(CONFIG).read_text()), checkpoint={}, **paths)
+    (tmp_path / "config.json").write_text(json.dumps(config))
 
     def attempt(*settings: str) -> LoadedConfig:
         loaded = load_config(tmp_path / "config.json", settings, world_size=1, device="cpu")

@@ -1,4 +1,4 @@
-"""`events.jsonl`: what is appended, and what is read from a damaged file."""
+"""`events.jsonl`: appending events, and reading a damaged file."""
 
 from __future__ import annotations
 

@@ -502,7 +502,7 @@ def test_unresponsive_upload_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
         with pytest.raises(ConfigError, match="no answer within"):
-            remote.Remote(place)
+            remote.Remote.connect(place)
 
 
 @pytest.mark.fast

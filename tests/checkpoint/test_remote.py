@@ -64,7 +64,7 @@ def test_remote_copy_is_fetched_and_verified(uploaded_run: Path, base: dict[str,
 @pytest.mark.fast
 def test_remote_copy_is_complete_once_manifest_exists(tmp_path: Path) -> None:
     """In an object store a copy is found only with its manifest; deletion removes that first."""
-    remote = Remote(f"memory://{tmp_path.name}/run")
+    remote = Remote.connect(f"memory://{tmp_path.name}/run")
     assert remote.newest() is None
     for step, attempt in ((10, 1), (20, 1), (15, 2)):
         folder = tmp_path / checkpoint_name(step)
@@ -81,6 +81,6 @@ def test_remote_copy_is_complete_once_manifest_exists(tmp_path: Path) -> None:
     for _ in range(2):  # deleting an absent copy does nothing
         remote.delete(checkpoint_name(15))
     assert remote.newest() == checkpoint_name(20)
-    assert Remote(f"memory://{tmp_path.name}/run/{checkpoint_name(10)}").newest() == ""
+    assert Remote.connect(f"memory://{tmp_path.name}/run/{checkpoint_name(10)}").newest() == ""
     with pytest.raises(CheckpointError, match="cannot be copied"):
         remote.fetch(checkpoint_name(20), "absent", tmp_path / "absent")

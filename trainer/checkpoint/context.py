@@ -57,7 +57,7 @@ class CheckpointContext:
             ConfigError: on all ranks: `checkpoint.upload` cannot be reached.
         """
         group, url = checkpoint_group(), loaded.config.checkpoint.upload
-        return cls(loaded, directory, world, record, group, agree(partial(Remote, url), group) if url else None)
+        return cls(loaded, directory, world, record, group, agree(partial(Remote.connect, url), group) if url else None)
 
     @property
     def folder(self) -> Path:

@@ -26,7 +26,7 @@ def preview_resume(loaded: LoadedConfig) -> SavedCheckpoint | None:
     if resume == "never":
         return None
     if is_remote(resume):
-        remote = Remote(resume, "checkpoint.resume")
+        remote = Remote.connect(resume, "checkpoint.resume")
         if remote.newest() is None:
             raise CheckpointError(f"{remote.url}: no checkpoint found")
         return None

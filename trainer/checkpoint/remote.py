@@ -50,32 +50,39 @@ def is_remote(path: str) -> bool:
 class Remote:
     """A folder of checkpoints in an object store."""
 
-    def __init__(self, url: str, key: str = "checkpoint.upload") -> None:
-        """Open the file system of an address.
+    def __init__(self, url: str, key: str, files: _FileSystem, root: str) -> None:
+        """Use an open file system; see `connect`.
 
         Args:
-            url: Address of the folder, such as `s3://bucket/run`.
+            url: Address of the folder.
             key: Of the configuration that holds the address, for messages.
+            files: The file system of the address.
+            root: Path of the folder in this file system.
+        """
+        self.url, self._key, self._files, self._root = url, key, files, root
+
+    @classmethod
+    def connect(cls, url: str, key: str = "checkpoint.upload") -> Remote:
+        """Open the file system of an address, such as `s3://bucket/run`.
 
         Raises:
             ConfigError: fsspec has no such file system, its package is not installed, or it cannot be reached.
         """
-        self.url, self._key = url, key
-        self._files: _FileSystem
-        self._root: str
         try:
-            self._files, self._root = _with_timeout(lambda: fsspec.core.url_to_fs(url.rstrip("/")))
+            files, root = _with_timeout(lambda: fsspec.core.url_to_fs(url.rstrip("/")))
         except (ImportError, ValueError) as error:
             raise ConfigError(Problem(key, f"'{url}': {error}", "Install the package that fsspec names")) from None
         except Exception as error:  # every store has its own exceptions
-            raise self._unreachable(error) from None
+            raise _unreachable(url, key, error) from None
+        return cls(url, key, files, root)
 
     def warn_if_unreachable(self) -> None:
         """Log a warning if the store does not respond: a run that has its checkpoints locally trains without it."""
         try:
             _with_timeout(lambda: self._files.exists(self._root))
         except Exception as error:
-            log.warning("%s. Checkpoints are kept locally, and each save retries the upload", self._unreachable(error))
+            problem = _unreachable(self.url, self._key, error)
+            log.warning("%s. Checkpoints are kept locally, and each save retries the upload", problem)
 
     def upload(self, folder: Path, names: Sequence[str]) -> None:
         """Copy files of a checkpoint: on all ranks all but the manifest; then on one rank the manifest."""
@@ -112,7 +119,7 @@ class Remote:
         try:
             return _with_timeout(self._newest)
         except Exception as error:  # every store has its own exceptions
-            raise self._unreachable(error) from None
+            raise _unreachable(self.url, self._key, error) from None
 
     def fetch(self, name: str, file: str, target: Path) -> None:
         """Copy a file of a checkpoint to `target`.
@@ -137,9 +144,10 @@ class Remote:
         body = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
         return int(body["attempt"]), int(body["step"]), name
 
-    def _unreachable(self, error: Exception) -> ConfigError:
-        reason = f"'{self.url}' cannot be reached: {type(error).__name__}: {error}"
-        return ConfigError(Problem(self._key, reason, "Check the address, the credentials and the network"))
+
+def _unreachable(url: str, key: str, error: Exception) -> ConfigError:
+    reason = f"'{url}' cannot be reached: {type(error).__name__}: {error}"
+    return ConfigError(Problem(key, reason, "Check the address, the credentials and the network"))
 
 
 def _with_timeout(work: Callable[[], T]) -> T:

@@ -139,7 +139,7 @@ def _select(context: CheckpointContext) -> SavedCheckpoint | None:
     if resume == "auto":
         return _select_newest(context)
     if is_remote(resume):
-        remote = context.agree(lambda: Remote(resume, "checkpoint.resume"))
+        remote = context.agree(lambda: Remote.connect(resume, "checkpoint.resume"))
         return fetch_checkpoint(context, remote, is_required=True)
     path = Path(resume).expanduser()
     folder = context.on_rank_zero(lambda: search_folder(path))

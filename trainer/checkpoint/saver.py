@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,8 +36,6 @@ class CheckpointSaver:
 
     def __init__(self, context: CheckpointContext) -> None:
         self._context, self._section = context, context.loaded.config.checkpoint
-        record = context.record
-        self._about = {**run_metadata(context.loaded), EVALUATED_SAMPLES: list(record.evaluated_samples)}
         self._staging = StagingBuffers()
         # Only the main thread may note progress of a phase; the writer thread counts files instead.
         self._advance = self._count_file if self._section.asynchronous else context.world.phases.advance
@@ -137,7 +136,7 @@ class CheckpointSaver:
             samples=progress.samples,
             losses=dict(losses),
             config=self._context.loaded.resolved(),
-            about=self._about,
+            about=self._about if self._context.rank == 0 else {},
             model=self._context.record.model,
             data=self._context.record.data,
             trackers=trackers,
@@ -145,6 +144,11 @@ class CheckpointSaver:
             files=(),
             tensors={},
         )
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        metadata = run_metadata(self._context.loaded)
+        return {**metadata, EVALUATED_SAMPLES: list(self._context.record.evaluated_samples)}
 
     def _run_in_background(self, work: Callable[[], None]) -> None:
         try:
