@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.distributed import PrefixStore
 
+from tests.commands import read_rows
 from tests.configs import with_values
-from tests.test_tracking import read_rows
 from tests.training_jobs import job_topology, load_job
 from trainer.assembly import assemble
 from trainer.checkpoint import writer

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests.commands import read_rows
 from tests.configs import tiny_config, with_values
 from tests.harness import CommandResult, run_command
-from tests.test_tracking import read_rows
 from trainer.model import load_model
 
 ROOT = Path(__file__).parent.parent

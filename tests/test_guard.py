@@ -17,9 +17,9 @@ import pytest
 from torch.distributed import HashStore
 
 from launch.train import train
+from tests.commands import TRAIN
 from tests.configs import with_values
 from tests.harness import captured_messages, run_ranks, running_command
-from tests.test_tracking import TRAIN
 from tests.training_jobs import job_topology, load_job
 from trainer.assembly import assemble
 from trainer.checkpoint import saver, writer

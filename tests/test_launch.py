@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.commands import read_rows
 from tests.configs import with_values
 from tests.harness import get_free_port
-from tests.test_tracking import read_rows
 from trainer.data.indexed import IndexedWriter
 from trainer.data.order import SampleOrder
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.commands import read_rows
 from tests.configs import tiny_config, with_values
 from tests.harness import CommandResult, run_command
-from tests.test_tracking import read_rows
 from trainer.config.load import check_config
 from trainer.config.plugins import import_plugins
 from trainer.errors import ConfigError

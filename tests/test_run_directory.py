@@ -1,4 +1,4 @@
-"""A run directory that is damaged, lost in part, misplaced, or on a full disk: nothing is lost, mixed up or silent."""
+"""Run directories that are damaged, incomplete, misplaced, or on a full disk: no silent loss, no traceback."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from launch.train import train
+from tests.commands import TRAIN, read_rows
 from tests.configs import with_values
 from tests.harness import CommandResult, captured_messages, get_free_port, run_command, run_ranks
-from tests.test_tracking import TRAIN, read_rows
 from trainer import checkpoint_format
 from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_format import read_manifest, verify_files, write_safetensors
@@ -50,7 +50,7 @@ def start(tiny: dict[str, Any], folder: Path, *arguments: str, world: int = 1, *
 
 
 def mark_interrupted(run: Path) -> None:
-    """Make a finished run one that was killed after its last save."""
+    """Turn a finished run into one that was killed after its last save."""
     stored = json.loads((run / "config.json").read_text())
     stored["tessera"].update(finished_step=None, final=[])
     (run / "config.json").write_text(json.dumps(stored))
@@ -59,7 +59,7 @@ def mark_interrupted(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with checkpoints after the second and the fourth."""
+    """Run four steps, with checkpoints after the second and the fourth."""
     from tests.configs import tiny_config
 
     folder = tmp_path_factory.mktemp("finished")
@@ -70,7 +70,7 @@ def finished(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def run(finished: Path, tiny: dict[str, Any]) -> Path:
-    """A copy of it, at the output directory of `tiny`."""
+    """Copy the finished run to the output directory of `tiny`."""
     path = Path(tiny["run"]["output_dir"])
     shutil.copytree(finished, path)
     return path
@@ -86,9 +86,9 @@ def test_lost_checkpoints_are_refused(run: Path, tiny: dict[str, Any], tmp_path:
     assert lost.status == 4, lost.out
     assert "no checkpoint found, but the run has saved step 4" in lost.err
     assert "--resume never" in lost.err
-    again = start(tiny, tmp_path, "--resume", "never", training__max_steps=2)
-    assert again.status == 0, again.err
-    assert start(tiny, tmp_path).status == 0, "and goes on from its own"
+    restarted = start(tiny, tmp_path, "--resume", "never", training__max_steps=2)
+    assert restarted.status == 0, restarted.err
+    assert start(tiny, tmp_path).status == 0, "resumes from its own checkpoint"
 
 
 def train_until_killed_at_first_save(config: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def train_until_killed_at_first_save(config: dict[str, Any]) -> None:
 
 def test_run_killed_before_first_save_restarts(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(tiny, checkpoint__every_steps=2)
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match=r"died without a word|exited without a result"):
         run_ranks(train_until_killed_at_first_save, 1, config)
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
@@ -186,7 +186,7 @@ def test_final_model_mode_follows_umask(finished: Path) -> None:
 
 @pytest.mark.fast
 def test_replace_folder_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the process ends between the two renames: then the new one is still there to be taken."""
+    """Also if the process ends between the two renames: the new folder still exists."""
     for name in ("final", ".final.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -201,24 +201,24 @@ def test_replace_folder_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="broken"):
         replace_folder(tmp_path / ".final.partial", tmp_path / "final")
     monkeypatch.undo()
-    assert (tmp_path / "final" / "final").exists(), "the old one is back"
+    assert (tmp_path / "final" / "final").exists(), "the old folder is restored"
     replace_folder(tmp_path / ".final.partial", tmp_path / "final")
     assert os.listdir(tmp_path) == ["final"]
     assert os.listdir(tmp_path / "final") == [".final.partial"]
 
 
-# An attempt that begins anew ------------------------------------------------------------------------------------------
+# Attempts that start again --------------------------------------------------------------------------------------------
 
 
 def test_earlier_attempts_keep_their_checkpoints(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     values = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 0}
-    anew = start(tiny, tmp_path, "--resume", "never", **values)
-    assert anew.status == 0, anew.err
+    restarted = start(tiny, tmp_path, "--resume", "never", **values)
+    assert restarted.status == 0, restarted.err
     folder = run / "checkpoints"
-    assert f"in {folder}/attempt-1" in anew.out
+    assert f"in {folder}/attempt-1" in restarted.out
     for step in (2, 4):
         verify_files(aside := folder / "attempt-1" / f"step-{step:08}", read_manifest(aside))
-    assert [path.name for path in folder.glob("step-*")] == ["step-00000004"], "retention holds for the new attempt"
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000004"], "retention applies to the new attempt"
     assert read_manifest(folder / "step-00000004").attempt == 2
     assert (folder / "latest").read_text() == (folder / "attempt-1" / "latest").read_text() == "step-00000004\n"
 
@@ -238,9 +238,9 @@ def test_rollback_archives_newer_checkpoints(run: Path, tiny: dict[str, Any], tm
 
 
 def test_archived_attempt_is_named_when_checkpoints_are_lost(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Begun anew, and killed before its first save: the same command begins anew, and without `--resume never` too."""
+    """An attempt that starts again and is killed before its first save is followed by one that starts again."""
     config = with_values(tiny, checkpoint__every_steps=2, checkpoint__resume="never")
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match=r"died without a word|exited without a result"):
         run_ranks(train_until_killed_at_first_save, 1, config)
     ended = start(tiny, tmp_path)
     assert ended.status == 0, ended.err
@@ -266,15 +266,15 @@ def test_jsonl_rows_are_retried_after_full_disk(tmp_path: Path) -> None:
     disk = lines._file
 
     class Full:
-        """Takes five bytes of a line, and then nothing."""
+        """Accepts five bytes of a line, and then nothing."""
 
-        room = 5
+        capacity = 5
 
         def write(self, data: bytes) -> int:
-            if self.room == 0:
+            if self.capacity == 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            taken, self.room = disk.write(data[: self.room]), 0
-            return taken
+            written, self.capacity = disk.write(data[: self.capacity]), 0
+            return written
 
     lines._file = Full()  # type: ignore[assignment]
     with captured_messages("trainer.tracking.jsonl") as messages:
@@ -326,7 +326,7 @@ def test_log_on_full_disk_warns_once(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
-    """Trains while the disk is full for one thing; returns the status and message of the error."""
+    """Train while the disk is full for one file or folder; return the exit status and message."""
     full = OSError(errno.ENOSPC, "No space left on device")
     if name == "final":
         write = checkpoint_format.files._write
@@ -356,9 +356,9 @@ def full_at(config: dict[str, Any], name: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", ["final", "config.json"])
 def test_full_disk_exits_2(name: str, tiny: dict[str, Any], tmp_path: Path) -> None:
-    status, words = run_ranks(full_at, 1, with_values(tiny, checkpoint__every_steps=2), name)[0]
+    status, message = run_ranks(full_at, 1, with_values(tiny, checkpoint__every_steps=2), name)[0]
     assert status == 2
-    assert "No space left on device" in words
+    assert "No space left on device" in message
     assert not list((tmp_path / "run").glob(".*partial"))
     assert not (tmp_path / "run" / name).exists()
     ended = start(tiny, tmp_path)
@@ -368,7 +368,7 @@ def test_full_disk_exits_2(name: str, tiny: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_full_disk_at_end_of_run_exits_2_and_resumes(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """A checkpoint fits and the final model does not: status 2; with more space the same command finishes."""
+    """A checkpoint fits and the final model does not; with more space the same command finishes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=650k", "tmpfs", str(disk)]
@@ -390,7 +390,7 @@ def test_full_disk_at_end_of_run_exits_2_and_resumes(tiny: dict[str, Any], tmp_p
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# What stands in the wrong place ---------------------------------------------------------------------------------------
+# Misplaced paths ------------------------------------------------------------------------------------------------------
 
 
 def test_all_misplaced_paths_are_reported_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -410,8 +410,8 @@ def test_all_misplaced_paths_are_reported_at_once(tiny: dict[str, Any], tmp_path
     assert "Traceback" not in ended.err
     folders = [f"{name} is a file" for name in ("final", "logs", "wandb")]
     links = [f"{name} is a symbolic link" for name in ("metrics.jsonl", "checkpoints")]
-    for words in (*folders, *links, f"{EVENTS} is a folder", "config.json is a special file"):
-        assert words in ended.err
+    for message in (*folders, *links, f"{EVENTS} is a folder", "config.json is a special file"):
+        assert message in ended.err
     assert (victim / "rows").read_text() == "{}\nunfinished"
     assert os.listdir(victim) == ["rows"]
 
@@ -434,7 +434,7 @@ def test_symbolic_links_inside_folders_are_reported(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_nothing_is_written_through_symbolic_link(tmp_path: Path) -> None:
-    """Where a link appears only after the start has looked."""
+    """Also if the link appears after the check at the start."""
     victim = tmp_path / "victim"
     victim.write_text("a\nb")
     for name in (".config.json.partial", EVENTS, "metrics.jsonl"):
@@ -495,7 +495,7 @@ def test_unreachable_upload_is_refused_at_start(tiny: dict[str, Any], tmp_path: 
 
 
 def test_unresponsive_upload_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A place that takes connections and never answers."""
+    """A server that accepts connections and never answers."""
     from trainer.checkpoint import remote
 
     monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.3)
@@ -511,8 +511,14 @@ def test_model_that_reads_back_differently_is_refused(tmp_path: Path, monkeypatc
 
     from trainer.model import export, write_model
 
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2)  # fmt: skip
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(**sizes)
     model: nn.Module = LlamaForCausalLM(config)
     files = write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     before = {path.name for path in (tmp_path / "final").iterdir()}

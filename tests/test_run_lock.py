@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from launch.train import train
+from tests.commands import ROOT, TRAIN, read_rows
 from tests.configs import with_values
 from tests.harness import captured_messages, context, get_free_port, run_command, run_ranks
-from tests.test_tracking import ROOT, TRAIN, read_rows
 from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config.load import check_config

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from launch.train import train
+from tests.commands import read_rows
 from tests.configs import with_values
 from tests.harness import captured_messages, run_ranks
-from tests.test_tracking import read_rows
 from trainer.checkpoint_format import read_manifest
 from trainer.config.load import check_config
 from trainer.distributed import Launch

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.commands import read_rows
 from tests.harness import run_command
-from tests.test_tracking import read_rows
 from tools.bench.common import inline
 from tools.parity.shrink import tiny as tiny_family
 from trainer.data.indexed import IndexedWriter

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.checkpoint_jobs import run_jobs
+from tests.commands import ROOT, TRAIN
 from tests.configs import with_values
 from tests.harness import CommandResult, run_command, run_ranks
 from tests.test_model import GPT2, MIXTRAL
-from tests.test_tracking import ROOT, TRAIN
 from tools.parity.layout import Changes, Layout
 from trainer.checkpoint_format import Manifest
 

@@ -16,9 +16,9 @@ import pytest
 
 from tests.checkpoint.cases import run_cli
 from tests.checkpoint_jobs import train_and_save, train_disconnected, train_until_halted
+from tests.commands import ROOT, read_rows
 from tests.configs import with_values
 from tests.harness import get_free_port, run_ranks
-from tests.test_tracking import ROOT, read_rows
 from trainer.checkpoint_format import read_manifest, verify_files
 
 SAVES = (1, 2, 3, 4)

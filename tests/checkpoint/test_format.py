@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.checkpoint.cases import make_manifest, run_cli
 from tests.checkpoint_jobs import read_state
+from tests.commands import ROOT, read_rows
 from tests.configs import with_values
-from tests.test_tracking import ROOT, read_rows
 from trainer.checkpoint.writer import refuse_incomplete_coverage, sort_by_element_size
 from trainer.checkpoint_format import (
     MANIFEST,

@@ -13,8 +13,8 @@ import torch
 
 from tests.checkpoint.cases import BF16, BF16_FP32, OFFLOAD, SMALL_GROUPS, RunUnbroken, run_cli, run_config
 from tests.checkpoint_jobs import read_state, train_and_save
+from tests.commands import read_rows
 from tests.harness import run_ranks
-from tests.test_tracking import read_rows
 from tools.parity.layout import Layout
 from trainer.sharding import DimShard, Shard, chunks_of_flat_range, chunks_of_fragment
 

@@ -24,9 +24,9 @@ from tests.checkpoint.cases import (
     with_resume,
 )
 from tests.checkpoint_jobs import read_state, scalar_state_in, train_and_save
+from tests.commands import read_rows
 from tests.configs import with_values
 from tests.harness import run_ranks
-from tests.test_tracking import read_rows
 from tools.parity.layout import Layout
 from trainer.engine import ScalarState
 from trainer.engine.state import DeepSpeedTrainingState
