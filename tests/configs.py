@@ -42,7 +42,7 @@ def tiny_config(corpus: Path, cache: Path, output: Path) -> dict[str, Any]:
 
 
 def with_values(config: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """A copy of `config` with `a__b=c` set at a.b; None removes a key."""
+    """Return a copy of `config` with `a__b=c` set at a.b; None removes a key."""
     import copy
 
     result = copy.deepcopy(config)

@@ -39,7 +39,7 @@ def _no_stale_buffers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of very different length, so that micro-batches hold uneven numbers of tokens."""
+    """Write documents of very different length, so that micro-batches hold uneven numbers of tokens."""
     words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions of quartz and jade"
     choices = words.split()
     draw = random.Random(7)
@@ -60,5 +60,5 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
-    """A sound configuration of a model with some 20,000 parameters."""
+    """Return a valid configuration of a model with some 20,000 parameters."""
     return tiny_config(corpus, shared_cache, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs functions on several real processes, and commands as users type them, a few seconds a time."""
+"""Runs functions on several real processes, and commands as users type them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def captured_messages(name: str) -> Iterator[list[str]]:
-    """Within, the messages of one logger, whatever other tests have done to its parents."""
+    """Collect the messages of one logger, whatever other tests have done to its parents."""
     messages: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger(name)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ def torch_optimizer(config: dict[str, Any], model: torch.nn.Module) -> torch.opt
 
 
 def scheduled_learning_rates(config: dict[str, Any], steps: int) -> list[float]:
-    """The unscaled rates of the configuration's schedule, from its class alone; none without a schedule."""
+    """Return the unscaled rate of each step, from the schedule's class alone; none without a schedule."""
     section = config["deepspeed"].get("scheduler")
     if section is None:
         return []
@@ -69,9 +69,11 @@ class Lion(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024: the orthogonalised momentum of each matrix, by five Newton-Schulz iterations, with AdamW for
-    embeddings, the head and vectors. As DeepSpeed has it: momentum is an exponential average, with Nesterov's look
-    ahead, and tall matrices' updates are scaled by sqrt(rows / columns)."""
+    """Jordan et al. 2024: the orthogonalized momentum of each matrix, by five Newton-Schulz iterations.
+
+    Embeddings, the head and vectors have AdamW. As in DeepSpeed, momentum is an exponential average with Nesterov's
+    look ahead, and the updates of tall matrices are scaled by sqrt(rows / columns).
+    """
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """U S V^T with all of S near 1."""
+    """Return U S V^T with all of S near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)

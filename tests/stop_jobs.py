@@ -1,4 +1,4 @@
-"""What ranks do in the tests of stop requests: train as the command does, get a signal at some moment, resume."""
+"""What ranks run in the tests of stop requests: train as the command does, receive a signal, resume."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Stopped:
 
 
 def stop_and_resume(config: dict[str, Any], signals: list[Signal], seed: int) -> tuple[dict[int, float], list[Stopped]]:
-    """The losses of an unbroken run, and for each signal what became of a run that got it, in one world.
+    """Return the losses of an unbroken run, and for each signal the outcome of a run that received it, in one world.
 
-    Each rank dawdles at random before each step, so that ranks are as far apart as they can be.
+    Each rank sleeps for a random time before each step, so that ranks are far apart.
     """
     launch = Launch.from_environment()
     folder = Path(config["run"]["output_dir"])
@@ -83,7 +83,7 @@ def _losses(run: Path) -> dict[int, float]:
 def _attempt(
     config: dict[str, Any], run: Path, world: World, name: str, signal_plan: Signal | None, seed: int
 ) -> tuple[int, str, tuple[int, ...]]:
-    """One start of a run: the step after which it was stopped, the message, and the steps after which it evaluated."""
+    """Run one attempt. Return the step after which it stopped, the message, and the steps after which it evaluated."""
     loaded = load_job(with_values(config, run__output_dir=str(run)), world.topology.world_size)
     world = replace(world, store=PrefixStore(name, world.store))
     trainer = assemble(loaded, world)
@@ -132,7 +132,7 @@ class _EvaluationCounter(Trackers):
 
 @contextmanager
 def _sending(signal_plan: Signal | None, engine: Any, draw: random.Random) -> Iterator[None]:
-    """Sends the signal at its moment."""
+    """Send the signal at its moment."""
     if signal_plan is None:
         yield
         return

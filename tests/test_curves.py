@@ -1,4 +1,4 @@
-"""The command line: a family divided over ranks has the loss curve and the final model of one process."""
+"""The command: a family that is sharded over ranks has the loss curve and the final model of one process."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PIPELINE_FAMILIES = ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamb
 
 
 def run(model_type: str, world: int, parallel: dict[str, Any], base: dict[str, Any], folder: Path) -> list[float]:
-    """The losses that `launch/train.py` writes down, those of evaluation among them."""
+    """Return the losses that `launch/train.py` logs, those of evaluation included."""
     tiny_config_of_family = tiny_model(model_type, vocab_size=VOCABULARY)
     model = tiny_config_of_family.to_diff_dict() | {
         key: 0.0 for key, v in vars(tiny_config_of_family).items() if "drop" in key and v and v is not True

@@ -26,7 +26,7 @@ layout = comparison_jobs.layout
 
 @pytest.fixture
 def config(tiny: dict[str, Any], tmp_path: Path) -> Path:
-    """A tiny Llama with dropout and data that is not there."""
+    """Write the configuration of a tiny Llama with dropout and missing data."""
     path = tmp_path / "config.json"
     data = tiny["data"] | {"train": [{"path": "/no/such/corpus.jsonl"}], "validation": []}
     model = {"config": tiny["model"]["config"] | {"attention_dropout": 0.1}}
@@ -217,7 +217,7 @@ def test_shrink_keeps_module_structure(
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder of kept verdicts that nobody else writes into."""
+    """Use an empty folder for cached verdicts."""
     monkeypatch.setattr(Results.__init__, "__defaults__", (tmp_path / "kept",))
     return tmp_path / "kept"
 
@@ -278,8 +278,7 @@ def test_cache_key_covers_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.fast
 def test_one_command_writes_page_and_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Totals on the page and in the README come from the same rows, and a row that the command cannot train is not
-    right."""
+    """Both totals come from the same rows, and a row that the command cannot train is not right."""
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{page.BEGIN}\nold totals\n{page.END}\nafter\n")
     monkeypatch.setattr(page, "README", readme)

@@ -1,4 +1,4 @@
-"""What ranks do in the layout tests: train with our engine, or with a bare loop that never saw our code."""
+"""What ranks run in the layout tests: training in our engine, or the reference in plain torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Outcome = tuple[Curve, Weights, float | None]
 
 
 def train(jobs: list[tuple[dict[str, Any], int]], sabotage: str = "") -> list[Outcome]:
-    """Our engine in this rank's world, once for each (configuration, steps)."""
+    """Train in our engine for each (configuration, steps), in this rank's world."""
     launch = Launch.from_environment()
     topology = job_topology(jobs[0][0], launch)
     with joined_world(launch, topology, seed=jobs[0][0]["run"]["seed"]) as world:
@@ -105,7 +105,7 @@ def _sabotaged_objective(fault: str) -> Iterator[None]:
 
 
 def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
-    """One process, plain torch and Hugging Face: the whole global batch at once, no engine of any kind."""
+    """Train the reference for each (configuration, steps): one process, the full global batch at once, no engine."""
     return [_train_bare(config, steps) for config, steps in jobs]
 
 
@@ -143,7 +143,7 @@ def _start(config: dict[str, Any], world: World) -> tuple[TrainBatches, PlainEng
 
 
 def learning_rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
-    """The learning rate that each step used."""
+    """Return the learning rate of each step."""
     launch = Launch.from_environment()
     rates_of_jobs = []
     with joined_world(launch, job_topology(jobs[0][0], launch), seed=1) as world:
@@ -154,7 +154,7 @@ def learning_rates(jobs: list[tuple[dict[str, Any], int]]) -> list[list[float]]:
 
 
 def auxiliary_loss(config: dict[str, Any]) -> float:
-    """The auxiliary loss of one step, as the meter reports it: the mean over all micro-batches."""
+    """Return the auxiliary loss of one step as the meter reports it: the mean over all micro-batches."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         batches, engine, meter = _start(config, world)
@@ -182,7 +182,7 @@ _COLLECTIVES = (
 
 
 def _owner() -> str:
-    """The package whose code is innermost on the stack."""
+    """Return the package whose code is innermost on the stack."""
     frame = inspect.currentframe().f_back.f_back  # type: ignore[union-attr]
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).split(".")[0]
@@ -227,7 +227,7 @@ def _counting(counted: EventCounts) -> Iterator[None]:
 
 
 def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, EventCounts]:
-    """Events of a step that does not log, of one that does, and of the same step in a plain DeepSpeed loop."""
+    """Count events of a step that does not log, of one that does, and of the same step in a plain DeepSpeed loop."""
     launch = Launch.from_environment()
     quiet, logging, plain = (EventCounts(Counter(), Counter()) for _ in range(3))
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
@@ -251,7 +251,7 @@ def count_events(config: dict[str, Any]) -> tuple[EventCounts, EventCounts, Even
 
 
 def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """What this rank's stage holds, after some steps, of the weights that several stages hold."""
+    """Return this rank's copies of the weights that several stages hold, after some steps."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         batches, engine, _ = _start(config, world)
@@ -263,7 +263,7 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def losses_with_dropout(config: dict[str, Any], steps: int) -> list[float]:
-    """This rank's sums of the loss."""
+    """Return this rank's sum of the loss in each step."""
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=config["run"]["seed"]) as world:
         batches, engine, _ = _start(config, world)

@@ -1,4 +1,4 @@
-"""Looks into checkpoints, and turns them into Hugging Face folders and back.
+"""Inspects checkpoints, and converts them to Hugging Face folders and back.
 
     python -m tools.checkpoint list runs/NAME
     python -m tools.checkpoint show runs/NAME/checkpoints/step-00000100
@@ -7,8 +7,8 @@
     python -m tools.checkpoint export CHECKPOINT FOLDER [--dtype bf16] [--check]
     python -m tools.checkpoint import FOLDER --config X.json
 
-Where a checkpoint is asked for, a run directory stands for its newest one. Exit status: 0; 1 where `diff` or
-`export --check` finds a difference; 2 a mistake on the command line; 4 a checkpoint is damaged or not there.
+Where a checkpoint is expected, a run directory stands for its newest one. Exit status: 0; 1 if `diff` or
+`export --check` finds a difference; 2 for an invalid command line; 4 if a checkpoint is damaged or missing.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _parser() -> CommandLineParser:
 
 
 def _resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` names."""
+    """Return the checkpoint that `path` names."""
     if is_checkpoint(path) or not (path / CHECKPOINTS).is_dir():
         return path
     kept, _ = list_checkpoints(path / CHECKPOINTS)

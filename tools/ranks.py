@@ -25,15 +25,17 @@ from typing import Any
 from trainer.distributed import get_free_port
 
 TIMEOUT_SECONDS = 300.0
-"""How long ranks may say nothing."""
+"""How long ranks may run without a result."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tools.preload"])
 
 
 def start_server() -> None:
-    """Start the server that forks the ranks now, so that it imports while this process imports. Otherwise the first
-    ranks start it."""
+    """Start the server that forks the ranks now, so that it imports while this process imports.
+
+    Otherwise the first ranks start it.
+    """
     forkserver.ensure_running()
 
 
@@ -66,7 +68,7 @@ def _rank(
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each of `world` ranks, by rank.
+    """Run `function(*arguments)` on each of `world` ranks. Return the results by rank.
 
     `function` must stand at the top of a module, and its arguments and results be picklable. Fails as soon as
     one rank fails, with that rank's traceback.
@@ -87,14 +89,14 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
             ready = wait([p for r, p in enumerate(pipes) if r not in results], timeout=deadline - time.monotonic())
             if not ready:
                 raise AssertionError(
-                    f"ranks {sorted(set(range(world)) - set(results))} said nothing for {TIMEOUT_SECONDS} s"
+                    f"ranks {sorted(set(range(world)) - set(results))} timed out after {TIMEOUT_SECONDS} s"
                 )
             for pipe in ready:
                 rank = pipes.index(pipe)
                 try:
                     succeeded, results[rank] = pipe.recv()
                 except EOFError:
-                    raise AssertionError(f"rank {rank} of {world} died without a word") from None
+                    raise AssertionError(f"rank {rank} of {world} exited without a result") from None
                 if not succeeded:
                     raise AssertionError(results[rank])
     finally:
@@ -107,10 +109,10 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
 
 @dataclass(frozen=True)
 class RankOverride:
-    """What one rank of a command is started with instead of what the others are."""
+    """How one rank of a command is started differently from the others."""
 
     arguments: tuple[str, ...] = ()
-    """Behind those that all ranks have."""
+    """After those that all ranks have."""
 
     working_folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -163,11 +165,11 @@ class RunningCommand:
     folder: Path
 
     def output(self, rank: int = 0) -> str:
-        """What a rank has written to its standard output so far."""
+        """Return what a rank has written to its standard output so far."""
         return self._text(f"out-{rank}")
 
     def errors(self, rank: int = 0) -> str:
-        """The same of its standard error."""
+        """Return what a rank has written to its standard error so far."""
         return self._text(f"err-{rank}")
 
     def _text(self, name: str) -> str:
@@ -175,7 +177,7 @@ class RunningCommand:
         return file.read_text() if file.exists() else ""  # a rank may be ended before it has one
 
     def statuses(self, seconds: float) -> list[int | None]:
-        """How each rank has ended, waiting for all of them; None for one that still runs then."""
+        """Wait for all ranks. Return the exit status of each; None for one that still runs."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -191,13 +193,18 @@ def running_command(
     environment: Mapping[str, str] | None = None,
     variants: Mapping[int, RankOverride] | None = None,
 ) -> Iterator[RunningCommand]:
-    """Runs `python SCRIPT ARGUMENTS...` on `world` ranks, without the five seconds of imports: forked processes run the
-    script as `__main__`, each with its own file descriptors, environment and exit status. On leaving the `with` block
-    they are killed.
+    """Run `python SCRIPT ARGUMENTS...` on `world` ranks, without the five seconds of imports.
+
+    Forked processes run the script as `__main__`, each with its own file descriptors, environment and exit status. On
+    leaving the `with` block they are killed.
 
     Args:
-        working_folder: default: this process's. environment: variables to set; PYTHONPATH comes first.
-        variants: by rank, of those that are started in another way than the rest.
+        script: Path of the script.
+        *arguments: Of its command line.
+        world: Number of ranks.
+        working_folder: Default: that of this process.
+        environment: Variables to set; PYTHONPATH comes first.
+        variants: By rank, those that are started differently from the rest.
     """
     port = str(get_free_port())
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +248,7 @@ def running_command(
 
 
 def run_command(script: str, *arguments: str, world: int = 1, **where: Any) -> CommandResult:
-    """What `python SCRIPT ARGUMENTS...` does on `world` ranks; see `running_command`.
+    """Run `python SCRIPT ARGUMENTS...` on `world` ranks to its end; see `running_command`.
 
     As under a launcher, the command's status is that of the first rank that fails, and the others are ended then.
 
@@ -260,7 +267,7 @@ def run_command(script: str, *arguments: str, world: int = 1, **where: Any) -> C
 
 
 def _status(processes: Sequence[Any]) -> int | None:
-    """The status of the first process that fails, 0 if all succeed; None if some still run after `TIMEOUT_SECONDS`."""
+    """Return the status of the first process that fails, 0 if all succeed; None if some run longer than the timeout."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     running = {process.sentinel: process for process in processes}
     while running:

@@ -79,7 +79,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def losses(name: str, folder: Path) -> dict[str, Any]:
-    """Train one of `CURVES` in an empty folder: the losses, the gradient norms, the held-out loss before training."""
+    """Train one of `CURVES` in an empty folder. Return losses, gradient norms and the held-out loss before it."""
     write_corpus(folder)
     world, values = CURVES[name]
     config = with_values(tiny_config(folder, folder / "cache", folder / "run"), **values)
@@ -97,7 +97,7 @@ ORDERS = {
 
 
 def sample_orders() -> dict[str, Any]:
-    """The first 64 (source, sample) of each of `ORDERS`, and 16 from the middle of its fifth epoch."""
+    """Return the first 64 (source, sample) of each of `ORDERS`, and 16 from the middle of its fifth epoch."""
     orders = {}
     for name, order in ORDERS.items():
         late = 9 * order.epoch_samples // 2
@@ -125,7 +125,7 @@ def _first_numbers() -> dict[str, list[float]]:
 
 
 def random_streams() -> list[dict[str, Any]]:
-    """The first numbers of every generator after seeding, and those of each tensor rank inside a tensor region."""
+    """Return the first numbers of every generator after seeding, and of each tensor rank inside a tensor region."""
     streams = []
     for seed, topology, step in STREAMS:
         seed_everything(seed, topology, step)
@@ -141,7 +141,7 @@ def random_streams() -> list[dict[str, Any]]:
 
 
 def initial_weights() -> dict[str, list[float]]:
-    """The first four values of each weight of a small Llama under `run.seed` 11."""
+    """Return the first four values of each weight of a small Llama under `run.seed` 11."""
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=32,
@@ -157,7 +157,7 @@ def initial_weights() -> dict[str, list[float]]:
 
 
 def token_file(folder: Path) -> dict[str, str]:
-    """The bytes, in hexadecimal, of the two files that hold three documents of 16-bit ids."""
+    """Return the bytes, in hexadecimal, of the two files that hold three documents of 16-bit ids."""
     with IndexedWriter(folder / "tokens", np.uint16) as writer:
         writer.add([1, 2, 3])
         writer.extend([65499])

@@ -44,7 +44,7 @@ BENCHMARKS: dict[str, Any] = {
 
 
 def machine() -> dict[str, Any]:
-    """What a number needs beside it to mean anything."""
+    """Describe the machine, the versions and the commit of a measurement."""
     asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}",

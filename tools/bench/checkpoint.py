@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
-    """What one rank sees; times are the first rank's, between barriers."""
+    """Measure on one rank; times are those of rank 0, between barriers."""
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank)
     loaded = configuration(Path(folder), size, world=world_size, zero_optimization={"stage": 1})
@@ -138,7 +138,7 @@ def _round(
     loaded: LoadedConfig,
     measured: Measured,
 ) -> None:
-    """The first one warms up, and is not counted."""
+    """Run one round. The first one warms up and is not counted."""
     folder = Path(loaded.config.run.output_dir) / CHECKPOINTS
     progress, topology = Progress(number + 1, 0, 0), world.topology
     save = _seconds(lambda: saver.save(engine, progress, {}))
@@ -205,7 +205,7 @@ def _reading(files: list[Path]) -> float:
 
 
 def _forget(files: list[Path]) -> None:
-    """Lets the kernel drop what it has kept of files, so that the next to read them reads the disk."""
+    """Drop files from the page cache, so that the next read goes to the disk."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -214,7 +214,7 @@ def _forget(files: list[Path]) -> None:
 
 @contextmanager
 def _anonymous_memory(measured: Measured) -> Iterator[None]:
-    """Notes how much anonymous memory this process takes meanwhile, at most; mapped files do not count."""
+    """Record the peak of this process's anonymous memory; mapped files do not count."""
     before = most = _anonymous()
     stop = threading.Event()
 

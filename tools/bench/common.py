@@ -27,7 +27,7 @@ SIZES: dict[int, dict[str, int]] = {
 
 
 def write_tokens(folder: Path, documents: int = 400) -> Path:
-    """Random tokens as a token file; its path, for `data.train`."""
+    """Write random tokens as a token file. Return its path, for `data.train`."""
     draw = np.random.default_rng(0)
     with IndexedWriter(folder / "tokens", np.uint16) as writer:
         for _ in range(documents):
@@ -36,7 +36,7 @@ def write_tokens(folder: Path, documents: int = 400) -> Path:
 
 
 def settings(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> dict[str, Any]:
-    """The configuration of a Llama of about `millions` parameters on `write_tokens`' file, as its JSON file has it."""
+    """Return the JSON configuration of a Llama of about `millions` parameters on the file of `write_tokens`."""
     model = {"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, **SIZES[millions]}
     return {
         "run": {"output_dir": str(folder / "run")},
@@ -55,21 +55,21 @@ def settings(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **d
 
 
 def configuration(folder: Path, millions: int, *, batch: int = 8, world: int = 1, **deepspeed: Any) -> LoadedConfig:
-    """`settings`, checked."""
+    """Return the checked configuration of `settings`."""
     return check_config(
         settings(folder, millions, batch=batch, world=world, **deepspeed), world_size=world, device="cpu"
     )
 
 
 def inline(config: PreTrainedConfig) -> dict[str, Any]:
-    """A Hugging Face configuration as the value of `model.config`."""
+    """Return a Hugging Face configuration as a value of `model.config`."""
     unwanted = ("transformers_version", "dtype", "architectures")
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in scrub(fields).items() if key not in unwanted}
 
 
 def rank_environment(rank: int, world: int, port: int) -> None:
-    """Makes this process a rank, as a launcher would."""
+    """Make this process a rank, as a launcher would."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
 

@@ -161,8 +161,11 @@ def _comparison_seconds(folder: str) -> float:
 
 
 def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
-    """On each rank: CPU seconds of a step, by block, with and without watchdog and stop agreement; and the seconds of
-    each look-up. Torch's flight recorder, which cannot be switched on in a joined world, is in neither."""
+    """Measure the CPU seconds of a step with and without watchdog and stop agreement, and of each look-up.
+
+    Collective: all ranks must call it. Torch's flight recorder, which cannot be switched on in a joined world, is in
+    neither.
+    """
     launch = Launch.from_environment()
     found: dict[str, list[float]] = {"with": [], "without": [], "look_up": []}
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
@@ -193,7 +196,7 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
 
 
 def _guarded_step(step: int, trainer: Trainer, batches: Any, agreement: StopAgreement, watchdog: Watchdog) -> float:
-    """A step as the training loop makes it; the seconds of the look-up after it."""
+    """Run a step as the training loop does. Return the seconds of the look-up after it."""
     batch = next(batches)
     agreement.before_step(step)
     watchdog.phases.enter("step", step)
@@ -242,8 +245,10 @@ def _stopped(folder: Path, case: str, limit: float) -> dict[str, float]:
 
 
 def _signalled(run_directory: Path, folder: Path, size: int, number: signal.Signals) -> dict[str, float]:
-    """Seconds from the signal to the `deepspeed` command until none of its ranks is left, and how many there were after
-    `_LEFT_AFTER`."""
+    """Measure the seconds from a signal to the `deepspeed` command until none of its ranks is left.
+
+    Also return how many were left after `_LEFT_AFTER`.
+    """
     config = settings(folder, size, world=2)
     config["run"] = {"output_dir": str(run_directory)}
     config["training"]["log_every_steps"] = 1

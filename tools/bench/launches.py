@@ -36,8 +36,10 @@ def rank_processes(config: Path) -> list[Process]:
 
 @contextlib.contextmanager
 def launched(config: Path, ranks: int = 2) -> Iterator[subprocess.Popen[bytes]]:
-    """`deepspeed launch/train.py --config CONFIG` on CPUs; what it prints goes beside the file, as `.out`. On leaving
-    the `with` block all that it has started is killed."""
+    """Run `deepspeed launch/train.py --config CONFIG` on CPUs; its output goes to a file `.out` next to the file.
+
+    On leaving the `with` block all processes that it has started are killed.
+    """
     folder = Path(sys.executable).parent
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
@@ -68,7 +70,10 @@ def wait_for_steps(run: Path, steps: int, status: Callable[[], int | None], outp
     """Return when a run that logs every step has trained so many.
 
     Args:
-        status: of the command; None while it runs. output: what it has printed, for the message.
+        run: Its run directory.
+        steps: How many.
+        status: Of the command; None while it runs.
+        output: What it has printed, for the message.
 
     Raises:
         RuntimeError: it has ended, or does not train within five minutes.

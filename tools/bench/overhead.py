@@ -68,7 +68,7 @@ class Contestant:
         self._done.release()
 
     def _pause(self) -> None:
-        """What the loop calls between two steps."""
+        """Pause between two steps; the loop calls it."""
         self._done.release()
         self._go.acquire()
 
@@ -108,7 +108,7 @@ def _model(loaded: LoadedConfig) -> Any:
 
 
 def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
-    """The real `fit`; it pauses where it asks for the next batch."""
+    """Run the real `fit`, which pauses when it requests the next batch."""
     trainer = assemble(loaded, world)
     train = trainer.batches.train
     trackers = Trackers({"jsonl": JsonLines(folder / "metrics.jsonl")})
@@ -129,7 +129,7 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
 
 
 def plain_deepspeed(loaded: LoadedConfig) -> Contestant:
-    """What DeepSpeed's own tutorial does, with DeepSpeed's clipping."""
+    """Run the loop of DeepSpeed's tutorial, with DeepSpeed's clipping."""
     settings = {**engine_settings(loaded.deepspeed_json), "gradient_clipping": loaded.config.deepspeed.clipping}
     model = _model(loaded)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
@@ -248,7 +248,7 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> str:
-    """The median over rounds of the ratio within a round, and the middle half of them."""
+    """Return the median and the middle half of the ratios within a round."""
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} - {high:.3f})"

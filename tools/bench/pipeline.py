@@ -125,7 +125,7 @@ def _sleep_in(models: list[nn.Module], names: list[str]) -> None:
 
 
 def measure(cases: list[Case]) -> list[Measured]:
-    """Runs on every rank; all cases have the same number of stages and tensor ranks."""
+    """Measure on every rank; all cases have the same number of stages and tensor ranks."""
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, pipeline=cases[0].stages, tensor=cases[0].tensor)
     with joined_world(launch, topology, seed=1) as world:
@@ -230,7 +230,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _idle(stages: int, micro_batches: list[int]) -> Iterator[dict[str, Any]]:
-    """The idle share of the ranks of one pipeline under each schedule, by formula and measured."""
+    """Return the idle share of a pipeline's ranks under each schedule, by formula and measured."""
     cases = [
         Case("llama", stages, count, sleeps=True, schedule=schedule)
         for schedule in ("1f1b", "dualpipev")

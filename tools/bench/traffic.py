@@ -100,8 +100,10 @@ class Recorder(TorchDispatchMode):
 
 
 def sent(counts: Counts, ranks: int) -> float:
-    """Bytes that a rank sends where collectives go around a ring, as NCCL's do for large tensors: an all-reduce is a
-    reduce-scatter and an all-gather."""
+    """Return the bytes that a rank sends in ring collectives, as NCCL runs them for large tensors.
+
+    An all-reduce is a reduce-scatter and an all-gather.
+    """
     once = (ranks - 1) / ranks
     return sum(n * size * once * (2 if word == "all-reduce" else 1) for (_, word, size), n in counts.items())
 
@@ -128,7 +130,7 @@ def _ids() -> Tensor:
 
 
 def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
-    """Cuts a whole model and counts what its forward pass, loss and backward pass send."""
+    """Shard a model and count what its forward pass, loss and backward pass send."""
     mapper = build_mapper(model, {}, world, sequence_parallel=case.sequence_parallel)
     mapper.shard_parameters(model.parameters())
     mapper.install()
@@ -143,7 +145,7 @@ def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
 
 
 def measure(cases: list[Case]) -> list[Measured]:
-    """What each case's layer sends in this rank's world, all of it one tensor group. Runs on every rank."""
+    """Count what a layer of each case sends in a world that is one tensor group. Collective: all ranks must call it."""
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size)
     with joined_world(launch, topology, seed=1) as world:
@@ -151,7 +153,7 @@ def measure(cases: list[Case]) -> list[Measured]:
 
 
 def measure_autotp(case: Case) -> tuple[Measured, dict[str, bool]]:
-    """The same of DeepSpeed's AutoTP; and whose sum of a tensor that is not contiguous is right."""
+    """Count the same for DeepSpeed's AutoTP; also tell whose sum of a non-contiguous tensor is right."""
     import deepspeed
 
     warnings.filterwarnings("ignore", category=FutureWarning)

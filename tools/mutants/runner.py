@@ -57,7 +57,7 @@ class Baseline:
     """Tests that do not pass here; no mutant is run against them."""
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that execute a line of the mutant, quickest first; for code that runs at import, of its file."""
+        """Return the tests that execute a line of the mutant, or its file if it runs at import, quickest first."""
         first, last = mutant.lines
         covering = [test for test, files in self.lines.items() if _executes(files.get(mutant.file, []), first, last)]
         if not covering and mutant.runs_at_import:
@@ -105,7 +105,7 @@ class _Tracer:
         return line
 
     def take(self) -> dict[str, list[int]]:
-        """The lines seen since the last call, by file."""
+        """Return the lines seen since the last call, by file."""
         found: dict[str, list[int]] = {}
         data, root = self._seen[:], Path.cwd()
         borders = [*self._offsets.values(), len(data)]

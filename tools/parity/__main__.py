@@ -130,7 +130,7 @@ def _check(parser: CommandLineParser, options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; returns 0 if all agree, 1 if not.
+    """Run the command line. Return 0 if all layouts agree, 1 if not.
 
     Raises:
         ConfigError: a mistake in the command line, the configuration or a layout.

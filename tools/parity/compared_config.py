@@ -1,4 +1,4 @@
-"""What is compared: the layouts as they are typed, and the user's configuration as it is left for it."""
+"""The user's configuration, reduced to what is compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RawConfig = dict[str, Any]
 
 
 _LAYOUT_KEYS = ("tensor", "pipeline", "pipeline_schedule", "pipeline_layers", "pipeline_weights", "sequence_parallel")
-"""Keys of the parallel section that the layouts say."""
+"""Keys of the parallel section that a layout sets."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class ComparedConfig:
 
 
 def prepare(path: Path, overrides: list[str], *, shrink: bool) -> ComparedConfig:
-    """Reads the user's file and leaves in it what the comparison needs: model, plan, loss, ZeRO.
+    """Read the user's file and keep what the comparison needs: model, plan, loss, ZeRO.
 
     Raises:
         ConfigError: with every mistake in the model and the sections that are used; for a model that `shrink` cannot
@@ -109,7 +109,7 @@ def _in_fp32(section: RawConfig) -> list[str]:
 
 
 def _zero(section: RawConfig, notes: list[str]) -> RawConfig:
-    """The file's `zero_optimization` without offload, which is about memory."""
+    """Return the file's `zero_optimization` without offload, which is about memory."""
     given = section.get("zero_optimization")
     zero = dict(given) if isinstance(given, dict) else {}
     left_out = [key for key in ("offload_optimizer", "offload_param") if zero.pop(key, None)]
@@ -121,10 +121,14 @@ def _zero(section: RawConfig, notes: list[str]) -> RawConfig:
 def deepspeed_section(
     zero: RawConfig, micro_batches: int, accumulation: int, samples: int, sgd: tuple[float, float]
 ) -> RawConfig:
-    """What DeepSpeed is told.
+    """Return the `deepspeed` section of a comparison.
 
     Args:
-        samples: of a micro-batch. sgd: learning rate, and the norm to clip at.
+        zero: Its `zero_optimization`.
+        micro_batches: Of a global batch, over all data ranks.
+        accumulation: Micro-batches of one data rank.
+        samples: Of a micro-batch.
+        sgd: Learning rate, and the norm to clip at.
     """
     rate, clipping = sgd
     return {
@@ -138,7 +142,7 @@ def deepspeed_section(
 
 
 def _shrink(raw: RawConfig, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
-    """Puts a small model in the place of the user's, and says what it did."""
+    """Replace the user's model by a small one. Return a note about it."""
     own, kind = sum(p.numel() for p in shape.parameters()), shape.config.model_type
     raw["data"]["sequence_length"] = min(SHRUNK_LENGTH, loaded.facts.max_positions or SHRUNK_LENGTH)
     raw["model"]["initialize"] = "random"
@@ -162,7 +166,7 @@ def _fails(model: PreTrainedModel, loaded: LoadedConfig) -> str:
 
 
 def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tuple[RawConfig, int]:
-    """A small model's configuration, with the same modules and parameters but for their numbers and sizes.
+    """Return a small configuration with the same modules and parameters but for their numbers and sizes, and its size.
 
     An infinity, which is none of JSON's numbers, is left to the family's default.
     """

@@ -1,4 +1,4 @@
-"""A user's own configuration in several layouts, against one process that never saw our engine.
+"""Compares a user's configuration in several layouts with the reference in one process.
 
 Compared are the losses and gradient norms of three steps, every gradient of the first one, and every parameter after
 the last one; for a layout that differs, the blocks' outputs say where it begins. Then the command itself goes from each
@@ -48,7 +48,7 @@ class LayoutRow:
 
 
 def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: bool) -> int:
-    """Compares `layouts` of the configuration at `path` with one process, and says what it finds.
+    """Compare `layouts` of the configuration at `path` with one process, and print the result.
 
     Returns:
         0 if all agree, 1 if one differs.
@@ -76,7 +76,7 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
 
 
 def _train(subject: ComparedConfig, layouts: list[Layout]) -> bool:
-    """Goes through `launch/train.py` as a run does: data, steps, checkpoints, the export."""
+    """Train by `launch/train.py` as a run does: data, steps, checkpoints, the export."""
     sections = {key: subject.raw[key] for key in ("model", "training")}
     sections["run"] = {"plugins": subject.raw["run"].get("plugins", [])}
     sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
@@ -99,7 +99,7 @@ def _train(subject: ComparedConfig, layouts: list[Layout]) -> bool:
 def _job(
     subject: ComparedConfig, layout: Layout, global_micro_batches: int, sgd: tuple[float, float], folder: str = ""
 ) -> ComparisonJob:
-    """The layout's part of a global batch of `global_micro_batches` micro-batches, which it may divide into fewer."""
+    """Return the layout's job: a global batch of `global_micro_batches` micro-batches, perhaps merged into fewer."""
     count = layout.data * layout.accumulation if layout.accumulation else global_micro_batches
     samples = subject.samples * global_micro_batches // count
     raw = layout.apply_to(subject.raw)
@@ -109,7 +109,7 @@ def _job(
 
 
 def _refuse_early(jobs: list[ComparisonJob]) -> None:
-    """Whether every layout fits the model, before anything is computed."""
+    """Refuse layouts that do not fit the model before anything is computed."""
     problems: list[Problem] = []
     for job in jobs:
         try:
@@ -166,7 +166,7 @@ def _run_reference(
 
 
 def _report(text: str) -> str:
-    """Where the whole of a rank's report is left."""
+    """Write a rank's full report to a file. Return its path."""
     descriptor, path = tempfile.mkstemp(prefix="tessera-parity-", suffix=".log")
     os.write(descriptor, text.encode())
     os.close(descriptor)
@@ -247,7 +247,7 @@ def _remarks(
 def _first_block(
     gradients: dict[str, float], parameters: dict[str, float], outputs: dict[str, float], expected: Reference
 ) -> str:
-    """The first step's outputs, then its gradients from the end, then the second step's outputs."""
+    """Search the first step's outputs, its gradients from the end, then the second step's outputs."""
     later = [key for key in expected.outputs if outputs.get(key, math.inf) > TOLERANCE]
     if later and later[0].startswith("1/"):
         return f"{later[0].split('/', 2)[2]}, by its output"

@@ -67,7 +67,7 @@ class ComparisonJob:
     """Where the reference leaves its tensors."""
 
     def batch(self, step: int, loaded: LoadedConfig) -> list[MicroBatch]:
-        """The micro-batches of one step: random ids, of rows that predict unequal numbers of tokens."""
+        """Return the micro-batches of one step: random ids, in rows with unequal numbers of targets."""
         length, vocabulary = loaded.config.data.sequence_length, loaded.facts.vocabulary_size
         draw = torch.Generator().manual_seed(_SEED + step)
         rows = self.micro_batches * self.samples
@@ -123,7 +123,7 @@ class RankDifferences:
 
 
 class BlockOutputs:
-    """Keeps what the outermost blocks put out in the first forward pass of a step."""
+    """Records the outputs of the outermost blocks in the first forward pass of a step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         names = blocks_of(model)
@@ -152,7 +152,7 @@ class BlockOutputs:
         self._state = "over"
 
     def of_step(self, step: int) -> Iterator[tuple[str, Tensor]]:
-        """(key, output) in order of computation; forgets them."""
+        """Yield (key, output) in order of computation, and forget them."""
         counts: Counter[str] = Counter()
         for name, tensor in self.seen:
             yield f"{step}/{counts[name]}/{name}", tensor
@@ -161,7 +161,7 @@ class BlockOutputs:
 
 
 def _floating_tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module returns."""
+    """Yield the floating-point tensors in a module's output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -173,7 +173,7 @@ def _floating_tensors(output: Any) -> Iterator[Tensor]:
 
 
 def reference(job: ComparisonJob) -> Reference | Refusal:
-    """One process, plain torch and Hugging Face: no engine of any kind."""
+    """Compute the reference: one process, plain torch and Hugging Face, no engine."""
     try:
         return _reference(job)
     except TesseraError as error:
@@ -261,7 +261,7 @@ def _require_finite(step: ReferenceStep) -> None:
 
 
 def _scales(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
-    """The largest change of each parameter; more where that is lost in rounding."""
+    """Return the largest change of each parameter, or more where that is lost in rounding."""
     changes = {name: float((after[name] - before[name]).abs().max()) for name in after}
     floor = NOISE * max(changes.values())
     return {
@@ -271,7 +271,7 @@ def _scales(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, fl
 
 
 def layout(job: ComparisonJob, expected: Reference) -> RankDifferences | Refusal:
-    """One rank of a layout: the real engine, compared with what the reference left."""
+    """Run one rank of a layout in the real engine, and compare it with the reference."""
     try:
         return _layout(job, expected)
     except TesseraError as error:
@@ -358,7 +358,7 @@ def _compare_gradients(
 def _compare_parameters(
     engine: Engine, world: World, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
-    """The whole weights, as an export would get them; without those that only the first tensor rank trains."""
+    """Compare the full weights, as an export gets them, without those that only the first tensor rank trains."""
     parameters = (parameter for model in engine.models for parameter in model.parameters())
     elsewhere = {shard.name for p in parameters if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
@@ -382,7 +382,7 @@ def _compare_parameters(
 def _compare_outputs(
     outputs: list[tuple[str, Tensor]], job: ComparisonJob, world: World, differences: RankDifferences
 ) -> None:
-    """The blocks' outputs on the first micro-batch; a cut sequence is joined."""
+    """Compare the blocks' outputs on the first micro-batch; a sharded sequence is gathered."""
     with safe_open(Path(job.folder) / "outputs.safetensors", "pt") as file:
         reference_names = set(file.keys())
         for key, actual in outputs:

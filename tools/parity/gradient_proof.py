@@ -1,4 +1,4 @@
-"""Every gradient of a family's cut model, compared with a plain Hugging Face model that never saw our code."""
+"""Compares every gradient of a family's sharded model with those of the plain Hugging Face model."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _NotBuilt(Exception):
 
 
 def tiny_config(family: Family) -> PreTrainedConfig:
-    """The configuration of a family's tiny model, as the proof trains it: causal, and without dropout."""
+    """Return the configuration of a family's tiny model, causal and without dropout."""
     config = tiny(family.model_type, **family.fields)
     if family.task == "causal_lm":
         make_causal(config)
@@ -99,9 +99,10 @@ def _signature(model: nn.Module) -> tuple[set[str], set[tuple[str, str]]]:
 
 
 def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedModel:
-    """The family's tiny model, with random weights that leave no bias at zero; the same on every rank.
+    """Return the family's tiny model, with random weights and no zero bias; the same on every rank.
 
     Args:
+        family: Its row in the table.
         like_default: refuse one whose parameters and module classes are not those of the family's default.
     """
     try:
@@ -141,7 +142,7 @@ def prove_likeness(family: Family) -> Verdict:
 
 @torch.no_grad()
 def computes(family: Family) -> None:
-    """Runs the family's tiny model forward, by Hugging Face's own code alone; raises what that raises."""
+    """Run the family's tiny model forward by Hugging Face's code alone; raises what that raises."""
     model = reference_model(family, like_default=False)
     model(**_inputs(family, model)[0])
 
@@ -175,7 +176,7 @@ def prove_causality(family: Family) -> Verdict:
 
 
 def _inputs(family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Tensor]:
-    """What the model is given, and the labels: random ids, and what a decoder attends to beside its own."""
+    """Return random inputs, with those of cross attention, and random labels."""
     config = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     draw = torch.Generator().manual_seed(1)
@@ -198,7 +199,7 @@ def _inputs(family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Ten
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's blocks: what lies in a list of modules."""
+    """Return the model's blocks: the members of module lists, by name."""
     return {
         f"{name}.{key}": block
         for name, stack in model.named_modules()
@@ -208,7 +209,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _seed_every_block(model: nn.Module) -> None:
-    """Lets each block draw the same numbers wherever it runs: a family may sample experts while it trains."""
+    """Seed each block's forward pass by its name, because a family may sample experts while it trains."""
 
     def seeded(seed: int) -> Callable[..., None]:
         def seeds(*_: Any) -> None:
@@ -221,7 +222,7 @@ def _seed_every_block(model: nn.Module) -> None:
 
 
 def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, dict[str, tuple[int, ...]]]:
-    """This rank's stage of a model, its weights elsewhere gone; and the stages that hold each weight."""
+    """Return this rank's stage, without remote weights, and the stages that hold each weight."""
     with torch.device("meta"):
         shape = type(cut)._from_config(copy.deepcopy(cut.config), attn_implementation="eager")
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), _inputs(family, shape)[0])
@@ -332,7 +333,7 @@ def _judge(verdict: Verdict, worst: dict[str, float], trained: set[str], *, is_s
 
 
 def _share_without_gradient(model: nn.Module) -> float:
-    """Share of parameter elements whose gradient is None or all zero; experts that no token chose do not count."""
+    """Return the share of parameter elements without a gradient; experts that no token chose do not count."""
     outcome_counts = {
         n: p for n, p in model.named_parameters() if p.grad is not None or not re.search(r"experts\.\d+\.", n)
     }
@@ -350,13 +351,16 @@ def prove(
     dtype: torch.dtype = torch.float32,
     more: dict[str, Tensor] | None = None,
 ) -> list[Verdict]:
-    """What this rank's world finds about each family. Runs on every rank.
+    """Compare the gradients of each family's sharded model with the plain one's. Collective: all ranks must call it.
 
     Args:
-        user: rows of a tensor plan, as in `parallel.tensor_plan`.
-        pipeline: stages; the ranks of a stage are one tensor group.
-        more: inputs of the models beside the usual ones.
-        dtype: in float64 a family that computes nothing in float32 by itself agrees to 1e-9.
+        families: What to compare.
+        user: Entries of a tensor plan, as in `parallel.tensor_plan`.
+        like_default: Refuse tiny models whose layers differ from the family's default.
+        sequence_parallel: With sequence parallelism.
+        pipeline: Number of stages; the ranks of a stage are one tensor group.
+        dtype: In float64 a family that computes nothing in float32 by itself agrees to 1e-9.
+        more: Inputs of the models in addition to the usual ones.
     """
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size // pipeline, pipeline=pipeline)
@@ -396,6 +400,6 @@ def _shard(
 
 
 def outcome_counts(verdicts: list[Verdict]) -> Iterator[str]:
-    """How many families came out how, in words."""
+    """Yield the number of families of each outcome, in words."""
     for outcome in ("right", "partly", "wrong", "refused", "not built"):
         yield f"{sum(v.outcome == outcome for v in verdicts)} {outcome}"

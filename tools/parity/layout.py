@@ -65,7 +65,7 @@ class Layout:
         return result
 
     def __str__(self) -> str:
-        """The name, or what differs from one process."""
+        """Return the name, or what differs from one process."""
         if self.name:
             return self.name
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}

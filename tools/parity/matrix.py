@@ -99,7 +99,7 @@ class Row:
     """In the other shapes."""
 
     def outcome(self, column: Column) -> str:
-        """A way of dividing a family is right only if the command trains the family, too, and it is causal."""
+        """Return the outcome of a column; right only if the command trains the family, too, and it is causal."""
         own = self.found[column].outcome
         for whole in (self.causality, self.training):
             if own in SOUND and whole is not None and whole.outcome not in (*SOUND, "not built"):
@@ -113,7 +113,7 @@ class Row:
 
 
 def chosen(names: list[str]) -> list[Family]:
-    """The families of the table called `names`: a model type means all its rows, `all` the whole table.
+    """Return the families called `names`: a model type means all its rows, `all` the full table.
 
     Raises:
         ConfigError: naming every name that is not in it.
@@ -159,10 +159,13 @@ class Prover:
         """Verdicts reached by this run."""
 
     def row(self, family: Family, columns: Sequence[Column], *, shapes: bool, training: bool) -> Row:
-        """All cells of a family.
+        """Prove all cells of a family.
 
         Args:
-            columns: of the generic shape. shapes: prove the other shapes, too. training: train it by the command.
+            family: Its row in the table.
+            columns: Of the generic shape.
+            shapes: Prove the other shapes, too.
+            training: Train it by the command.
         """
         row = Row(family)
         likeness = self._cell((str(family), GENERIC, LIKENESS), lambda: prove_likeness(family))
@@ -188,7 +191,7 @@ class Prover:
                 row.shapes[variation.shape, column] = verdict
 
     def _cells(self, family: Family, varied: list[Variation], column: Column) -> list[Verdict]:
-        """The verdicts of a family in several shapes, divided in one way."""
+        """Return the verdicts of a family in several shapes, divided in one way."""
         keys = [(str(family), variation.shape, str(column)) for variation in varied]
         unknown = [n for n, key in enumerate(keys) if self._results.get(key) is None]
         began = time.monotonic()

@@ -52,10 +52,11 @@ largest one of a gradient, as a share of that gradient's largest element, under 
 
 
 def page(rows: list[Row], seconds: float) -> str:
-    """The support matrix as Markdown; every row has been proven under all of `PAGES_COLUMNS`.
+    """Return the support matrix as Markdown; every row has been proven under all of `PAGES_COLUMNS`.
 
     Args:
-        seconds: that all proofs took.
+        rows: Of all families.
+        seconds: That all proofs took.
     """
     rows = sorted(rows, key=lambda row: (row.family.model_type, row.family.task, row.family.variant))
     head = _HEAD.format(
@@ -108,7 +109,7 @@ def _line(row: Row) -> str:
 
 
 def _explained(row: Row) -> str:
-    """What is replicated and why, or why there is no proof; on one line."""
+    """Return what is replicated and why, or why there is no proof, on one line."""
     first = next(iter(row.found.values()))
     if first.outcome not in SOUND:
         return reason_of(first)
@@ -163,7 +164,7 @@ def _shapes(rows: list[Row]) -> Iterator[str]:
 
 
 def readme_totals(rows: list[Row]) -> str:
-    """The sentences of the README that say how many families are proven."""
+    """Return the sentences of the README that count the proven families."""
     causal = [row for row in rows if row.family.task == "causal_lm"]
     others = [row for row in rows if row.family.task != "causal_lm"]
     varied = [verdict.outcome for row in rows for verdict in row.shapes.values()]
@@ -189,7 +190,7 @@ def readme_totals(rows: list[Row]) -> str:
 
 
 def _rest(rows: list[Row]) -> str:
-    """What holds for those that are not right."""
+    """Return the reasons of the families that are not right."""
     if not is_sound(rows):
         return "What is wrong or fails is listed with its reason."
     return (
@@ -199,7 +200,7 @@ def _rest(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], seconds: float) -> None:
-    """Writes the page, and the totals between their marks in the README."""
+    """Write the page, and the totals between their marks in the README."""
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(rows, seconds))
     before, _, rest = README.read_text().partition(BEGIN)

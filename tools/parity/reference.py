@@ -25,6 +25,7 @@ def load_reference_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBas
     """Return the plain Hugging Face model with its weights; pretrained ones are read by transformers itself.
 
     Args:
+        loaded: The configuration.
         tokenizer: The run's. A new model takes its special tokens.
     """
     if loaded.initialize == "random":
@@ -125,7 +126,10 @@ def train_reference(
     """Train a model in the words of torch: backward passes of a global batch's micro-batches, clipping, an update.
 
     Args:
+        model: In training mode; it is changed.
+        optimizer: Of its parameters.
         batches: The micro-batches of each step.
+        training: Section that has the terms of the objective.
         before_update: Called when the gradients of a step are complete and not clipped yet. It may read them and set
             learning rates, and returns the norm to clip at, or None not to clip.
     """

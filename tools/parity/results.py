@@ -1,4 +1,4 @@
-"""Verdicts that have been reached, kept so that a long run that was stopped resumes.
+"""Caches verdicts, so that a long run that was stopped resumes.
 
 A verdict holds for the family in its shape, the way it was divided, and the sources that were proven: any change of
 `trainer/`, of the proof, or of torch, transformers or DeepSpeed makes it worthless.
@@ -31,7 +31,7 @@ Key = tuple[str, str, str]
 
 @functools.cache
 def source_hash() -> str:
-    """Of all that a verdict depends on."""
+    """Return a hash of all that a verdict depends on."""
     whole = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in _PACKAGES).encode())
     for root in map(Path, PROVEN):
         files = [root] if root.is_file() else sorted(root.rglob("*.py"))
@@ -49,9 +49,7 @@ class Results:
     """Verdicts by key, in a file to which each is appended as soon as it is reached."""
 
     def __init__(self, folder: Path = FOLDER, *, fresh: bool = False) -> None:
-        """Args:
-        fresh: pass over what earlier runs have kept.
-        """
+        """Read what earlier runs have kept, unless `fresh`."""
         self._path = folder / f"{source_hash()}.jsonl"
         self._known: dict[Key, tuple[Verdict, float]] = {}
         self._variations: dict[str, list[Variation]] = {}
@@ -82,7 +80,7 @@ class Results:
         )
 
     def variations(self, family: Family) -> list[Variation]:
-        """The shapes of a family; to find them its tiny model is built and run in each."""
+        """Return the shapes of a family; its tiny model is built and run in each."""
         name = str(family)
         if name not in self._variations:
             self._variations[name] = list(variations(family))
@@ -95,5 +93,5 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
     def seconds(self) -> float:
-        """How long all verdicts that are known took to reach."""
+        """Return how long all known verdicts took."""
         return sum(seconds for _, seconds in self._known.values())

@@ -187,7 +187,7 @@ def _few(kinds: list[str], count: int) -> list[str]:
 
 
 def tiny(model_type: str, **variant: Any) -> PreTrainedConfig:
-    """The family's default configuration made small; `variant` overrides single fields."""
+    """Return the family's default configuration made small; `variant` overrides single fields."""
     cls = CONFIG_MAPPING[model_type]
     coupled = COUPLED.get(model_type, {}) | variant
     default = cls()
@@ -208,8 +208,10 @@ def tiny(model_type: str, **variant: Any) -> PreTrainedConfig:
 
 
 def shrunk(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A user's configuration made small in several ways, the most faithful first: what says how the model is built
-    (attention, norms, kinds of layers, ties) stays, sizes shrink. The caller takes the first that can be built.
+    """Yield a user's configuration made small in several ways, the most faithful first.
+
+    What determines the structure (attention, norms, types of layers, ties) stays; sizes shrink. The caller takes the
+    first that can be built.
 
     Raises:
         ValueError, TypeError and what else a family's constructor raises: while iterating, for none that fits.
@@ -235,10 +237,11 @@ def shrunk(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _overrides(config: PreTrainedConfig, whole_rows: bool) -> dict[str, Any]:
-    """The small sizes for `config`, by the names that its constructor takes.
+    """Return the small sizes for `config`, by the names that its constructor takes.
 
     Args:
-        whole_rows: take the family's row of `COUPLED` with what is not a size in it, too.
+        config: Of the user.
+        whole_rows: Take the family's row of `COUPLED` with what is not a size in it, too.
     """
     row = dict(COUPLED.get(config.model_type, {}))
     fields = _small(config, row)

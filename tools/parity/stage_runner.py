@@ -15,23 +15,23 @@ from trainer.pipeline import Stage, shared_parameters
 
 
 class SingleStage:
-    """The whole model on every tensor rank."""
+    """The full model, without pipeline parallelism."""
 
     is_last = True
 
     def loss(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Forward and backward; the loss, detached."""
+        """Run forward and backward. Return the loss, detached."""
         loss = compute()
         loss.backward()
         return loss.detach()
 
     def reports(self, report: Any) -> list[Any]:
-        """What the stages have to say, each its own."""
+        """Gather one value from each stage."""
         return [report]
 
 
 class PipelineStage:
-    """One stage of a model, which speaks with its neighbours."""
+    """One stage of a model, which exchanges activations and gradients with its neighbours."""
 
     def __init__(
         self, model: PreTrainedModel, stage: Stage, parameter_ranks: dict[str, tuple[int, ...]], world: World

@@ -6,12 +6,12 @@ import textwrap
 
 
 def shortened(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters, cut between words."""
+    """Return `text` on one line of at most `width` characters, cut between words."""
     return textwrap.shorten(text, width, placeholder=" ...")
 
 
 def last_line(report: str) -> str:
-    """The exception's own line in a rank's report, which the rank's output may follow."""
+    """Return the exception's line of a rank's report, which the rank's output may follow."""
     lines = [line for line in report.splitlines() if line.strip()]
     inside = [n for n, line in enumerate(lines) if line.startswith("  ")]
     after = lines[inside[-1] + 1 :] if inside else lines
@@ -19,5 +19,5 @@ def last_line(report: str) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Format seconds as minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

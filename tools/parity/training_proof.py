@@ -1,4 +1,4 @@
-"""A model's whole way through `launch/train.py`: what a proof of gradients does not pass through.
+"""Trains a model by `launch/train.py`, in several layouts, and compares the export with the reference.
 
 One step in each of some layouts, each after it has loaded the checkpoint of the layout before; the export, read by
 `from_pretrained`. Its weights and its held-out loss are compared with those of a plain Hugging Face model that a bare
@@ -57,7 +57,7 @@ _RESOLUTION = 1e-3
 
 
 def tiny_model(family: Family) -> RawConfig:
-    """The sections of a configuration that say what a family's tiny model is.
+    """Return the sections of a configuration that describe a family's tiny model.
 
     Infinities, which are none of JSON's numbers, are left to the family's default.
 
@@ -70,12 +70,14 @@ def tiny_model(family: Family) -> RawConfig:
 
 
 def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *, length: int = LENGTH) -> Verdict:
-    """Trains a model by the command, a step in each of `layouts`.
+    """Train a model by the command, a step in each of `layouts`.
 
     Dropout is set to 0 in an inline configuration; the weights of a folder's model that has dropout are not compared,
     and the verdict's reason says so.
 
     Args:
+        name: In the verdict.
+        layouts: One for each step.
         sections: `model`, and where they are given `parallel.tensor_plan`, `training` and
             `deepspeed.zero_optimization`, whose stage holds for layouts that say none.
         length: `data.sequence_length`.
@@ -112,14 +114,14 @@ def _overrides(layout: Layout) -> list[str]:
 
 
 def _cause(err: str) -> str:
-    """The error in what a command has printed."""
+    """Return the error in a command's output."""
     lines = [line.strip() for line in err.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or ["no message"])[-1].removeprefix("[tessera] ").removeprefix("error: ")
 
 
 def _write_config(folder: Path, sections: RawConfig, layouts: Sequence[Layout], length: int) -> Path:
-    """The configuration, and random ids as token files."""
+    """Write the configuration, and random ids as token files."""
     micro_batches = math.lcm(*(one.data for one in layouts)) * max(4, *(2 * one.pipeline for one in layouts))
     model = sections["model"]
     raw = {
@@ -155,7 +157,7 @@ def _write_config(folder: Path, sections: RawConfig, layouts: Sequence[Layout], 
 
 
 def compare(name: str, path: str) -> Verdict:
-    """The command's export against a bare loop."""
+    """Compare the command's export with the reference."""
     loaded = load_config(path, world_size=1, device="cpu")
     batches = open_batches(loaded, prepare_data(loaded), Topology.of(1, 0))
     model, run = load_reference_model(loaded).train(), Path(loaded.config.run.output_dir)

@@ -82,7 +82,7 @@ class Variation:
 
 
 def variations(family: Family) -> Iterator[Variation]:
-    """The generic shape of a family, then every other that changes its tiny model and can be built."""
+    """Yield the generic shape of a family, then every other that changes its tiny model and can be built."""
     yield Variation(family, GENERIC, ())
     try:
         generic = _BuiltModel(family)
@@ -149,7 +149,7 @@ def _field_names(fields: Fields, prefix: str = "") -> Iterator[str]:
 
 
 def _settable(config: PreTrainedConfig, key: str) -> Any:
-    """The value of a field that the configuration's constructor takes by this name; None where there is none."""
+    """Return the value of a field that the constructor takes by this name; None without one."""
     if any(isinstance(vars(kind).get(key), property) for kind in type(config).__mro__) or key in config.attribute_map:
         return None
     try:
@@ -163,7 +163,7 @@ def _in_section(part: str, fields: Fields) -> Fields:
 
 
 def _fewer_heads_fields(generic: _BuiltModel, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fields]:
-    """The fewest key/value heads first; always so many that each serves equally many query heads."""
+    """Yield the fewest key/value heads first, always so many that each serves equally many query heads."""
     row = COUPLED.get(generic.config.model_type, {})
     for part, config in generic.parts():
         for holder in ("", "attn_config"):
