@@ -1,11 +1,10 @@
-"""Trains a model from one JSON file.
+"""Train a model from one JSON file.
 
     deepspeed launch/train.py --config X.json [--set a.b=c]... [--resume auto|never|DIR] [--allow_change KEY]...
                               [--verify_data] [--dry_run [--world N]] [--print_config]
 
-The same command again goes on where the run was, on any number of processes.
-
-Also starts under `torchrun`, or as one process under plain `python`.
+The same command resumes the run, on any number of processes. It also runs under `torchrun`, or as one process under
+plain `python`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import json
 import logging
 import sys
-from typing import Any
 
 from trainer.distributed import (
     JOIN_TIMEOUT,
@@ -33,12 +31,14 @@ from trainer.config import LoadedConfig, load_config
 from trainer.config.earlier_versions import METADATA_KEY
 from trainer.exit import CommandLineParser, exit_on_errors, read_launch
 from trainer.fault_tolerance import GuardedRun, StopAgreement, StopRequests, refuse_missing_hostfile
+from trainer.json_types import JsonObject
 from trainer.sanitize import sanitize_text
 
 log = logging.getLogger("trainer.train")
 
 
 def main() -> None:
+    """Run the command: train, or print the configuration or the dry run."""
     launch = read_launch()
     configure_logging(launch.rank)
     requests = StopRequests(launch.rank)
@@ -117,8 +117,8 @@ def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: Guard
             log.info("finished: the model is in %s, the metrics in %s", directory.final, directory.metrics)
 
 
-def resolved_json(loaded: LoadedConfig) -> dict[str, Any]:
-    """The configuration as resolved, and the special tokens around each document, as in a run's config.json."""
+def resolved_json(loaded: LoadedConfig) -> JsonObject:
+    """Return the resolved configuration, with the special tokens around each document, as in the run's config.json."""
     from trainer.data import document_frame
 
     frame = document_frame(loaded)
@@ -126,7 +126,7 @@ def resolved_json(loaded: LoadedConfig) -> dict[str, Any]:
 
 
 def dry_run_text(loaded: LoadedConfig) -> str:
-    """What would run."""
+    """Describe what the command would run."""
     from trainer.dry_run import describe
 
     return sanitize_text(describe(loaded))

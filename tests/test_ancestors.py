@@ -1,4 +1,4 @@
-"""Which processes have started a rank, and the death of one of them."""
+"""Detection of the processes that started a rank, and of their death."""
 
 from __future__ import annotations
 
@@ -22,8 +22,17 @@ from trainer.fault_tolerance.processes import ProcessStat
 
 ONE_HOST = "--world_info=" + base64.urlsafe_b64encode(json.dumps({"localhost": [0]}).encode()).decode()
 RUNNER = ("/env/bin/python", "/env/bin/deepspeed", "--num_gpus", "2", "launch/train.py")
-LAUNCHER = ("/env/bin/python3.12", "-u", "-m", "deepspeed.launcher.launch", ONE_HOST, "--master_port=29500",
-            "--enable_each_rank_log=None", "--log_level=info", "launch/train.py")  # fmt: skip
+LAUNCHER = (
+    "/env/bin/python3.12",
+    "-u",
+    "-m",
+    "deepspeed.launcher.launch",
+    ONE_HOST,
+    "--master_port=29500",
+    "--enable_each_rank_log=None",
+    "--log_level=info",
+    "launch/train.py",
+)
 REMOTE = (*LAUNCHER[:5], "--node_rank=1", *LAUNCHER[5:])
 SHELL = ("-bash",)
 SSHD = ("sshd-session: user@notty",)
@@ -32,14 +41,14 @@ INIT = ("/sbin/init",)
 
 @pytest.fixture(autouse=True)
 def _hangup_is_not_ignored() -> Iterator[None]:
-    """The tests may run under `nohup`."""
+    """Restore the default action of SIGHUP, which `nohup` around the tests would ignore."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 def lineage_of(*commands: tuple[str, ...], sessions: tuple[int, ...] = ()) -> list[Process]:
-    """Ancestors with these commands, nearest first."""
+    """Make ancestors with these commands, nearest first."""
     own = os.getsid(0)
     sessions = sessions or (own,) * len(commands)
     return [Process(100 - n, ProcessStat("S", 99 - n, sessions[n], n), command) for n, command in enumerate(commands)]

@@ -1,4 +1,4 @@
-"""Ranks that were started differently are refused before training, by key; legal differences are not."""
+"""Ranks that are started differently are refused before training, by key; legal differences are accepted."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def config(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
     return with_values(tiny_config(corpus, shared_cache, tmp_path / "run"), evaluation={"max_batches": 1})
 
 
-def launched(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **variants: RankOverride) -> Any:
-    """How the command ends where the ranks named `r1`, ... are started as their variants say."""
+def launch_ranks(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **variants: RankOverride) -> Any:
+    """Run the command with the ranks `r1`, ... started as their variants describe."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     ranks = {int(name[1:]): variant for name, variant in variants.items()}
     return run_command(TRAIN, "--config", str(tmp_path / "config.json"), world=world, variants=ranks)
@@ -53,7 +53,7 @@ def launched(tmp_path: Path, config: dict[str, Any], *, world: int = 2, **varian
 def test_different_configuration_is_refused(
     setting: str, key: str, values: tuple[str, str], config: dict[str, Any], tmp_path: Path
 ) -> None:
-    ended = launched(tmp_path, config, r1=RankOverride(("--set", setting)))
+    ended = launch_ranks(tmp_path, config, r1=RankOverride(("--set", setting)))
     assert ended.status == 2, ended.err
     own, other = values
     expected = (
@@ -66,7 +66,7 @@ def test_different_configuration_is_refused(
 
 def test_difference_names_the_minority(config: dict[str, Any], tmp_path: Path) -> None:
     values = with_values(config, deepspeed__train_batch_size=12)
-    ended = launched(
+    ended = launch_ranks(
         tmp_path, values, world=3, r0=RankOverride(("--set", "run.seed=12", "--set", "training.z_loss=0.1"))
     )
     assert ended.status == 2, ended.err
@@ -76,7 +76,7 @@ def test_difference_names_the_minority(config: dict[str, Any], tmp_path: Path) -
 
 
 def test_different_data_is_refused_before_reading(config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    """By a relative path and another working directory; the rank waited 600 s for a builder of its own files."""
+    """By a relative path in another working directory; the rank would wait 600 s for a builder of its files."""
     for rank in range(2):
         (tmp_path / f"at-{rank}").mkdir()
         shutil.copy(corpus / "train.jsonl", tmp_path / f"at-{rank}")
@@ -84,7 +84,7 @@ def test_different_data_is_refused_before_reading(config: dict[str, Any], corpus
         file.write('{"text": "one more document"}\n')
     values = with_values(config, data__train=[{"path": "train.jsonl"}], data__cache_dir=str(tmp_path / "cache"))
     places = {f"r{rank}": RankOverride(working_folder=tmp_path / f"at-{rank}") for rank in range(2)}
-    ended = launched(tmp_path, values, **places)
+    ended = launch_ranks(tmp_path, values, **places)
     assert ended.status == 2, ended.err
     assert f"data.train.0.path: ranks differ (rank 1 on {HOST}: " in ended.err
     sizes = [(tmp_path / f"at-{rank}" / "train.jsonl").stat().st_size for rank in range(2)]
@@ -93,7 +93,7 @@ def test_different_data_is_refused_before_reading(config: dict[str, Any], corpus
 
 
 def on_hosts(**variants: RankOverride) -> dict[str, RankOverride]:
-    """The same ranks, each alone on its host."""
+    """Put each rank on a host of its own."""
     alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return {
         name: RankOverride(variant.arguments, variant.working_folder, {**alone, **variant.environment})
@@ -104,7 +104,7 @@ def on_hosts(**variants: RankOverride) -> dict[str, RankOverride]:
 def test_different_data_on_another_host_is_refused_after_preparation(
     config: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
-    """Hosts have their own files and caches: what these became is compared."""
+    """Hosts have their own files and caches, so that the prepared data are compare_in_threads."""
     variants = {}
     for rank in range(2):
         place = tmp_path / f"at-{rank}"
@@ -113,14 +113,14 @@ def test_different_data_on_another_host_is_refused_after_preparation(
         (place / "train.jsonl").write_text(text.replace("wizards", "witches", rank))
         variants[f"r{rank}"] = RankOverride(("--set", f"data.cache_dir={place}/cache"), place)
     values = with_values(config, data__train=[{"path": "train.jsonl"}], data__validation=[])
-    ended = launched(tmp_path, values, **on_hosts(**variants))
+    ended = launch_ranks(tmp_path, values, **on_hosts(**variants))
     assert ended.status == 2, ended.err
     assert "data.train, token file 0: ranks differ (rank 1 on" in ended.err
     assert "Give all hosts the same data files and tokenizer" in ended.err
 
 
 def test_legal_differences_between_hosts_are_accepted(config: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    """Another cache, another home directory, other paths and times of the same files, other variables."""
+    """Another cache, home directory, path and time of the same files, and other variables."""
     variants = {}
     for rank in range(2):
         place = tmp_path / f"at-{rank}"
@@ -130,7 +130,7 @@ def test_legal_differences_between_hosts_are_accepted(config: dict[str, Any], co
             ("--set", f"data.cache_dir={place}/cache"), place, {"HOME": str(place), "HOSTNAME": f"host-{rank}"}
         )
     values = with_values(config, data__train=[{"path": "~/train.jsonl"}], data__validation=[], training__max_steps=1)
-    ended = launched(tmp_path, values, **on_hosts(**variants))
+    ended = launch_ranks(tmp_path, values, **on_hosts(**variants))
     assert ended.status == 0, ended.err
 
 
@@ -138,7 +138,7 @@ def test_legal_differences_between_hosts_are_accepted(config: dict[str, Any], co
 
 
 def compare_sources(config: dict[str, Any], roots: list[str]) -> str:
-    """The error of ranks that have their source in different places."""
+    """Return the error of ranks whose source code is in different directories."""
     launch = Launch.from_environment()
     facts = start_facts(
         check_config(config, world_size=launch.world_size, device="cpu"), launch, Path(roots[launch.rank])
@@ -172,14 +172,26 @@ def test_start_facts_contain_versions_and_source_but_no_secret(config: dict[str,
     secret = "s3://user:password@bucket/run"
     loaded = check_config(with_values(config, checkpoint={"upload": secret}), world_size=2, device="cpu")
     facts = {fact.key: fact for fact in start_facts(loaded, Launch(0, 2, 0, 2))}
-    for key in ("WORLD_SIZE", "device", "version of torch", "version of deepspeed", "version of python",
-                "trainer/loop.py", "launch/train.py", "model.config.hidden_size", "model: vocabulary_size",
-                "deepspeed.optimizer.params.lr", "data.train", "data.sequence_length"):  # fmt: skip
+    for key in (
+        "WORLD_SIZE",
+        "device",
+        "version of torch",
+        "version of deepspeed",
+        "version of python",
+        "trainer/loop.py",
+        "launch/train.py",
+        "model.config.hidden_size",
+        "model: vocabulary_size",
+        "deepspeed.optimizer.params.lr",
+        "data.train",
+        "data.sequence_length",
+    ):
         assert key in facts, key
     assert "password" not in json.dumps([fact.value for fact in facts.values()])
     assert [key for key, fact in facts.items() if fact.is_per_host] == [
-        "data.cache_dir", "run.output_dir (resolved)",
-    ]  # fmt: skip
+        "data.cache_dir",
+        "run.output_dir (resolved)",
+    ]
 
 
 @pytest.mark.fast
@@ -200,8 +212,8 @@ def test_different_model_folders_are_refused_by_file(config: dict[str, Any], tmp
 # The exchange --------------------------------------------------------------------------------------------------------
 
 
-def compared(ranks: list[tuple[int, list[Fact]]], world: int, timeout: float = 5.0) -> list[str]:
-    """What each of several processes says of the facts that it was given, in threads over one store."""
+def compare_in_threads(ranks: list[tuple[int, list[Fact]]], world: int, timeout: float = 5.0) -> list[str]:
+    """Return the error of each of several processes, run as threads over one store."""
     store, messages = HashStore(), [""] * len(ranks)
 
     def compare(number: int, rank: int, facts: list[Fact]) -> None:
@@ -225,9 +237,9 @@ def compared(ranks: list[tuple[int, list[Fact]]], world: int, timeout: float = 5
 @pytest.mark.fast
 def test_per_host_facts_are_compared_within_a_host() -> None:
     hosts = [(rank, [Fact("cache", f"/disk-{rank // 2}", is_per_host=True)]) for rank in range(4)]
-    assert compared(hosts, 4) == [""] * 4
+    assert compare_in_threads(hosts, 4) == [""] * 4
     hosts[3] = (3, [Fact("cache", "/elsewhere", is_per_host=True)])
-    messages = compared(hosts, 4)
+    messages = compare_in_threads(hosts, 4)
     assert set(messages) == {
         f"cache: ranks differ (rank 3 on {HOST}: /elsewhere; rank 2 on {HOST}: /disk-1). Start all ranks with the same "
         "configuration and command line"
@@ -236,14 +248,14 @@ def test_per_host_facts_are_compared_within_a_host() -> None:
 
 @pytest.mark.fast
 def test_missing_fact_is_a_difference() -> None:
-    messages = compared([(0, [Fact("a", 1)]), (1, [Fact("a", 1), Fact("b", 2)])], 2)
+    messages = compare_in_threads([(0, [Fact("a", 1)]), (1, [Fact("a", 1), Fact("b", 2)])], 2)
     assert all("b: ranks differ" in message and "not set" in message for message in messages)
 
 
 @pytest.mark.fast
 def test_excess_differences_are_counted() -> None:
     facts = [[Fact(f"key {number:02d}", number + rank) for number in range(30)] for rank in range(2)]
-    lines = compared(list(enumerate(facts)), 2)[0].splitlines()
+    lines = compare_in_threads(list(enumerate(facts)), 2)[0].splitlines()
     assert len(lines) == 13
     assert lines[-1] == "18 more differences"
 
@@ -252,7 +264,7 @@ def test_excess_differences_are_counted() -> None:
 def test_missing_rank_is_named_during_and_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "LOG_INTERVAL_SECONDS", 0.2)
     with captured_messages("trainer.distributed.waiting") as lines:
-        messages = compared([(0, []), (1, []), (3, [])], 4, timeout=0.7)
+        messages = compare_in_threads([(0, []), (1, []), (3, [])], 4, timeout=0.7)
     assert messages[0] == "rank 2 did not arrive within 0.7 s. See the output of its process"
     assert set(messages[1:]) <= {messages[0], "rank 0 did not arrive within 0.7 s. See the output of its process"}
     assert any("for rank 2 to start" in line for line in lines)
@@ -260,8 +272,8 @@ def test_missing_rank_is_named_during_and_after_the_wait(monkeypatch: pytest.Mon
 
 @pytest.mark.fast
 def test_duplicate_rank_is_refused_alone() -> None:
-    """As where two runs use one port: the first one must not suffer."""
+    """As when two runs use one port: the first run must not be disturbed."""
     facts = [Fact("a", 1)]
-    messages = compared([(0, facts), (1, facts), (1, facts)], 2)
+    messages = compare_in_threads([(0, facts), (1, facts), (1, facts)], 2)
     assert sorted(messages)[:2] == ["", ""]
     assert sorted(messages)[2].startswith("RANK: another process has rank 1 already")

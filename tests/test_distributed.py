@@ -1,4 +1,4 @@
-"""What a start finds and leaves: buffers of killed ranks, locks of killed compilers, logs, seeds."""
+"""Start of ranks: environment, store, process groups, extensions, logs, seeds, agreement."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRODUCTS: list[tuple[Axis, ...]] = [("pipeline", "tensor"), ("replica", "data"),
 
 
 def _sums(sizes: dict[str, int]) -> dict[tuple[Axis, ...], int]:
-    """The sum of the ranks in each of this rank's groups."""
+    """Return the sum of the ranks in each group of this rank, by axes."""
     launch = Launch.from_environment()
     with joined_world(launch, Topology.of(launch.world_size, launch.rank, **sizes), seed=1) as world:
         sums = {}
@@ -190,7 +190,7 @@ def test_launch_rejects_an_invalid_environment(
 def test_open_store_requires_the_address_of_rank_zero(
     address: str | None, port: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each rank would otherwise choose a port of its own, and wait for the others forever."""
+    """Otherwise each rank would choose its own port, and wait for the others forever."""
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -246,7 +246,7 @@ def test_prepare_environment_keeps_existing_variables(monkeypatch: pytest.Monkey
 def test_exit_on_errors_waits_for_the_rank_that_failed_first(
     world: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A collective that fails, because another rank has left, must not make this rank's status the run's."""
+    """A collective that fails because another rank exited must not set the status of the run."""
     waited: list[float] = []
     monkeypatch.setattr(exit.time, "sleep", waited.append)
     launch = Launch(rank=world - 1, world_size=world)
@@ -255,8 +255,8 @@ def test_exit_on_errors_waits_for_the_rank_that_failed_first(
     assert (sum(waited) >= 5) == waits
 
 
-def _agreed() -> list[str]:
-    """What this rank is told where each of two ranks has a problem, where only the last one has, and where none has."""
+def _errors_of_agreement() -> list[str]:
+    """Return the errors of this rank if both ranks have a problem, only the last one has, and none has."""
     launch = Launch.from_environment()
 
     def config(rank: int) -> int:
@@ -280,14 +280,14 @@ def _agreed() -> list[str]:
 
 
 def test_agree_raises_the_errors_of_any_rank_on_all_ranks() -> None:
-    for rank, (problems, damage, result) in enumerate(run_ranks(_agreed, 3)):
+    for rank, (problems, damage, result) in enumerate(run_ranks(_errors_of_agreement, 3)):
         assert "rank 1 misses a file" in problems
         assert "rank 2 misses a file" in problems
         assert (damage, result) == ("damaged", str(rank))
 
 
 def _listening_addresses() -> set[str]:
-    """Addresses that this rank's sockets listen on in a joined world, as /proc/net writes them."""
+    """Return the addresses on which the sockets of this rank listen in a joined world, as in /proc/net."""
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, pipeline=1, tensor=1)
     with joined_world(launch, topology, seed=1) as world:
@@ -319,7 +319,7 @@ def test_open_store_names_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_open_store_falls_back_to_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several hosts; on this one IPv6 is switched off."""
+    """With several hosts, of which this one has IPv6 disabled."""
     opened = socket.socket
 
     def without_ipv6(family: int = socket.AF_INET, *arguments: int) -> socket.socket:

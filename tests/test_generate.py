@@ -105,7 +105,7 @@ def test_generate_from_hugging_face_folder(dtype: torch.dtype, run: Path, tmp_pa
     LlamaForCausalLM(config).to(dtype).save_pretrained(tmp_path / "model")
     no_tokenizer = generate("--path", tmp_path / "model")
     assert no_tokenizer.status == 2
-    assert f"'{tmp_path}/model' holds no tokenizer" in no_tokenizer.err
+    assert f"'{tmp_path}/model' contains no tokenizer" in no_tokenizer.err
     AutoTokenizer.from_pretrained(run / "final").save_pretrained(tmp_path / "model")
     assert text_of("--path", tmp_path / "model") == expected(tmp_path / "model")
     assert load_model(str(tmp_path / "model")).dtype == dtype
@@ -121,11 +121,11 @@ def test_generate_from_hugging_face_folder(dtype: torch.dtype, run: Path, tmp_pa
         (["--path", "./nowhere"], "--path: './nowhere' does not exist"),
         (["--path", "{run}/logs"], "--path: '{run}/logs' holds no config.json"),
         (["--run", "{run}", "--checkpoint", "last"], "expected latest, best, final or step-N, got 'last'"),
-        (["--path", "{run}/final", "--checkpoint", "best"], "--checkpoint goes with --run"),
+        (["--path", "{run}/final", "--checkpoint", "best"], "--checkpoint requires --run"),
         (["--run", "{run}", "--path", "{run}/final"], "not allowed with argument"),
         ([], "one of the arguments --run --path is required"),
         (["--run", "{run}", "--tokens", "0"], "--tokens must be at least 1"),
-        (["--run", "{run}", "--temperature", "-1"], "--temperature a number from 0 on"),
+        (["--run", "{run}", "--temperature", "-1"], "--temperature a finite number of at least 0"),
     ],
 )  # fmt: skip
 def test_mistakes(arguments: list[str], words: str, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What guards a run, together: stops, watchdog, lock, checkpoints and events where they meet."""
+"""Stop requests, watchdog, run lock, checkpoints and events in combination."""
 
 from __future__ import annotations
 
@@ -42,14 +42,20 @@ from trainer.tracking.interface import Trackers
 
 
 def test_rank_waiting_for_rank_zero_can_be_stopped(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """By SIGINT too, which Python does not see before torch's connection to the store gives up."""
+    """Also by SIGINT, which Python does not see before torch's connection to the store times out."""
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     with socket.socket() as rank_0:
         rank_0.bind(("127.0.0.1", 0))
         rank_0.listen()
         rank_0.settimeout(60)
-        variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rank_0.getsockname()[1])}  # fmt: skip
+        variables = {
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(rank_0.getsockname()[1]),
+        }
         with running_command(TRAIN, "--config", str(tmp_path / "config.json"), environment=variables) as started:
             connection, _ = rank_0.accept()
             with connection:
@@ -58,7 +64,7 @@ def test_rank_waiting_for_rank_zero_can_be_stopped(tiny: dict[str, Any], tmp_pat
 
 
 def _stopped_in_final(config: dict[str, Any]) -> tuple[str, str]:
-    """The last event and the content of the lock of a run that gets SIGTERM while its final model is written."""
+    """Return the last event and the lock file of a run that receives SIGTERM while it writes its final model."""
     write_text = export._write_text
 
     def writing(*arguments: Any) -> None:
@@ -83,8 +89,8 @@ def test_stop_during_the_final_model_lets_the_run_finish(tiny: dict[str, Any]) -
 # Progress that the watchdog sees --------------------------------------------------------------------------------------
 
 
-def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
-    """How often this rank noted progress in each phase of two steps with one evaluation and one save."""
+def _count_progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
+    """Count the progress of this rank by phase, over two steps with one evaluation and one save."""
     found: Counter[str] = Counter()
     advance, write_items_file = Phases.advance, writer.write_items_file
 
@@ -110,16 +116,16 @@ def _progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_phases_advance_by_micro_batch_and_file(pipeline: int, tiny: dict[str, Any]) -> None:
     values = {"training__max_steps": 2, "evaluation__max_batches": 3, "parallel__pipeline": pipeline}
-    for found in run_ranks(_progress, pipeline, with_values(tiny, **values)):
+    for found in run_ranks(_count_progress, pipeline, with_values(tiny, **values)):
         assert found["evaluate"] >= 2 * 3, "evaluations at step 0 and at the last"
         assert found["step"] >= 2
         assert found["save"] == 2, "one file is written, and verified"
 
 
 def test_phases_advance_by_file_while_waiting_for_an_asynchronous_save(tiny: dict[str, Any]) -> None:
-    """The last save: the watchdog would end a rank that does nothing but wait for its own thread."""
+    """In the last save the watchdog would otherwise end a rank that waits for its own thread."""
     values = {"training__max_steps": 2, "checkpoint__asynchronous": True, "data__validation": []}
-    (found,) = run_ranks(_progress, 1, with_values(tiny, **values), 0.5)
+    (found,) = run_ranks(_count_progress, 1, with_values(tiny, **values), 0.5)
     assert found["save"] >= 1
 
 
@@ -172,7 +178,7 @@ def test_watchdog_records_no_failure_for_a_stop(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_stop_during_release_writes_to_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of a closed descriptor is the next file's."""
+    """The number of a closed descriptor is reused by the next file."""
     lock, close, opened = RunLock.acquire(tmp_path / "run"), os.close, list[int]()
 
     def closing(descriptor: int) -> None:

@@ -52,8 +52,16 @@ def deepspeed(*arguments: str, ranks: int = 2, **values: str) -> subprocess.Comp
 
 def test_shortened_quickstart_trains(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ended = deepspeed("--config", "ds_configs/quickstart.json", "--set", "training.max_steps=12",
-                      "--set", "evaluation.max_batches=2", "--set", f"run.output_dir={run}")  # fmt: skip
+    ended = deepspeed(
+        "--config",
+        "ds_configs/quickstart.json",
+        "--set",
+        "training.max_steps=12",
+        "--set",
+        "evaluation.max_batches=2",
+        "--set",
+        f"run.output_dir={run}",
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = read_rows(run)
     held_out = [row["loss"] for row in rows if row["split"] == "validation"]
@@ -78,7 +86,7 @@ def test_invalid_configuration_is_reported_once_when_rank_zero_is_slowest(tiny: 
 
 
 def test_error_of_a_single_rank_is_reported_by_that_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """A wrong id that data rank 1 alone reads: its message and its status, though rank 0 has no part in it."""
+    """An invalid id that only data rank 1 reads: its message and its status, without rank 0."""
     with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
         writer.add([1] * (32 * 8 + 1))
     raw = np.fromfile(tmp_path / "tokens.bin", np.uint16)
@@ -97,16 +105,31 @@ def test_error_of_a_single_rank_is_reported_by_that_rank(tiny: dict[str, Any], t
 def test_torchrun(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(get_free_port()), "launch/train.py"]
-    ended = subprocess.run([*command, "--config", str(tmp_path / "config.json")], cwd=ROOT, env=environment(),
-                           capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    ended = subprocess.run(
+        [*command, "--config", str(tmp_path / "config.json")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert read_rows(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_killed_rank_ends_the_run_and_leaves_no_files(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, training__max_steps=100_000)))
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(get_free_port()), "launch/train.py",
-               "--config", str(tmp_path / "config.json")]  # fmt: skip
+    command = [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(get_free_port()),
+        "launch/train.py",
+        "--config",
+        str(tmp_path / "config.json"),
+    ]
     running = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""What /proc says of a process, compared with psutil."""
+"""Processes read from /proc, compared with psutil."""
 
 from __future__ import annotations
 

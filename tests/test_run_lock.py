@@ -1,4 +1,4 @@
-"""The lock of a run directory: one start writes, a second one ends with 2 and names the first, or waits for its end."""
+"""The lock of a run directory: a second start exits with 2 and names the first, or waits for its end."""
 
 from __future__ import annotations
 
@@ -36,14 +36,19 @@ from trainer.run_layout import LOCK
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("HEARTBEAT_SECONDS", 0.1), ("STALE_SECONDS", 0.8), ("WAIT_SECONDS", 1.5),
-                          ("_POLL_SECONDS", 0.02), ("_SETTLE_SECONDS", 0.1)):  # fmt: skip
+    for name, seconds in (
+        ("HEARTBEAT_SECONDS", 0.1),
+        ("STALE_SECONDS", 0.8),
+        ("WAIT_SECONDS", 1.5),
+        ("_POLL_SECONDS", 0.02),
+        ("_SETTLE_SECONDS", 0.1),
+    ):
         monkeypatch.setattr(run_lock, name, seconds)
 
 
 @pytest.fixture
 def locks() -> Iterator[Callable[[Path], RunLock]]:
-    """Acquires locks that are released after the test."""
+    """Acquire locks that are released after the test."""
     held: list[RunLock] = []
 
     def acquire(run: Path) -> RunLock:
@@ -63,16 +68,16 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def elsewhere(run: Path, **values: Any) -> Holder:
-    """Let a process of another host be the holder."""
+def write_remote_holder(run: Path, **values: Any) -> Holder:
+    """Make a process of another host the holder."""
     holder = replace(Holder("node-b", 4242, 77, "node-b boot", "2026-11-24 16:00:00 UTC"), **values)
     run.mkdir(exist_ok=True)
     (run / LOCK).write_text(json.dumps(asdict(holder)))
     return holder
 
 
-def holding(run: str, seconds: float, stops: bool, pipe: Any) -> None:
-    """In a process of its own: holds the lock for a while."""
+def hold_lock(run: str, seconds: float, stops: bool, pipe: Any) -> None:
+    """Hold the lock for a while, in a process of its own."""
     lock = RunLock.acquire(Path(run))
     if stops:
         lock.mark_stopping()
@@ -83,7 +88,7 @@ def holding(run: str, seconds: float, stops: bool, pipe: Any) -> None:
 
 def held_by_another(run: Path, seconds: float = 60.0, *, stops: bool = False) -> Any:
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=holding, args=(str(run), seconds, stops, theirs), daemon=True)
+    process = context.Process(target=hold_lock, args=(str(run), seconds, stops, theirs), daemon=True)
     process.start()
     theirs.close()
     assert ours.recv() == process.pid
@@ -128,7 +133,7 @@ def test_acquire_gives_up_after_a_timeout(tmp_path: Path, locks: Any) -> None:
 
 
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path, locks: Any) -> None:
-    """A forked worker that outlives its killed parent."""
+    """A forked worker may outlive its killed parent."""
     reading, writing = os.pipe()
     parent = os.fork()
     if parent == 0:
@@ -210,7 +215,7 @@ def test_heartbeat_replaces_a_missing_flock(tmp_path: Path, locks: Any) -> None:
 
 @pytest.mark.usefixtures("without_flock")
 def test_acquire_waits_for_a_host_without_heartbeat(tmp_path: Path, locks: Any) -> None:
-    elsewhere(tmp_path)
+    write_remote_holder(tmp_path)
     start = time.monotonic()
     locks(tmp_path)
     assert 0.7 < time.monotonic() - start < 4
@@ -220,7 +225,7 @@ def test_acquire_waits_for_a_host_without_heartbeat(tmp_path: Path, locks: Any) 
 
 @pytest.mark.usefixtures("without_flock")
 def test_stale_heartbeat_of_another_host_is_taken_over(tmp_path: Path, locks: Any) -> None:
-    elsewhere(tmp_path)
+    write_remote_holder(tmp_path)
     os.utime(tmp_path / LOCK, (time.time() - 100,) * 2)
     start = time.monotonic()
     locks(tmp_path)
@@ -229,7 +234,7 @@ def test_stale_heartbeat_of_another_host_is_taken_over(tmp_path: Path, locks: An
 
 @pytest.mark.usefixtures("without_flock")
 def test_acquire_rejects_a_lock_with_a_live_heartbeat(tmp_path: Path, locks: Any) -> None:
-    elsewhere(tmp_path)
+    write_remote_holder(tmp_path)
     ended = threading.Event()
 
     def beat() -> None:
@@ -248,9 +253,9 @@ def test_acquire_rejects_a_lock_with_a_live_heartbeat(tmp_path: Path, locks: Any
 
 
 def test_shared_file_system_needs_a_heartbeat(tmp_path: Path, locks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There `flock` may hold on one host only."""
+    """On such file systems `flock` may work within one host only."""
     monkeypatch.setattr(run_lock, "_file_system_type", lambda path: "nfs4")
-    elsewhere(tmp_path)
+    write_remote_holder(tmp_path)
     lock = locks(tmp_path)
     assert lock._heartbeat_stop is not None
     with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
@@ -258,12 +263,12 @@ def test_shared_file_system_needs_a_heartbeat(tmp_path: Path, locks: Any, monkey
 
 
 def test_overtaken_holder_exits(tmp_path: Path) -> None:
-    """Suspended for longer than a minute: two runs must not write."""
+    """A process suspended for more than a minute must not write any more."""
 
     def overtaken() -> None:
         run_lock._file_system_type = lambda path: "nfs"
         RunLock.acquire(tmp_path)
-        elsewhere(tmp_path)
+        write_remote_holder(tmp_path)
         time.sleep(30)
         os._exit(0)
 
@@ -281,8 +286,8 @@ def test_file_system_type_of_a_path() -> None:
 # By the command -------------------------------------------------------------------------------------------------------
 
 
-def saving_slowly(config: dict[str, Any]) -> None:
-    """Trains as the command does, with two seconds in its first save."""
+def train_with_slow_save(config: dict[str, Any]) -> None:
+    """Train as the command does, with a first save of two seconds."""
     save = CheckpointSaver.save
 
     def slowly(self: Any, *arguments: Any, **options: Any) -> None:
@@ -297,7 +302,7 @@ def saving_slowly(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_second_start_does_not_disturb_the_first(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Also as several ranks, of which only rank 0 looks; commands that only read are not refused."""
+    """Also with several ranks, of which only rank 0 reads; commands that only read are not refused."""
     config = with_values(tiny, training__log_every_steps=1, checkpoint__every_steps=2, data__validation=[])
     (tmp_path / "config.json").write_text(json.dumps(config))
     command, run = (TRAIN, "--config", str(tmp_path / "config.json")), tmp_path / "run"
@@ -305,7 +310,7 @@ def test_second_start_does_not_disturb_the_first(world: int, tiny: dict[str, Any
 
     def first() -> None:
         try:
-            run_ranks(saving_slowly, world, config)
+            run_ranks(train_with_slow_save, world, config)
         except BaseException as error:
             failed.append(error)
 
@@ -332,7 +337,7 @@ def test_second_start_does_not_disturb_the_first(world: int, tiny: dict[str, Any
 
 
 def states_while_saving(config: dict[str, Any]) -> list[str]:
-    """What the lock says at each save of a run whose last rank is asked to stop in the first one."""
+    """Return the state in the lock file at each save of a run whose last rank is asked to stop in the first one."""
     states, save = list[str](), CheckpointSaver.save
     launch = Launch.from_environment()
 
@@ -354,14 +359,14 @@ def states_while_saving(config: dict[str, Any]) -> list[str]:
 
 
 def test_lock_file_shows_that_the_run_is_stopping(tiny: dict[str, Any]) -> None:
-    """Also where another rank than the holder is asked to."""
+    """Also if another rank than the holder is asked to stop."""
     config = with_values(tiny, training__max_steps=50, checkpoint__every_steps=2, data__validation=[])
     assert run_ranks(states_while_saving, 2, config)[0] == ["running", "stopping"]
 
 
 @pytest.mark.parametrize("world", [2])
 def test_all_ranks_exit_when_rank_zero_refuses(world: int, tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Another run's directory: rank 0 alone reads it, and one message comes."""
+    """For the directory of another run: only rank 0 reads it, and one message is printed."""
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     assert run_command(TRAIN, "--config", str(tmp_path / "config.json")).status == 0
     other = with_values(tiny, run__seed=5)
@@ -373,7 +378,7 @@ def test_all_ranks_exit_when_rank_zero_refuses(world: int, tiny: dict[str, Any],
 
 
 def test_orphaned_run_refuses_a_second_launch(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """`deepspeed` itself: a run whose rank 0 still writes, whoever has started it."""
+    """With `deepspeed` itself: rank 0 of the first run still writes, whoever started it."""
     run = tmp_path / "run"
     first = held_by_another(run)
     (tmp_path / "config.json").write_text(json.dumps(tiny))

@@ -1,4 +1,4 @@
-"""Stop requests: every rank stops after the same step, with its state saved, and resumes as if nothing had been."""
+"""Stop requests: all ranks stop after the same step with their state saved, and resume exactly."""
 
 from __future__ import annotations
 
@@ -47,12 +47,22 @@ def test_all_ranks_stop_after_the_same_step_and_resume_exactly(name: str, tiny: 
     world, values = (LAYOUTS | MATRIX_LAYOUTS)[name]
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
     signals = [Signal(rank, numbers[rank % 3], "training") for rank in range(world)]
-    signals += [Signal(1, signal.SIGTERM, "save"), Signal(world - 1, signal.SIGTERM, "evaluation"),
-                Signal(0, signal.SIGUSR1, "step 9"), Signal(1, signal.SIGINT, "step 14")]  # fmt: skip
+    signals += [
+        Signal(1, signal.SIGTERM, "save"),
+        Signal(world - 1, signal.SIGTERM, "evaluation"),
+        Signal(0, signal.SIGUSR1, "step 9"),
+        Signal(1, signal.SIGINT, "step 14"),
+    ]
     if name in LAYOUTS:
         signals = signals[-5:] if world == 2 else [signals[2], signals[-1]]
-    config = with_values(tiny, training__max_steps=STEPS, training__log_every_steps=1, checkpoint__every_steps=10,
-                         evaluation__every_steps=15, **values)  # fmt: skip
+    config = with_values(
+        tiny,
+        training__max_steps=STEPS,
+        training__log_every_steps=1,
+        checkpoint__every_steps=10,
+        evaluation__every_steps=15,
+        **values,
+    )
     asynchronous = values.get("checkpoint__asynchronous", False)
     results = run_ranks(stop_and_resume, world, config, signals, 1)
     unbroken = results[0][0]
@@ -87,7 +97,7 @@ def _wait(path_exists: Callable[[], bool], started: RunningCommand, seconds: flo
 
 
 def test_stop_before_the_first_step_exits_75(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """While the data are prepared, and while the ranks join and build; then the same command trains."""
+    """While data are prepared, and while ranks join and build the model; the same command trains afterwards."""
     documents = (json.dumps({"text": f"document {number} " * 40}) for number in range(20_000))
     (tmp_path / "large.jsonl").write_text("\n".join(documents))
     values = {"data__train": [{"path": str(tmp_path / "large.jsonl")}], "data__cache_dir": str(tmp_path / "cache")}
@@ -108,7 +118,7 @@ def test_stop_before_the_first_step_exits_75(tiny: dict[str, Any], tmp_path: Pat
 
 
 def test_second_interrupt_exits_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """In a step that never ends; one within a second is the launcher's copy of the first."""
+    """In a step that never ends; an interrupt within a second is the launcher's copy of the first."""
     assert run_ranks(_first_interrupt, 1, tmp_path) == [None]
     assert (tmp_path / "alive").read_text() == "after the copy"
 

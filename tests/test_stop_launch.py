@@ -1,4 +1,4 @@
-"""Stop requests through the launchers that users type: what ends, what is left, and what the command returns."""
+"""Stop requests through the launchers that users type: exit status, remaining processes, saved state."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ ENDED_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class Run:
-    """A run that trains."""
+    """A running training command."""
 
     command: subprocess.Popen[bytes]
     config: Path
     folder: Path
 
     def processes(self, word: str) -> list[Process]:
-        """Its processes whose command has a word that ends so, dead ones left out."""
+        """Return the live processes whose command has a word with this ending."""
         found = (read_process(int(path.name)) for path in Path("/proc").glob("[0-9]*"))
         return [
-            process for process in found
-            if process is not None and str(self.config) in process.command and not process.stat.is_dead
+            process
+            for process in found
+            if process is not None
+            and str(self.config) in process.command
+            and not process.stat.is_dead
             and any(text.endswith(word) for text in process.command[:6])
-        ]  # fmt: skip
+        ]
 
     @property
     def ranks(self) -> list[Process]:
@@ -58,7 +61,7 @@ class Run:
         return read_events(self.folder)
 
     def wait_for_ranks(self, seconds: float = ENDED_SECONDS) -> float:
-        """Seconds until no rank is left."""
+        """Wait until no rank is left; return the seconds."""
         begun = time.monotonic()
         while self.ranks:
             assert time.monotonic() < begun + seconds, f"{self.ranks} are left, {self.events[-1]}"
@@ -66,7 +69,7 @@ class Run:
         return time.monotonic() - begun
 
     def refuse_unsaved(self, cause: str) -> None:
-        """The last attempt has saved its last step, and says that it was stopped, by what, and not that it finished."""
+        """Check that the last attempt saved its last step and recorded the stop with its cause, and no finish."""
         last = self.events[-1]
         assert last["event"] == "preempted"
         assert cause in last["cause"]
@@ -84,14 +87,15 @@ def config(tiny: dict[str, Any], tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def started(config: Path, *command: str, wrapper: tuple[str, ...] = ()) -> Iterator[Run]:
-    """The command, from when it trains. What it leaves behind is killed."""
+    """Start the command, wait until it trains, and kill its remaining processes at the end."""
     folder = Path(json.loads(config.read_text())["run"]["output_dir"])
     attempts = sum(event["event"] in ("start", "resume") for event in read_events(folder))
     words = command or ("deepspeed", "--num_gpus", "2", "--master_port", str(get_free_port()))
     with (config.parent / "output").open("ab") as output:
         words = (*wrapper, str(BIN / words[0]), *words[1:], "launch/train.py", "--config", str(config))
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=output, stderr=output,
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
+        )
     run = Run(process, config, folder)
     try:
         deadline = time.monotonic() + 150
@@ -113,7 +117,7 @@ def started(config: Path, *command: str, wrapper: tuple[str, ...] = ()) -> Itera
 
 
 def test_killed_launcher_leaves_no_rank_and_loses_no_step(config: Path) -> None:
-    """SIGTERM of `deepspeed`, SIGKILL of launch.py, and Ctrl-C, one after the other, each resuming the run."""
+    """By SIGTERM of `deepspeed`, SIGKILL of launch.py, and Ctrl-C, in turn; each attempt resumes the run."""
     with started(config) as run:
         run.command.terminate()
         assert run.command.wait(5) == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Ranks that stop, die or come late: who is named, when, and how the others end."""
+"""The watchdog: which rank is named when ranks stop, die or are late, and how the others end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LIMIT = 4.0
 
 @dataclass(frozen=True)
 class Case:
-    """Rank `rank` does `action` when it has entered the phase `mark`."""
+    """Rank `rank` does `action` when it enters the phase `mark`."""
 
     mark: str
     action: str = "stop"
@@ -78,16 +78,19 @@ class Outcome:
 
     @property
     def said(self) -> str:
-        """On any rank's standard error."""
+        """Return True if a rank printed these words to standard error."""
         return "\n".join(self.ended.errors)
 
 
 def _outcome(case: Case, config: dict[str, Any], folder: Path) -> Outcome:
     folder.mkdir()
     values: dict[str, Any] = {
-        "run__output_dir": str(folder / "run"), "run__collective_timeout_seconds": case.limit,
-        "parallel__pipeline": case.pipeline, "evaluation__every_steps": 2, "checkpoint__every_steps": 2,
-    }  # fmt: skip
+        "run__output_dir": str(folder / "run"),
+        "run__collective_timeout_seconds": case.limit,
+        "parallel__pipeline": case.pipeline,
+        "evaluation__every_steps": 2,
+        "checkpoint__every_steps": 2,
+    }
     (folder / "config.json").write_text(json.dumps(with_values(config, **values)))
     variables = {"AT": case.mark, "ACTION": case.action, "BAD_RANK": str(case.rank), "SINCE": str(folder / "since")}
     ended = run_command(SCRIPT, "--config", str(folder / "config.json"), world=2, environment=variables)
@@ -105,7 +108,7 @@ def _outcome(case: Case, config: dict[str, Any], folder: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """All cases side by side, since most of their time is waiting."""
+    """Run all cases concurrently, since most of their time is waiting."""
     folder = tmp_path_factory.mktemp("watchdog")
     config = tiny_config(corpus, shared_cache, folder)
     with ThreadPoolExecutor(4) as pool:
@@ -180,7 +183,7 @@ def test_stopped_rank_is_reported_within_30_s_at_the_default_limit() -> None:
 
 
 def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
-    """The timeouts of this rank's groups before the first step, in it, and in the second."""
+    """Return the timeouts of this rank's process groups before the first step, in it, and in the second."""
     launch = Launch.from_environment()
     parallel = config["parallel"]
     topology = Topology.of(launch.world_size, launch.rank, tensor=parallel["tensor"], pipeline=parallel["pipeline"])

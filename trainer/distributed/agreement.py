@@ -1,9 +1,9 @@
-"""What ranks decide together."""
+"""Running work on ranks so that an error of one rank is raised on all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -12,16 +12,19 @@ from trainer.errors import ConfigError, TesseraError
 T = TypeVar("T")
 
 
-def agree(work: Callable[[], T], group: Any = None) -> T:
-    """This rank's result of `work`, which every rank of the group must call. An error on one rank is raised on all, so
-    that no rank waits for one that has given up. Without a process group, just the result.
+def agree(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Return this rank's result of `work`; raise an error of any rank on all ranks.
+
+    Collective: all ranks of `group` must call it, so that no rank waits for one that has failed. Without process group
+    only this rank's work is done.
 
     Args:
-        group: None stands for all ranks.
+        work: Must raise a `TesseraError`, if anything.
+        group: The ranks; by default all of torch's default group.
 
     Raises:
-        ConfigError: with the problems of all ranks that have some.
-        TesseraError: the first rank's, if it is another one.
+        ConfigError: with the problems of all ranks.
+        TesseraError: of the first rank that has one, if it is another error.
     """
     if not dist.is_initialized():
         return work()
@@ -33,9 +36,9 @@ def agree(work: Callable[[], T], group: Any = None) -> T:
         error = raised
     gathered: list[TesseraError | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, error, group=group)
-    errors = [found for found in gathered if found is not None]
+    errors = [each for each in gathered if each is not None]
     if errors and isinstance(errors[0], ConfigError):
-        problems = (problem for found in errors if isinstance(found, ConfigError) for problem in found.problems)
+        problems = (problem for each in errors if isinstance(each, ConfigError) for problem in each.problems)
         raise ConfigError(dict.fromkeys(problems))
     if errors:
         raise errors[0]
@@ -43,10 +46,14 @@ def agree(work: Callable[[], T], group: Any = None) -> T:
 
 
 def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Return the result of `work` on rank 0, on all ranks. Collective: all ranks of the group must call it.
+    """Return the result of `work` on rank 0, on all ranks. Collective: all ranks of `group` must call it.
+
+    Args:
+        work: Must raise a `TesseraError`, if anything.
+        group: The ranks, among them rank 0; by default all of torch's default group.
 
     Raises:
-        TesseraError: rank 0's, on all ranks.
+        TesseraError: of rank 0, on all ranks.
     """
     outcome: list[tuple[T | None, TesseraError | None]] = [(None, None)]
     if dist.get_rank() == 0:
