@@ -49,6 +49,27 @@ def test_chunks_split_before_single_spaces() -> None:
     assert all(later.startswith(" w") for later in texts[1:])
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("length", [100, 101, 199, 200, 201, 300])
+def test_file_without_line_end_is_one_document(length: int, tmp_path: Path) -> None:
+    """Also if its length is a multiple of the chunk size, so that the last read ends within a line."""
+    text = ("word " * 60)[:length]
+    (tmp_path / "a.txt").write_text(text)
+    chunks = list(read_text_file(tmp_path / "a.txt"))
+    assert "".join(chunk.text for chunk in chunks) == text
+    assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert sum(chunk.size for chunk in chunks) == length
+
+
+@pytest.mark.parametrize(("distance", "is_found"), [(60_000, True), (70_000, False)])
+def test_chunks_split_at_spaces_within_64_kib(distance: int, is_found: bool) -> None:
+    """Where documents are split determines the ids of token files, which must not change between versions."""
+    mebibyte = 1 << 20
+    text = "x" * (mebibyte - distance) + " " + "x" * 2 * mebibyte
+    first = next(split_document(text, len(text)))
+    assert len(first.text) == (mebibyte - distance if is_found else mebibyte)
+
+
 def test_two_mebibyte_document_is_one_chunk() -> None:
     """Earlier versions tokenized such documents in one call, and their token files must stay valid."""
     text = "word " * ((2 << 20) // 5)

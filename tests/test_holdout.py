@@ -130,6 +130,17 @@ def test_subset_stream_concatenates_documents(tmp_path: Path) -> None:
 
 
 @fast
+def test_subset_stream_of_adjacent_documents_is_not_copied(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "t", np.uint16) as writer:
+        for number in range(5):
+            writer.add([number] * 3)
+    tokens = IndexedTokens(tmp_path / "t")
+    subset = DocumentSubset(tokens, np.asarray([False, True, True, False, True]))
+    assert np.shares_memory(subset.stream(0, 6), tokens.ids)
+    assert not np.shares_memory(subset.stream(0, 9), tokens.ids)
+
+
+@fast
 def test_fraction_is_a_share_of_hash_space() -> None:
     hashes = np.asarray([0, 2**62 - 1, 2**62, 2**63, 2**64 - 1], np.uint64)
     assert held_out_mask(hashes, 0.25).tolist() == [True, True, False, False, False]

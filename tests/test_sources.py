@@ -15,7 +15,9 @@ import pytest
 
 from tests.data_helpers import prepared
 from tests.hub import COMMIT, REPOSITORY, hub
+from trainer.data import sources
 from trainer.data.sources import Source, stdlib_files
+from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -126,6 +128,15 @@ def test_stdlib_splits_are_disjoint() -> None:
     assert len(train) > 100
     assert len(held_out) > 10
     assert not set(train) & set(held_out)
+
+
+def test_hub_row_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "one"}, {"body": "two"}]
+    monkeypatch.setattr(sources, "_load_hub_dataset", lambda path, split: rows)
+    chunks = Source("hf://owner/name", "train", "text").chunks()
+    assert next(chunks).text == "one"
+    with pytest.raises(DataError, match="hf://owner/name: row 2: no field 'text', only 'body'"):
+        next(chunks)
 
 
 def test_hub_dataset_streams_both_splits(tmp_path: Path) -> None:
