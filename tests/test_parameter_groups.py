@@ -22,7 +22,7 @@ from trainer.config.load import check_config
 from trainer.config.schema import TrainingSection
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.errors import ConfigError
-from trainer.model import WeightOptions, build_model_shape, weight_options
+from trainer.model import WeightOptions, build_model, weight_options
 from trainer.run_identity import refuse_identity_change
 
 STEPS = 6
@@ -339,7 +339,7 @@ def test_weights_with_equal_options_form_one_group(tiny: dict[str, Any]) -> None
     assert "learning_rate_scale" not in plain.param_groups[0]
     loaded = check_config(tiny, world_size=1, device="cpu")
     assert weight_decay(loaded.deepspeed_json) == 0
-    options = weight_options(build_model_shape(loaded), loaded.config.training, decay=0)
+    options = weight_options(build_model(loaded), loaded.config.training, decay=0)
     assert set(options.values()) == {WeightOptions()}
 
 

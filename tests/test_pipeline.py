@@ -23,9 +23,9 @@ from tools.parity.shrink import tiny as tiny_model
 from trainer.config.load import check_config
 from trainer.config.schema import ParallelSection
 from trainer.errors import ConfigError, PlanError
-from trainer.model import build_model, build_model_shape, initialize_weights, read_weights
+from trainer.model import build_model, initialize_weights, read_weights
 from trainer.model.weight_files import SafetensorsFiles
-from trainer.pipeline import assign_stages, balance, recompute, trace_dataflow
+from trainer.pipeline import assign_stages, attention_to_recompute, balance, install_recomputation, trace_dataflow
 from trainer.pipeline.balance import stage_bounds
 from trainer.pipeline.dataflow import BATCH, LENGTH
 from trainer.pipeline.stage import Stage, boundary_numel, parameter_stages
@@ -233,7 +233,7 @@ def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: P
         ({"parallel__pipeline": 2, "parallel__pipeline_layers": [2, 1]}, "are 3 layers, and the model has 2"),
         (
             {"parallel__pipeline": 2, "model__config": {"model_type": "opt", "layerdrop": 0.1, "vocab_size": 320}},
-            "opt leaves out layers at random (layerdrop 0.1)",
+            "opt skips layers at random (layerdrop 0.1)",
         ),
         (
             {"parallel__pipeline": 2, "model__config": {"model_type": "hrm_text", "vocab_size": 320}},
@@ -241,7 +241,7 @@ def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: P
         ),
         (
             {"parallel__pipeline": 2, "model__config": {"model_type": "rwkv", "vocab_size": 320}},
-            "rwkv uses rwkv.blocks.1.attention.output.weight elsewhere when it is evaluated",
+            "rwkv uses rwkv.blocks.1.attention.output.weight in different layers in evaluation",
         ),
     ],
 )
@@ -261,10 +261,10 @@ def test_selective_recomputation_reruns_attention_only(tiny: dict[str, Any]) -> 
     gradients = []
     for again in (False, True):
         model = build_model(config)
-        names = assign_stages(model, config).recomputed
+        names = attention_to_recompute(model, config)
         assert names == ("model.layers.0.self_attn", "model.layers.1.self_attn")
         initialize_weights(model, seed=1)
-        recompute(model, names if again else ())
+        install_recomputation(model, config, names if again else ())
         calls: Counter[str] = Counter()
         for name, module in model.named_modules():
             module.register_forward_hook(lambda *_, name=name, calls=calls: calls.update([name]))  # type: ignore[misc]
@@ -282,7 +282,10 @@ def test_selective_recomputation_without_attention_is_refused(tiny: dict[str, An
     }
     ended = dry_run(with_values(tiny, **values), tmp_path)
     assert ended.status == 2, ended.out
-    assert "model.activation_checkpointing: 'selective' computes attention again, and mamba has no modules" in ended.err
+    assert (
+        "model.activation_checkpointing: 'selective' recomputes attention, and mamba has no attention modules"
+        in ended.err
+    )
 
 
 # Every gradient -------------------------------------------------------------------------------------------------------
@@ -370,11 +373,13 @@ def test_gpu_attention_kernels_are_traced_on_cpu(tiny: dict[str, Any]) -> None:
     assignments = []
     for attention in ("sdpa", "flex_attention"):
         config = check_config(with_values(tiny, model__attention=attention), world_size=2, device="cpu")
-        model = build_model_shape(config)
-        assignments.append(assign_stages(model, config))
+        model = build_model(config)
+        assignments.append((assign_stages(model, config), attention_to_recompute(model, config)))
         assert model.config._attn_implementation == attention
-    plain, flex = assignments
-    assert (flex.bounds, flex.costs, flex.recomputed) == (plain.bounds, plain.costs, plain.recomputed)
+    (plain, plain_attention), (flex, flex_attention) = assignments
+    assert plain is not None
+    assert flex is not None
+    assert (flex.bounds, flex.costs, flex_attention) == (plain.bounds, plain.costs, plain_attention)
 
 
 # Reading and writing --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tools.parity.shrink import tiny as tiny_family
 from trainer.config.load import check_config
 from trainer.config.model_config import load_model_config
 from trainer.errors import ConfigError
-from trainer.model import build_model, build_model_shape, configured_weights, materialize
+from trainer.model import build_model, check_model, configured_weights, materialize
 from trainer.model.read import check_weight_headers, pretrained_weights, read_weights
 from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard
 from trainer.tensor_parallel import TensorMapper, model_region, read_plan
@@ -60,10 +60,11 @@ def change_config(folder: Path, **values: Any) -> None:
 
 
 def shape_of(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:
-    """What a dry run and the start of a run build, before any process group."""
-    return build_model_shape(
-        check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
-    )
+    """Build and check a model as a dry run and the start of a run do, before any process group."""
+    loaded = check_config(with_values(tiny, model={"path": str(folder), **values}), world_size=1, device="cpu")
+    model = build_model(loaded)
+    check_model(model, loaded)
+    return model
 
 
 def model_from(tiny: dict[str, Any], folder: Path, **values: Any) -> Any:

@@ -10,8 +10,8 @@ from trainer.config import LoadedConfig
 from trainer.data import Batches, PreparedData, open_batches, prepare_data
 from trainer.distributed import Launch, World
 from trainer.engine import Engine, start_engine
-from trainer.model import ModelCost, PreTrainedModel, build_model, build_model_shape, describe_model, model_cost
-from trainer.pipeline import StageAssignment, assign_stages
+from trainer.model import ModelCost, PreTrainedModel, build_model, check_model, describe_model, model_cost
+from trainer.pipeline import StageAssignment, assign_stages, attention_to_recompute
 from trainer.progress import Progress
 from trainer.run_directory import RunDirectory
 from trainer.update import Synchronous
@@ -25,7 +25,8 @@ class ModelPlan:
     """The unsharded model on the meta device."""
 
     cost: ModelCost
-    assignment: StageAssignment
+    assignment: StageAssignment | None
+    """None without a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ def plan_model(loaded: LoadedConfig) -> ModelPlan:
 
     Raises:
         ConfigError: transformers cannot build the model.
-        PlanError: the tensor plan or the pipeline does not fit the model.
+        PlanError: the tensor plan, the pipeline or selective recomputation does not fit the model.
     """
-    shape = build_model_shape(loaded)
+    shape = build_model(loaded)
+    check_model(shape, loaded)
+    attention_to_recompute(shape, loaded)
     return ModelPlan(shape, model_cost(shape), assign_stages(shape, loaded))
 
 

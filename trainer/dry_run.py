@@ -18,8 +18,8 @@ from trainer.data.epochs import steps_for_epochs
 from trainer.data.inspection import DataReport, inspect_data
 from trainer.distributed import local_device
 from trainer.errors import Problem
-from trainer.model import ModelCost, WeightOptions, build_model_shape, model_cost, state_bytes, weight_options
-from trainer.pipeline import StageAssignment, assign_stages
+from trainer.model import ModelCost, WeightOptions, build_model, check_model, model_cost, state_bytes, weight_options
+from trainer.pipeline import StageAssignment, assign_stages, attention_to_recompute
 from trainer.run_directory import RunDirectory
 from trainer.sharding import wildcard_name
 from trainer.tensor_parallel import has_active_dropout, read_plan
@@ -71,32 +71,36 @@ def _tensor_lines(loaded: LoadedConfig, model: PreTrainedModel) -> Iterator[str]
         yield "  separate all-reduces for attention and MLP, because dropout is active between them"
 
 
-def _pipeline_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment) -> Iterator[str]:
-    if assignment.dataflow is None:
+def _pipeline_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment | None) -> Iterator[str]:
+    if assignment is None:
         return
     parallel, micro_batches = loaded.config.parallel, loaded.batch.accumulation_steps
-    element_size = 4 if loaded.config.deepspeed.precision == "fp32" else 2
-    stages = f"{assignment.stages} stages on {assignment.ranks} ranks ({parallel.pipeline_schedule})"
+    stages = f"{assignment.num_stages} stages on {assignment.ranks} ranks ({parallel.pipeline_schedule})"
     yield f"pipeline     {stages}, {micro_batches} micro-batches: a bubble of {parallel.bubble(micro_batches):.1%}"
     yield "  stage  rank  layers  share of FLOPs  parameters of the rank  sent for each micro-batch"
     rank_parameters = _parameters_by_rank(loaded, model, assignment)
-    ranks = parallel.tensor if parallel.sequence_parallel else 1
-    length = loaded.config.data.sequence_length
-    for stage, first, end, share, boundary_bytes in assignment.table(
-        loaded.batch.micro_batch_size, length, element_size, ranks
+    for row in assignment.rows(
+        micro_batch=loaded.batch.micro_batch_size,
+        length=loaded.config.data.sequence_length,
+        element_bytes=4 if loaded.config.deepspeed.precision == "fp32" else 2,
+        sequence_ranks=parallel.tensor if parallel.sequence_parallel else 1,
     ):
-        traffic = ", ".join(f"{format_bytes(count)} ({name})" for name, count in boundary_bytes.items()) or "-"
-        rank = assignment.rank_of_stage(stage)
-        yield f"  {stage:5}  {rank:4}  {f'{first}-{end - 1}':>6}  {share:14.1%}  {rank_parameters[rank]:22,}  {traffic}"
+        traffic = ", ".join(f"{format_bytes(count)} ({name})" for name, count in row.boundary_bytes.items()) or "-"
+        rank = assignment.rank_of_stage(row.stage)
+        layers = f"{row.first_layer}-{row.end_layer - 1}"
+        parameters = rank_parameters[rank]
+        yield f"  {row.stage:5}  {rank:4}  {layers:>6}  {row.cost_share:14.1%}  {parameters:22,}  {traffic}"
 
 
-def _parameters_by_rank(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment) -> list[int]:
+def _parameters_by_rank(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment | None) -> list[int]:
     """Return the number of parameters of each pipeline rank, on the first tensor rank, with padding."""
     parallel = loaded.config.parallel
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
         plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         sizes = {p.name: sum(prod(shard.local_shape()) for shard in p.shards) for p in plan.entries}
+    if assignment is None:
+        return [sum(sizes.values())]
     rank_parameters = [0] * assignment.ranks
     for name, ranks in assignment.parameter_ranks(model).items():
         for rank in ranks:
@@ -158,7 +162,7 @@ def _batch_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield f"tokens       {at_most}{tokens:,} a step{total}"
 
 
-def _memory_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment) -> Iterator[str]:
+def _memory_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: StageAssignment | None) -> Iterator[str]:
     section = loaded.config.deepspeed
     rank_parameters = _parameters_by_rank(loaded, model, assignment)
     states = state_bytes(
@@ -263,8 +267,10 @@ def describe(loaded: LoadedConfig) -> str:
         )
     device = device_problems(loaded, local_device())
     where = ", but not on this machine" if device else ""
-    model = build_model_shape(loaded)
+    model = build_model(loaded)
+    check_model(model, loaded)
     cost, assignment = model_cost(model), assign_stages(model, loaded)
+    attention_to_recompute(model, loaded)
     optimizer, extensions = loaded.deepspeed_json["optimizer"], required_extensions(loaded.deepspeed_json)
     lines = [
         f"{loaded.name}: the configuration is valid{where}; nothing was started",

@@ -138,7 +138,7 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     shape, assignment = plan.shape, plan.assignment
     engine = start_engine(build_model(loaded), loaded, world, assignment)
     assert isinstance(engine, PipelineEngine)
-    assert assignment.dataflow is not None
+    assert assignment is not None
     if case.sleeps:
         _sleep_in(engine.models, [name for unit in assignment.dataflow.units for name in unit])
     stage = world.topology.stage

@@ -17,7 +17,7 @@ from trainer.config.load import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
 from trainer.engine import start_engine
 from trainer.engine.plain import PlainEngine
-from trainer.model import build_model, build_model_shape, model_cost, state_bytes
+from trainer.model import build_model, model_cost, state_bytes
 from trainer.topology import Topology
 
 QUICK: dict[str, Any] = {"size": 1}
@@ -68,7 +68,7 @@ def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> d
     loaded = configuration(folder, size, world=ranks, **settings)
     engine = start_engine(build_model(loaded), loaded, world)
     assert isinstance(engine, PlainEngine)
-    formula = state_bytes(model_cost(build_model_shape(loaded)).parameters, stage=stage, data_ranks=ranks, half=half)
+    formula = state_bytes(model_cost(build_model(loaded)).parameters, stage=stage, data_ranks=ranks, half=half)
     return {"counted": _count(engine, loaded), "formula": formula}
 
 

@@ -19,7 +19,7 @@ from trainer.config.load import LoadedConfig, check_config
 from trainer.config.model_config import model_config, scrub
 from trainer.config.read import apply_override, read_config_file
 from trainer.errors import ConfigError, Problem, first_line
-from trainer.model import build_model_shape, initialize_weights
+from trainer.model import build_model, check_model, initialize_weights
 
 STEPS = 3
 """Optimizer steps of a comparison."""
@@ -71,7 +71,8 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> ComparedConfig
     samples = SHRUNK_SAMPLES if shrink else micro if isinstance(micro, int) and micro > 0 else 1
     raw["deepspeed"] = deepspeed_section(_zero(section, notes), 1, 1, samples, (1.0, 1.0))
     loaded = check_config(raw, world_size=1, device="cpu")
-    shape = build_model_shape(loaded)
+    shape = build_model(loaded)
+    check_model(shape, loaded)
     if shrink:
         left_out = [key for key in ("learning_rate_scales", "weight_decay_exclude") if raw["training"].pop(key, None)]
         notes += [f"left out: training.{key}, whose names need not be those of the small model" for key in left_out]
@@ -178,7 +179,9 @@ def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tupl
             section = loaded.config.model.model_copy(update={"path": None, "config": inline, "initialize": "random"})
             small_config = loaded.config.model_copy(update={"model": section})
             try:
-                small = build_model_shape(LoadedConfig(small_config, loaded.facts, loaded.batch, 1, {}))
+                small_loaded = LoadedConfig(small_config, loaded.facts, loaded.batch, 1, {})
+                small = build_model(small_loaded)
+                check_model(small, small_loaded)
             except ConfigError as refusal:
                 reasons.append(str(refusal.problems[0]))
                 continue

@@ -36,7 +36,14 @@ from trainer.model import (
     returns_head_output,
     weight_options,
 )
-from trainer.pipeline import ONE_STAGE, Stage, StageAssignment, local_parameters, recompute, share_parameters
+from trainer.pipeline import (
+    Stage,
+    StageAssignment,
+    attention_to_recompute,
+    install_recomputation,
+    local_parameters,
+    share_parameters,
+)
 from trainer.sharding import fill_remote_with_zeros
 from trainer.tasks import TASKS, TaskModule
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
@@ -49,7 +56,7 @@ def start_engine(
     model: PreTrainedModel,
     loaded: LoadedConfig,
     world: World,
-    assignment: StageAssignment = ONE_STAGE,
+    assignment: StageAssignment | None = None,
     *,
     blank: bool = False,
 ) -> PlainEngine | PipelineEngine:
@@ -59,19 +66,18 @@ def start_engine(
         model: from `build_model`, on the meta device.
         loaded: the configuration.
         world: of this rank.
-        assignment: of the model's layers to stages, from `assign_stages`.
+        assignment: of the model's layers to stages, from `assign_stages`; None without a pipeline.
         blank: materialize zeros, for a checkpoint to overwrite.
     """
     settings = engine_settings(loaded.deepspeed_json)
     for extension in required_extensions(settings):
         load_extension(extension)
     prepare_nvme(settings, loaded.config.run.output_dir)
-    assert assignment.ranks == world.topology.pipeline
+    assert (1 if assignment is None else assignment.ranks) == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
     optimizer_setup = OptimizerSetup(ParameterGroups(options), custom_schedule(loaded.deepspeed_json))
     builder = _EngineBuilder(loaded, world, settings, optimizer_setup, blank)
-    build = builder.build_plain if assignment.ranks == 1 else builder.build_pipeline
-    return build(model, assignment)
+    return builder.build_plain(model) if assignment is None else builder.build_pipeline(model, assignment)
 
 
 @dataclass(frozen=True)
@@ -96,15 +102,16 @@ class _EngineBuilder:
             return None
         return float(self.loaded.deepspeed_json["gradient_clipping"])
 
-    def build_plain(self, model: PreTrainedModel, assignment: StageAssignment) -> PlainEngine:
+    def build_plain(self, model: PreTrainedModel) -> PlainEngine:
         """Build the engine without a pipeline. Collective: all ranks must call it."""
         is_zero3 = self.settings["zero_optimization"]["stage"] == 3
         # Under ZeRO 3 a weight is in memory only while its own module runs.
         can_defer_head = not is_zero3 and returns_head_output(model, self.loaded)
+        attention = attention_to_recompute(model, self.loaded)
         mapper, grid = self._mapper(model), Grid(self.world)
         self._materialize(model, mapper, partitioner(self.settings, self.dtype, grid) if is_zero3 else None)
         mapper.install()
-        recompute(model, assignment.recomputed)
+        install_recomputation(model, self.loaded, attention)
         module = self._task_module(model, mapper, can_defer_head=can_defer_head)
         engine = self.optimizer_setup.initialize(module, [model], self.settings, mpu=grid)
         undo_initial_step(engine.optimizer)
@@ -122,7 +129,7 @@ class _EngineBuilder:
         models = [stage.model for stage in stages.values()]
         module = pipeline_module(
             stages,
-            assignment.stages,
+            assignment.num_stages,
             sizes=(topology.pipeline, topology.tensor, topology.data),
             dynamic_shape=self.loaded.config.data.packing != "concatenate",
         )
@@ -147,8 +154,7 @@ class _EngineBuilder:
         Collective: all ranks must call it. All weights are materialized before any stage is installed, because
         installing changes the modules that hold them.
         """
-        assert assignment.dataflow is not None
-        can_defer_head = returns_head_output(model, self.loaded)
+        can_defer_head, attention = returns_head_output(model, self.loaded), attention_to_recompute(model, self.loaded)
         indices = assignment.stages_of_rank(self.world.topology.stage)
         models = [model, *(copy.deepcopy(model) for _ in indices[1:])]
         mappers = [self._mapper(stage_model) for stage_model in models]
@@ -164,8 +170,8 @@ class _EngineBuilder:
         modules = []
         for stage_model, stage, mapper in zip(models, stages, mappers, strict=True):
             mapper.install()
-            stage.install()
-            recompute(stage_model, assignment.recomputed)
+            install_recomputation(stage_model, self.loaded, attention)
+            stage.install()  # turns recomputation off in layers of other stages
             fill_remote_with_zeros(stage_model, self.world.device, self.dtype)
             module = self._task_module(stage_model, mapper, can_defer_head=can_defer_head)
             modules.append(StageModule(module, stage, mapper, self.world.device))

@@ -1,8 +1,8 @@
-"""The Hugging Face model: built, given its weights, its task, its cost, and written back."""
+"""Hugging Face models: building, weights, cost, export and generation."""
 
 from transformers import PreTrainedModel
 
-from trainer.model.build import build_from_description, build_model, build_model_shape, load_model
+from trainer.model.build import build_from_description, build_model, check_model, load_model
 from trainer.model.cost import ModelCost, model_cost, peak_flops, state_bytes
 from trainer.model.export import describe_model, load_exported, write_model
 from trainer.model.generate import generate_texts
@@ -29,7 +29,7 @@ __all__ = [
     "ZeroWeights",
     "build_from_description",
     "build_model",
-    "build_model_shape",
+    "check_model",
     "configured_weights",
     "describe_model",
     "generate_texts",

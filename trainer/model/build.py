@@ -1,4 +1,4 @@
-"""Builds the Hugging Face model on the meta device, and gives it its weights."""
+"""Builds Hugging Face models on the meta device, and checks what a run asks of them."""
 
 from __future__ import annotations
 
@@ -31,35 +31,16 @@ if TYPE_CHECKING:
     from trainer.config import LoadedConfig
 
 
-def build_model_shape(loaded: LoadedConfig) -> PreTrainedModel:
-    """The model with every tensor on the meta device: shapes and names, no memory.
+def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """Build the configured model in fp32 with every tensor on the meta device; `materialize` gives it values.
+
+    Args:
+        loaded: the configuration.
+        tokenizer: whose special tokens an inline model takes that names none.
 
     Raises:
         ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
-            lacks, sizes that do not fit together, no support for activation checkpointing; if a pattern of a parameter
-            group matches no weight; if the weights in the folder at `model.path` are quantized, or hold unexpected
-            keys.
-        PlanError: if the tensor plan and the model do not fit together.
-    """
-    section, parallel = loaded.config.model, loaded.config.parallel
-    model = _construct(model_config(section), section.task, section, attn_implementation=loaded.attention)
-    if section.path is not None and loaded.initialize == "pretrained":
-        check_weight_headers(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
-    weight_options(model, loaded.config.training, decay=0)
-    if parallel.tensor > 1 or parallel.tensor_plan:
-        plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
-        if parallel.sequence_parallel:
-            refuse_sequence_parallel(model, plan, has_active_dropout=has_active_dropout(model))
-    return model
-
-
-def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The model of the configuration, in fp32, with every tensor on the meta device: `materialize` gives it values.
-
-    An inline model that names no special tokens takes those of `tokenizer`.
-
-    Raises:
-        ConfigError: as `build_model_shape`.
+            lacks, sizes that do not fit together, no support for activation checkpointing.
     """
     section = loaded.config.model
     config = model_config(section)
@@ -67,14 +48,33 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if key not in section.config:
                 setattr(config, key, getattr(tokenizer, key))
-    model = _construct(config, section.task, section, attn_implementation=loaded.attention)
-    if section.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return _construct(config, section.task, section, attn_implementation=loaded.attention)
+
+
+def check_model(model: PreTrainedModel, loaded: LoadedConfig) -> None:
+    """Check that the weights, the parameter groups and the tensor plan fit a model on the meta device.
+
+    Raises:
+        ConfigError: if a pattern of a parameter group matches no weight; if the weights in the folder at `model.path`
+            are quantized, or have unexpected keys.
+        PlanError: if the tensor plan and the model do not fit together.
+    """
+    section, parallel = loaded.config.model, loaded.config.parallel
+    if section.path is not None and loaded.initialize == "pretrained":
+        check_weight_headers(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
+    weight_options(model, loaded.config.training, decay=0)
+    if parallel.tensor > 1 or parallel.tensor_plan:
+        plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+        if parallel.sequence_parallel:
+            refuse_sequence_parallel(model, plan, has_active_dropout=has_active_dropout(model))
 
 
 def build_from_description(description: Mapping[str, Any], task: str = DEFAULT_TASK) -> PreTrainedModel:
-    """A model on the meta device from what `describe_model` said about it.
+    """Build a model on the meta device from what `describe_model` returns.
+
+    Args:
+        description: of the model.
+        task: `model.task`.
 
     Raises:
         ConfigError: if transformers refuses it.
@@ -87,11 +87,13 @@ def build_from_description(description: Mapping[str, Any], task: str = DEFAULT_T
 
 
 def load_model(path: str, key: str = "model.path") -> PreTrainedModel:
-    """The model at `path` with its weights, on the CPU, ready to generate: of a checkpoint, a Hugging Face folder, or a
-    name on the hub. It has the dtype of the folder, and fp32 of a checkpoint.
+    """Load the model at `path` with its weights on the CPU, ready to generate.
+
+    Its dtype is that of the weights in a folder or on the hub, and fp32 for a checkpoint.
 
     Args:
-        key: what named the path, for messages.
+        path: a checkpoint, a Hugging Face folder, or a name on the hub.
+        key: the option that named the path, for messages.
 
     Raises:
         ConfigError: as for a `model.path` of the configuration.

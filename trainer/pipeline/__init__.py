@@ -2,22 +2,23 @@
 
 from trainer.pipeline.balance import balance, stage_bounds
 from trainer.pipeline.dataflow import Dataflow
-from trainer.pipeline.recompute import recompute
+from trainer.pipeline.recompute import attention_to_recompute, install_recomputation
 from trainer.pipeline.shared_parameters import local_parameters, share_parameters, shared_parameters
 from trainer.pipeline.stage import BoundaryTensors, Stage
-from trainer.pipeline.stage_assignment import ONE_STAGE, StageAssignment, assign_stages, refuse_uses_on_other_stages
+from trainer.pipeline.stage_assignment import StageAssignment, StageRow, assign_stages, refuse_uses_on_other_stages
 from trainer.pipeline.trace import trace_dataflow
 
 __all__ = [
-    "ONE_STAGE",
     "BoundaryTensors",
     "Dataflow",
     "Stage",
     "StageAssignment",
+    "StageRow",
     "assign_stages",
+    "attention_to_recompute",
     "balance",
+    "install_recomputation",
     "local_parameters",
-    "recompute",
     "refuse_uses_on_other_stages",
     "share_parameters",
     "shared_parameters",

@@ -1,4 +1,4 @@
-"""Which layers of the user's model each stage gets."""
+"""Assignment of a model's layers to pipeline stages."""
 
 from __future__ import annotations
 
@@ -12,115 +12,113 @@ from transformers import PreTrainedModel
 
 from trainer.errors import PlanError, Problem
 from trainer.pipeline.balance import stage_bounds
-from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow
+from trainer.pipeline.dataflow import Dataflow
 from trainer.pipeline.stage import boundary_numel, parameter_stages
-from trainer.pipeline.trace import trace_dataflow
-from trainer.tasks import TASKS
+from trainer.pipeline.trace import trace_training_and_evaluation
 
 if TYPE_CHECKING:
     from trainer.config import LoadedConfig
 
 
 @dataclass(frozen=True)
+class StageRow:
+    """One stage, for display."""
+
+    stage: int
+    first_layer: int
+    end_layer: int
+    cost_share: float
+    """Share of the FLOPs of all layers."""
+
+    boundary_bytes: dict[str, int]
+    """Bytes that a rank sends to the next stage for each micro-batch, by the module whose output is sent."""
+
+
+@dataclass(frozen=True)
 class StageAssignment:
-    """The layers of a model over the stages of a pipeline."""
+    """The layers of a model assigned to the stages of a pipeline."""
 
-    dataflow: Dataflow | None = None
-    """None for one stage, whose model nobody has to follow."""
+    dataflow: Dataflow
+    """Of a forward pass in training."""
 
-    bounds: tuple[int, ...] = (0, 0)
+    bounds: tuple[int, ...]
     """Stage s has the layers from bounds[s] up to bounds[s + 1]."""
 
-    costs: tuple[float, ...] = ()
-    """FLOPs of each layer's forward pass for one sequence, with what belongs to it beside the layers."""
+    costs: tuple[float, ...]
+    """FLOPs of each layer's forward pass for one sequence, including the modules outside layers that run with it."""
 
-    ranks: int = 1
-    """Ranks of the pipeline: as many as stages, or half as many, which each hold two (DualPipeV)."""
-
-    recomputed: tuple[str, ...] = ()
-    """Modules that are computed again in the backward pass: attention, where that is asked for."""
+    ranks: int
+    """Pipeline ranks: as many as stages, or half as many where each rank holds two (DualPipeV)."""
 
     @property
-    def stages(self) -> int:
+    def num_stages(self) -> int:
+        """Number of stages."""
         return len(self.bounds) - 1
 
     def stages_of_rank(self, rank: int) -> tuple[int, ...]:
-        """Stages of a rank of the pipeline: under DualPipeV the way back passes the ranks in reverse."""
-        return (rank,) if self.stages == self.ranks else (rank, self.stages - 1 - rank)
+        """Return the stages of a pipeline rank. Under DualPipeV the second half of the stages runs back."""
+        return (rank,) if self.num_stages == self.ranks else (rank, self.num_stages - 1 - rank)
 
     def rank_of_stage(self, stage: int) -> int:
-        """The rank of the pipeline that has a stage."""
-        return min(stage, self.stages - 1 - stage) if self.stages > self.ranks else stage
+        """Return the pipeline rank that holds a stage."""
+        return min(stage, self.num_stages - 1 - stage) if self.num_stages > self.ranks else stage
 
     def parameter_ranks(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Ranks of the pipeline that hold each parameter, by its first name, in ascending order."""
+        """Return the pipeline ranks that hold each parameter, by its first name, in ascending order."""
         return {
             name: tuple(sorted({self.rank_of_stage(stage) for stage in stages}))
             for name, stages in self.parameter_stages(model).items()
         }
 
     def parameter_stages(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Stages that hold each parameter, by its first name."""
-        if self.dataflow is None:
-            return {name: (0,) for name, _ in model.named_parameters()}
+        """Return the stages that hold each parameter, by its first name."""
         return parameter_stages(model, self.dataflow, self.bounds)
 
-    def table(
-        self, micro_batch: int, length: int, size: int, sequence_ranks: int
-    ) -> Iterator[tuple[int, int, int, float, dict[str, int]]]:
-        """(stage, first layer, end, share of the cost, bytes that a rank sends of each micro-batch by what is sent).
+    def rows(self, *, micro_batch: int, length: int, element_bytes: int, sequence_ranks: int) -> Iterator[StageRow]:
+        """Describe each stage.
 
         Args:
-            size: bytes of a number. sequence_ranks: ranks that share what lies between layers.
+            micro_batch: samples of a micro-batch.
+            length: tokens of a sample.
+            element_bytes: bytes of an activation's element.
+            sequence_ranks: ranks that share the activations between layers (sequence parallelism).
         """
-        assert self.dataflow is not None
         for stage, (first, end) in enumerate(pairwise(self.bounds)):
+            numel: dict[str, int] = {}
+            if stage < self.num_stages - 1:
+                shape = {"batch": micro_batch, "length": length, "sequence_ranks": sequence_ranks}
+                numel = boundary_numel(self.dataflow, end, **shape)
             share = sum(self.costs[first:end]) / sum(self.costs)
-            last = stage == self.stages - 1
-            sent = {} if last else boundary_numel(self.dataflow, end, micro_batch, length, sequence_ranks)
-            yield stage, first, end, share, {name: numbers * size for name, numbers in sent.items()}
+            yield StageRow(stage, first, end, share, {name: count * element_bytes for name, count in numel.items()})
 
 
-ONE_STAGE = StageAssignment()
-"""Where there is no pipeline."""
-
-
-def assign_stages(model: PreTrainedModel, loaded: LoadedConfig) -> StageAssignment:
-    """Divides the layers of a model on the meta device over `parallel.pipeline` stages, and finds its attention where
-    that is to be recomputed.
+def assign_stages(model: PreTrainedModel, loaded: LoadedConfig) -> StageAssignment | None:
+    """Assign the layers of a model on the meta device to the stages of the pipeline; None without a pipeline.
 
     Raises:
-        PlanError: if the model has no layers that can be divided, or something that no module returns would have to
-            cross a boundary; if there is no attention to recompute.
+        PlanError: if the model has no sequence of layers, or if a value would have to cross a stage boundary that no
+            module returns.
         ConfigError: for more stages than layers, or `parallel.pipeline_layers` that do not add up.
     """
     parallel, length = loaded.config.parallel, loaded.config.data.sequence_length
-    selective = loaded.config.model.activation_checkpointing == "selective"
-    if parallel.pipeline == 1 and not selective:
-        return ONE_STAGE
-    if parallel.pipeline > 1:
-        _refuse_layers_left_out(model)
-    task = TASKS[loaded.config.model.task]
-    dataflow = trace_dataflow(model, task.example_inputs(model, BATCH, LENGTH))
-    evaluated = trace_dataflow(model, task.example_inputs(model, BATCH, 2 * LENGTH), training=False)
-    recomputed = tuple(_attention(model, dataflow, evaluated)) if selective else ()
     if parallel.pipeline == 1:
-        return StageAssignment(recomputed=recomputed)
-    refuse_uses_on_other_stages(model, dataflow, evaluated)
-    costs, speeds = dataflow.costs(length, evaluated), parallel.pipeline_weights
+        return None
+    _refuse_layer_drop(model)
+    training, evaluation = trace_training_and_evaluation(model, loaded.config.model.task)
+    refuse_uses_on_other_stages(model, training, evaluation)
+    costs, speeds = training.costs(length, evaluation), parallel.pipeline_weights
     if parallel.pipeline_schedule == "dualpipev" and speeds is not None:
         speeds = [*speeds, *reversed(speeds)]
     bounds = stage_bounds(costs, parallel.stages, parallel.pipeline_layers, speeds)
-    for cut in bounds[1:-1]:
-        dataflow.boundary_values(cut)  # refuses what cannot be sent
-    assignment = StageAssignment(dataflow, tuple(bounds), tuple(costs), parallel.pipeline, recomputed)
+    for boundary in bounds[1:-1]:
+        training.boundary_values(boundary)  # raises if a value cannot be sent
+    assignment = StageAssignment(training, tuple(bounds), tuple(costs), parallel.pipeline)
     _refuse_layers_used_twice(model, assignment)
     return assignment
 
 
 def _refuse_layers_used_twice(model: PreTrainedModel, assignment: StageAssignment) -> None:
-    """A weight of two stages on one rank is one weight there, and only those outside the layers may be."""
-    assert assignment.dataflow is not None
+    """Refuse layer weights in both stages of a rank, which shares such weights: only those outside layers may be."""
     layers = tuple(f"{name}." for unit in assignment.dataflow.units for name in unit)
     for name, stages in assignment.parameter_stages(model).items():
         if name.startswith(layers) and len({assignment.rank_of_stage(stage) for stage in stages}) < len(stages):
@@ -129,33 +127,23 @@ def _refuse_layers_used_twice(model: PreTrainedModel, assignment: StageAssignmen
             )
 
 
-def _attention(model: PreTrainedModel, dataflow: Dataflow, longer: Dataflow) -> list[str]:
-    found = dataflow.attention_modules(longer)
-    if not found:
-        reason = (
-            f"'selective' computes attention again, and {model.config.model_type} has no modules of it in its layers"
-        )
-        raise PlanError(Problem("model.activation_checkpointing", reason, "Set it to 'full' or 'none'"))
-    return found
-
-
-def _refuse_layers_left_out(model: PreTrainedModel) -> None:
+def _refuse_layer_drop(model: PreTrainedModel) -> None:
+    """Refuse LayerDrop, which skips layers at random: every rank must run its stage in every forward pass."""
     for config in (model.config, model.config.get_text_config()):
         for key, value in vars(config).items():
             if key.endswith("layerdrop") and value:
-                raise PlanError(
-                    Problem("model", f"{config.model_type} leaves out layers at random ({key} {value}), and stages "
-                            "must run them all", f"Set {key} to 0, or parallel.pipeline to 1")
-                )  # fmt: skip
+                reason = f"{config.model_type} skips layers at random ({key} {value}), and stages must run all layers"
+                raise PlanError(Problem("model", reason, f"Set {key} to 0, or parallel.pipeline to 1"))
 
 
-def refuse_uses_on_other_stages(model: PreTrainedModel, trained: Dataflow, evaluated: Dataflow) -> None:
-    """Looks whether evaluation uses each weight where training does.
+def refuse_uses_on_other_stages(model: PreTrainedModel, training: Dataflow, evaluation: Dataflow) -> None:
+    """Check that evaluation uses each weight in the layers in which training uses it.
 
     Raises:
-        PlanError: naming a weight that it uses elsewhere: its stage would not have it.
+        PlanError: with a weight that it uses in another layer, whose stage would lack it.
     """
     for name, _ in model.named_parameters():
-        if trained.units_using(name) and not evaluated.units_using(name) <= trained.units_using(name):
-            reason = f"{model.config.model_type} uses {name} elsewhere when it is evaluated than when it is trained"
+        layers = training.units_using(name)
+        if layers and not evaluation.units_using(name) <= layers:
+            reason = f"{model.config.model_type} uses {name} in different layers in evaluation and in training"
             raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))

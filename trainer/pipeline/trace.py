@@ -22,7 +22,7 @@ from trainer.compat.torch.dispatch import pytree, view_base
 from trainer.errors import PlanError, Problem, first_line
 from trainer.model.meta import MetaMode, matrix_flops, traceable
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
-from trainer.tasks import example_ids
+from trainer.tasks import TASKS, example_ids
 
 UNSPLITTABLE = {
     "reformer": "runs its layers in an autograd function of its own, which computes them again from the last one",
@@ -275,6 +275,20 @@ def trace_dataflow(
         units, follower.calls, follower.structures, dict(follower.inner_flops), numbers, follower.reads, follower.uses,
         follower.unknown,
     )  # fmt: skip
+
+
+def trace_training_and_evaluation(model: PreTrainedModel, task: str) -> tuple[Dataflow, Dataflow]:
+    """Trace a forward pass in training, and one in evaluation over sequences of twice the length.
+
+    The difference in length tells apart costs that grow linearly and quadratically with it.
+
+    Args:
+        model: on the meta device.
+        task: `model.task`, which provides the inputs.
+    """
+    inputs = TASKS[task].example_inputs
+    training = trace_dataflow(model, inputs(model, BATCH, LENGTH))
+    return training, trace_dataflow(model, inputs(model, BATCH, 2 * LENGTH), training=False)
 
 
 def _listen(follower: _Follower, name: str, module: nn.Module) -> list[Any]:
