@@ -30,7 +30,7 @@ def test_non_finite_checkpoint_is_refused(tiny: dict[str, Any], folder: Path) ->
     stored = read_manifest(source).tensors[f"{DOWN}.weight", WEIGHT]
     model_from(tiny, source)
     with (source / stored.chunks[0].file).open("r+b") as file:
-        file.seek(stored.chunks[0].offset)
+        file.seek(stored.chunks[0].byte_offset)
         file.write(struct.pack("<f", float("nan")))
     with pytest.raises(ConfigError, match=rf"{DOWN}\.weight in {stored.chunks[0].file}: 1 of 2048 values"):
         model_from(tiny, source)
