@@ -1,7 +1,7 @@
-"""Bad configurations and inputs, in one table: what is wrong, how the run must end, what it must say.
+"""A table of invalid configurations and inputs, with the exit status and the message that each must cause.
 
-A row changes the sound configuration of `tests/configs.py`: `values` sets keys (None removes one), `text`
-replaces the file's text, `files` are written below the test's folder and may be named by `{tmp}`.
+A row changes the valid configuration of `tests/configs.py`: `values` sets keys (None removes one), `text` replaces the
+text of the file, `files` are written below the folder of the test and are named with `{tmp}`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Bad:
     name: str
     status: int
     says: tuple[str, ...]
-    """Every one of these must stand in the message."""
+    """Texts that the message must contain."""
 
     values: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     rule: str = ""
-    """The rule of `trainer/config/rules/` that this row is the failing example of."""
+    """The rule of `trainer/config/rules/` that this row violates."""
 
     needs_data: bool = False
     """Whether the input is refused after its configuration was loaded: by its data, tokenizer, weights or model."""
@@ -36,24 +36,24 @@ def train_file(name: str) -> dict[str, Any]:
     return {"data__train": [{"path": "{tmp}/" + name}]}
 
 
-def llama(**changes: Any) -> dict[str, Any]:
+def llama(**changes: object) -> dict[str, Any]:
     return {f"model__config__{key}": value for key, value in changes.items()}
 
 
-def zero(**keys: Any) -> dict[str, Any]:
+def zero(**keys: object) -> dict[str, Any]:
     return {"deepspeed__zero_optimization": keys}
 
 
-def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+def optimizer(kind: str, **params: object) -> dict[str, Any]:
     return {"deepspeed__optimizer": {"type": kind, "params": params}}
 
 
-def scheduler(kind: str, **params: Any) -> dict[str, Any]:
+def scheduler(kind: str, **params: object) -> dict[str, Any]:
     return {"deepspeed__scheduler": {"type": kind, "params": params}}
 
 
-def folder(tensors: dict[str, Any], **config: Any) -> dict[str, bytes]:
-    """Files of a model folder."""
+def folder(tensors: dict[str, Any], **config: object) -> dict[str, bytes]:
+    """Return the files of a model folder."""
     sizes = {
         "model_type": "llama",
         "vocab_size": 320,
@@ -68,7 +68,7 @@ def folder(tensors: dict[str, Any], **config: Any) -> dict[str, bytes]:
     }
 
 
-def in_folder(**model: Any) -> dict[str, Any]:
+def in_folder(**model: object) -> dict[str, Any]:
     return {"model": {"path": "{tmp}/model", **model}, "data__tokenizer": "{tokenizer}"}
 
 

@@ -1,4 +1,4 @@
-"""Seeded damage to JSON and binary files, as people, disks and other programs do it."""
+"""Seeded mutations of JSON and binary files, like mistakes of users, disks and other programs."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ ODD_VALUES: tuple[Any, ...] = (
     {"a": {"b": [1, {}]}},
     [[[[[[[[[[]]]]]]]]]],
 )
-"""Values that replace a sound one."""
+"""Values that replace a valid one."""
 
 
-def _json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def _json_paths(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _json_paths(item, (*path, key))
 
 
-def mutated_json(value: Any, rng: random.Random) -> str:
-    """The text of `value` with one to three mutations."""
+def mutated_json(value: object, rng: random.Random) -> str:
+    """Return the text of `value` with one to three mutations."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         paths = [path for path in _json_paths(value) if path]
@@ -97,7 +97,7 @@ def mutated_json(value: Any, rng: random.Random) -> str:
 
 
 def damage(file: Path, rng: random.Random) -> str:
-    """Damages a file of a run; returns how."""
+    """Damage a file of a run; return the kind of damage."""
     if file.suffix == ".json" and rng.random() < 0.7:
         file.write_bytes(mutated_json(json.loads(file.read_text()), rng).encode(errors="surrogateescape"))
         return "JSON"

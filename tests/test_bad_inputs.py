@@ -1,4 +1,4 @@
-"""Every bad input ends with its exit status and one readable message, and without a traceback."""
+"""Invalid inputs end with their exit status and one readable message, without a traceback."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_files(bad: Bad, folder: Path) -> None:
             path.write_bytes(content)
 
 
-def fill_placeholders(value: Any, **names: Path) -> Any:
+def fill_placeholders(value: object, **names: Path) -> object:
     text = json.dumps(value)
     for name, path in names.items():
         text = text.replace("{" + name + "}", str(path))

@@ -35,7 +35,7 @@ BEFORE = {
 Weights = dict[str, torch.Tensor]
 
 
-def train(run: Path, *arguments: str, **values: Any) -> CommandResult:
+def train(run: Path, *arguments: str, **values: object) -> CommandResult:
     """Run the training command, with the cache next to the run directory."""
     paths = {"run.output_dir": str(run), "data.cache_dir": str(run.parent / "cache"), "training.max_steps": STEPS}
     settings = [f"{key}={json.dumps(value)}" for key, value in {**paths, **values}.items()]
@@ -198,7 +198,7 @@ def test_stored_run_is_read(place: str, tmp_path: Path) -> None:
 def test_added_key_may_depend_on_model_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A key that the schema does not list, in the configurations that a function selects."""
 
-    def is_decoder(stored: Any) -> Any:
+    def is_decoder(stored: object) -> object:
         return False if value_at(stored, "model.config.model_type") == "llama" else ABSENT
 
     row = AddedKey("model.config.is_decoder", is_decoder, default=True)
@@ -214,7 +214,7 @@ def test_configuration_in_run_directory_is_valid_input() -> None:
     assert loaded.config.data.special_tokens == "end"
 
 
-def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]]:
+def with_new_configuration(folder: Path, **values: object) -> tuple[Path, list[str]]:
     """Write a run directory with `values` of the user; return it and the arguments that resume it."""
     settings = [f"run.output_dir={folder}", f"data.cache_dir={folder}"]
     chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
@@ -232,7 +232,7 @@ def with_new_configuration(folder: Path, **values: Any) -> tuple[Path, list[str]
         ("data.special_tokens", "none"),
     ],
 )
-def test_explicit_values_are_not_kept(key: str, value: Any, tmp_path: Path) -> None:
+def test_explicit_values_are_not_kept(key: str, value: object, tmp_path: Path) -> None:
     """Removing the key is a change of value, as with every key that identifies a run."""
     run, settings = with_new_configuration(tmp_path / "run", **{key: value})
     loaded = load_config(CONFIG, settings, world_size=1, device="cpu")

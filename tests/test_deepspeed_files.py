@@ -1,4 +1,4 @@
-"""DeepSpeed files as other trainers have them, in `tests/data/deepspeed`: what is missing is asked for once."""
+"""DeepSpeed files of other trainers, in `tests/data/deepspeed`: missing values are reported in one problem."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = sorted((Path(__file__).parent / "data" / "deepspeed").glob("*.json"))
 BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
 
 
-def write(folder: Path, tiny: dict[str, Any], deepspeed: Any) -> Path:
+def write(folder: Path, tiny: dict[str, Any], deepspeed: object) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps({**tiny, "deepspeed": deepspeed}))
     return path
@@ -32,8 +32,8 @@ def refusal(path: Path, *overrides: str) -> list[str]:
     return [str(problem) for problem in caught.value.problems]
 
 
-def completed(message: str) -> Any:
-    """The section that a message says to write."""
+def completed(message: str) -> object:
+    """Return the section that a message proposes."""
     match = re.search(r'For example "deepspeed": (\{.*\})$', message)
     assert match, message
     return json.loads(match[1])
@@ -103,7 +103,7 @@ def test_override_replaces_file_and_its_keys(tiny: dict[str, Any], tmp_path: Pat
         ("list.json", "list.json: expected a JSON object, got list"),
     ],
 )
-def test_invalid_extends_is_refused(section: Any, expected: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_extends_is_refused(section: object, expected: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "circle.json").write_text('{"extends": "circle.json"}')
     (tmp_path / "list.json").write_text("[]")
     (problem,) = refusal(write(tmp_path, tiny, section))
@@ -113,13 +113,13 @@ def test_invalid_extends_is_refused(section: Any, expected: str, tiny: dict[str,
 # --- values that only the user can give ------------------------------------------------------------------------------
 
 
-def loaded(tiny: dict[str, Any], device: Any = "cpu", **values: Any) -> LoadedConfig:
+def loaded(tiny: dict[str, Any], device: object = "cpu", **values: object) -> LoadedConfig:
     return check_config(
         with_values(tiny, **{f"deepspeed__{key}": value for key, value in values.items()}), world_size=1, device=device
     )
 
 
-def asked(tiny: dict[str, Any], **values: Any) -> list[str]:
+def asked(tiny: dict[str, Any], **values: object) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         loaded(tiny, **values)
     return [str(problem) for problem in caught.value.problems]
@@ -169,7 +169,7 @@ def test_misspelt_argument_is_not_reported_as_missing(tiny: dict[str, Any]) -> N
     ],
 )
 def test_auto_precision_follows_device(
-    bf16: Any, fp16: Any, has_bf16: bool, expected: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    bf16: object, fp16: object, has_bf16: bool, expected: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(normalize, "has_bf16", lambda device: has_bf16)
     parts = {name: {"enabled": value} for name, value in (("bf16", bf16), ("fp16", fp16)) if value is not None}
@@ -237,7 +237,7 @@ def test_every_unsupported_switch_may_be_disabled() -> None:
 
 
 def test_zero_key_aliases_are_equivalent(tiny: dict[str, Any]) -> None:
-    """DeepSpeed takes `prefetch_bucket_size` for `stage3_prefetch_bucket_size`, as in files of Axolotl."""
+    """Accept `prefetch_bucket_size` for `stage3_prefetch_bucket_size`, as in files of Axolotl."""
     for name, alias in normalize.ZERO_ALIASES.items():
         value = DeepSpeedZeroConfig.model_fields[name].default
         first, second = (loaded(tiny, zero_optimization={"stage": 3, key: value}) for key in (name, alias))

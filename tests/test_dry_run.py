@@ -1,4 +1,4 @@
-"""`--dry_run` looks at the data, the weights, the checkpoint and the device, and says how much data there is."""
+"""`--dry_run` checks the data, the weights, the checkpoint and the device, and estimates the amount of data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture
 def fresh(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A configuration whose data are not in the cache."""
+    """Return a configuration whose data are not in the cache."""
     return with_values(tiny, data__cache_dir=str(tmp_path / "cache"))
 
 
@@ -115,7 +115,7 @@ def test_dry_run_reports_truncated_weights(fresh: dict[str, Any], corpus: Path, 
 
 
 def test_dry_run_reports_unsupported_fp16(fresh: dict[str, Any], tmp_path: Path) -> None:
-    """Not refused: the machine that will train may have GPUs."""
+    """Warn only, because the machine that trains may have GPUs."""
     half = with_values(fresh, deepspeed__fp16={"enabled": True}, deepspeed__zero_optimization={"stage": 1})
     ended = dry_run(half, tmp_path)
     assert ended.status == 0, ended.err
@@ -176,13 +176,17 @@ def as_parquet(target: Path, rows: list[str]) -> str:
 def test_sample_estimates_are_near_exact_counts(
     write: Callable[[Path, list[str]], str], fraction: float | None, fresh: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
-    """Of documents and tokens, from the first rows; and exact ones once the data are prepared."""
+    """Estimate documents and tokens from the first rows; report exact numbers once the data are prepared."""
     folder_of_tokenizer, rows = tmp_path / "tokenizer", texts(corpus)
     train_tokenizer(iter(rows), 320, folder_of_tokenizer)
     path = write(tmp_path, rows)
-    config = with_values(fresh, data__train=[{"path": path}], data__tokenizer=str(folder_of_tokenizer),
-                         data__validation=[{"fraction": fraction}] if fraction else [],
-                         training={"epochs": 2})  # fmt: skip
+    config = with_values(
+        fresh,
+        data__train=[{"path": path}],
+        data__tokenizer=str(folder_of_tokenizer),
+        data__validation=[{"fraction": fraction}] if fraction else [],
+        training={"epochs": 2},
+    )
     loaded = check_config(config, world_size=1, device="cpu")
     estimated = inspect_data(loaded)
     assert len(rows) > 10 * MAX_INSPECTED_ROWS
@@ -203,5 +207,5 @@ def test_sample_estimates_are_near_exact_counts(
     assert "about" not in re.findall(r"epochs       .*", said)[0]
 
 
-def count_of(report: Any) -> str:
+def count_of(report: object) -> str:
     return f"{report.epoch_samples:,}"

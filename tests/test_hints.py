@@ -1,4 +1,4 @@
-"""Keys of other trainers are told by their names here."""
+"""Keys of other trainers are reported with our key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutated configurations, and damaged files of a run and its token cache: a status of ours, no traceback, no hang."""
+"""Mutated configurations and damaged files of a run: a documented exit status, no traceback, no hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.mutations import damage, mutated_json
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 TIMEOUT_SECONDS = 60
-"""That one command may take, on a busy machine."""
+"""Limit for one command, on a busy machine."""
 
 FILES = (
     "run/config.json",
@@ -33,7 +33,7 @@ STATUSES = (0, 2, 3, 4)
 
 
 def end_of(config: Path, *arguments: str) -> str:
-    """What is wrong with how the command ended; empty if nothing."""
+    """Run the command; return why its end is not acceptable, or an empty string."""
     start = time.monotonic()
     ended = run_command(TRAIN, "--config", str(config), *arguments, working_folder=config.parent)
     said = ended.out + ended.err
@@ -70,7 +70,7 @@ def mutated_configurations(tiny: dict[str, Any], folder: Path, seeds: range) -> 
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, in a folder with its configuration and its token cache."""
+    """Train two steps in a folder that also has the configuration and the token cache."""
     from tests.configs import tiny_config
 
     folder = tmp_path_factory.mktemp("trained")

@@ -1,4 +1,4 @@
-"""`run.plugins`: model classes of a package of the user's own, in every layout; and code that nobody has named."""
+"""`run.plugins`: model classes of a user's package in every layout, and refusal of code that the user did not name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trainer.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 PLUGIN = {"PYTHONPATH": str(ROOT / "tests" / "plugin")}
 PLAN = {"layers.*.mlp.raise_it": "colwise", "layers.*.mlp.lower_it": "rowwise"}
-"""Of the weights that the configuration class's own plan does not name."""
+"""Styles of the weights that the plan of the configuration class lacks."""
 
 
-def wizard(corpus: Path, cache: Path, run: Path, **values: Any) -> dict[str, Any]:
+def wizard(corpus: Path, cache: Path, run: Path, **values: object) -> dict[str, Any]:
     config = tiny_config(corpus, cache, run)
     chosen = {"run__plugins": ["wizard"], "model__config__model_type": "wizard", "parallel__tensor_plan": PLAN}
     return with_values(config, **chosen, checkpoint__every_steps=1, **values)
@@ -35,7 +35,7 @@ def train(config: dict[str, Any], folder: Path, *arguments: str, world: int = 1)
 
 @pytest.fixture(scope="module")
 def resumed(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps on two tensor ranks, then two on one process."""
+    """Train two steps on two tensor ranks, then resume for two steps on one process."""
     folder = tmp_path_factory.mktemp("plugin")
     config = wizard(corpus, shared_cache, folder / "run", parallel__tensor=2, training__max_steps=2)
     begun = train(config, folder, world=2)
@@ -62,7 +62,7 @@ def test_plugin_model_matches_single_process_in_every_layout(
 
 @pytest.mark.parametrize("script", ["launch/generate.py", "tools/checkpoint.py"])
 def test_recorded_plugin_runs_only_when_named(script: str, resumed: Path, tmp_path: Path) -> None:
-    """A run directory may come from somebody else: it alone makes nothing be imported."""
+    """Import nothing because of the content of a run directory, which may come from somebody else."""
     arguments = ["--run", str(resumed), "--prompt", "the quick", "--tokens", "3"]
     if script == "tools/checkpoint.py":
         arguments = ["export", str(resumed), str(tmp_path / "out"), "--check"]

@@ -1,4 +1,4 @@
-"""Secrets are in no stored or logged text, and no control character reaches a console."""
+"""Stored and logged text has no secrets, and no control character reaches a console."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
         ("https://TOKEN@host/x and ftp://u:p@w@h/", "https://***@host/x and ftp://***@h/"),
         ("filecache::sftp://user:pass@host:22/x", "filecache::sftp://***@host:22/x"),
         ("https://h/x?sv=1&sig=AB%2Fc&se=2", "https://h/x?sv=1&sig=***&se=2"),
-        ("https://h/x?X-Amz-Signature=ab&X-Amz-Credential=cd&X-Amz-Date=1",
-         "https://h/x?X-Amz-Signature=***&X-Amz-Credential=***&X-Amz-Date=1"),
+        (
+            "https://h/x?X-Amz-Signature=ab&X-Amz-Credential=cd&X-Amz-Date=1",
+            "https://h/x?X-Amz-Signature=***&X-Amz-Credential=***&X-Amz-Date=1",
+        ),
         ("abfs://h/x?account_key=ab&apikey=cd&keys=1", "abfs://h/x?account_key=***&apikey=***&keys=1"),
         ("hf://datasets/a/b@main/x", "hf://datasets/a/b@main/x"),
         ("s3://bucket/run", "s3://bucket/run"),
         ("someone@example.org", "someone@example.org"),
     ],
-)  # fmt: skip
+)
 def test_redact_removes_secrets(text: str, expected: str) -> None:
     assert redact(text) == expected
     assert redact(expected) == expected
@@ -60,7 +62,7 @@ def test_console_and_log_files_are_safe(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.fast
 def test_resumed_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
-    def loaded(secret: str) -> Any:
+    def loaded(secret: str) -> object:
         config = with_values(tiny, checkpoint__upload=f"memory://user:{secret}@host/run")
         return check_config(config, world_size=1, device="cpu")
 
@@ -73,8 +75,13 @@ def test_resumed_run_is_compared_without_secrets(tiny: dict[str, Any]) -> None:
 
 
 def test_run_files_do_not_contain_secret(tiny: dict[str, Any], tmp_path: Path) -> None:
-    config = with_values(tiny, checkpoint__upload="memory://user:pa55w0rd@host/run?sig=s1gn", checkpoint__every_steps=2,
-                         tracking__wandb={"mode": "offline"}, training__max_steps=2)  # fmt: skip
+    config = with_values(
+        tiny,
+        checkpoint__upload="memory://user:pa55w0rd@host/run?sig=s1gn",
+        checkpoint__every_steps=2,
+        tracking__wandb={"mode": "offline"},
+        training__max_steps=2,
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"))
     assert ended.status == 0, ended.err
@@ -89,14 +96,35 @@ def test_run_files_do_not_contain_secret(tiny: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     "override",
     [
-        "a", "=1", "a..b=1", ".a=1", "a.=1", "model=3", "run=null", "training.max_steps=" + "9" * 400, "run.seed=NaN",
-        "training.z_loss=1e400", "model.config=" + "[" * 100_000, 'run.name={"a":' * 300, "run.\x1b[2J=1",
-        "data.train.99999999999999999999=1", "data.train.-1=1", "run.output_dir=\x00", "run.name=\udcff",
-        "a." * 5000 + "b=1", "data.train.0.path=\x1b[31m", "deepspeed=/", "deepspeed=\x00", "model.path=\x00",
-        "data.tokenizer=./\x00", "data.train.0.path=\x00", "checkpoint.upload=\x00", "run.output_dir=" + "a" * 5000,
+        "a",
+        "=1",
+        "a..b=1",
+        ".a=1",
+        "a.=1",
+        "model=3",
+        "run=null",
+        "training.max_steps=" + "9" * 400,
+        "run.seed=NaN",
+        "training.z_loss=1e400",
+        "model.config=" + "[" * 100_000,
+        'run.name={"a":' * 300,
+        "run.\x1b[2J=1",
+        "data.train.99999999999999999999=1",
+        "data.train.-1=1",
+        "run.output_dir=\x00",
+        "run.name=\udcff",
+        "a." * 5000 + "b=1",
+        "data.train.0.path=\x1b[31m",
+        "deepspeed=/",
+        "deepspeed=\x00",
+        "model.path=\x00",
+        "data.tokenizer=./\x00",
+        "data.train.0.path=\x00",
+        "checkpoint.upload=\x00",
+        "run.output_dir=" + "a" * 5000,
     ],
     ids=lambda override: ascii(override[:24]),
-)  # fmt: skip
+)
 def test_absurd_override_ends_without_traceback(override: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     ended = run_command(TRAIN, "--config", str(tmp_path / "config.json"), "--set", override)

@@ -1,4 +1,4 @@
-"""Searches for files are bounded, and what is no regular file is refused instead of read."""
+"""Searches for files are bounded, and files that are not regular are refused."""
 
 from __future__ import annotations
 
@@ -36,9 +36,26 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["*.jsonl", "*/*.jsonl", "**/*.jsonl", "**", "b/**", "**/d/*", "b/**/e.jsonl", "**/**/*.txt", "?.jsonl", "*/d/e.*",
-     ".hidden/*", "b/.*", "x[[]1].jsonl", "nowhere/*", "**/nothing", "link/*.jsonl", "[ab].jsonl"],
-)  # fmt: skip
+    [
+        "*.jsonl",
+        "*/*.jsonl",
+        "**/*.jsonl",
+        "**",
+        "b/**",
+        "**/d/*",
+        "b/**/e.jsonl",
+        "**/**/*.txt",
+        "?.jsonl",
+        "*/d/e.*",
+        ".hidden/*",
+        "b/.*",
+        "x[[]1].jsonl",
+        "nowhere/*",
+        "**/nothing",
+        "link/*.jsonl",
+        "[ab].jsonl",
+    ],
+)
 def test_glob_matches_like_python(pattern: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     for start in ("", f"{tree}/"):

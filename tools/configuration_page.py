@@ -28,7 +28,7 @@ Three keys at the top of the file belong to no section:
 
 | key | meaning |
 | --- | --- |
-| `extends` | A file whose values this one overrides: objects key by key, anything else as a whole. |
+| `extends` | A file whose values this one overrides: objects key by key, anything else is replaced. |
 | `$schema` | For editors. Ignored. |
 | `tessera` | Metadata of a run in its `config.json`. Ignored when that file is run again. |
 """

@@ -84,7 +84,7 @@ def _examine(name: str, raw: Raw, error: ValidationError, result: SectionResult)
             result.problems.append(Problem(key, f"expected {expected}, got {_shown(value)}"))
         parent = _value_at(repaired, path[:-1])
         if path and isinstance(parent, dict):
-            parent.pop(path[-1], None)
+            parent.pop(str(path[-1]), None)
     return repaired
 
 
@@ -104,11 +104,12 @@ def _path_in_json(location: Path, raw: Json) -> Path:
     return tuple(path)
 
 
-def _value_at(raw: Json, path: Path) -> Any:
+def _value_at(raw: Json, path: Path) -> Json:
     node: Any = raw
     for part in path:
         node = node[part]
-    return node
+    value: Json = node
+    return value
 
 
 def _known_keys_at(section_class: type[BaseModel], path: Sequence[str | int]) -> list[str]:
@@ -126,7 +127,8 @@ def _section_class_in(annotation: object) -> type[BaseModel] | None:
     members = getattr(annotation, "__args__", ())
     if isinstance(annotation, type) and not members:
         return annotation if issubclass(annotation, BaseModel) else None
-    return next((found for member in members if (found := _section_class_in(member)) is not None), None)
+    classes = (_section_class_in(member) for member in members)
+    return next((section_class for section_class in classes if section_class is not None), None)
 
 
 def _shown(value: Json) -> str:
@@ -147,7 +149,7 @@ def _unknown_key_problem(name: str, path: Path, repaired: Raw) -> Problem:
     """Remove an unknown key from `repaired` and return its problem. A misspelled key gets its correct name instead."""
     key = ".".join(str(part) for part in (name, *path))
     below = ".".join(str(part) for part in path)
-    parent = _value_at(repaired, path[:-1])
+    parent: Any = _value_at(repaired, path[:-1])
     value = parent.pop(path[-1])
     if name == "deepspeed" and below in UNSUPPORTED:
         reason, remedy = UNSUPPORTED[below]
