@@ -106,7 +106,7 @@ def test_four_key_value_heads_on_eight_ranks_gradients_match() -> None:
 
 
 def skip_input_reduction(families: list[Family]) -> list[Verdict]:
-    """The loss stays exact; only gradients differ."""
+    """Change gradients only: the loss stays exact."""
     collectives.enter_region = lambda x, group: x
     return prove(families)
 

@@ -78,6 +78,13 @@ def test_unknown_style_is_reported() -> None:
 
 
 @pytest.mark.fast
+def test_unreadable_argument_is_reported() -> None:
+    (message,) = plan_problems(meta("llama"), {"layers.*.self_attn.q_proj": "cut:first"})
+    assert message.startswith("parallel.tensor_plan.layers.*.self_attn.q_proj: 'cut:first' cannot be read: ")
+    assert "the style is written 'cut:dimension" in message
+
+
+@pytest.mark.fast
 def test_weight_without_entry_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", {k: v for k, v in FAMILIES["gpt2"].items() if k != "h.*.attn.c_attn"})
     messages = plan_problems(meta("gpt2", num_hidden_layers=1))

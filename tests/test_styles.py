@@ -105,7 +105,10 @@ def test_misspelled_style_is_refused_with_a_suggestion() -> None:
     ("text", "reason"),
     [
         ("cut", "the style is written 'cut:dimension"),
-        ("cut:first", "the style is written 'cut:dimension"),
+        ("cut:first", "'first' is not an integer; the style is written 'cut:dimension"),
+        ("split_input:alibi", "'' is not an integer"),
+        ("split_output:1", "'' is not an integer"),
+        ("enter_output:last", "'last' is not an integer"),
         ("inside:here", "'inside' takes no argument"),
         ("needs:legacy", "'needs' takes field=value"),
         ("colwise:head-dim", "'head-dim' is not a sum of products of numbers and names"),

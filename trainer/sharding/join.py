@@ -27,7 +27,7 @@ class Joiner:
     def add(self, name: str, local: Tensor, shard: Shard | None) -> Iterator[tuple[str, Tensor]]:
         """Yield the full tensor. Collective: all ranks of the groups that slice the parameter must call it.
 
-        A full tensor that lies in several parameters is yielded with the last of them.
+        A full tensor whose shards are several parameters is yielded with the last of them.
 
         Args:
             name: of the parameter, for one without a record.

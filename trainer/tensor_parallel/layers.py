@@ -74,7 +74,7 @@ def shard_key(key: str, number: int) -> str:
 
 
 class _SharedColumn(nn.Module):
-    """Mixin for a column layer of which ranks share some matrices: its weight lies in several parameters."""
+    """Mixin for a column layer of which ranks share some matrices: its weight is in several parameters."""
 
     shard_count: int
 
@@ -116,7 +116,7 @@ class _SharedChannels(_SharedColumn, nn.Conv1d):
 
 
 def join_shards(module: nn.Module, count: int) -> None:
-    """Make a column layer compute with a weight that lies in `count` parameters.
+    """Make a column layer compute with a weight that is in `count` parameters.
 
     Raises:
         PlanError: if the module is neither a Linear, nor a Conv1D, nor a depthwise convolution.

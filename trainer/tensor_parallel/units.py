@@ -63,6 +63,17 @@ def check_expression(text: str) -> str:
     return text
 
 
+def parse_integer(text: str) -> int:
+    """Return the integer of a text.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    if not re.fullmatch(r"-?\d+", text):
+        raise ValueError(f"'{text}' is not an integer")
+    return int(text)
+
+
 class Scope:
     """Values of the names in an expression: of the module, of those above it, and of the model's configuration."""
 

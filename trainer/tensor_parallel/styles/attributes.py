@@ -1,4 +1,4 @@
-"""Styles that change what a module keeps beside its parameters, and conditions of a plan."""
+"""Styles that change the attributes of a module, and conditions of a plan."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from trainer.tensor_parallel.hooks import on_inputs, on_output
 from trainer.tensor_parallel.region import Region
 from trainer.tensor_parallel.styles.base import ModuleStyle, ModuleTarget, ParameterStyle
 from trainer.tensor_parallel.styles.replicated import Replicated
+from trainer.tensor_parallel.units import parse_integer
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class LatentProjection(ModuleStyle):
     @classmethod
     def parse(cls, argument: str) -> Self:
         """Read the number of outputs."""
-        return cls(int(argument) if argument else None)
+        return cls(parse_integer(argument) if argument else None)
 
     @property
     def argument(self) -> str:

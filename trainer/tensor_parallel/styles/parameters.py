@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from torch import nn
 
 from trainer.tensor_parallel.styles.base import ModuleStyle, Shape, ShardedStyle
+from trainer.tensor_parallel.units import parse_integer
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ShardedParameter(ShardedStyle):
     def parse(cls, argument: str) -> Self:
         """Read a dimension, and what `ShardedStyle.parse` reads."""
         dim, _, rest = argument.partition(":")
-        return replace(super().parse(rest), dim=int(dim))
+        return replace(super().parse(rest), dim=parse_integer(dim))
 
     @property
     def argument(self) -> str:

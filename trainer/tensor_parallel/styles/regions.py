@@ -13,6 +13,7 @@ from trainer.tensor_parallel import collectives
 from trainer.tensor_parallel.hooks import on_argument, on_inputs, on_output
 from trainer.tensor_parallel.region import Region
 from trainer.tensor_parallel.styles.base import ModuleStyle, ModuleTarget
+from trainer.tensor_parallel.units import parse_integer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class EnterInput(ModuleStyle):
 
 @dataclass(frozen=True)
 class EnterThrough(ModuleStyle):
-    """The module's inputs enter a region, and its output lies in it, where its users are 'inside': `enter_through`."""
+    """The module's inputs enter a region, and its output is in it, so that its users are 'inside': `enter_through`."""
 
     name: ClassVar[str] = "enter_through"
 
@@ -51,7 +52,7 @@ class EnterThrough(ModuleStyle):
 
 @dataclass(frozen=True)
 class InsideRegion(ModuleStyle):
-    """A column layer whose input lies in the region already: `inside`."""
+    """A column layer whose input is in the region already: `inside`."""
 
     name: ClassVar[str] = "inside"
     allows_sharded_sequence: ClassVar[bool] = True
@@ -101,7 +102,7 @@ class EnterOutput(ModuleStyle):
     @classmethod
     def parse(cls, argument: str) -> Self:
         """Read an index."""
-        return cls(int(argument) if argument else None)
+        return cls(parse_integer(argument) if argument else None)
 
     @property
     def argument(self) -> str:
@@ -214,8 +215,8 @@ class SplitOutput(ModuleStyle):
         """Read an index and a dimension."""
         if not argument:
             return cls()
-        index, dim = argument.split(":")
-        return cls(int(index), int(dim))
+        index, _, dim = argument.partition(":")
+        return cls(parse_integer(index), parse_integer(dim))
 
     @property
     def argument(self) -> str:
@@ -253,8 +254,9 @@ class SplitInput(ModuleStyle):
     @classmethod
     def parse(cls, argument: str) -> Self:
         """Read a name, a dimension and an attribute."""
-        name, dim, *heads = argument.split(":")
-        return cls(name, int(dim), *heads)
+        name, _, rest = argument.partition(":")
+        dim, _, heads = rest.partition(":")
+        return cls(name, parse_integer(dim), heads)
 
     @property
     def argument(self) -> str:

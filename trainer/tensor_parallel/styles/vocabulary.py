@@ -20,6 +20,7 @@ from trainer.tensor_parallel.styles.base import (
     ShardedStyle,
     padded_shard,
 )
+from trainer.tensor_parallel.units import parse_integer
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class VocabularyParameter(ParameterStyle):
     @classmethod
     def parse(cls, argument: str) -> Self:
         """Read the dimension."""
-        return cls(int(argument))
+        return cls(parse_integer(argument))
 
     @property
     def argument(self) -> str:
