@@ -137,6 +137,9 @@ def _command(
 ) -> None:
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    # A parent that pytest runs in has replaced these.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     os.environ.update(environment)
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if folder is not None:
@@ -274,9 +277,10 @@ def _status(processes: Sequence[Any]) -> int | None:
         exited = wait(list(running), timeout=deadline - time.monotonic())
         if not exited:
             return None
-        statuses = [running.pop(sentinel).exitcode for sentinel in exited]
-        if failed := [status for status in statuses if status]:
-            return int(failed[0])
+        for process in [running.pop(sentinel) for sentinel in exited]:
+            process.join()  # a forked process closes its sentinel before its status can be read
+            if process.exitcode:
+                return int(process.exitcode)
     return 0
 
 
