@@ -2,6 +2,7 @@
 
     python -m tools.mutants                       # 400 mutants, at least 40 of each package
     python -m tools.mutants --packages data config
+    python -m tools.mutants --packages checkpoint --tests tests/checkpoint --markers 'not matrix'   # with its ranks
     python -m tools.mutants --key 'trainer/data/order.py: ...'   # one mutant, with the output of its tests
 
 Outcomes are kept in .cache/mutants for as long as the sources and tests stay the same, so that a run that was stopped
@@ -31,9 +32,9 @@ SEED = 20261124
 DETECTED = (runner.KILLED, runner.TIMEOUT)
 
 
-def source_hash() -> str:
-    """Return a hash of all sources that an outcome depends on."""
-    whole = hashlib.sha256()
+def source_hash(*selection: str) -> str:
+    """Return a hash of all sources that an outcome depends on, and of what selects the tests."""
+    whole = hashlib.sha256(repr(selection).encode())
     for root in runner.REPOSITORY:
         for path in sorted(Path(root).rglob("*.py")):
             if not path.as_posix().startswith("tools/mutants"):
@@ -51,6 +52,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the sample (default {SEED})")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="mutants at a time (default 2)")
     parser.add_argument("--minimum", type=float, default=85.0, metavar="PERCENT", help="detected of each package")
+    parser.add_argument("--markers", default=runner.MARKERS, help=f"which tests (default '{runner.MARKERS}')")
+    parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="of which files (default: all)")
     parser.add_argument("--key", help="run this mutant alone, and show what its tests print")
     return parser.parse_args(arguments)
 
@@ -61,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     everything = sites.all_mutants()
     runner.prepare_process()
     runner.forget_repository()
-    folder = FOLDER / source_hash()
-    baseline = _baseline(folder / "baseline.json")
+    folder = FOLDER / source_hash(options.markers, *options.tests)
+    baseline = _baseline(folder / "baseline.json", options)
     runner.preload(baseline)
     runner.forget_repository()
     if options.key:
@@ -74,10 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     return _report(chosen, outcomes, equivalent, options.minimum)
 
 
-def _baseline(path: Path) -> runner.Baseline:
+def _baseline(path: Path, options: argparse.Namespace) -> runner.Baseline:
     if not path.exists():
-        print("running the fast tests unmutated, under a line tracer (minutes) ...", flush=True)
-        runner.record_baseline(path)
+        print("running the tests unmutated, under a line tracer (minutes) ...", flush=True)
+        runner.record_baseline(path, options.markers, options.tests)
     baseline = runner.read_baseline(path)
     print(f"{len(baseline.seconds)} tests pass in {sum(baseline.seconds.values()):.0f} s, {len(baseline.failed)} fail")
     for test in baseline.failed:

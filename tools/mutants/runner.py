@@ -196,8 +196,8 @@ def _in_child(work: Callable[[], int], output: Path) -> int:
         os._exit(status)
 
 
-def record_baseline(path: Path) -> Baseline:
-    """Run all fast tests under the tracer, and keep the result in a file."""
+def record_baseline(path: Path, markers: str, tests: list[str]) -> Baseline:
+    """Run the tests that match a marker expression under the tracer, and keep the result in a file."""
     with tempfile.TemporaryDirectory() as folder:
         result, output = Path(folder) / "baseline.json", Path(folder) / "output"
 
@@ -205,7 +205,7 @@ def record_baseline(path: Path) -> Baseline:
             baseline, tracer = Baseline(), _Tracer()
             recorder = _Recorder(tracer, baseline)
             tracer.start()
-            status = _run_pytest(["-m", MARKERS, "tests"], folder, [recorder])
+            status = _run_pytest(["-m", markers, *tests], folder, [recorder])
             sys.settrace(None)
             baseline.modules = [name for name in sys.modules if name.split(".")[0] not in (*REPOSITORY, "__main__")]
             result.write_text(json.dumps(vars(baseline)))

@@ -44,6 +44,6 @@ def disable_dropout(model: PreTrainedModel) -> list[str]:
     """Set every rate of a model, in its configuration and its modules, to 0. Return those of the configuration."""
     for module in model.modules():
         for key, value in list(vars(module).items()):
-            if is_dropout_rate(key, value) or (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd)):
+            if is_dropout_rate(key, value) or (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd)):  # noqa: SLF001
                 setattr(module, key, 0.0)
     return disable_config_dropout(model.config)

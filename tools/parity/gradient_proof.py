@@ -224,7 +224,7 @@ def _seed_every_block(model: nn.Module) -> None:
 def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, dict[str, tuple[int, ...]]]:
     """Return this rank's stage, without remote weights, and the stages that hold each weight."""
     with torch.device("meta"):
-        shape = type(cut)._from_config(copy.deepcopy(cut.config), attn_implementation="eager")
+        shape = type(cut)._from_config(copy.deepcopy(cut.config), attn_implementation="eager")  # noqa: SLF001
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), _inputs(family, shape)[0])
     dataflow = trace_dataflow(shape, inputs)
     refuse_uses_on_other_stages(shape, dataflow, trace_dataflow(shape, inputs, training=False))
