@@ -69,7 +69,7 @@ bench: $(VENV)/.installed-dev  ## every figure of the README (about a quarter of
 	$(PY) -m tools.bench guards
 	$(PY) -m tools.bench overhead
 
-schema: $(VENV)/.installed  ## write ds_configs/schema.json anew
+schema: $(VENV)/.installed  ## write ds_configs/schema.json and docs/configuration.md
 	$(PY) -m tools.schema
 
 clean:  ## remove what the tools leave behind; runs/ and the virtual environment stay

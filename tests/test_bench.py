@@ -32,7 +32,7 @@ ROWS: dict[str, list[str]] = {
         "asynchronous stall, of a save",
         "bytes, of the least",
         "files",
-        "memory beside the state, loading",
+        "memory in addition to the state, loading",
     ],
     "replicas": ["fp32, ZeRO 0", "fp32, ZeRO 1", "bf16, ZeRO 1"],
     "guards": [

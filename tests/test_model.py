@@ -1,4 +1,4 @@
-"""Building, initialising, the loss, the cost, and writing back."""
+"""Building, initializing, the loss, the cost, and writing back."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Tools beside the trainer: `python -m tools.NAME`."""
+"""Tools for developers and users: `python -m tools.NAME`."""

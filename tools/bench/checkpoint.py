@@ -70,7 +70,7 @@ class Measured:
 
     files: int = 0
     extra_memory: int = 0
-    """Anonymous memory that a rank takes while it loads, at most, beside what it had."""
+    """Peak of anonymous memory while a rank loads, in addition to what it had before."""
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ),
         ("bytes, of the least", f"{one.bytes / one.minimum_bytes:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
         ("files", str(one.files), f"{options.world} ranks"),
-        ("memory beside the state, loading", f"{one.extra_memory / 1e6:.1f} MB", ""),
+        ("memory in addition to the state, loading", f"{one.extra_memory / 1e6:.1f} MB", ""),
     ]
     print(f"{options.size} M parameters, {options.world} ranks, ZeRO 1, median of {options.rounds} rounds")
     print(table(("", "", ""), rows))

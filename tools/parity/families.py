@@ -1,6 +1,6 @@
 """The table of families: what the support matrix and the tests of tensor parallelism go through.
 
-All causal language models of transformers are in it by themselves; what is named here beside them are variants of a
+All causal language models of transformers are in it by themselves; the table adds variants of a
 family (another attention arrangement), other tasks, and why a type is left out.
 """
 

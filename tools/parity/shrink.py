@@ -127,7 +127,7 @@ COUPLED: dict[str, dict[str, Any]] = {
                "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "linear_attention",
                                      "hybrid", "linear_attention"], "hybrid_layer_ids": [1, 4]},
 }  # fmt: skip
-"""Fields that a family needs set together, beside or instead of the generic ones."""
+"""Fields that a family needs set together, in addition to or instead of the generic ones."""
 
 
 MINIMAL: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ class SingleStage:
 
 
 class PipelineStage:
-    """One stage of a model, which exchanges activations and gradients with its neighbours."""
+    """One stage of a model, which exchanges activations and gradients with its neighbors."""
 
     def __init__(
         self, model: PreTrainedModel, stage: Stage, parameter_ranks: dict[str, tuple[int, ...]], world: World

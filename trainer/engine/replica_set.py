@@ -19,7 +19,7 @@ class ReplicaSet(NamedTuple):
     """Pipeline ranks with a replica; empty where only the rank's own stage holds the weight."""
 
     tensor: int
-    """Number of neighbouring tensor ranks with a replica, the rank itself included."""
+    """Number of neighboring tensor ranks with a replica, the rank itself included."""
 
     data: bool
     """Whether all data ranks have a replica."""

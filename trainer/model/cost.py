@@ -206,7 +206,7 @@ def state_bytes(parameters: int, *, stage: int, data_ranks: int, half: bool, mom
 
     Args:
         parameters: those of this rank's part of the model. stage: ZeRO stage. half: bf16 or fp16 weights
-        beside an fp32 master copy. moments: fp32 tensors of the optimizer per parameter (AdamW 2).
+        in addition to fp32 master weights. moments: fp32 tensors of the optimizer per parameter (AdamW 2).
 
     Returns:
         weights, gradients, master weights and optimizer moments, in bytes.

@@ -142,7 +142,7 @@ class Task(Protocol):
     """Constant keyword arguments of the forward pass."""
 
     extra_sums: tuple[str, ...]
-    """Names of the sums beside the loss that `loss` returns and `metrics` reads."""
+    """Names of the sums, in addition to the loss, that `loss` returns and `metrics` reads."""
 
     def open_samples(self, tokens: TokenDocuments, data: DataSection) -> Samples:
         """Return the samples of a token file.

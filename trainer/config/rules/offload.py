@@ -60,7 +60,7 @@ def nvme_offload_available(deepspeed: DeepSpeedSection, processes: Processes) ->
     elif is_local and not is_async_io_available():
         reason = "'nvme' requires DeepSpeed's async_io, which cannot be compiled here without the headers of libaio"
         yield Problem(f"{key}.device", reason, "Install libaio-dev (on Red Hat libaio-devel), or use 'cpu'")
-    # DeepSpeed swaps weights, gradients and moments of a sub-group at once, and of its neighbours where it pipelines.
+    # DeepSpeed swaps weights, gradients and moments of a sub-group at once, and of neighboring ones if it pipelines.
     sub_groups = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
     optimizer = deepspeed.optimizer
     moments = 1 if optimizer is not None and optimizer.type.lower() in ("adagrad", "lion") else 2
