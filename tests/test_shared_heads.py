@@ -151,7 +151,7 @@ def messages_without_sums(config: dict[str, Any], cases: list[str]) -> list[str]
                 None if case in shard_of(parameter).name else original(parameter, group)
             )
             try:
-                _train(config, 1, launch, world.topology, world, "")
+                _train(config, 1, world, "")
                 messages.append("")
             except PlanError as error:
                 messages.append(str(error.problems[0]))
