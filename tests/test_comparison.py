@@ -157,7 +157,7 @@ def test_different_source_is_refused_by_file(config: dict[str, Any], tmp_path: P
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     with (roots[2] / "trainer" / "engine" / "plain.py").open("a") as file:
         file.write("# patched\n")
-    (roots[2] / "trainer" / "store.py").unlink()  # after that one: only the first is named
+    (roots[2] / "trainer" / "units.py").unlink()  # after that one: only the first is named
     same, *_ = run_ranks(compare_sources, 2, config, [str(root) for root in roots[:2]])
     assert same == ""
     messages = run_ranks(compare_sources, 2, config, [str(roots[0]), str(roots[2])])
