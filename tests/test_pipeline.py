@@ -139,9 +139,9 @@ def test_boundary_numel_of_mixtral() -> None:
 @pytest.mark.parametrize(
     ("model_type", "fields", "reason"),
     [
-        ("gemma3n_text", {}, "a value made inside model.layers.0 is read behind layer 2"),
+        ("gemma3n_text", {}, "a value computed inside model.layers.0 is read after layer 2"),
         ("hrm_text", {}, "hrm_text has no list of layers that run in a row"),
-        ("xlnet", {}, "xlnet cannot be followed without computing it"),
+        ("xlnet", {}, "xlnet cannot be traced on the meta device"),
     ],
 )
 def test_unsplittable_model_is_refused(model_type: str, fields: dict[str, Any], reason: str) -> None:
@@ -368,7 +368,7 @@ def test_layout_comparison_detects_sabotage(sabotage: Any, model_type: str) -> N
 
 
 def test_gpu_attention_kernels_are_traced_on_cpu(tiny: dict[str, Any]) -> None:
-    """FlexAttention cannot be followed on the meta device; what it computes can."""
+    """FlexAttention cannot be traced on the meta device; eager attention, which computes the same, can."""
     tiny = with_values(tiny, parallel__pipeline=2, model__activation_checkpointing="selective")
     assignments = []
     for attention in ("sdpa", "flex_attention"):

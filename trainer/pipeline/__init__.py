@@ -1,4 +1,4 @@
-"""Pipeline parallelism: a model is followed, its layers are divided into stages, and each stage is the model itself."""
+"""Pipeline parallelism: trace a model, assign its layers to stages, run each stage with the family's own code."""
 
 from trainer.pipeline.balance import balance, stage_bounds
 from trainer.pipeline.dataflow import Dataflow

@@ -1,4 +1,4 @@
-"""What one forward pass of a model does: its layers in their order, where weights are used, what goes between."""
+"""Dataflow of one forward pass: layers in order, where weights are used, and which values layers exchange."""
 
 from __future__ import annotations
 
@@ -8,92 +8,96 @@ from typing import Any, NamedTuple
 from trainer.errors import PlanError, Problem
 
 BATCH, LENGTH = 3, 13
-"""Of the ids that are followed: sizes that are hardly any of a model's own, so that they are known again in shapes."""
+"""Shape of the traced ids: primes unlikely to equal a dimension of a model, so that shapes reveal batch and length."""
 
 
 class Position(NamedTuple):
-    """Where in the forward pass something happens."""
+    """Position in the forward pass, in layers."""
 
     layers_begun: int
-    """Layers that have begun by then."""
+    """Layers that have started by then."""
 
     is_inside: bool
-    """Whether inside the last of them, or behind it."""
+    """Whether the last of them is still running."""
 
 
 class TensorSpec(NamedTuple):
-    """A tensor among what a module returns."""
+    """Shape and type of a tensor in the output of a module."""
 
     shape: tuple[int, ...]
     is_floating: bool
-    """Floating point, so that it has a gradient."""
+    """Whether the tensor has a gradient."""
 
 
 @dataclass
 class ModuleCall:
-    """A module that has weights was called: a layer, or one beside the layers."""
+    """A call of a module with weights: a layer, or a module outside layers."""
 
     number: int
     module: str
     occurrence: int
-    """How many times it had been called before."""
+    """Number of earlier calls of the module."""
 
     position: Position
     output: Any = None
-    """What it returned: a pytree's structure."""
+    """Structure (pytree) of the output."""
 
     leaves: tuple[TensorSpec | None, ...] = ()
-    """Of that; None for what is no tensor."""
+    """Leaves of the output; None for leaves that are not tensors."""
 
     flops: int = 0
-    """Of its matrix products."""
+    """FLOPs of its matrix products."""
 
 
 class TracedValue(NamedTuple):
-    """A tensor that a call made, as the others know it."""
+    """A tensor that a call computed, identified by its position in the output of a module."""
 
     call: int
     module: str
-    """The called module, or one inside it."""
+    """The called module, or a module inside it."""
 
     occurrence: int
     leaf: int
-    """Its number among the leaves of what the module returned."""
+    """Index among the leaves of the module's output."""
 
 
 @dataclass
 class Dataflow:
-    """What one forward pass does; read by unit: a layer, or several modules that make one together."""
+    """Dataflow of one forward pass, by unit: a layer, or several modules that together form one."""
 
     units: list[tuple[str, ...]]
-    """Names of the modules of each unit, in the order in which they run."""
+    """Module names of each unit, in execution order."""
 
     calls: list[ModuleCall]
     structures: dict[tuple[str, int], tuple[Any, tuple[TensorSpec | None, ...]]]
-    """What a module inside a layer returned in its nth call, where others read it: structure, and leaves."""
+    """By (module, occurrence), the output of modules inside layers that others read: structure and leaves."""
 
     inner_flops: dict[str, int]
-    """FLOPs of the matrix products of each module inside a layer."""
+    """FLOPs of matrix products by module inside a layer."""
 
     _layers: list[int]
-    """Unit of each layer call."""
+    """Unit of each call of a layer."""
 
     _reads: dict[TracedValue, set[Position]]
     _uses: dict[str, set[Position]]
     _unknown: dict[str, set[tuple[Position, Position]]]
-    """Values that no module gives, by what they are: where made, and where read."""
+    """Values that no module returns, by description: where they are computed, and where they are read."""
 
     def unit(self, position: Position) -> int:
-        """The unit that something is part of; what is beside the layers belongs with the next one, or the last."""
+        """Return the unit of a position. Between layers it is the next unit, and at the end the last one."""
         number = position.layers_begun - 1 if position.is_inside else position.layers_begun
         return self._layers[min(number, len(self._layers) - 1)]
 
     def costs(self, length: int, longer: Dataflow) -> list[float]:
-        """FLOPs of each unit's forward pass, and of what belongs with it, for one sequence of `length` tokens.
+        """Return the FLOPs of each unit's forward pass for one sequence of `length` tokens.
 
-        Those of one length grow with it, or with its square (attention); a second flow over twice the length tells
-        them apart. Where kernels compute in chunks, longer than both, the work of twice the length is less than
-        twice: then it is taken to grow with the length alone.
+        FLOPs grow linearly with the length, or quadratically (attention). The trace over twice the length tells them
+        apart. Kernels that compute in chunks longer than both sequences do less than twice the work for twice the
+        length; then all of it is taken to be linear.
+
+        Args:
+            length: tokens of the sequence.
+            longer: the dataflow over twice the length.
         """
         costs = [0.0] * len(self.units)
         for short, long in zip(self.calls, longer.calls, strict=True):
@@ -104,20 +108,20 @@ class Dataflow:
         return costs
 
     def attention_modules(self, longer: Dataflow) -> list[str]:
-        """The outermost modules inside the layers whose work grows with the square of the sequence: attention.
+        """Return the outermost modules inside layers whose FLOPs grow quadratically with the length: attention.
 
         Args:
-            longer: over twice the length.
+            longer: the dataflow over twice the length.
         """
         squared = [name for name, flops in self.inner_flops.items() if longer.inner_flops.get(name, 0) > 2 * flops]
         return [name for name in squared if not any(name.startswith(f"{outer}.") for outer in squared)]
 
     def units_using(self, parameter: str) -> set[int]:
-        """Units that use a parameter, by its first name; none where nothing does."""
+        """Return the units that use a parameter, given by its first name."""
         return {self.unit(position) for position in self._uses.get(parameter, ())}
 
     def spec_of(self, value: TracedValue) -> TensorSpec:
-        """Shape and kind of a value."""
+        """Return shape and type of a value."""
         call = self.calls[value.call]
         leaves = call.leaves if value.module == call.module else self.structures[value.module, value.occurrence][1]
         leaf = leaves[value.leaf]
@@ -125,21 +129,19 @@ class Dataflow:
         return leaf
 
     def boundary_values(self, cut: int) -> list[TracedValue]:
-        """Values that are made before unit `cut` and read at it or behind it, in the order in which they are made.
+        """Return the values that are computed before unit `cut` and read in it or later, in order of computation.
 
         Raises:
-            PlanError: if one is among them that no module gives.
+            PlanError: if no module returns one of them, so that it cannot be sent.
         """
         for what, ways in self._unknown.items():
             if any(self.unit(made) < cut <= self.unit(read) for made, read in ways):
-                raise PlanError(
-                    Problem("parallel.pipeline", f"{what} is read behind layer {cut}, and cannot travel there",
-                            "Set parallel.pipeline to 1")
-                )  # fmt: skip
+                reason = f"{what} is read after layer {cut}, and cannot be sent to another stage"
+                raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))
         crossing = (
             value
-            for value, places in self._reads.items()
+            for value, positions in self._reads.items()
             if self.unit(self.calls[value.call].position) < cut
-            and any(self.unit(position) >= cut for position in places)
+            and any(self.unit(position) >= cut for position in positions)
         )
         return sorted(crossing)

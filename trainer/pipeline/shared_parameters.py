@@ -1,4 +1,4 @@
-"""Weights that several stages hold: tied embeddings, and whatever else layers far apart have in common."""
+"""Parameters that several stages hold: tied embeddings, and others that distant layers share."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from trainer.distributed import World
 from trainer.sharding import Shard, shard_of
 
 LocalParameters = dict[str, list[tuple[nn.Parameter, Shard | None]]]
-"""What a rank holds of each weight, by the weight's first name."""
+"""Parameters of a rank with their shard records, by the first name of the weight."""
 
 
 def local_parameters(models: Sequence[nn.Module]) -> LocalParameters:
-    """What this rank's stages hold of each weight; what two of them share, once."""
-    found: LocalParameters = {}
+    """Return the parameters of this rank's stages; one that two stages share is listed once."""
+    result: LocalParameters = {}
     seen: set[int] = set()
     for model in models:
         for name, parameter in model.named_parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 shard = shard_of(parameter)
-                found.setdefault(name if shard is None else shard.name, []).append((parameter, shard))
-    return found
+                result.setdefault(name if shard is None else shard.name, []).append((parameter, shard))
+    return result
 
 
 def share_parameters(first: nn.Module, second: nn.Module) -> None:
-    """Makes one weight of those that two stages on the same rank both hold."""
-    own = dict(first.named_parameters(remove_duplicate=False))
+    """Replace the parameters of the second stage of a rank by those of the first stage that have the same name."""
+    parameters = dict(first.named_parameters(remove_duplicate=False))
     for name, _ in list(second.named_parameters(remove_duplicate=False)):
-        if name in own:
+        if name in parameters:
             owner, _, key = name.rpartition(".")
-            setattr(second.get_submodule(owner), key, own[name])
+            setattr(second.get_submodule(owner), key, parameters[name])
 
 
 def shared_parameters(
     models: Sequence[nn.Module], parameter_ranks: dict[str, tuple[int, ...]], world: World
 ) -> Iterator[tuple[nn.Parameter, Any]]:
-    """This rank's parameters that other ranks of the pipeline hold as well, each with the group in which its gradients
-    are summed.
+    """Yield the parameters that other pipeline ranks hold as well, with the group that sums their gradients.
 
-    Every rank of the world must walk through it: all make every group, in the same order.
+    Collective: all ranks of the world must exhaust it, because all create every group, in the same order.
 
     Args:
-        models: of this rank's stages. parameter_ranks: ranks of the pipeline that hold each weight.
+        models: of this rank's stages.
+        parameter_ranks: pipeline ranks that hold each weight.
+        world: of this rank.
     """
     pieces = local_parameters(models)
     for ranks, names in groupby(

@@ -86,8 +86,7 @@ class StageAssignment:
         for stage, (first, end) in enumerate(pairwise(self.bounds)):
             numel: dict[str, int] = {}
             if stage < self.num_stages - 1:
-                shape = {"batch": micro_batch, "length": length, "sequence_ranks": sequence_ranks}
-                numel = boundary_numel(self.dataflow, end, **shape)
+                numel = boundary_numel(self.dataflow, end, micro_batch, length, sequence_ranks=sequence_ranks)
             share = sum(self.costs[first:end]) / sum(self.costs)
             yield StageRow(stage, first, end, share, {name: count * element_bytes for name, count in numel.items()})
 
@@ -123,7 +122,7 @@ def _refuse_layers_used_twice(model: PreTrainedModel, assignment: StageAssignmen
     for name, stages in assignment.parameter_stages(model).items():
         if name.startswith(layers) and len({assignment.rank_of_stage(stage) for stage in stages}) < len(stages):
             raise PlanError(
-                Problem("parallel.pipeline_schedule", f"both stages of a rank would use {name}", "Set it to '1f1b'")
+                Problem("parallel.pipeline_schedule", f"both stages of a rank use {name}", "Set it to '1f1b'")
             )
 
 

@@ -1,9 +1,8 @@
-"""Follows a model through one forward pass without computing it: which layers there are, and what goes between them.
+"""Traces one forward pass of a model on the meta device: its layers, and the values that they exchange.
 
-The model runs on the meta device, where tensors have shapes and no values. What is noted is all that a cut into stages
-has to know of a family: in which order its layers run, which modules with weights run before, between and behind them,
-where each weight is used, and which values that one layer makes are read by which later ones. Nobody writes it down by
-family.
+Tensors have shapes and no values there. The trace records all that a split into stages needs to know of a family: the
+order of its layers, the modules with weights that run before, between and after them, where each weight is used, and
+which values that one layer computes are read by which later layers. So no family needs a description of its own.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.compat.torch.dispatch import pytree, view_base
+from trainer.compat.torch.dispatch import has_several_forward_hooks, pytree, view_base
 from trainer.errors import PlanError, Problem, first_line
 from trainer.model.meta import MetaMode, matrix_flops, traceable
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
 from trainer.tasks import TASKS, example_ids
 
 UNSPLITTABLE = {
-    "reformer": "runs its layers in an autograd function of its own, which computes them again from the last one",
+    "reformer": "runs its layers in an autograd function of its own, which recomputes them from the last one",
 }
-"""Families that can be followed and yet not divided, and why."""
+"""Families that can be traced and still not be split, with the reason."""
 
 
 @dataclass(frozen=True)
 class _Unknown:
-    """A source that no module gives."""
+    """A source that no module returns."""
 
     what: str
     made: Position
@@ -41,26 +40,26 @@ class _Unknown:
 _Sources = frozenset[TracedValue | _Unknown]
 
 
-class _Follower(MetaMode):
-    """Notes every operation: what it reads, and where its result comes from."""
+class _Tracer(MetaMode):
+    """Records every operation: what it reads, and where its result comes from."""
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
         self._layers = layers
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._sources: dict[int, _Sources] = {}
-        self._made_in: dict[int, ModuleCall] = {}
-        self._given_by: dict[int, list[tuple[TracedValue, bool]]] = {}
-        """Modules inside a layer that gave a tensor, innermost first, and whether somebody else listens to them."""
+        self._computed_in: dict[int, ModuleCall] = {}
+        self._returned_by: dict[int, list[tuple[TracedValue, bool]]] = {}
+        """The modules inside a layer that returned it, innermost first, and whether it has other hooks."""
 
-        self._kept: list[Any] = []
-        """Every tensor, so that no identity is used twice."""
+        self._tensors: list[Any] = []
+        """Every tensor, so that no identity is reused."""
 
         self._counts: Counter[str] = Counter()
         self._begun = 0
         self._active: list[ModuleCall] = []
         self._returned: dict[tuple[str, int], Any] = {}
         self._inside: list[str] = []
-        """Modules at work inside the layer, outermost first."""
+        """Running modules inside the layer, outermost first."""
 
         self.inner_flops: Counter[str] = Counter()
         self.calls: list[ModuleCall] = []
@@ -72,8 +71,8 @@ class _Follower(MetaMode):
 
     # Modules ---------------------------------------------------------------------------------------------------------
 
-    def enters(self, name: str, module: nn.Module) -> None:
-        """A module is called."""
+    def enter_module(self, name: str, module: nn.Module) -> None:
+        """Record that a module is called."""
         if self._active and self._active[-1].position.is_inside:
             self._inside.append(name)
         if self._active or not (name in self._layers or _owns_weights(module)):
@@ -86,8 +85,15 @@ class _Follower(MetaMode):
         if is_layer:
             self.layer_calls.append(name)
 
-    def returns(self, name: str, module: nn.Module, output: Any, *, heard: bool) -> None:
-        """A module returns `output`; `heard` if hooks of others, such as Hugging Face's recorders, listen to it."""
+    def leave_module(self, name: str, module: nn.Module, output: Any, *, is_hooked: bool) -> None:
+        """Record that a module returns `output`.
+
+        Args:
+            name: of the module.
+            module: that returns.
+            output: of any structure.
+            is_hooked: whether others, such as recorders of Hugging Face, have hooks on the module.
+        """
         occurrence = self._counts[name]
         self._counts[name] += 1
         if not self._active:
@@ -100,32 +106,32 @@ class _Follower(MetaMode):
         if name != call.module:
             self._returned[name, occurrence] = structure, _leaves(leaves)
             for number, tensor in tensors:
-                self._given_by.setdefault(id(tensor), []).append(
-                    (TracedValue(call.number, name, occurrence, number), heard)
+                self._returned_by.setdefault(id(tensor), []).append(
+                    (TracedValue(call.number, name, occurrence, number), is_hooked)
                 )
             return
         for _, tensor in tensors:
-            if self._made_in.get(id(tensor)) is not call:  # it hands through what it was given
-                self._note(self._of(tensor))
+            if self._computed_in.get(id(tensor)) is not call:  # passed through
+                self._record_read(self._of(tensor))
         self._active.pop()
         call.output, call.leaves = structure, _leaves(leaves)
         for number, tensor in tensors:
-            self._kept.append(tensor)
-            self._made_in.pop(id(tensor), None)
+            self._tensors.append(tensor)
+            self._computed_in.pop(id(tensor), None)
             self._sources[id(tensor)] = frozenset({TracedValue(call.number, name, occurrence, number)})
 
-    def ends(self, output: Any) -> None:
-        """The model returns; whoever asked for its output reads it behind the last layer."""
+    def finish(self, output: Any) -> None:
+        """Record that the model returns its output, which is read after the last layer."""
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, Tensor):
-                self._note(self._of(tensor))
+                self._record_read(self._of(tensor))
 
     # Operations ------------------------------------------------------------------------------------------------------
 
     def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """See `DispatchMode.dispatch`."""
-        given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in given))
+        read = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in read))
         result = super().dispatch(func, args, kwargs)
         if self._active:
             flops = matrix_flops(func, args, kwargs, result)
@@ -134,52 +140,52 @@ class _Follower(MetaMode):
                 self.inner_flops[name] += flops
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
-                changed = any(tensor is one for one in given)  # in place, maybe through a view
-                self._make(tensor, sources)
+                changed = any(tensor is argument for argument in read)  # in place, maybe through a view
+                self._set_source(tensor, sources)
                 base = view_base(tensor)
                 if changed and base is not None:
-                    self._make(base, sources | self._sources.get(id(base), frozenset()))
+                    self._set_source(base, sources | self._sources.get(id(base), frozenset()))
         return result
 
     def _read(self, tensor: Tensor) -> _Sources:
-        """Notes that an operation reads `tensor`. Returns what its result then comes from."""
+        """Record that an operation reads a tensor; return the sources of its result."""
         if (name := self._parameters.get(id(tensor))) is not None:
             self.uses.setdefault(name, set()).add(self._here())
-            return frozenset() if self._active else frozenset({_Unknown(f"a value made with {name}", self._here())})
+            return frozenset() if self._active else frozenset({_Unknown(f"a value computed from {name}", self._here())})
         sources = self._of(tensor)
         if not self._active:
             return sources
-        self._note(sources)
+        self._record_read(sources)
         return frozenset()
 
     def _of(self, tensor: Tensor) -> _Sources:
-        """Where a tensor comes from; from nowhere, where no weights are behind it or the call at work has made it."""
-        made_in = self._made_in.get(id(tensor))
-        if made_in is None:
+        """Return the sources of a tensor: none if no weights contribute, or if the running call has computed it."""
+        computed_in = self._computed_in.get(id(tensor))
+        if computed_in is None:
             return self._sources.get(id(tensor), frozenset())
-        if self._active and self._active[-1] is made_in:
+        if self._active and self._active[-1] is computed_in:
             return frozenset()
-        given_by = self._given_by.get(id(tensor))
-        if not given_by:
-            return frozenset({_Unknown(f"a value made inside {made_in.module}", made_in.position)})
-        value = next((value for value, heard in given_by if heard), given_by[-1][0])
+        returned_by = self._returned_by.get(id(tensor))
+        if not returned_by:
+            return frozenset({_Unknown(f"a value computed inside {computed_in.module}", computed_in.position)})
+        value = next((value for value, is_hooked in returned_by if is_hooked), returned_by[-1][0])
         self.structures[value.module, value.occurrence] = self._returned[value.module, value.occurrence]
         return frozenset({value})
 
-    def _note(self, sources: _Sources) -> None:
+    def _record_read(self, sources: _Sources) -> None:
         for source in sources:
             if isinstance(source, _Unknown):
                 self.unknown.setdefault(source.what, set()).add((source.made, self._here()))
             else:
                 self.reads.setdefault(source, set()).add(self._here())
 
-    def _make(self, tensor: Tensor, sources: _Sources) -> None:
-        self._kept.append(tensor)
+    def _set_source(self, tensor: Tensor, sources: _Sources) -> None:
+        self._tensors.append(tensor)
         if self._active:
-            self._made_in[id(tensor)] = self._active[-1]
+            self._computed_in[id(tensor)] = self._active[-1]
             self._sources.pop(id(tensor), None)
         else:
-            self._made_in.pop(id(tensor), None)
+            self._computed_in.pop(id(tensor), None)
             self._sources[id(tensor)] = sources
 
     def _here(self) -> Position:
@@ -195,18 +201,21 @@ def _owns_weights(module: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Modules that are layers, with their (list, key): those in the outermost lists of modules with several matrices,
-    and in lists beside these of the same length."""
+    """Return the modules that are layers, with their (list, key).
+
+    They lie in the outermost module lists with several matrices per module, and in lists of the same length next to
+    these.
+    """
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in outermost):
             outermost[name] = module
     large = {name for name, stack in outermost.items() if len(stack) and _matrices(stack) >= 2 * len(stack)}
-    beside = {(name.rpartition(".")[0], len(outermost[name])) for name in large}
+    lengths = {(name.rpartition(".")[0], len(outermost[name])) for name in large}
     return {
         f"{name}.{key}": (name, key)
         for name, stack in outermost.items()
-        if (name.rpartition(".")[0], len(stack)) in beside
+        if (name.rpartition(".")[0], len(stack)) in lengths
         for key, child in stack.named_children()
         if any(True for _ in child.parameters())
     }
@@ -217,7 +226,7 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _units(layer_calls: list[str], layers: dict[str, tuple[str, str]]) -> Iterator[list[str]]:
-    """Groups the layers that have run: those of the same number in several lists make one."""
+    """Group the calls of layers into units: layers with the same index in several lists form one unit."""
     unit: list[str] = []
     for name in layer_calls:
         stack, key = layers[name]
@@ -232,49 +241,55 @@ def _units(layer_calls: list[str], layers: dict[str, tuple[str, str]]) -> Iterat
 def trace_dataflow(
     model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, *, training: bool = True
 ) -> Dataflow:
-    """Follows one forward pass of a model whose tensors are on the meta device.
+    """Trace one forward pass of a model on the meta device.
 
     Args:
-        inputs: on the meta device; ids by default.
-        training: whether it is followed as in training, or as in evaluation.
+        model: whose tensors are on the meta device.
+        inputs: on the meta device, of shapes (`BATCH`, length, ...); token ids of `LENGTH` by default.
+        training: whether the model is in training mode.
 
     Raises:
-        PlanError: if the model cannot be followed, has no layers that run one after the other, or runs one twice.
+        PlanError: if the model cannot be traced, has no sequence of layers, or runs a layer twice.
     """
-    kind = model.config.model_type
-    if kind in UNSPLITTABLE:
-        raise PlanError(Problem("parallel.pipeline", f"{kind} {UNSPLITTABLE[kind]}", "Set parallel.pipeline to 1"))
+    family = model.config.model_type
+    if family in UNSPLITTABLE:
+        raise PlanError(Problem("parallel.pipeline", f"{family} {UNSPLITTABLE[family]}", "Set parallel.pipeline to 1"))
     layers = _layers(model)
-    follower = _Follower(model, set(layers))
+    tracer = _Tracer(model, set(layers))
     handles = []
     for name, module in model.named_modules():
-        handles += _listen(follower, name, module)
-    given: dict[str, Any] = dict(inputs or example_ids(model, BATCH, LENGTH))
+        handles += _install_hooks(tracer, name, module)
+    arguments: dict[str, Any] = dict(inputs or example_ids(model, BATCH, LENGTH))
     if "use_cache" in inspect.signature(model.forward).parameters:
-        given["use_cache"] = False
+        arguments["use_cache"] = False
     try:
-        with traceable(model), torch.no_grad(), follower:
-            output = model.train(training)(**given)
-            follower.ends(output)
+        with traceable(model), torch.no_grad(), tracer:
+            output = model.train(training)(**arguments)
+            tracer.finish(output)
     except Exception as error:  # whatever an operation without values raises
-        first = first_line(error)
-        raise PlanError(
-            Problem("parallel.pipeline", f"{kind} cannot be followed without computing it: {first}",
-                    "Set parallel.pipeline to 1")
-        ) from None  # fmt: skip
+        reason = f"{family} cannot be traced on the meta device: {first_line(error)}"
+        raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1")) from None
     finally:
         for handle in handles:
             handle.remove()
-    twice = [name for name, count in Counter(follower.layer_calls).items() if count > 1]
-    units = [tuple(unit) for unit in _units(follower.layer_calls, layers)]
+    twice = [name for name, count in Counter(tracer.layer_calls).items() if count > 1]
+    units = [tuple(unit) for unit in _units(tracer.layer_calls, layers)]
     if twice or len(units) < 2:
-        reason = f"{kind} runs {twice[0]} several times" if twice else f"{kind} has no list of layers that run in a row"
+        reason = (
+            f"{family} runs {twice[0]} several times" if twice else f"{family} has no list of layers that run in a row"
+        )
         raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1"))
     numbers = [number for number, unit in enumerate(units) for _ in unit]
     return Dataflow(
-        units, follower.calls, follower.structures, dict(follower.inner_flops), numbers, follower.reads, follower.uses,
-        follower.unknown,
-    )  # fmt: skip
+        units,
+        tracer.calls,
+        tracer.structures,
+        dict(tracer.inner_flops),
+        numbers,
+        tracer.reads,
+        tracer.uses,
+        tracer.unknown,
+    )
 
 
 def trace_training_and_evaluation(model: PreTrainedModel, task: str) -> tuple[Dataflow, Dataflow]:
@@ -291,11 +306,11 @@ def trace_training_and_evaluation(model: PreTrainedModel, task: str) -> tuple[Da
     return training, trace_dataflow(model, inputs(model, BATCH, 2 * LENGTH), training=False)
 
 
-def _listen(follower: _Follower, name: str, module: nn.Module) -> list[Any]:
-    def enters(module: nn.Module, args: Any) -> None:
-        follower.enters(name, module)
+def _install_hooks(tracer: _Tracer, name: str, module: nn.Module) -> list[Any]:
+    def enter(module: nn.Module, args: object) -> None:
+        tracer.enter_module(name, module)
 
-    def returns(module: nn.Module, args: Any, output: Any) -> None:
-        follower.returns(name, module, output, heard=len(module._forward_hooks) > 1)
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        tracer.leave_module(name, module, output, is_hooked=has_several_forward_hooks(module))
 
-    return [module.register_forward_pre_hook(enters), module.register_forward_hook(returns)]
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]

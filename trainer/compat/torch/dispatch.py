@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.compat.guard import check_names
 from trainer.compat.torch.names import DISPATCH, TORCH
@@ -17,7 +17,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["DispatchMode", "flops_of", "pytree", "storage_id", "view_base", "written_tensors"]
+__all__ = [
+    "DispatchMode",
+    "flops_of",
+    "has_several_forward_hooks",
+    "pytree",
+    "storage_id",
+    "view_base",
+    "written_tensors",
+]
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,3 +79,8 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: 
     """Return the FLOPs of an operation by torch's formulas; 0 without a formula."""
     formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+
+
+def has_several_forward_hooks(module: nn.Module) -> bool:
+    """Return whether more than one hook runs after a module's forward pass."""
+    return len(module._forward_hooks) > 1

@@ -35,6 +35,9 @@ _DISPATCH: Names = {
         "_schema": "arguments that an operation writes to",
         "_overloadpacket": "looking up the FLOPs of an operation",
     },
+    "torch.nn.Module": {
+        "_forward_hooks": "whether others than the trace have hooks on a module",
+    },
     "torch.Tensor": {
         "_base": "tensor that a view belongs to, which an operation on the view changes",
     },
