@@ -530,7 +530,7 @@ def test_model_that_reads_back_differently_is_refused(tmp_path: Path, monkeypatc
         write(file, bytes(len(data)), hashed.copy())
 
     monkeypatch.setattr(checkpoint_format.files, "_write", flips)
-    with pytest.raises(ConfigError, match=r"model.safetensors does not hold what was written"):
+    with pytest.raises(ConfigError, match=r"model.safetensors does not contain what was written"):
         write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     assert find_damage(tmp_path / "final", [vars(file) for file in files]) == ""
     assert os.listdir(tmp_path) == ["final"]

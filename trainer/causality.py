@@ -1,7 +1,7 @@
-"""The causality probe: before the first step of a run, whether the model sees the tokens that it has to predict.
+"""Causality probe: checks before the first step of a run that the model does not see the tokens that it predicts.
 
 An encoder that is trained as a causal language model by mistake (BERT without `is_decoder`) attends to later tokens:
-its loss falls to almost nothing, and it generates nothing of use. No loss curve tells, so the model is asked.
+its loss falls to almost zero, and its generated text is useless. The loss curve does not reveal it.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ from trainer.tasks import TASKS, Collation, MicroBatch
 log = logging.getLogger(__name__)
 
 LONGEST = 64
-"""Tokens of the probed sample at most."""
+"""Maximum number of tokens of the probed sample."""
 
 SHORTEST = 8
-"""Tokens of the training data's first sample below which random ids are taken instead."""
+"""Minimum number of tokens of the first training sample; a shorter one is replaced by random ids."""
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-"""Largest change of a loss, as a share of the largest loss."""
+"""Largest change of a loss that is attributed to rounding, relative to the largest loss."""
 
 SYSTEMATIC = 0.5
-"""If the control row repeats exactly and so large a share of the positions changes by more than fp32's tolerance, it is
-no rounding in any precision. Fresh random weights change so little: a BERT's losses in bf16 by 4e-4."""
+"""Share of positions. If more change by more than the tolerance of fp32 while the control row repeats exactly, it
+is not rounding in any precision. With random weights the changes are small: 4e-4 for the losses of a BERT in bf16."""
 
 PROBED, CONTROL = 0, 1
-"""Rows of the micro-batch. Nothing of the control row is replaced: what changes there is no look at later tokens, but
-noise, or the rounding of experts that compute with other numbers of tokens."""
+"""Rows of the micro-batch. No input of the control row is replaced: its changes are noise, or the rounding of experts
+that compute different numbers of tokens."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the losses of the two passes tell, the same on every rank."""
+    """Result of the comparison of both passes, equal on every rank."""
 
     position: int
-    """The first one whose loss depends on replaced inputs; -1 if there is none."""
+    """First position whose loss depends on replaced inputs; -1 if there is none."""
 
     before: float
     after: float
-    """The loss at `position` with the sample's own inputs, and with later ones replaced. In nats."""
+    """Loss at `position` with the original inputs, and with later inputs replaced. In nats."""
 
     largest_change: float
-    """Of a loss before the replaced inputs. In nats."""
+    """Largest change of a loss at a position before the replaced inputs. In nats."""
 
     is_repeatable: bool
-    """Whether the control row had the same losses in both passes."""
+    """Whether the control row had equal losses in both passes."""
 
 
 def verify_causality(loaded: LoadedConfig, world: World, engine: Engine, batches: TrainBatches) -> None:
-    """Refuse a model whose loss at some position depends on later inputs. Every rank must call it.
+    """Refuse a model whose loss at some position depends on later inputs. Collective: all ranks must call it.
 
-    Runs two forward passes in evaluation over at most `LONGEST` tokens, in the second of which the inputs of the last
-    quarter are replaced, and leaves the random number generators as they were. A model that computes other losses for
-    the same inputs cannot be probed, and is warned of.
+    Does nothing for a task that is not causal. Runs two forward passes in evaluation mode over at most `LONGEST`
+    tokens; the second one replaces the inputs of the last quarter. Restores the random number generators. A model whose
+    losses for equal inputs differ cannot be probed, which is logged as a warning.
 
     Raises:
         ConfigError: on every rank, naming the first position that sees later inputs.
@@ -95,7 +95,7 @@ def verify_causality(loaded: LoadedConfig, world: World, engine: Engine, batches
 
 
 def _sample(loaded: LoadedConfig, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
-    """One more id than inputs: of the training data's first sample, or random ones where that is short."""
+    """Return ids (T + 1,) of the first training sample, or random ones if that is short."""
     blocks = loaded.facts.min_block_sparse_length
     longest = min(loaded.config.data.sequence_length, max(LONGEST, blocks))
     sample = torch.from_numpy(ids[: longest + 1])
@@ -107,7 +107,7 @@ def _sample(loaded: LoadedConfig, ids: np.ndarray[tuple[int], np.dtype[np.int64]
 
 
 def _ordinary_ids(loaded: LoadedConfig, count: int) -> Tensor:
-    """Random ids of the vocabulary without special ones, the same on every rank."""
+    """Return random ids (count,) without special tokens, the same on every rank."""
     is_ordinary = torch.ones(loaded.facts.vocabulary_size, dtype=torch.bool)
     is_ordinary[[n for n in loaded.facts.special_token_ids if 0 <= n < len(is_ordinary)]] = False
     ordinary = is_ordinary.nonzero().flatten() if is_ordinary.any() else torch.arange(len(is_ordinary))
@@ -116,12 +116,12 @@ def _ordinary_ids(loaded: LoadedConfig, count: int) -> Tensor:
 
 
 def _replaced_from(inputs: int) -> int:
-    """The first of the replaced positions: the last quarter's."""
+    """Return the first replaced position: that of the last quarter."""
     return inputs - max(1, inputs // 4)
 
 
 def _micro_batches(loaded: LoadedConfig, ids: Tensor, first: int) -> tuple[MicroBatch, MicroBatch]:
-    """The sample in two rows; and the same with other inputs from `first` on in the probed row. Labels stay."""
+    """Return the sample in two rows, and the same with other inputs from `first` on in the probed row, (2, T) each."""
     other = _ordinary_ids(loaded, len(ids))
     other = torch.where(other == ids, (other + 1) % loaded.facts.vocabulary_size, other)
     collation = Collation(length=len(ids) - 1, pad_id=0, pad_to_multiple_of=1, mask_padding=False)
@@ -151,7 +151,7 @@ def _losses(engine: Engine, world: World, micro: MicroBatch) -> Tensor | None:
 
 
 def _agreed(engine: Engine, before: Tensor | None, after: Tensor | None, first: int, tolerance: float) -> Finding:
-    """What the first rank that has the losses finds, on every rank."""
+    """Return the result of the first rank that has the losses. Collective: all ranks must call it."""
     row = [0.0] * 6
     if before is not None and after is not None:
         before, after = before[:, :first], after[:, :first]

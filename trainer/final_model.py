@@ -1,26 +1,26 @@
-"""Whether the model folder that a finished run left is still what was written."""
+"""Verification of the model folder that a finished run has written."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trainer.checkpoint_format import FileRecord
 from trainer.files import hash_file
 
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors' own limit."""
+"""Limit of safetensors, in bytes."""
 
 
-def find_damage(folder: Path, recorded: Any) -> str:
-    """What is wrong with a model folder; empty if nothing is. Reads every recorded file once.
+def find_damage(folder: Path, recorded: object) -> str:
+    """Return what is wrong with a model folder, or an empty string. Reads every recorded file once.
 
     Args:
-        recorded: name, size and hash of each file as the run's config.json holds them. Earlier versions recorded none:
-            then only the files' structure and length can be checked.
+        folder: of the model.
+        recorded: name, size and hash of each file, as in the run's config.json. Earlier versions recorded none; then
+            only the structure and length of the files are checked.
     """
     if not folder.is_dir():
         return f"{folder} is missing"
@@ -33,9 +33,11 @@ def find_damage(folder: Path, recorded: Any) -> str:
         return f"{folder} cannot be read: {error}"
 
 
-def _parsed(recorded: Any) -> tuple[FileRecord, ...]:
+def _parsed(recorded: object) -> tuple[FileRecord, ...]:
+    if not isinstance(recorded, list):
+        return ()
     try:
-        files = tuple(FileRecord(str(one["name"]), int(one["bytes"]), str(one["hash"])) for one in recorded)
+        files = tuple(FileRecord(str(file["name"]), int(file["bytes"]), str(file["hash"])) for file in recorded)
     except (TypeError, KeyError, ValueError):
         return ()
     plain = all(".." not in PurePosixPath(file.name).parts and not file.name.startswith("/") for file in files)
@@ -54,7 +56,7 @@ def _differing(folder: Path, files: tuple[FileRecord, ...]) -> Iterator[str]:
 
 
 def _malformed(folder: Path) -> Iterator[str]:
-    """What the structure alone tells, for folders of earlier versions."""
+    """Yield damage that the structure of the files reveals, for folders of earlier versions."""
     json.loads((folder / _CONFIG).read_bytes())
     names = {_WEIGHTS}
     if (folder / _INDEX).exists():
@@ -68,7 +70,7 @@ def _malformed(folder: Path) -> Iterator[str]:
 
 
 def _expected_length(path: Path) -> int:
-    """The length of a safetensors file that its header gives."""
+    """Return the length of a safetensors file as its header states it."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > _LONGEST_HEADER:

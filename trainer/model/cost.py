@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs of a token, bytes of model states. Counted on the meta device."""
+"""Cost of a model: parameters, FLOPs per token and bytes of model states, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from trainer.compat.torch.dispatch import pytree
+from trainer.compat.torch.dispatch import Operation, pytree
+from trainer.compat.torch.meta import MetaMode, matrix_flops
 from trainer.config.model_sizes import EXPERTS, EXPERTS_PER_TOKEN
-from trainer.model.meta import MetaMode, matrix_flops, traceable
+from trainer.model.meta import traceable
 from trainer.tasks import example_ids
 
 PEAK_FLOPS: dict[str, float] = {
@@ -38,11 +38,11 @@ PEAK_FLOPS: dict[str, float] = {
     "L40S": 362e12,
     "V100": 125e12,
 }
-"""Dense half-precision matrix FLOP/s of a device, from its maker's data sheet (sparsity not counted)."""
+"""Dense half-precision matrix FLOP/s by device, from the vendor's data sheet (without sparsity)."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The peak of the device that calls itself `device_name`; None where it is unknown."""
+    """Return the peak FLOP/s of a device by its name; None if it is unknown."""
     words = set(re.split(r"[\s/-]+", device_name))
     known = [name for name in PEAK_FLOPS if words.issuperset(name.split())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
@@ -50,19 +50,19 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Whole-model numbers, whatever the layout."""
+    """Numbers of the full model, independent of the layout."""
 
     parameters: int
-    """Distinct parameters; tied ones once."""
+    """Number of parameters; tied ones count once."""
 
     active_matrix_parameters: int
-    """Parameters that each token is multiplied with: no embedding look-ups, of the experts those routed to."""
+    """Parameters that each token is multiplied with: no embedding lookups, and of experts those it is routed to."""
 
     attention_flops_per_position: int
-    """FLOPs, forward and backward, that each key adds for each query, over all layers: 12 x width of its heads."""
+    """FLOPs in forward and backward for each pair of query and key, over all layers: 12 x width of the heads."""
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of forward and backward for one token in a sequence of `length`.
+        """Return the FLOPs of forward and backward for one token in a sequence of `length` tokens.
 
         6 x parameters + 12 x layers x width x length, as in PaLM (Chowdhery et al. 2022, appendix B): attention
         is counted in full, not halved for causality; recomputation is not counted.
@@ -71,11 +71,11 @@ class ModelCost:
 
 
 def model_cost(model: PreTrainedModel) -> ModelCost:
-    """Parameters and FLOPs of a model on the meta device.
+    """Count the parameters and FLOPs of a model on the meta device.
 
-    What the layers do is traced in two forward passes without values, so that layers which differ, run several times
-    or not at all (an image encoder, cross-attention of a decoder) are counted as they run. A family that cannot be
-    traced is counted by its modules and their attributes.
+    Two forward passes without values trace what the layers compute, so that layers that differ, run several times or
+    not at all (an image encoder, cross-attention of a decoder) are counted as they run. A family that cannot be traced
+    is counted by its modules and their attributes.
     """
     model = copy.deepcopy(model)  # a forward pass may change a model: RWKV rescales its weights when it is evaluated
     short, long = (_trace(model, length) for length in _LENGTHS)
@@ -101,26 +101,26 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
 
 
 _LENGTHS = (20, 40)
-"""Tokens of the traced sequences: few, because some families loop over them, and unlike the usual sizes of a model."""
+"""Tokens of the traced sequences: few, because some families loop over them, and not a usual dimension of a model."""
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _HEAD_DIM = ("head_dim", "attention_head_size", "d_head", "dim_head")
 
 
 class _Trace(MetaMode):
-    """What a forward pass over one sequence of `length` tokens does."""
+    """Records the matrix products of a forward pass over one sequence of `length` tokens."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self._active: list[nn.Module] = []
         self.calls: Counter[nn.Module] = Counter()
         self.flops: Counter[nn.Module] = Counter()
-        """Of matrix products over the whole sequence, by the innermost module."""
+        """FLOPs of matrix products along the sequence, by innermost module."""
 
         self.read: set[int] = set()
-        """Identities of the tensors that operations read, parameters among them."""
+        """Identities of the parameters that operations read."""
 
-    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def dispatch(self, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """See `DispatchMode.dispatch`."""
         result = super().dispatch(func, args, kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
@@ -129,11 +129,11 @@ class _Trace(MetaMode):
             self.flops[self._active[-1]] += matrix_flops(func, args, kwargs, result)
         return result
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: object) -> None:
         self._active.append(module)
         self.calls[module] += 1
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
         self._active.pop()
 
 
@@ -156,7 +156,7 @@ def _trace(model: PreTrainedModel, longest: int) -> _Trace | None:
 
 
 def _attention(model: PreTrainedModel, short: _Trace, long: _Trace) -> float:
-    """FLOPs forward and backward for each pair of query and key: the part that grows with the square of the length."""
+    """Return FLOPs in forward and backward per pair of query and key: the part that grows quadratically."""
     total = 0.0
     layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     for module, flops in long.flops.items():
@@ -170,7 +170,7 @@ def _attention(model: PreTrainedModel, short: _Trace, long: _Trace) -> float:
 
 
 def _attention_by_attributes(model: PreTrainedModel) -> int:
-    """The same by the heads that attention modules say they have."""
+    """Return the same from the numbers of heads that attention modules have as attributes."""
     total = 0
     for module in model.modules():
         heads = _first(module, _HEADS) or _first(getattr(module, "config", None), _HEADS)
@@ -178,8 +178,8 @@ def _attention_by_attributes(model: PreTrainedModel) -> int:
     return total
 
 
-def _experts(config: Any) -> tuple[int, float]:
-    """Experts of a mixture, and the share of them that one token is routed to; (0, 1) without a mixture."""
+def _experts(config: PreTrainedConfig) -> tuple[int, float]:
+    """Return the number of experts, and the share of them that one token is routed to; (0, 1) without experts."""
     text = config.get_text_config(decoder=True)
     sources = [text, getattr(text, "ffn_config", None)]
     experts = next((n for source in sources if (n := _first(source, EXPERTS))), 0)
@@ -187,8 +187,8 @@ def _experts(config: Any) -> tuple[int, float]:
     return experts, min(1.0, sum(chosen) / len(chosen) / experts) if experts and chosen else 1.0
 
 
-def _integers(config: Any, name: str) -> list[int]:
-    """The values of a configuration's attribute, of which layers that differ may have one each; none if it has none."""
+def _integers(config: object, name: str) -> list[int]:
+    """Return the integers of an attribute, one per layer where layers differ; none without the attribute."""
     try:
         value = getattr(config, name, None)
     except Exception:  # transformers refuses to read from the whole what differs between layers
@@ -197,19 +197,24 @@ def _integers(config: Any, name: str) -> list[int]:
     return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]
 
 
-def _first(source: Any, names: tuple[str, ...]) -> int:
+def _first(source: object, names: tuple[str, ...]) -> int:
     return next((number for name in names for number in _integers(source, name)), 0)
 
 
 def state_bytes(parameters: int, *, stage: int, data_ranks: int, half: bool, moments: int = 2) -> dict[str, float]:
-    """Bytes of model states on one rank under ZeRO (Rajbhandari et al. 2020, table 1, as DeepSpeed lays them out).
+    """Estimate the bytes of model states on one rank under ZeRO.
+
+    Source: Rajbhandari et al. 2020, table 1, as DeepSpeed implements it.
 
     Args:
-        parameters: those of this rank's part of the model. stage: ZeRO stage. half: bf16 or fp16 weights
-        in addition to fp32 master weights. moments: fp32 tensors of the optimizer per parameter (AdamW 2).
+        parameters: number of parameters in the rank's shard of the model.
+        stage: ZeRO stage.
+        data_ranks: ranks over which ZeRO partitions.
+        half: whether weights are bf16 or fp16, with fp32 master weights.
+        moments: fp32 tensors of the optimizer per parameter (AdamW 2).
 
     Returns:
-        weights, gradients, master weights and optimizer moments, in bytes.
+        Bytes of weights, gradients, master weights and optimizer moments.
     """
     size = 2 if half else 4
     share = 1 / data_ranks

@@ -1,4 +1,4 @@
-"""Writes the trained model as a Hugging Face folder, block by block."""
+"""Export of the trained model as a Hugging Face folder, block by block."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 * 2**30
-"""Largest file of weights; so much is in host memory at once."""
+"""Maximum size of a weight file, which is in host memory at once."""
 
 
 def _stored_names(model: PreTrainedModel) -> dict[str, str]:
-    """For each parameter's first name, the name it is stored under: of tied ones, that which the family keeps."""
+    """Return the stored name of each parameter by its first name: of tied ones, the name that the family keeps."""
     groups: dict[int, list[str]] = {}
     for name, parameter in local_and_remote_parameters(model):
         groups.setdefault(id(parameter), []).append(name)
@@ -95,40 +95,40 @@ class _ShardWriter:
 
 
 def _by_block(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """The weights of one block at a time, in copies: what transformers splits or joins on writing lies in one block."""
+    """Yield copies of the weights, one block at a time: what transformers splits or joins on saving lies in a block."""
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     block, held = "", dict[str, Tensor]()
     for name, tensor in weights:
         stack = next((stack for stack in stacks if name.startswith(stack)), None)
-        own = name if stack is None else stack + name.removeprefix(stack).partition(".")[0]
-        if held and own != block:
+        block_name = name if stack is None else stack + name.removeprefix(stack).partition(".")[0]
+        if held and block_name != block:
             yield held
             held = {}
-        block = own
+        block = block_name
         held[name] = tensor.detach().to("cpu", copy=True)
     if held:
         yield held
 
 
 def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration by which the auto class finds the model's class again.
+    """Return the configuration by which the auto class finds the model's class.
 
-    For the language model of a multimodal family (Emu3, Mllama) that is the family's, with the model's own inside.
+    For the language model of a multimodal family (Emu3, Mllama) it is the family's, which contains the model's own.
     """
     config = model.config
     classes = [entry for task in TASKS.values() for entry in task.class_names.items()]
     if config.model_type in dict(classes):
         return config
     for model_type, name in classes:
-        kind: Any = CONFIG_MAPPING[model_type]
-        if name == type(model).__name__ and kind.sub_configs.get("text_config") is type(config):
-            found: PreTrainedConfig = kind(text_config=config.to_dict())
-            return found
+        config_class: Any = CONFIG_MAPPING[model_type]
+        if name == type(model).__name__ and config_class.sub_configs.get("text_config") is type(config):
+            multimodal: PreTrainedConfig = config_class(text_config=config.to_dict())
+            return multimodal
     return config
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What makes the model without its weights, as plain JSON: Hugging Face's configurations and class."""
+    """Return what builds the model without its weights, as JSON: Hugging Face's configurations and class."""
     generation = json.loads(model.generation_config.to_json_string()) if model.can_generate() else None
     config = json.loads(_loadable_config(model).to_json_string(use_diff=False))
     return {"config": config, "class": type(model).__name__, "generation": generation}
@@ -145,25 +145,28 @@ def write_model(
     largest: int = SHARD_BYTES,
     card: str | None = None,
 ) -> tuple[FileRecord, ...]:
-    """Writes `folder` whole or not at all: config, safetensors, and the tokenizer if there is one.
+    """Write a model folder atomically: configuration, safetensors, and the tokenizer if there is one.
 
-    Names and shapes in the files are those that the family publishes, which may be others than the model's (experts
-    one by one). Host memory: one block and one file of at most `largest` bytes. All files are synced, and the weights
-    read again and compared with what was written, before the folder gets its name.
+    Names and shapes in the files are those that the family publishes, which may differ from the model's (experts one by
+    one). Host memory: one block, and one file of at most `largest` bytes. All files are synced, read again and compared
+    with what was written before the folder gets its name.
 
     Args:
-        model: gives structure and configuration; its own parameters are not read.
-        weights: every parameter and persistent buffer by its Hugging Face name, whole, in the order of the model;
-            walking through it may take all ranks.
-        writes: whether this rank writes, or only walks along.
-        dtype: of the floating-point weights in the files; as they come by default.
+        model: gives structure and configuration; its parameters are not read.
+        weights: every parameter and persistent buffer with its Hugging Face name, in full shape and the model's order.
+            Exhausting it may be collective.
+        folder: to write, replacing an earlier one.
+        tokenizer: to save with the model.
+        writes: whether this rank writes; other ranks only exhaust `weights`.
+        dtype: of the floating-point weights in the files; unchanged by default.
+        largest: maximum bytes of a weight file.
         card: text of the model card, README.md.
 
     Returns:
         Name, size and hash of each file, on the rank that writes.
 
     Raises:
-        ConfigError: on the rank that writes: the folder cannot be written. The folder of before is unchanged then.
+        ConfigError: on the rank that writes, if the folder cannot be written. An earlier folder is then unchanged.
     """
     weights = iter(weights)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -172,19 +175,19 @@ def write_model(
             remove(partial)
             partial.mkdir(parents=True)
             hashes = _write_weights(model, weights, _ShardWriter(partial, largest), dtype)
-            _write_text(model, partial, hashes.dtype, tokenizer, card)
+            _write_text(model, partial, hashes.dtype, tokenizer=tokenizer, card=card)
             files = _verified(partial, hashes.by_file)
             replace_folder(partial, folder)
             return files
     except OSError as error:
         with contextlib.suppress(OSError):
             remove(partial)
-        for _ in weights:  # the other ranks walk along to the end
+        for _ in weights:  # which may be collective
             pass
         reason = f"the model cannot be written: {error.strerror or error}"
         raise ConfigError(
             Problem(
-                str(folder), reason, "Free some space and run the same command: it goes on from the last checkpoint"
+                str(folder), reason, "Free some space and run the same command, which resumes from the last checkpoint"
             )
         ) from None
     for _ in weights:
@@ -217,9 +220,13 @@ def _write_weights(
 
 
 def _write_text(
-    model: PreTrainedModel, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
     card: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """Write everything that is not weights: configuration, tokenizer, model card."""
     transformers_logging.disable_progress_bar()
     config = copy.deepcopy(_loadable_config(model))
@@ -247,16 +254,17 @@ def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[FileRecord, ..
         name = path.relative_to(folder).as_posix()
         files.append(FileRecord(name, path.stat().st_size, hash_file(path)))
         if expected.get(name, files[-1].hash) != files[-1].hash:
-            raise OSError(f"{name} does not hold what was written into it")
+            raise OSError(f"{name} does not contain what was written to it")
     size, seconds = format_bytes(sum(file.bytes for file in files)), time.perf_counter() - start
     log.info("synced and verified %d files of the model (%s) in %.2f s", len(files), size, seconds)
     return tuple(files)
 
 
 def load_exported(folder: Path, dtype: torch.dtype | None = None, task: str = DEFAULT_TASK) -> PreTrainedModel:
-    """The model in a folder that `write_model` wrote, ready to generate.
+    """Load a model from a folder that `write_model` has written, ready to generate.
 
     Args:
+        folder: of the model.
         dtype: to compute in; default: that of the weights in the files.
         task: `model.task`.
     """

@@ -1,4 +1,4 @@
-"""Generates text."""
+"""Text generation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import ConfigError, Problem
 
 
 @torch.no_grad()
 def generate_texts(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -21,10 +21,15 @@ def generate_texts(
     tokens: int,
     temperature: float,
 ) -> Iterator[str]:
-    """Each prompt and at most `tokens` more, drawn at `temperature` (0: the likeliest each time).
+    """Yield each prompt with its continuation.
 
     Args:
-        prefix: ids before each prompt, as before each document in training; they are not part of the text.
+        model: on any device, in evaluation mode.
+        tokenizer: of the model.
+        prompts: texts to continue.
+        prefix: ids in front of each prompt, as in front of each document in training; not part of the yielded text.
+        tokens: maximum number of new tokens.
+        temperature: of sampling; 0 takes the most likely token.
 
     Raises:
         ConfigError: if a prompt is empty.
@@ -36,7 +41,8 @@ def generate_texts(
     for prompt in prompts:
         encoded = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         input_ids = torch.tensor([[*prefix, *encoded]], device=model.device)
-        ids = model.generate(
+        generate: Any = model.generate  # typed as a tensor or module
+        ids = generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=tokens,

@@ -11,13 +11,12 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.compat.torch.dispatch import DispatchMode, storage_id, written_tensors
+from trainer.compat.torch.dispatch import DispatchMode, Operation, storage_id, written_tensors
 from trainer.compat.transformers.initialization import (
     initialization_context,
     initialize_module,
@@ -45,7 +44,7 @@ class _WriteRecorder(DispatchMode):
     def __init__(self) -> None:
         self.storages: set[int] = set()
 
-    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def dispatch(self, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """See `DispatchMode.dispatch`."""
         self.storages.update(storage_id(tensor) for tensor in written_tensors(func, args, kwargs))
         return super().dispatch(func, args, kwargs)
@@ -108,6 +107,8 @@ class _Initializer:
         """Initialize `module` and all modules below it.
 
         Args:
+            module: whose tensors are on the meta device.
+            name: of the module in the model.
             owner: the nearest model above, which knows the family's rules.
             in_block: whether the module lies inside a block. A family may set a block's inner weights when it
                 initializes the block itself (GPT-2 scales its residual projections so), but never across blocks.

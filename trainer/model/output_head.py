@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.compat.torch.meta import MetaMode
 from trainer.config import LoadedConfig
-from trainer.model.meta import MetaMode, traceable
+from trainer.model.meta import traceable
 from trainer.tasks import TASKS
 
 _BATCH, _LENGTH = 1, 8

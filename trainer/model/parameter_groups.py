@@ -1,4 +1,4 @@
-"""Which weights decay, and by what factor the learning rate of each is scaled, by Hugging Face name."""
+"""Weight decay and learning rate scale of each weight, by Hugging Face name."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _EXCLUDE, _SCALES = "training.weight_decay_exclude", "training.learning_rate_sca
 
 
 class WeightOptions(NamedTuple):
-    """How the optimizer treats a weight; weights with equal options form a parameter group."""
+    """Options of the optimizer for a weight; weights with equal options form a parameter group."""
 
     decays: bool = True
     scale: float = 1.0
-    """Factor on the learning rate."""
+    """Factor of the learning rate."""
 
 
 def weight_options(model: nn.Module, training: TrainingSection, *, decay: float) -> dict[str, WeightOptions]:
-    """The options of every trained weight of a full model, by its first Hugging Face name.
+    """Return the options of every trained weight of a full model, by its first Hugging Face name.
 
-    The decision is made on the full model, so it is the same on every rank and in every layout.
+    They follow from the full model, so they are the same on every rank and in every layout.
 
     Args:
         model: on any device; only names, shapes and the classes of modules are read.
-        decay: the optimizer's weight decay. Where it is 0, excluding a weight makes no difference, and no group.
+        training: the configuration's section.
+        decay: the optimizer's weight decay. If it is 0, excluding a weight has no effect and forms no group.
 
     Raises:
         ConfigError: if a pattern matches no weight, or two scales apply to the same weight.
@@ -74,7 +75,7 @@ def _matches(pattern: str, name: str) -> bool:
 def _unmatched(
     key: str, patterns: Iterable[str], model: nn.Module, trained: Mapping[str, nn.Parameter]
 ) -> Iterator[Problem]:
-    """A problem for every pattern that matches no trained weight."""
+    """Yield a problem for every pattern that matches no trained weight."""
     for pattern in patterns:
         if any(_matches(pattern, name) for name in trained):
             continue
@@ -92,10 +93,10 @@ def _unmatched(
 
 
 def _candidates(names: Iterable[str]) -> list[str]:
-    """What a misspelt pattern may have meant: names, with layers as `*`, or the ends of names behind `*.`."""
-    found: dict[str, None] = {}
+    """Return patterns to suggest for a misspelled one: names, names with `*` for layers, ends of names after `*.`."""
+    candidates: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         ends = ("*." + ".".join(parts[-count:]) for count in (1, 2, 3) if count < len(parts))
-        found.update(dict.fromkeys((name, wildcard_name(name), *ends)))
-    return list(found)
+        candidates.update(dict.fromkeys((name, wildcard_name(name), *ends)))
+    return list(candidates)

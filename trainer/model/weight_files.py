@@ -41,7 +41,7 @@ class TensorView(Protocol):
     def get_shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
 
-    def __getitem__(self, block: Any) -> Tensor:
+    def __getitem__(self, block: tuple[slice, ...]) -> Tensor:
         """Read a block, given by one slice for each dimension."""
 
 

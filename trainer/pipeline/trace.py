@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.compat.torch.dispatch import has_several_forward_hooks, pytree, view_base
+from trainer.compat.torch.dispatch import Operation, has_several_forward_hooks, pytree, view_base
+from trainer.compat.torch.meta import MetaMode, matrix_flops
 from trainer.errors import PlanError, Problem, first_line
-from trainer.model.meta import MetaMode, matrix_flops, traceable
+from trainer.model.meta import traceable
 from trainer.pipeline.dataflow import BATCH, LENGTH, Dataflow, ModuleCall, Position, TensorSpec, TracedValue
 from trainer.tasks import TASKS, example_ids
 
@@ -85,7 +86,7 @@ class _Tracer(MetaMode):
         if is_layer:
             self.layer_calls.append(name)
 
-    def leave_module(self, name: str, module: nn.Module, output: Any, *, is_hooked: bool) -> None:
+    def leave_module(self, name: str, module: nn.Module, output: object, *, is_hooked: bool) -> None:
         """Record that a module returns `output`.
 
         Args:
@@ -120,7 +121,7 @@ class _Tracer(MetaMode):
             self._computed_in.pop(id(tensor), None)
             self._sources[id(tensor)] = frozenset({TracedValue(call.number, name, occurrence, number)})
 
-    def finish(self, output: Any) -> None:
+    def finish(self, output: object) -> None:
         """Record that the model returns its output, which is read after the last layer."""
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -128,7 +129,7 @@ class _Tracer(MetaMode):
 
     # Operations ------------------------------------------------------------------------------------------------------
 
-    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def dispatch(self, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """See `DispatchMode.dispatch`."""
         read = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         sources: _Sources = frozenset().union(*(self._read(tensor) for tensor in read))

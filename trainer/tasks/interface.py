@@ -164,6 +164,7 @@ class Task(Protocol):
         """Return the loss of a micro-batch, summed over its targets.
 
         Args:
+            prediction: of the forward pass.
             labels: (B, ...), as `collate` returns them.
             cross_entropy: of logits, of which this tensor rank may hold some columns only.
         """

@@ -84,6 +84,9 @@ class TaskModule(nn.Module):
         """Wrap a model whose parameters and modules are final.
 
         Args:
+            model: on this rank.
+            task: whose loss is computed.
+            cross_entropy: of the logits of this tensor rank.
             can_defer_head: whether the logits of the model are what its output embeddings return
                 (`returns_head_output`), and their weight can be read at any time.
         """

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "DispatchMode",
+    "Operation",
     "flops_of",
     "has_several_forward_hooks",
     "pytree",
@@ -26,6 +27,10 @@ __all__ = [
     "view_base",
     "written_tensors",
 ]
+
+
+Operation = Callable[..., Any]
+"""An overload of an operator (`torch._ops.OpOverload`)."""
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -50,14 +55,14 @@ class DispatchMode:
     ) -> None:
         self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
-    def dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def dispatch(self, func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Compute an operation."""
         return func(*args, **kwargs)
 
 
-def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+def written_tensors(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Yield the arguments that an operation writes to, of any shapes."""
-    parameters = func._schema.arguments
+    parameters = func._schema.arguments  # type: ignore[attr-defined]
     values = {parameter.name: value for parameter, value in zip(parameters, args, strict=False)} | dict(kwargs)
     for parameter in parameters:
         value = values.get(parameter.name)
@@ -75,9 +80,9 @@ def view_base(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
-def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+def flops_of(func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Return the FLOPs of an operation by torch's formulas; 0 without a formula."""
-    formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+    formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)  # type: ignore[attr-defined]
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 
 

@@ -35,6 +35,10 @@ _DISPATCH: Names = {
         "_schema": "arguments that an operation writes to",
         "_overloadpacket": "looking up the FLOPs of an operation",
     },
+    "torch.ops.aten": {
+        "_local_scalar_dense": "reading a value of a meta tensor, which has none",
+        "_grouped_mm": "matrix products of experts, whose meta kernel is stricter than the computation",
+    },
     "torch.nn.Module": {
         "_forward_hooks": "whether others than the trace have hooks on a module",
     },

@@ -50,7 +50,8 @@ class KeyMatcher:
         """Prepare the rules of a model.
 
         Args:
-            names: of the model's tensors.
+            model: whose family's rules apply.
+            names: tensors of the model, by name.
             has_file_names: whether the keys are those of a published model; else they are the model's own.
         """
         self._transforms: list[WeightTransform] = get_model_conversion_mapping(model) if has_file_names else []
@@ -78,8 +79,10 @@ def _set_conversions(model: PreTrainedModel, conversions: list[WeightTransform])
 
 
 def is_stacking(converter: WeightConverter) -> bool:
-    """Whether a converter stacks sources along a new first dimension, and joins those of several patterns along the
-    next one: each source then is a chunk of the target."""
+    """Return whether each source of a converter is a chunk of its target.
+
+    Such converters stack sources along a new first dimension, and join those of several patterns along the next one.
+    """
     match converter.operations:
         case [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
             return True
@@ -97,9 +100,11 @@ def convert(
     """Convert tensors of the files to those of the model, by name; one converter may make several.
 
     Args:
+        converter: of the family.
         name: of the model's tensor that matched.
         sources: key in the files, and the pattern that it matches.
         read: returns the full tensor of a key.
+        model: that the tensors are for.
     """
     fresh = copy.deepcopy(converter)
     for key, pattern in sources:
