@@ -133,13 +133,13 @@ def test_text_dependent_special_tokens_are_refused() -> None:
 
 def test_prompt_prefix_follows_recorded_frame(tmp_path: Path) -> None:
     """No prefix after training on token files, or without a record if the special tokens depend on the text."""
-    from launch.generate import tokenizer_of
+    from launch.generate import find_tokenizer
 
     class TextDependentTokenizer:
         def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
             return {"input_ids": [*([len(text)] if add_special_tokens else []), 7, 8]}
 
-    tokenizer = tokenizer_of(str(save("llama", tmp_path)))
+    tokenizer = find_tokenizer(str(save("llama", tmp_path)))
     begin = tuple(tokenizer.convert_tokens_to_ids(["<s>"]))
     assert resolve_prompt_prefix(tokenizer, None) == begin, "a folder of unknown origin"
     assert resolve_prompt_prefix(TextDependentTokenizer(), None) == ()
@@ -155,11 +155,11 @@ def test_prompt_prefix_follows_recorded_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "prefix"), [("tokenizer", ["<s>"]), ("end", []), ("none", []), (None, [])])
 def test_prompts_get_document_prefix(mode: str | None, prefix: list[str], tmp_path: Path) -> None:
     """Without the suffix. None stands for a run of an earlier version, which added no prefix."""
-    from launch.generate import tokenizer_of
+    from launch.generate import find_tokenizer
     from trainer.model import generate_texts
 
     data = {"append_end_of_text": True} if mode is None else {"special_tokens": mode}
-    tokenizer = tokenizer_of(str(save("llama", tmp_path)))
+    tokenizer = find_tokenizer(str(save("llama", tmp_path)))
     about = {} if mode is None else {"document_frame": resolve_frame(tokenizer, mode).as_json()}  # type: ignore[arg-type]
     (tmp_path / "config.json").write_text(json.dumps({"run": {}, "data": data, "tessera": about}))
     inputs = []
