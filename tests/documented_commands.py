@@ -73,7 +73,7 @@ COMMANDS: dict[str, Run] = {
     "torchrun --nproc_per_node 8 launch/train.py --config X.json": _REPEATED,
     "python launch/train.py --config X.json": _REPEATED,
     "python -m tools.checkpoint list runs/NAME": Run(says=("step-00000002", "latest")),
-    "python -m tools.checkpoint verify runs/NAME": Run(says=("step-00000002: sound",)),
+    "python -m tools.checkpoint verify runs/NAME": Run(says=("step-00000002: valid",)),
     "python -m tools.checkpoint diff A B": Run(status=1, says=("differ",)),
     "python -m tools.checkpoint export runs/NAME OUT --dtype bf16 --check": Run(says=("check passed: ",)),
     "python -m tools.checkpoint import FOLDER --config X.json": Run(

@@ -30,7 +30,7 @@ def test_tool_lists_shows_verifies_and_compares_checkpoints(uploaded_run: Path, 
     assert 72 * 32 - 31 <= tokens <= 72 * 32, "at most one of the samples is the padded one"
     assert f"6 (attempt 1), 72 samples, {tokens:,} tokens" in shown.out
     assert "exp_avg_sq   model.embed_tokens.weight [320, 32] F32" in shown.out
-    assert run_tool("verify", run).out.count(": sound (2 files") == 2
+    assert run_tool("verify", run).out.count(": valid (2 files") == 2
     differing = run_tool("diff", run / "checkpoints" / "step-00000004", run)
     assert differing.status == 1
     assert "0 tensors are equal bit for bit" in differing.out
