@@ -38,7 +38,7 @@ check: $(VENV)/.installed-dev  ## lint, types, import rules, spelling, fast test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell
+	$(BIN)/codespell -D - -D tools/dialect.txt
 	$(PY) -m pytest -m 'fast and not matrix'
 
 matrix: $(VENV)/.installed-test  ## the long tests
