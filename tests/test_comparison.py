@@ -219,7 +219,7 @@ def compare_in_threads(ranks: list[tuple[int, list[Fact]]], world: int, timeout:
     def compare(number: int, rank: int, facts: list[Fact]) -> None:
         try:
             launch = Launch(rank, world, rank % 2, 2)  # two to a host
-            compare_ranks(launch, store, "start", facts, timedelta(seconds=timeout))
+            compare_ranks(launch, store, "start", facts, timeout=timedelta(seconds=timeout))
         except ConfigError as error:
             messages[number] = str(error)
 

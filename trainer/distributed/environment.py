@@ -66,18 +66,20 @@ class Launch:
             ConfigError: a variable is not a number in its range; names each of them.
         """
         problems: list[Problem] = []
-        world_size = _read_count("WORLD_SIZE", "1", 1, None, problems)
-        rank = _read_count("RANK", "0", 0, world_size, problems)
+        world_size = _read_count("WORLD_SIZE", "1", minimum=1, stop=None, problems=problems)
+        rank = _read_count("RANK", "0", minimum=0, stop=world_size, problems=problems)
         uses_deepspeed_name = "LOCAL_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
         local_size_name = "LOCAL_SIZE" if uses_deepspeed_name else "LOCAL_WORLD_SIZE"
-        local_world_size = _read_count(local_size_name, str(world_size), 1, world_size + 1, problems)
-        local_rank = _read_count("LOCAL_RANK", "0", 0, local_world_size, problems)
+        local_world_size = _read_count(
+            local_size_name, str(world_size), minimum=1, stop=world_size + 1, problems=problems
+        )
+        local_rank = _read_count("LOCAL_RANK", "0", minimum=0, stop=local_world_size, problems=problems)
         if problems:
             raise ConfigError(problems)
         return cls(rank, world_size, local_rank, local_world_size)
 
 
-def _read_count(name: str, default: str, minimum: int, stop: int | None, problems: list[Problem]) -> int:
+def _read_count(name: str, default: str, *, minimum: int, stop: int | None, problems: list[Problem]) -> int:
     """Read a variable as a number from `minimum` up to, but not including, `stop`."""
     text = os.environ.get(name, default)
     expected = f"a number of at least {minimum}" if stop is None else f"a number from {minimum} to {stop - 1}"

@@ -57,7 +57,7 @@ class _RankFacts(NamedTuple):
 
 
 def compare_ranks(
-    launch: Launch, store: Store, purpose: str, facts: Iterable[Fact], timeout: timedelta = _COMPARE_TIMEOUT
+    launch: Launch, store: Store, purpose: str, facts: Iterable[Fact], *, timeout: timedelta = _COMPARE_TIMEOUT
 ) -> None:
     """Compare facts of all ranks. Collective: all ranks must call it with the same purpose.
 

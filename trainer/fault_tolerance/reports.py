@@ -64,8 +64,8 @@ def initial_report(launch: Launch) -> Report:
 class PeerReports:
     """Reports of all ranks over several exchanges, as one rank sees them."""
 
-    def __init__(self, own: Report, world: int) -> None:
-        self._own, self._world = own, world
+    def __init__(self, local: Report, world_size: int) -> None:
+        self._local, self._world_size = local, world_size
         self.rounds = 0
         """Exchanges since this rank began to read the reports."""
 
@@ -96,7 +96,7 @@ class PeerReports:
         return {0: condition or "does not respond"}
 
     def _condition(self, report: Report) -> str:
-        state = process_state(report.pid) if report.namespace == self._own.namespace else "running"
+        state = process_state(report.pid) if report.namespace == self._local.namespace else "running"
         return {"dead": f"its process {report.pid} has died", "stopped": f"its process {report.pid} is stopped"}.get(
             state, ""
         )
@@ -105,7 +105,7 @@ class PeerReports:
         """Return the ranks that cannot continue, with the reason: dead, stopped, failed, or not responding."""
         reasons = {}
         for rank, (report, since) in sorted(self._seen.items()):
-            if rank == self._own.rank or report.phase == "finished":
+            if rank == self._local.rank or report.phase == "finished":
                 continue
             if report.error:
                 reasons[rank] = f"failed: {report.error}"
@@ -120,7 +120,7 @@ class PeerReports:
         if not self.rounds:
             return []
         reports = self.reports()
-        return [r for r in range(self._world) if r not in reports or reports[r].phase_index < phase_index]
+        return [r for r in range(self._world_size) if r not in reports or reports[r].phase_index < phase_index]
 
     def describe(self, ranks: Iterable[int], lost_ranks: Mapping[int, str] = {}, limit: int = 8) -> str:
         """Describe ranks by host, last phase and condition."""
@@ -148,10 +148,10 @@ class Reporter:
     It has its own connection to the store and blocks while rank 0 does not answer, so that no thread may wait for it.
     """
 
-    def __init__(self, launch: Launch, store: Store, interval: float, own: Callable[[], Report]) -> None:
-        self._launch, self._interval, self._own = launch, interval, own
+    def __init__(self, launch: Launch, store: Store, interval: float, make_report: Callable[[], Report]) -> None:
+        self._launch, self._interval, self._make_report = launch, interval, make_report
         self._store: Store = PrefixStore("watchdog", open_second_connection(store))
-        self.peers = PeerReports(own(), launch.world_size)
+        self.peers = PeerReports(make_report(), launch.world_size)
         self.reads_peers = False
         """Set to True to read the reports of all ranks."""
 
@@ -199,7 +199,7 @@ class Reporter:
             self._wake_event.clear()
 
     def _exchange(self) -> None:
-        report = self._own()
+        report = self._make_report()
         if report != self._posted:
             self._store.set(str(report.rank), json.dumps(asdict(report)))
             self._posted = report
