@@ -56,3 +56,8 @@ def with_values(config: dict[str, Any], **values: Any) -> dict[str, Any]:
         else:
             node[last] = value
     return result
+
+
+def optimizer(name: str, **params: object) -> dict[str, Any]:
+    """Return a value of `deepspeed.optimizer`."""
+    return {"type": name, "params": params}

@@ -62,3 +62,9 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
     """Return a valid configuration of a model with some 20,000 parameters."""
     return tiny_config(corpus, shared_cache, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the same configuration for all tests of a module; a module overrides it to change values."""
+    return tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.configs import tiny_config
 from tests.harness import run_command
 from tools.parity.shrink import tiny as tiny_model
 
@@ -90,11 +89,6 @@ def compare(model_type: str, parallel: dict[str, Any], base: dict[str, Any], fol
         one, two = (model(input_ids=ids).logits for model in models)
     assert one.shape[-1] == VOCABULARY
     torch.testing.assert_close(two, one, rtol=0, atol=2e-3 * float(one.abs().max()))
-
-
-@pytest.fixture
-def base(corpus: Path, shared_cache: Path, tmp_path: Path) -> dict[str, Any]:
-    return tiny_config(corpus, shared_cache, tmp_path)
 
 
 @pytest.mark.parametrize(("model_type", "parallel"), FEW_FAMILIES, ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from tests.configs import tiny_config, with_values
+from tests.configs import optimizer, with_values
 from tests.harness import run_ranks
 from tests.reference_optimizers import scheduled_learning_rates
 from tests.test_model import GPT2, MIXTRAL
@@ -36,13 +35,8 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
-    return with_values(config, data__validation=[], data__packing="none")
-
-
-def optimizer(class_name: str, **params: Any) -> dict[str, Any]:
-    return {"type": class_name, "params": params}
+def base(base: dict[str, Any]) -> dict[str, Any]:
+    return with_values(base, data__validation=[], data__packing="none")
 
 
 def assert_curves_close(curve: Curve, expected: Curve, *, loss_rtol: float, norm_rtol: float) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.configs import tiny_config, with_values
+from tests.configs import with_values
 from tests.harness import run_ranks
 from tests.training_jobs import Curve, Weights, train, train_bare
 from tools.parity.layout import Changes, Layout
@@ -95,11 +94,6 @@ def config_of(layout: Layout, base: dict[str, Any], **values: Any) -> dict[str, 
         **values,
     )
     return layout.apply_to(config)
-
-
-@pytest.fixture(scope="module")
-def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
 
 
 SGD = {"type": "SGD", "params": {"lr": 1.0}}

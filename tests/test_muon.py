@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.configs import tiny_config, with_values
+from tests.configs import with_values
 from tests.harness import run_ranks
 from tests.training_jobs import train, train_bare
 
@@ -21,10 +20,9 @@ MATRIX_LAYOUTS: list[dict[str, Any]] = [{"stage": 0}, {"stage": 2}, {"stage": 1}
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def base(base: dict[str, Any]) -> dict[str, Any]:
     """Gradients are clipped in every step, by a factor that differs between steps."""
-    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
-    return with_values(config, data__validation=[], data__packing="none", deepspeed__gradient_clipping=0.2)
+    return with_values(base, data__validation=[], data__packing="none", deepspeed__gradient_clipping=0.2)
 
 
 @pytest.mark.parametrize(

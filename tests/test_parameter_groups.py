@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoint_jobs import read_state, run_jobs
-from tests.configs import tiny_config, with_values
+from tests.configs import with_values
 from tests.harness import run_command, run_ranks
 from tests.reference_optimizers import scheduled_learning_rates
 from tests.training_jobs import Outcome, learning_rates, train, train_bare
@@ -40,11 +40,10 @@ OFFLOAD = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def base(base: dict[str, Any]) -> dict[str, Any]:
     """Tied embeddings, and biases of the MLP: those of keys have no gradient, whose rounding Adam and Lion amplify."""
-    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
     return with_values(
-        config,
+        base,
         data__validation=[],
         data__packing="none",
         model__config__mlp_bias=True,

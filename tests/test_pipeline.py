@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from tests.configs import with_values
 from tests.harness import run_command, run_ranks
+from tests.meta_models import meta_model
 from tests.test_families import REPRESENTATIVE, describe
 from tools.parity import gradient_proof, stage_runner
 from tools.parity.families import Family
@@ -34,12 +36,7 @@ from trainer.tasks import example_ids
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
 
-def meta(model_type: str, **fields: Any) -> PreTrainedModel:
-    config = tiny_model(model_type, **fields)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model: PreTrainedModel = kind.from_config(config, attn_implementation="eager")
-    return model
+meta = functools.partial(meta_model, attention="eager")
 
 
 # Following a model ----------------------------------------------------------------------------------------------------

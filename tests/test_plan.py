@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tools.parity.shrink import tiny
+from tests.meta_models import meta_model
 from trainer.errors import PlanError
 from trainer.tensor_parallel import TensorMapper, model_region, read_plan
 from trainer.tensor_parallel.families import FAMILIES
@@ -23,7 +23,7 @@ def test_plans_cover_every_weight_once(model_type: str) -> None:
     for ranks in (2, 4):
         if model_type == "codegen" and ranks == 4:
             continue  # four blocks of two heads
-        model = meta(model_type)
+        model = meta_model(model_type)
         plans = [read_plan(model, {}, ranks, rank) for rank in range(ranks)]
         for same in zip(*(plan.entries for plan in plans), strict=True):
             covered = torch.zeros(same[0].shape, dtype=torch.int)
@@ -47,13 +47,6 @@ def test_indivisible_units_are_refused(units: int, ranks: int, shared: bool) -> 
 # The audit -----------------------------------------------------------------------------------------------------------
 
 
-def meta(model_type: str, **fields: Any) -> PreTrainedModel:
-    """Return a tiny model on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny(model_type, **fields))
-    return model
-
-
 def plan_problems(model: PreTrainedModel, user: dict[str, str] | None = None, ranks: int = 2) -> list[str]:
     """Return the problems that the audit reports, one line each."""
     with pytest.raises(PlanError) as error:
@@ -63,7 +56,7 @@ def plan_problems(model: PreTrainedModel, user: dict[str, str] | None = None, ra
 
 @pytest.mark.fast
 def test_unmatched_user_entry_is_reported() -> None:
-    (message,) = plan_problems(meta("llama"), {"layers.*.self_atn.q_proj": "colwise:head_dim"})
+    (message,) = plan_problems(meta_model("llama"), {"layers.*.self_atn.q_proj": "colwise:head_dim"})
     assert message.startswith("parallel.tensor_plan.layers.*.self_atn.q_proj: 'colwise:head_dim' matches no module")
     assert "did you mean 'layers.*.self_attn.q_proj'?" in message
     assert "model.named_modules()" in message
@@ -71,7 +64,7 @@ def test_unmatched_user_entry_is_reported() -> None:
 
 @pytest.mark.fast
 def test_unknown_style_is_reported() -> None:
-    (message,) = plan_problems(meta("llama"), {"layers.*.self_attn.q_proj": "colwize:head_dim"})
+    (message,) = plan_problems(meta_model("llama"), {"layers.*.self_attn.q_proj": "colwize:head_dim"})
     assert message.startswith("parallel.tensor_plan.layers.*.self_attn.q_proj: 'colwize:head_dim' is not a style")
     assert "did you mean 'colwise'?" in message
     assert "packed_colwise" in message
@@ -79,7 +72,7 @@ def test_unknown_style_is_reported() -> None:
 
 @pytest.mark.fast
 def test_unreadable_argument_is_reported() -> None:
-    (message,) = plan_problems(meta("llama"), {"layers.*.self_attn.q_proj": "cut:first"})
+    (message,) = plan_problems(meta_model("llama"), {"layers.*.self_attn.q_proj": "cut:first"})
     assert message.startswith("parallel.tensor_plan.layers.*.self_attn.q_proj: 'cut:first' cannot be read: ")
     assert "the style is written 'cut:dimension" in message
 
@@ -87,7 +80,7 @@ def test_unreadable_argument_is_reported() -> None:
 @pytest.mark.fast
 def test_weight_without_entry_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", {k: v for k, v in FAMILIES["gpt2"].items() if k != "h.*.attn.c_attn"})
-    messages = plan_problems(meta("gpt2", num_hidden_layers=1))
+    messages = plan_problems(meta_model("gpt2", num_hidden_layers=1))
     weight, bias, unpaired = messages
     assert weight.startswith("parallel.tensor_plan.transformer.h.*.attn.c_attn.weight: ")
     assert "transformer.h.0.attn.c_attn.weight [64, 192] (Conv1D) has no entry in the tensor plan of gpt2" in weight
@@ -100,7 +93,7 @@ def test_weight_without_entry_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.fast
 def test_unpaired_row_layer_is_reported() -> None:
     user = {"layers.*.mlp.up_proj": "replicate", "layers.*.mlp.gate_proj": "replicate"}
-    (message,) = plan_problems(meta("llama", num_hidden_layers=1), user)
+    (message,) = plan_problems(meta_model("llama", num_hidden_layers=1), user)
     assert message.startswith(
         "parallel.tensor_plan.model.layers.*.mlp.down_proj.weight: 'rowwise' needs a sharded input"
     )
@@ -110,7 +103,7 @@ def test_unpaired_row_layer_is_reported() -> None:
 
 @pytest.mark.fast
 def test_indivisible_sizes_name_the_largest_working_size() -> None:
-    model = meta("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
+    model = meta_model("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
     messages = plan_problems(model, ranks=4)
     heads = next(message for message in messages if "q_proj" in message)
     assert heads.startswith("parallel.tensor: model.layers.0.self_attn.q_proj.weight [48, 48], 'colwise:head_dim': ")
@@ -118,7 +111,7 @@ def test_indivisible_sizes_name_the_largest_working_size() -> None:
     assert all(message.endswith("The largest size below that works for the whole model is 2") for message in messages)
     assert any("its 2 units of 8 cannot be divided by tensor 3" in message for message in plan_problems(model, ranks=3))
     deeper = plan_problems(
-        meta("llama", num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, hidden_size=48), ranks=4
+        meta_model("llama", num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, hidden_size=48), ranks=4
     )
     assert len(deeper) == len(set(deeper)) == len(messages)
     read_plan(model, {}, 2, 0)
@@ -126,7 +119,7 @@ def test_indivisible_sizes_name_the_largest_working_size() -> None:
 
 @pytest.mark.fast
 def test_tied_weights_with_different_shards_are_reported() -> None:
-    model = meta("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    model = meta_model("llama", num_hidden_layers=1, tie_word_embeddings=True)
     (message,) = plan_problems(model, {"embed_tokens": "embedding_colwise"})
     assert "lm_head.weight" in message
     assert "model.embed_tokens.weight" in message
@@ -137,7 +130,7 @@ def test_tied_weights_with_different_shards_are_reported() -> None:
 @pytest.mark.fast
 def test_plan_error_lists_every_problem() -> None:
     user = {"layers.*.mpl.up_proj": "colwise", "layers.*.mlp.down_proj": "rowise"}
-    model = meta("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
+    model = meta_model("llama", num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
     message = "\n".join(plan_problems(model, user, ranks=4))
     for part in ("did you mean 'layers.*.mlp.up_proj'?", "did you mean 'rowwise'?", "its 6 units of 8"):
         assert part in message
@@ -153,14 +146,14 @@ def _install_in_sequence_parallel(model: PreTrainedModel) -> None:
 @pytest.mark.fast
 def test_sequence_parallel_refuses_dropout_in_full_sequence_blocks() -> None:
     with pytest.raises(PlanError) as error:
-        _install_in_sequence_parallel(meta("mixtral", attention_dropout=0.1))
+        _install_in_sequence_parallel(meta_model("mixtral", attention_dropout=0.1))
     (message,) = [str(problem) for problem in error.value.problems]
     assert message.startswith(
         "parallel.sequence_parallel: model.layers.0.mlp needs full sequences, and dropout is active"
     )
     assert "dropout rates to 0, or sequence_parallel to false" in message
-    _install_in_sequence_parallel(meta("mixtral", attention_dropout=0.0))
-    _install_in_sequence_parallel(meta("llama", attention_dropout=0.1))
+    _install_in_sequence_parallel(meta_model("mixtral", attention_dropout=0.0))
+    _install_in_sequence_parallel(meta_model("llama", attention_dropout=0.1))
 
 
 @pytest.mark.fast
@@ -178,4 +171,4 @@ def test_sequence_parallel_refuses_dropout_in_full_sequence_blocks() -> None:
     ],
 )
 def test_active_dropout_is_detected(model_type: str, fields: dict[str, Any], active: bool) -> None:
-    assert has_active_dropout(meta(model_type, **fields)) == active
+    assert has_active_dropout(meta_model(model_type, **fields)) == active

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.configs import tiny_config, with_values
+from tests.configs import with_values
 from tests.harness import run_command, run_ranks
 from tests.training_jobs import learning_rates
 from trainer.config.deepspeed import engine_settings, first_learning_rates
@@ -40,10 +40,9 @@ def expected(steps: int, total: int, decay_type: str = "linear") -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    config = tiny_config(corpus, shared_cache, tmp_path_factory.mktemp("runs"))
+def base(base: dict[str, Any]) -> dict[str, Any]:
     return with_values(
-        config,
+        base,
         data__validation=[],
         training__max_steps=10,
         deepspeed__scheduler={"type": "WSD", "params": WSD},
