@@ -67,10 +67,10 @@ def _stopped_in_final(config: dict[str, Any]) -> tuple[str, str]:
     """Return the last event and the lock file of a run that receives SIGTERM while it writes its final model."""
     write_text = export._write_text
 
-    def writing(*arguments: Any) -> None:
+    def writing(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
-        write_text(*arguments)
+        write_text(*arguments, **options)
 
     export._write_text = writing
     requests = StopRequests()
