@@ -1,4 +1,4 @@
-"""The causality probe: models that see later tokens are refused in every layout, and nothing else is."""
+"""Causality probe: models that see later tokens are refused in every layout, and others are not."""
 
 from __future__ import annotations
 
@@ -41,11 +41,26 @@ from trainer.topology import Topology
 
 TRAIN = str(Path(__file__).parent.parent / "launch" / "train.py")
 
-BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+BERT = {
+    "model_type": "bert",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 MAMBA = {"model_type": "mamba", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
-RECURRENT = {"model_type": "recurrent_gemma", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
-             "num_hidden_layers": 3, "num_attention_heads": 4, "lru_width": 32, "attention_window_size": 8}  # fmt: skip
+RECURRENT = {
+    "model_type": "recurrent_gemma",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "lru_width": 32,
+    "attention_window_size": 8,
+}
 BF16 = {"enabled": True}
 
 Job = tuple[str, dict[str, Any]]
@@ -376,9 +391,12 @@ def changed_losses(changes: dict[tuple[int, int], float]) -> list[torch.Tensor]:
     ],
 )
 def test_probe_verdict(
-    precision: str, changes: dict[tuple[int, int], float], outcome: str, tiny: dict[str, Any],
+    precision: str,
+    changes: dict[tuple[int, int], float],
+    outcome: str,
+    tiny: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     config = with_values(tiny, deepspeed__bf16=BF16) if precision == "bf16" else tiny
     caplog.set_level(logging.INFO, "trainer")
     causality.log.propagate = True

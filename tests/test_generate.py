@@ -36,10 +36,12 @@ def run(corpus: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFacto
     """Four steps at a rate so high that the validation loss rises again."""
     folder = tmp_path_factory.mktemp("generate")
     config = with_values(
-        tiny_config(corpus, shared_cache, folder / "run"), evaluation__every_steps=1, checkpoint__every_steps=1,
+        tiny_config(corpus, shared_cache, folder / "run"),
+        evaluation__every_steps=1,
+        checkpoint__every_steps=1,
         checkpoint__keep_last=4,
         deepspeed__optimizer__params__lr=0.3,
-    )  # fmt: skip
+    )
     (folder / "config.json").write_text(json.dumps(config))
     ended = run_command(str(ROOT / "launch" / "train.py"), "--config", str(folder / "config.json"))
     assert ended.status == 0, ended.err
@@ -99,9 +101,14 @@ def test_generate_from_unfinished_or_damaged_run(run: Path, tmp_path: Path) -> N
 def test_generate_from_hugging_face_folder(dtype: torch.dtype, run: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.5, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.5,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).to(dtype).save_pretrained(tmp_path / "model")
     no_tokenizer = generate("--path", tmp_path / "model")
     assert no_tokenizer.status == 2
@@ -127,7 +134,7 @@ def test_generate_from_hugging_face_folder(dtype: torch.dtype, run: Path, tmp_pa
         (["--run", "{run}", "--tokens", "0"], "--tokens must be at least 1"),
         (["--run", "{run}", "--temperature", "-1"], "--temperature a finite number of at least 0"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(arguments: list[str], words: str, run: Path) -> None:
     given = [argument.format(run=run) for argument in arguments]
     ended = run_command(str(ROOT / "launch" / "generate.py"), "--prompt", "x", *given)

@@ -101,7 +101,7 @@ def test_initialization_has_family_distribution_and_depends_on_seed_only(config:
 
 
 def test_module_values_do_not_depend_on_earlier_modules(tiny: dict[str, Any]) -> None:
-    """What lets every layout make only its own part: more layers before, the same values in each."""
+    """Every layout can initialize its shards only: with more layers before, a layer has the same values."""
     small, large = initialized_model(tiny), initialized_model(tiny, model__config__num_hidden_layers=3)
     for name, value in small.named_parameters():
         assert torch.equal(value, large.get_parameter(name)), name
@@ -133,15 +133,18 @@ def initialize_parameters(model: Any, complete: Any = lambda parameters: None) -
 
 
 SETS_BELOW = [
-    Family("gemma3"), Family("git"), Family("modernbert", "masked_lm"), Family("t5", "seq2seq_lm"),
+    Family("gemma3"),
+    Family("git"),
+    Family("modernbert", "masked_lm"),
+    Family("t5", "seq2seq_lm"),
     Family("xlm", fields={"sinusoidal_embeddings": True}),
-]  # fmt: skip
-"""Whose modules set the weights of modules below them."""
+]
+"""Families whose modules set weights of modules below them."""
 
 
 @pytest.mark.parametrize("families", [SETS_BELOW, pytest.param(FAMILIES, marks=pytest.mark.matrix)], ids=["few", "all"])
 def test_initialization_yields_final_values(families: list[Family]) -> None:
-    """Who takes them away, as ZeRO-3 does, has what one process has that keeps them."""
+    """A consumer that takes parameters away, as ZeRO-3 does, receives the values that one process ends up with."""
     compared = 0
     for family in families:
         taken: dict[int, torch.Tensor] = {}
@@ -317,11 +320,19 @@ def test_model_cost_counts_active_experts_of_mixtral(tiny: dict[str, Any]) -> No
     assert cost.active_matrix_parameters == 320 * 32 + 2 * (attention + router + 2 * experts)
 
 
-@pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA H200", 989.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
 def test_peak_flops_by_device_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
 
@@ -400,8 +411,11 @@ def test_code_in_model_folder_is_not_executed(tiny: dict[str, Any], folder: Path
     code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Evil: pass\n"
     (folder / "modeling_evil.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
-               "_attn_implementation_internal": "nobody/evil-kernel", "trust_remote_code": True}  # fmt: skip
+    config |= {
+        "auto_map": {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
+        "_attn_implementation_internal": "nobody/evil-kernel",
+        "trust_remote_code": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     model = from_folder(tiny, folder)
     assert type(model) is LlamaForCausalLM

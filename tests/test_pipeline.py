@@ -1,4 +1,4 @@
-"""Stages: what following a model finds, how layers are divided, and every gradient of divided families."""
+"""Pipeline stages: traced dataflow, assignment of layers, and every gradient of families in stages."""
 
 from __future__ import annotations
 
@@ -207,9 +207,12 @@ def test_dry_run_shows_the_stages(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 def test_dry_run_shows_two_stages_per_rank(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = with_values(
-        tiny, parallel__pipeline=2, parallel__pipeline_schedule="dualpipev", model__config__num_hidden_layers=5,
+        tiny,
+        parallel__pipeline=2,
+        parallel__pipeline_schedule="dualpipev",
+        model__config__num_hidden_layers=5,
         parallel__pipeline_layers=[1, 1, 2, 1],
-    )  # fmt: skip
+    )
     said = dry_run(config, tmp_path).out
     assert "pipeline     4 stages on 2 ranks (dualpipev), 4 micro-batches: a bubble of 17.2%" in said
     rows = [line.split() for line in said.splitlines() if line.split()[2:3] in (["0-0"], ["1-1"], ["2-3"], ["4-4"])]
@@ -245,8 +248,10 @@ def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: P
 def test_invalid_stage_assignment_is_refused(
     values: dict[str, Any], reason: str, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    ended = dry_run(with_values(tiny, deepspeed__train_batch_size=None,
-                                deepspeed__gradient_accumulation_steps=4, **values), tmp_path)  # fmt: skip
+    ended = dry_run(
+        with_values(tiny, deepspeed__train_batch_size=None, deepspeed__gradient_accumulation_steps=4, **values),
+        tmp_path,
+    )
     assert ended.status == 2, ended.out
     assert reason in ended.err
     assert "Traceback" not in ended.err

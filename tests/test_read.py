@@ -1,4 +1,4 @@
-"""Reading pretrained weights: quantized ones, keys without a place, scalars, and values that are not finite."""
+"""Reading pretrained weights: quantized weights, unexpected keys, scalars, and non-finite values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change_weights(folder: Path, **tensors: Any) -> None:
-    """Adds or replaces tensors in the only file of `folder`; None removes one."""
+    """Add or replace tensors in the only file of a folder; None removes one."""
     state = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         state.pop(name, None) if tensor is None else state.update({name: tensor})
@@ -83,12 +83,15 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     ("values", "key", "method"),
     [
         ({"quantization_config": FP8}, "quantization_config", "fp8"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantization_config",
-         "bitsandbytes"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantization_config",
+            "bitsandbytes",
+        ),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config", "compressed-tensors"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "text_config.quantization_config", "awq"),
     ],
-)  # fmt: skip
+)
 def test_quantized_config_is_refused(
     values: dict[str, Any], key: str, method: str, tiny: dict[str, Any], folder: Path
 ) -> None:
@@ -339,8 +342,15 @@ def test_allowed_unexpected_keys_are_skipped(
 
 
 def bert(folder: Path) -> Path:
-    config = BertConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, is_decoder=True,
-                        num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    config = BertConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        is_decoder=True,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     BertForPreTraining(config).save_pretrained(folder)
     return folder
 
@@ -357,14 +367,16 @@ SKIPPED = {
     "another task's head, a pooler": (bert, "bert.pooler.dense.weight", "cls.seq_relationship.weight"),
     "a sequence classifier's head": (lambda f: family_folder("llama", f, "score.weight"), "score.weight"),
     "next-token layers that the family skips": (
-        lambda f: family_folder("qwen3_next", f, "mtp.layers.0.mlp.gate.weight"), "mtp.layers.0.mlp.gate.weight"),
+        lambda f: family_folder("qwen3_next", f, "mtp.layers.0.mlp.gate.weight"),
+        "mtp.layers.0.mlp.gate.weight",
+    ),
     "next-token layers behind the last": (
         lambda f: family_folder("deepseek_v3", f, "model.layers.4.enorm.weight", num_nextn_predict_layers=1),
-        "model.layers.4.enorm.weight"),
-    "old constants": (
-        lambda f: family_folder("llama", f, "model.layers.0.self_attn.rotary_emb.inv_freq"), "inv_freq"),
+        "model.layers.4.enorm.weight",
+    ),
+    "old constants": (lambda f: family_folder("llama", f, "model.layers.0.self_attn.rotary_emb.inv_freq"), "inv_freq"),
     "old masks": (lambda f: family_folder("gpt_neo", f, "transformer.h.0.attn.attention.masked_bias"), "masked_bias"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SKIPPED)

@@ -1,4 +1,4 @@
-"""What is wrong with the weights is said by all ranks, and seen in a checkpoint too."""
+"""Problems of weights on one rank are raised on all ranks, and found in checkpoints as well."""
 
 from __future__ import annotations
 
