@@ -12,9 +12,9 @@ import torch
 
 from tests.configs import tiny_config, with_values
 from tests.harness import run_ranks
+from tests.meta_models import meta_model
 from tests.test_families import describe
 from tests.test_model import MIXTRAL
-from tests.test_plan import meta
 from tests.training_jobs import train, train_bare
 from tools.parity.families import Family
 from tools.parity.gradient_proof import prove
@@ -41,7 +41,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def test_experts_implementation_suits_their_widths(
     hidden: int, width: int, ranks: int, dtype: torch.dtype, implementation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = meta("mixtral", hidden_size=hidden, intermediate_size=width, head_dim=8)
+    model = meta_model("mixtral", hidden_size=hidden, intermediate_size=width, head_dim=8)
     with caplog.at_level(logging.INFO, "trainer"):
         if ranks > 1:
             TensorMapper(
@@ -61,7 +61,7 @@ def test_experts_implementation_suits_their_widths(
 
 @pytest.mark.fast
 def test_unsupported_expert_widths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = meta("mixtral", intermediate_size=34)
+    model = meta_model("mixtral", intermediate_size=34)
     monkeypatch.setattr(type(model), "set_experts_implementation", lambda self, name: None)
     with pytest.raises(PlanError, match=r"width of 34 on a rank, 136 bytes in float32.*a multiple of 4"):
         choose_experts_implementation(model, FP32)
