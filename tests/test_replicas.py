@@ -119,7 +119,7 @@ def flipped(config: dict[str, Any], cases: list[Case], after_update: bool = Fals
     launch, messages = Launch.from_environment(), []
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for values, name, rank in cases:
-            batches, engine, _ = _start(with_values(config, **values), launch, world)
+            batches, engine, _ = _start(with_values(config, **values), world)
             first, second, third = batches.steps(1, 3)
             engine.train_step(first, verify_step=1)
             try:
@@ -244,7 +244,7 @@ def verified(config: dict[str, Any], stages: list[int], steps: int, verify: bool
     launch, weights = Launch.from_environment(), []
     with joined_world(launch, job_topology(config, launch), seed=1) as world:
         for stage in stages:
-            batches, engine, _ = _start(with_values(config, **zero(stage)), launch, world)
+            batches, engine, _ = _start(with_values(config, **zero(stage)), world)
             for step, batch in enumerate(batches.steps(1, steps), start=1):
                 engine.train_step(batch, verify_step=step if verify else None)
             weights.append({name: tensor.float().numpy().copy() for name, tensor in engine.full_weights()})
