@@ -49,7 +49,9 @@ def prepared(tiny: dict[str, Any], **values: object) -> PreparedData:
 
 def batch_shape(**values: int) -> BatchShape:
     """Return a shape of 4 samples of 4 tokens per step, with some values changed."""
-    return BatchShape(**{"train": 4, "micro": 2, "data_rank": 0, "data_ranks": 1, "collate": COLLATE, **values})
+    return BatchShape(
+        **{"global_batch_size": 4, "micro_batch_size": 2, "data_rank": 0, "data_ranks": 1, "collate": COLLATE, **values}
+    )
 
 
 def checked_samples(tmp_path: Path, documents: list[list[int]], vocabulary: int = 100) -> CheckedSamples:

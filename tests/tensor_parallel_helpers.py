@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from trainer.distributed import Launch, World, joined_world
-from trainer.tensor_parallel import TensorMapper, model_region, read_plan
+from trainer.tensor_parallel import TensorMapper, model_region, resolve_plan
 from trainer.topology import Topology
 
 
@@ -27,7 +27,7 @@ def shard_model(
 ) -> TensorMapper:
     """Shard a full model by its plan and `user`, and return the mapper. Collective: all ranks must call it."""
     topology = world.topology
-    plan = read_plan(model, user or {}, topology.tensor, topology.tensor_rank)
+    plan = resolve_plan(model, user or {}, topology.tensor, topology.tensor_rank)
     region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
     mapper = TensorMapper(model, plan, region, world.groups.tensor_subgroup, **options)
     mapper.shard_parameters(model.parameters())

@@ -31,7 +31,7 @@ from trainer.config.model_config import model_config
 from trainer.data import open_batches, prepare_data
 from trainer.data.tokenizer import train_tokenizer
 from trainer.distributed import Launch, ProcessGroups, World, joined_world, seed_everything
-from trainer.engine import start_engine
+from trainer.engine import build_engine
 from trainer.engine.plain import PlainEngine
 from trainer.errors import ConfigError
 from trainer.fault_tolerance import StopRequests
@@ -103,7 +103,7 @@ def examine(jobs: list[Job]) -> list[Any]:
 def _start(config: dict[str, Any], launch: Launch, world: World) -> tuple[Any, Any, Any]:
     loaded = load_job(config, launch.world_size)
     data = prepare_data(loaded, launch, world.store)
-    engine = start_engine(build_model(loaded, data.tokenizer), loaded, world, plan_model(loaded).assignment)
+    engine = build_engine(build_model(loaded, data.tokenizer), loaded, world, plan_model(loaded).assignment)
     return loaded, engine, open_batches(loaded, data, world.topology).train
 
 

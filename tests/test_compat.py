@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from trainer.compat import Dependency, IncompatibleDependencyError, check_names, check_versions
 from trainer.compat.dependencies import DEPENDENCIES
-from trainer.compat.guard import ALLOW_UNSUPPORTED, mentioned_names
+from trainer.compat.dependency_check import ALLOW_UNSUPPORTED, mentioned_names
 
 pytestmark = pytest.mark.fast
 
@@ -71,7 +71,7 @@ def test_unsupported_version_is_allowed_by_environment_variable(
 ) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
     monkeypatch.setenv(ALLOW_UNSUPPORTED, "1")
-    with caplog.at_level("WARNING", logger="trainer.compat.guard"):
+    with caplog.at_level("WARNING", logger="trainer.compat.dependency_check"):
         check_versions(DEPENDENCIES)
     assert [record.getMessage() for record in caplog.records] == [
         f"{dependency.distribution}: supported {dependency.supported}, found 99.0" for dependency in DEPENDENCIES

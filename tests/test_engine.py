@@ -27,7 +27,7 @@ from tests.training_jobs import (
 from trainer.assembly import assemble
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, joined_world
-from trainer.engine.loss_scale import LossScale
+from trainer.engine.loss_normalization import LossNormalization
 from trainer.tasks import MicroBatch, TaskLoss
 from trainer.topology import Topology
 
@@ -290,7 +290,7 @@ def test_before_update_sees_unclipped_gradients_and_old_weights(values: dict[str
         assert is_unchanged
 
 
-# The scale of the loss ------------------------------------------------------------------------------------------------
+# Normalization of the loss --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -303,7 +303,7 @@ def test_accumulated_objective_is_loss_per_token(engine_divides: bool) -> None:
     objective = 0.0
     for (data_rank, _), loss_sum in sums.items():
         topology = Topology.of(2, data_rank)
-        scale = LossScale.for_step(batch, topology, engine_divides=engine_divides)
+        normalization = LossNormalization.for_step(batch, topology, engine_divides=engine_divides)
         loss = TaskLoss(torch.tensor(loss_sum), torch.tensor(loss_sum), torch.tensor(auxiliary), torch.zeros(1), {})
-        objective += float(scale.objective(loss)) / (2 if engine_divides else 1) / topology.data
+        objective += float(normalization.objective(loss)) / (2 if engine_divides else 1) / topology.data
     assert objective == pytest.approx(sum(sums.values()) / 15 + auxiliary)

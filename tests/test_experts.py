@@ -19,7 +19,7 @@ from tests.training_jobs import train, train_bare
 from tools.parity.families import Family
 from tools.parity.gradient_proof import prove
 from trainer.errors import PlanError
-from trainer.tensor_parallel import TensorMapper, choose_experts_implementation, model_region, read_plan
+from trainer.tensor_parallel import TensorMapper, choose_experts_implementation, model_region, resolve_plan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -46,7 +46,7 @@ def test_experts_implementation_suits_their_widths(
         if ranks > 1:
             TensorMapper(
                 model,
-                read_plan(model, {}, ranks, 0),
+                resolve_plan(model, {}, ranks, 0),
                 model_region(model, None, ranks, 0),
                 lambda count: None,
                 dtype=dtype,

@@ -40,7 +40,7 @@ from trainer.sharding import shard_of
 from trainer.sharding.remote import make_remote
 from trainer.tasks import TASKS, TaskLoss, TaskModule, auxiliary_coefficient
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
-from trainer.tensor_parallel import TensorMapper, model_region, read_plan
+from trainer.tensor_parallel import TensorMapper, model_region, resolve_plan
 
 pytestmark = pytest.mark.fast
 
@@ -463,7 +463,7 @@ def test_tensor_rank_reads_its_shard_only(family: Family, tmp_path: Path) -> Non
         with torch.device("meta"):
             model = CLASSES[family.task].from_config(whole.config)
         mapper = TensorMapper(
-            model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
+            model, resolve_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
         )
         for parameters in pretrained_weights(model, str(tmp_path)):
             mapper.shard_parameters(parameters)
@@ -486,7 +486,7 @@ def peak_of_reading(folder: str) -> tuple[int, int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     largest = max(p.numel() for p in model.parameters()) * 4
-    mapper = TensorMapper(model, read_plan(model, {}, 4, 1), model_region(model, None, 4, 1), lambda count: None)
+    mapper = TensorMapper(model, resolve_plan(model, {}, 4, 1), model_region(model, None, 4, 1), lambda count: None)
     start, peak, over = anonymous_bytes(), 0, threading.Event()
 
     def look() -> None:

@@ -93,7 +93,7 @@ def test_learning_rate_scales_are_compared(config: Path, capsys: pytest.CaptureF
 def one_gradient_doubled(
     job: comparison_jobs.ComparisonJob, expected: comparison_jobs.Reference
 ) -> comparison_jobs.RankDifferences | comparison_jobs.Refusal:
-    start = comparison_jobs.start_engine
+    start = comparison_jobs.build_engine
 
     def started(*arguments: Any) -> Any:
         engine = start(*arguments)
@@ -102,7 +102,7 @@ def one_gradient_doubled(
         )
         return engine
 
-    comparison_jobs.start_engine = started  # type: ignore[assignment]
+    comparison_jobs.build_engine = started  # type: ignore[assignment]
     return layout(job, expected)
 
 

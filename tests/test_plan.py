@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.meta_models import meta_model
 from trainer.errors import PlanError
-from trainer.tensor_parallel import TensorMapper, model_region, read_plan
+from trainer.tensor_parallel import TensorMapper, model_region, resolve_plan
 from trainer.tensor_parallel.families import FAMILIES
 from trainer.tensor_parallel.mapper import has_active_dropout
 from trainer.tensor_parallel.units import Refused, ResolvedPart
@@ -24,7 +24,7 @@ def test_plans_cover_every_weight_once(model_type: str) -> None:
         if model_type == "codegen" and ranks == 4:
             continue  # four blocks of two heads
         model = meta_model(model_type)
-        plans = [read_plan(model, {}, ranks, rank) for rank in range(ranks)]
+        plans = [resolve_plan(model, {}, ranks, rank) for rank in range(ranks)]
         for same in zip(*(plan.entries for plan in plans), strict=True):
             covered = torch.zeros(same[0].shape, dtype=torch.int)
             for entry in same:
@@ -50,7 +50,7 @@ def test_indivisible_units_are_refused(units: int, ranks: int, shared: bool) -> 
 def plan_problems(model: PreTrainedModel, user: dict[str, str] | None = None, ranks: int = 2) -> list[str]:
     """Return the problems that the audit reports, one line each."""
     with pytest.raises(PlanError) as error:
-        read_plan(model, user or {}, ranks, 0)
+        resolve_plan(model, user or {}, ranks, 0)
     return [str(problem) for problem in error.value.problems]
 
 
@@ -114,7 +114,7 @@ def test_indivisible_sizes_name_the_largest_working_size() -> None:
         meta_model("llama", num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, hidden_size=48), ranks=4
     )
     assert len(deeper) == len(set(deeper)) == len(messages)
-    read_plan(model, {}, 2, 0)
+    resolve_plan(model, {}, 2, 0)
 
 
 @pytest.mark.fast
@@ -137,7 +137,7 @@ def test_plan_error_lists_every_problem() -> None:
 
 
 def _install_in_sequence_parallel(model: PreTrainedModel) -> None:
-    plan = read_plan(model, {}, 2, 0)
+    plan = resolve_plan(model, {}, 2, 0)
     mapper = TensorMapper(model, plan, model_region(model, None, 2, 0), lambda count: None, sequence_parallel=True)
     mapper.shard_parameters(model.parameters())
     mapper.install()

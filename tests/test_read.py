@@ -30,7 +30,7 @@ from trainer.errors import ConfigError
 from trainer.model import build_model, check_model, configured_weights, materialize
 from trainer.model.read import check_weight_headers, pretrained_weights, read_weights
 from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard
-from trainer.tensor_parallel import TensorMapper, model_region, read_plan
+from trainer.tensor_parallel import TensorMapper, model_region, resolve_plan
 
 pytestmark = pytest.mark.fast
 
@@ -220,7 +220,7 @@ def test_scalar_buffers_are_loaded_on_each_tensor_rank(tmp_path: Path) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole.config)
         mapper = TensorMapper(
-            model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
+            model, resolve_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
         )
         for parameters in pretrained_weights(model, str(tmp_path)):
             mapper.shard_parameters(parameters)
@@ -296,7 +296,7 @@ def test_non_finite_value_is_seen_by_owning_rank_only(tiny: dict[str, Any], fold
     for rank in range(2):
         model = build_model(loaded)
         mapper = TensorMapper(
-            model, read_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
+            model, resolve_plan(model, {}, 2, rank), model_region(model, None, 2, rank), lambda count: None
         )
         try:
             for parameters in pretrained_weights(model, str(folder)):

@@ -17,7 +17,7 @@ from trainer.checkpoint.import_checkpoint import import_checkpoint
 from trainer.checkpoint_format import WEIGHT, read_manifest
 from trainer.config.load import check_config
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
+from trainer.engine import build_engine
 from trainer.errors import ConfigError
 from trainer.model import build_model
 from trainer.topology import Topology
@@ -50,7 +50,7 @@ def refusal(config: dict[str, Any]) -> str:
     loaded = check_config(config, world_size=launch.world_size, device="cpu")
     with joined_world(launch, topology, seed=1) as world:
         try:
-            start_engine(build_model(loaded), loaded, world)
+            build_engine(build_model(loaded), loaded, world)
         except ConfigError as error:
             return str(error)
     return ""

@@ -14,7 +14,7 @@ from tests.configs import with_values
 from tests.harness import run_ranks
 from trainer.assembly import assemble
 from trainer.distributed import Launch, joined_world
-from trainer.engine.grid import Grid
+from trainer.engine.mpu import ModelParallelUnit
 from trainer.topology import Topology
 
 STEPS = 3
@@ -50,7 +50,7 @@ def train_replica(config: dict[str, Any], replicas: int) -> Replica:
         averaged = {name: tensor.clone() for name, tensor in weights.items()}
         for tensor in averaged.values():
             dist.all_reduce(tensor.div_(replicas), group=world.groups.of("replica"))
-        data_ranks = dist.get_process_group_ranks(Grid(world).get_data_parallel_group())
+        data_ranks = dist.get_process_group_ranks(ModelParallelUnit(world).get_data_parallel_group())
         world.seed_step(STEPS)
         draw = float(torch.rand(()))
     return curve, _arrays(weights), _arrays(averaged), data_ranks, draw

@@ -496,13 +496,13 @@ def test_unreachable_upload_is_refused_at_start(tiny: dict[str, Any], tmp_path: 
 
 def test_unresponsive_upload_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that accepts connections and never answers."""
-    from trainer.checkpoint import remote
+    from trainer.checkpoint import object_store
 
-    monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(object_store, "_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
         with pytest.raises(ConfigError, match="no answer within"):
-            remote.Remote.connect(place)
+            object_store.ObjectStore.connect(place)
 
 
 @pytest.mark.fast

@@ -24,7 +24,7 @@ def test_topology_agrees_with_deepspeed(grid: tuple[int, int, int]) -> None:
     for rank in range(pipeline * data * tensor):
         topology = Topology.of(pipeline * data * tensor, rank, pipeline=pipeline, tensor=tensor)
         coordinate = theirs.get_coord(rank)
-        assert topology.stage == coordinate.pipe
+        assert topology.pipeline_rank == coordinate.pipe
         assert topology.data_rank == coordinate.data
         assert topology.tensor_rank == coordinate.model
         for axis, name in names.items():

@@ -16,7 +16,7 @@ from tests.training_jobs import job_topology, load_job
 from trainer.checkpoint_format import WEIGHT
 from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.distributed import Launch, World, joined_world
-from trainer.engine import Engine, StepResult, start_engine
+from trainer.engine import Engine, StepResult, build_engine
 from trainer.model import build_model, initialize_weights
 from trainer.update import Synchronous
 
@@ -89,7 +89,7 @@ def train_replicas(config: dict[str, Any], every_steps: int) -> list[Weights]:
         batches = open_batches(loaded, prepared, world.topology).train
         mode = Averaging(every_steps)
         engines = [
-            mode.wrap(start_engine(build_model(loaded, prepared.tokenizer), loaded, world), world)
+            mode.wrap(build_engine(build_model(loaded, prepared.tokenizer), loaded, world), world)
             for _ in range(REPLICAS)
         ]
         for step in range(1, STEPS + 1):

@@ -24,7 +24,7 @@ from tests.training_jobs import load_job
 from trainer.assembly import plan_model
 from trainer.checkpoint.context import checkpoint_group
 from trainer.distributed import JOIN_TIMEOUT, Launch, PhaseMark, Phases, joined_world
-from trainer.engine import start_engine
+from trainer.engine import build_engine
 from trainer.errors import RankLost
 from trainer.events import read_events
 from trainer.fault_tolerance.failures import is_collective_failure
@@ -191,7 +191,7 @@ def _timeouts(config: dict[str, Any]) -> dict[str, list[set[float]]]:
     with joined_world(launch, topology, None, phases, seed=1) as world:
         loaded = load_job(config, launch.world_size)
         world.groups.tensor_subgroup(2)
-        start_engine(build_model(loaded), loaded, world, plan_model(loaded).assignment)
+        build_engine(build_model(loaded), loaded, world, plan_model(loaded).assignment)
         checkpoint_group()
         found: dict[str, list[float]] = {"before": _of_groups()}
         for name in ("resume", "first", "second"):

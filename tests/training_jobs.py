@@ -22,7 +22,7 @@ from trainer.config.load import LoadedConfig, check_config
 from trainer.data import TrainBatches, open_batches, prepare_data
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, joined_world, local_device
-from trainer.engine.loss_scale import LossScale
+from trainer.engine.loss_normalization import LossNormalization
 from trainer.engine.plain import PlainEngine
 from trainer.loop import start_meter
 from trainer.tasks import TaskLoss
@@ -88,20 +88,20 @@ def _with_other_samples(batch: StepBatch, rank: int) -> StepBatch:
 @contextlib.contextmanager
 def _sabotaged_objective(fault: str) -> Iterator[None]:
     """Break the objective of micro-batches, and not the reported loss; comparisons of layouts must detect it."""
-    original, calls = LossScale.objective, itertools.count()
+    original, calls = LossNormalization.objective, itertools.count()
 
-    def mean_of_means(scale: LossScale, loss: TaskLoss) -> torch.Tensor:
+    def mean_of_means(normalization: LossNormalization, loss: TaskLoss) -> torch.Tensor:
         return loss.objective / (loss.target_losses != 0).sum() / 4
 
-    def first_micro_batch_only(scale: LossScale, loss: TaskLoss) -> torch.Tensor:
-        return original(scale, loss) * (next(calls) % 2 == 0)
+    def first_micro_batch_only(normalization: LossNormalization, loss: TaskLoss) -> torch.Tensor:
+        return original(normalization, loss) * (next(calls) % 2 == 0)
 
     faults = {"mean of means": mean_of_means, "drop a micro-batch": first_micro_batch_only}
-    LossScale.objective = faults.get(fault, original)  # type: ignore[method-assign]
+    LossNormalization.objective = faults.get(fault, original)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LossScale.objective = original  # type: ignore[method-assign]
+        LossNormalization.objective = original  # type: ignore[method-assign]
 
 
 def train_bare(jobs: list[tuple[dict[str, Any], int]]) -> list[Outcome]:
@@ -257,7 +257,7 @@ def shared_weights_after(config: dict[str, Any], steps: int) -> dict[str, Any]:
         batches, engine, _ = _start(config, world)
         for batch in batches.steps(1, steps):
             engine.train_step(batch)
-        shared = {name for name, stages in engine.stages_of_shared_weights.items() if len(stages) > 1}
+        shared = {name for name, ranks in engine.pipeline_ranks_of_weights.items() if len(ranks) > 1}
         held = (pair for own in engine.models for pair in own.named_parameters())
         return {name: parameter.detach().float().numpy() for name, parameter in held if name in shared}
 

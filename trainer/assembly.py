@@ -9,7 +9,7 @@ from trainer.checkpoint import CheckpointSaver, Resumption, RunRecord, find_chec
 from trainer.config import LoadedConfig
 from trainer.data import Batches, PreparedData, open_batches, prepare_data
 from trainer.distributed import Launch, World
-from trainer.engine import Engine, start_engine
+from trainer.engine import Engine, build_engine
 from trainer.model import ModelCost, PreTrainedModel, build_model, check_model, describe_model, model_cost
 from trainer.pipeline import StageAssignment, assign_stages, attention_to_recompute
 from trainer.progress import Progress
@@ -98,7 +98,7 @@ def assemble(
     directory = RunDirectory.examine(loaded) if directory is None else directory
     resumption = find_checkpoint(loaded, directory, world, record)
     is_resumed = resumption.checkpoint is not None
-    engine = Synchronous().wrap(start_engine(model, loaded, world, plan.assignment, blank=is_resumed), world)
+    engine = Synchronous().wrap(build_engine(model, loaded, world, plan.assignment, zero_weights=is_resumed), world)
     if not is_resumed:
         verify_causality(loaded, world, engine, batches.train)
     progress = restore(resumption, engine)

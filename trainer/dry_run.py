@@ -22,7 +22,7 @@ from trainer.model import ModelCost, WeightOptions, build_model, check_model, mo
 from trainer.pipeline import StageAssignment, assign_stages, attention_to_recompute
 from trainer.run_directory import RunDirectory
 from trainer.sharding import wildcard_name
-from trainer.tensor_parallel import has_active_dropout, read_plan
+from trainer.tensor_parallel import has_active_dropout, resolve_plan
 from trainer.tensor_parallel.styles import ParallelResidual
 from trainer.topology import Topology
 from trainer.units import format_bytes
@@ -56,7 +56,7 @@ def _tensor_lines(loaded: LoadedConfig, model: PreTrainedModel) -> Iterator[str]
     parallel = loaded.config.parallel
     if parallel.tensor == 1:
         return
-    plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+    plan = resolve_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
     replicated: dict[str, str] = {}
     for entry in plan.entries:
         if len(entry.shape) > 1 and not entry.is_sharded:
@@ -97,7 +97,7 @@ def _parameters_by_rank(loaded: LoadedConfig, model: PreTrainedModel, assignment
     parallel = loaded.config.parallel
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if parallel.tensor > 1:
-        plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+        plan = resolve_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         sizes = {p.name: sum(prod(shard.local_shape()) for shard in p.shards) for p in plan.entries}
     if assignment is None:
         return [sum(sizes.values())]
@@ -243,7 +243,7 @@ def _rank_lines(loaded: LoadedConfig) -> Iterator[str]:
     yield "  rank  stage  data  tensor"
     for rank in range(min(loaded.world_size, _SHOWN_RANKS)):
         topology = Topology.of(loaded.world_size, rank, pipeline=parallel.pipeline, tensor=parallel.tensor)
-        yield f"  {rank:4}  {topology.stage:5}  {topology.data_rank:4}  {topology.tensor_rank:6}"
+        yield f"  {rank:4}  {topology.pipeline_rank:5}  {topology.data_rank:4}  {topology.tensor_rank:6}"
     if loaded.world_size > _SHOWN_RANKS:
         yield f"  ... and {loaded.world_size - _SHOWN_RANKS} more"
 

@@ -91,7 +91,7 @@ class Topology:
         return self.coordinate("data")
 
     @property
-    def stage(self) -> int:
+    def pipeline_rank(self) -> int:
         """Coordinate along the pipeline axis."""
         return self.coordinate("pipeline")
 

@@ -14,7 +14,7 @@ from tests.checkpoint_jobs import read_state, train_and_save
 from tests.harness import run_ranks
 from tools.parity.layout import Layout
 from trainer.compat.deepspeed import nvme
-from trainer.compat.deepspeed.zero_layouts import map_file
+from trainer.compat.deepspeed.layouts.zero import map_file
 from trainer.config.deepspeed import is_async_io_available
 from trainer.errors import CheckpointError
 

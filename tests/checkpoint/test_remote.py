@@ -11,7 +11,7 @@ import pytest
 
 from tests.checkpoint.cases import flip_bit, run_cli, run_in_one_world, validation_sources
 from tests.configs import with_values
-from trainer.checkpoint.remote import Remote
+from trainer.checkpoint.object_store import ObjectStore
 from trainer.checkpoint.saved import checkpoint_name
 from trainer.checkpoint_format import MANIFEST, read_manifest, verify_files
 from trainer.errors import CheckpointError
@@ -64,23 +64,23 @@ def test_remote_copy_is_fetched_and_verified(uploaded_run: Path, base: dict[str,
 @pytest.mark.fast
 def test_remote_copy_is_complete_once_manifest_exists(tmp_path: Path) -> None:
     """In an object store a copy is found only with its manifest; deletion removes that first."""
-    remote = Remote.connect(f"memory://{tmp_path.name}/run")
-    assert remote.newest() is None
+    object_store = ObjectStore.connect(f"memory://{tmp_path.name}/run")
+    assert object_store.newest() is None
     for step, attempt in ((10, 1), (20, 1), (15, 2)):
         folder = tmp_path / checkpoint_name(step)
         folder.mkdir()
         (folder / "rank-00000.safetensors").write_bytes(b"x" * step)
         (folder / MANIFEST).write_text(json.dumps({"attempt": attempt, "step": step}))
-        newest = remote.newest()
-        remote.upload(folder, ["rank-00000.safetensors"])
-        assert remote.newest() == newest
-        remote.upload(folder, [MANIFEST])
-        assert remote.newest() == folder.name, "a later attempt is newer, and so is a later step"
-    remote.fetch(checkpoint_name(20), "rank-00000.safetensors", tmp_path / "fetched")
+        newest = object_store.newest()
+        object_store.upload(folder, ["rank-00000.safetensors"])
+        assert object_store.newest() == newest
+        object_store.upload(folder, [MANIFEST])
+        assert object_store.newest() == folder.name, "a later attempt is newer, and so is a later step"
+    object_store.fetch(checkpoint_name(20), "rank-00000.safetensors", tmp_path / "fetched")
     assert (tmp_path / "fetched").read_bytes() == b"x" * 20
     for _ in range(2):  # deleting an absent copy does nothing
-        remote.delete(checkpoint_name(15))
-    assert remote.newest() == checkpoint_name(20)
-    assert Remote.connect(f"memory://{tmp_path.name}/run/{checkpoint_name(10)}").newest() == ""
+        object_store.delete(checkpoint_name(15))
+    assert object_store.newest() == checkpoint_name(20)
+    assert ObjectStore.connect(f"memory://{tmp_path.name}/run/{checkpoint_name(10)}").newest() == ""
     with pytest.raises(CheckpointError, match="cannot be copied"):
-        remote.fetch(checkpoint_name(20), "absent", tmp_path / "absent")
+        object_store.fetch(checkpoint_name(20), "absent", tmp_path / "absent")

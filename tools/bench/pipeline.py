@@ -20,7 +20,7 @@ from trainer.assembly import plan_model
 from trainer.config.load import LoadedConfig, check_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, joined_world
-from trainer.engine import start_engine
+from trainer.engine import build_engine
 from trainer.engine.pipeline import PipelineEngine
 from trainer.model import build_model
 from trainer.pipeline import local_parameters
@@ -136,12 +136,12 @@ def _measure(case: Case, launch: Launch, world: Any) -> Measured:
     loaded = _loaded(case, launch.world_size)
     plan = plan_model(loaded)
     shape, assignment = plan.shape, plan.assignment
-    engine = start_engine(build_model(loaded), loaded, world, assignment)
+    engine = build_engine(build_model(loaded), loaded, world, assignment)
     assert isinstance(engine, PipelineEngine)
     assert assignment is not None
     if case.sleeps:
         _sleep_in(engine.models, [name for unit in assignment.dataflow.units for name in unit])
-    stage = world.topology.stage
+    stage = world.topology.pipeline_rank
     batch = _batch(case, loaded.facts.vocabulary_size)
     engine.train_step(batch)
     sent: Counter[tuple[int, int]] = Counter()

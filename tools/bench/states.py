@@ -15,7 +15,7 @@ from tools.bench.common import configuration, table, write_tokens
 from tools.ranks import run_ranks
 from trainer.config.load import LoadedConfig
 from trainer.distributed import Launch, World, joined_world
-from trainer.engine import start_engine
+from trainer.engine import build_engine
 from trainer.engine.plain import PlainEngine
 from trainer.model import build_model, model_cost, state_bytes
 from trainer.topology import Topology
@@ -66,7 +66,7 @@ def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> d
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"zero_optimization": zero, "bf16": {"enabled": half}, "gradient_accumulation_steps": 2}
     loaded = configuration(folder, size, world=ranks, **settings)
-    engine = start_engine(build_model(loaded), loaded, world)
+    engine = build_engine(build_model(loaded), loaded, world)
     assert isinstance(engine, PlainEngine)
     formula = state_bytes(model_cost(build_model(loaded)).parameters, stage=stage, data_ranks=ranks, half=half)
     return {"counted": _count(engine, loaded), "formula": formula}

@@ -33,7 +33,7 @@ from trainer.config.load import LoadedConfig, check_config
 from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, World, configure_logging, joined_world
 from trainer.distributed.collectives import all_gather
-from trainer.engine import Engine, start_engine
+from trainer.engine import Engine, build_engine
 from trainer.errors import ConfigError, Problem, TesseraError
 from trainer.model import build_model
 from trainer.sharding import shard_of
@@ -286,7 +286,7 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
         loaded = check_config(job.raw, world_size=launch.world_size, device="cpu")
         model = build_model(loaded)
         disable_dropout(model)
-        engine = start_engine(model, loaded, world, plan_model(loaded).assignment)
+        engine = build_engine(model, loaded, world, plan_model(loaded).assignment)
         kept = [BlockOutputs(model_part) for model_part in engine.models]
         differences = RankDifferences([], [], {}, {}, {})
 

@@ -29,7 +29,7 @@ from trainer.errors import ConfigError
 from trainer.pipeline import Stage, refuse_uses_on_other_stages, stage_bounds, trace_dataflow
 from trainer.sharding import Shard, fill_remote_with_zeros, shard_of, wildcard_name
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
-from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, model_region, read_plan
+from trainer.tensor_parallel import IdentityMapper, Mapper, Plan, TensorMapper, model_region, resolve_plan
 from trainer.topology import Topology
 
 BATCH, LENGTH = 2, 24
@@ -229,7 +229,7 @@ def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, 
     dataflow = trace_dataflow(shape, inputs)
     refuse_uses_on_other_stages(shape, dataflow, trace_dataflow(shape, inputs, training=False))
     stage = Stage(
-        cut, dataflow, stage_bounds([1.0] * len(dataflow.units), world.topology.pipeline), world.topology.stage
+        cut, dataflow, stage_bounds([1.0] * len(dataflow.units), world.topology.pipeline), world.topology.pipeline_rank
     )
     return stage, stage.drop_remote_parameters()
 
@@ -386,7 +386,7 @@ def _shard(
     plan: Plan = Plan([], [], {})
     mapper: Mapper = IdentityMapper()
     if topology.tensor > 1:
-        plan = read_plan(model, user, topology.tensor, topology.tensor_rank)
+        plan = resolve_plan(model, user, topology.tensor, topology.tensor_rank)
         region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
         mapper = TensorMapper(model, plan, region, world.groups.tensor_subgroup, sequence_parallel=sequence_parallel)
     stage, parameter_ranks = _staged(family, model, world) if topology.pipeline > 1 else (None, {})

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.remote import Remote
+from trainer.checkpoint.object_store import ObjectStore
 from trainer.config import LoadedConfig
 from trainer.distributed import JOIN_TIMEOUT, World, agree, run_on_rank_zero
 from trainer.errors import CheckpointError
@@ -46,7 +46,7 @@ class CheckpointContext:
     group: dist.ProcessGroup | None
     """See `checkpoint_group`."""
 
-    upload: Remote | None
+    upload: ObjectStore | None
     """`checkpoint.upload`."""
 
     @classmethod
@@ -57,7 +57,9 @@ class CheckpointContext:
             ConfigError: on all ranks: `checkpoint.upload` cannot be reached.
         """
         group, url = checkpoint_group(), loaded.config.checkpoint.upload
-        return cls(loaded, directory, world, record, group, agree(partial(Remote.connect, url), group) if url else None)
+        return cls(
+            loaded, directory, world, record, group, agree(partial(ObjectStore.connect, url), group) if url else None
+        )
 
     @property
     def folder(self) -> Path:

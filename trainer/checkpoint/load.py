@@ -25,7 +25,7 @@ def load_state(state: TrainingState, manifest: Manifest, folder: Path) -> None:
         state.allocate_optimizer_state()
         state.drop_optimizer_state({name for name, role in manifest.tensors if role == WEIGHT} - with_state)
     reader = ChunkReader(folder)
-    for chunk in sorted(state.local_chunks(), key=lambda chunk: (chunk.name, chunk.role, chunk.start)):
+    for chunk in sorted(state.local_chunks(), key=lambda chunk: (chunk.name, chunk.role, chunk.offsets)):
         # A weight that no step has updated has no optimizer state, and keeps the initial one.
         if chunk.role in MODEL_ROLES or chunk.name in with_state or (chunk.name, chunk.role) in manifest.tensors:
             _load_chunk(chunk, manifest, reader, folder)
@@ -43,6 +43,6 @@ def _load_chunk(chunk: TensorChunk, manifest: Manifest, reader: ChunkReader, fol
         raise CheckpointError(f"{folder}: missing {label}")
     if stored.shape != chunk.shape:
         raise CheckpointError(f"{folder}: {label}: expected shape {list(chunk.shape)}, got {list(stored.shape)}")
-    missing = chunk.view.numel() - reader.read(stored, chunk.start, chunk.view)
+    missing = chunk.view.numel() - reader.read(stored, chunk.offsets, chunk.view)
     if missing:
         raise CheckpointError(f"{folder}: {missing} elements of {label} are missing")

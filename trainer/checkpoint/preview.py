@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.checkpoint.remote import Remote, is_remote
+from trainer.checkpoint.object_store import ObjectStore, is_object_store_url
 from trainer.checkpoint.saved import SavedCheckpoint, list_checkpoints, search_folder
 from trainer.checkpoint_format import read_manifest, verify_sizes
 from trainer.config import LoadedConfig
@@ -25,10 +25,10 @@ def preview_resume(loaded: LoadedConfig) -> SavedCheckpoint | None:
     resume = loaded.config.checkpoint.resume
     if resume == "never":
         return None
-    if is_remote(resume):
-        remote = Remote.connect(resume, "checkpoint.resume")
-        if remote.newest() is None:
-            raise CheckpointError(f"{remote.url}: no checkpoint found")
+    if is_object_store_url(resume):
+        object_store = ObjectStore.connect(resume, "checkpoint.resume")
+        if object_store.newest() is None:
+            raise CheckpointError(f"{object_store.url}: no checkpoint found")
         return None
     output = Path(loaded.config.run.output_dir).expanduser()
     checkpoint = _newest(output / CHECKPOINTS) if resume == "auto" else _named(Path(resume).expanduser())

@@ -19,7 +19,7 @@ from trainer.checkpoint.archive import (
 from trainer.checkpoint.context import CheckpointContext, RunRecord
 from trainer.checkpoint.fetch import fetch_checkpoint
 from trainer.checkpoint.load import load_state, scalar_state_of
-from trainer.checkpoint.remote import Remote, is_remote
+from trainer.checkpoint.object_store import ObjectStore, is_object_store_url
 from trainer.checkpoint.saved import (
     LATEST,
     SavedCheckpoint,
@@ -138,9 +138,9 @@ def _select(context: CheckpointContext) -> SavedCheckpoint | None:
         return None
     if resume == "auto":
         return _select_newest(context)
-    if is_remote(resume):
-        remote = context.agree(lambda: Remote.connect(resume, "checkpoint.resume"))
-        return fetch_checkpoint(context, remote, is_required=True)
+    if is_object_store_url(resume):
+        object_store = context.agree(lambda: ObjectStore.connect(resume, "checkpoint.resume"))
+        return fetch_checkpoint(context, object_store, is_required=True)
     path = Path(resume).expanduser()
     folder = context.on_rank_zero(lambda: search_folder(path))
     return verify_checkpoint(context, path) if folder is None else _newest_valid(context, folder, is_required=True)

@@ -48,7 +48,7 @@ class StagingBuffers:
         yield from copies
 
     def _copy(self, chunk: TensorChunk) -> Tensor:
-        key = chunk.name, chunk.role, chunk.start
+        key = chunk.name, chunk.role, chunk.offsets
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != chunk.view.shape or buffer.dtype != chunk.view.dtype:
             buffer = torch.empty(chunk.view.shape, dtype=chunk.view.dtype, pin_memory=chunk.view.is_cuda)
@@ -58,7 +58,7 @@ class StagingBuffers:
 
 def make_write_items(chunks: Iterable[TensorChunk]) -> list[WriteItem]:
     """Return the chunks of an engine's state as items to write, sorted by element size."""
-    return sort_by_element_size(WriteItem(c.name, c.role, c.shape, c.start, c.view) for c in chunks)
+    return sort_by_element_size(WriteItem(c.name, c.role, c.shape, c.offsets, c.view) for c in chunks)
 
 
 def sort_by_element_size(items: Iterable[WriteItem]) -> list[WriteItem]:

@@ -5,6 +5,6 @@ used, once, with its purpose; its other modules are the only code that touches t
 a version without one of the names, is refused before training starts instead of computing something else.
 """
 
-from trainer.compat.guard import Dependency, IncompatibleDependencyError, check_names, check_versions
+from trainer.compat.dependency_check import Dependency, IncompatibleDependencyError, check_names, check_versions
 
 __all__ = ["Dependency", "IncompatibleDependencyError", "check_names", "check_versions"]

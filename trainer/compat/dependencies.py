@@ -7,7 +7,7 @@ import sys
 import time
 
 from trainer.compat.deepspeed.names import DEEPSPEED
-from trainer.compat.guard import IncompatibleDependencyError, check_versions
+from trainer.compat.dependency_check import IncompatibleDependencyError, check_versions
 from trainer.compat.torch.names import TORCH
 from trainer.compat.transformers.names import TRANSFORMERS
 

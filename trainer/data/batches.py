@@ -39,10 +39,10 @@ class StepBatch:
 class BatchShape:
     """How a global batch is split into micro-batches, and which of them belong to this rank."""
 
-    train: int
+    global_batch_size: int
     """Samples of a global batch."""
 
-    micro: int
+    micro_batch_size: int
     """Samples of a micro-batch."""
 
     data_rank: int
@@ -57,15 +57,15 @@ class TrainBatches:
     def __init__(self, sources: list[CheckedSamples], order: SampleOrder, shape: BatchShape, pin: bool) -> None:
         self._sources, self._order, self._shape, self._pin = sources, order, shape, pin
         self._sample_offset = 0
-        """Samples that earlier steps read in excess of `step * shape.train`, because the batch size was different."""
+        """Samples that earlier steps read in excess of `step * global_batch_size`, at another batch size."""
 
     def resume_from(self, step: int, samples: int) -> None:
         """Start the step after `step` at global sample position `samples`, whatever the batch size was before."""
-        self._sample_offset = samples - step * self._shape.train
+        self._sample_offset = samples - step * self._shape.global_batch_size
 
     def epochs_after(self, step: int) -> float:
         """Return the number of epochs, as a fraction, that have been read after `step` steps."""
-        return self._order.epochs_at(step * self._shape.train + self._sample_offset)
+        return self._order.epochs_at(step * self._shape.global_batch_size + self._sample_offset)
 
     def first_ids(self) -> Ids:
         """Return up to `length + 1` ids of the first sample of the first source: the same on every rank."""
@@ -78,17 +78,17 @@ class TrainBatches:
             DataError: an id outside the vocabulary.
         """
         shape = self._shape
-        first = (step - 1) * shape.train + self._sample_offset
-        source, sample = self._order.lookup(np.arange(first, first + shape.train))
-        stride = shape.micro * shape.data_ranks
+        first = (step - 1) * shape.global_batch_size + self._sample_offset
+        source, sample = self._order.lookup(np.arange(first, first + shape.global_batch_size))
+        stride = shape.micro_batch_size * shape.data_ranks
         micro_batches = [
             self._micro_batch(source, sample, start)
-            for start in range(shape.data_rank * shape.micro, shape.train, stride)
+            for start in range(shape.data_rank * shape.micro_batch_size, shape.global_batch_size, stride)
         ]
-        return StepBatch(tuple(micro_batches), self._count_targets(source, sample), shape.train)
+        return StepBatch(tuple(micro_batches), self._count_targets(source, sample), shape.global_batch_size)
 
     def _micro_batch(self, source: Integers, sample: Integers, start: int) -> MicroBatch:
-        indices = range(start, start + self._shape.micro)
+        indices = range(start, start + self._shape.micro_batch_size)
         rows = [self._sources[source[p]].ids(int(sample[p])) for p in indices]
         batch = self._shape.collate(rows)
         return batch.pinned() if self._pin else batch
@@ -188,7 +188,7 @@ class EvaluationBatches:
         self._files, self._shape = files, shape
         sizes = iter([len(samples) for samples in files])
         sources = [list(islice(sizes, count)) for count in files_of_source or [1] * len(files)]
-        shares = allocate_evaluation_samples([sum(source) for source in sources], shape.train, max_batches)
+        shares = allocate_evaluation_samples([sum(source) for source in sources], shape.global_batch_size, max_batches)
         ends = [min(end, share) for source, share in zip(sources, shares, strict=True) for end in accumulate(source)]
         firsts = np.repeat(np.cumsum([0, *shares[:-1]]), [len(source) for source in sources])
         self._file_ends = np.asarray(ends) + firsts
@@ -206,10 +206,10 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         shape = self._shape
-        rounds = -(-self.samples // (shape.micro * shape.data_ranks))
+        rounds = -(-self.samples // (shape.micro_batch_size * shape.data_ranks))
         for number in range(rounds):
-            start = (number * shape.data_ranks + shape.data_rank) * shape.micro
-            rows = [self._read_ids(p) for p in range(start, min(start + shape.micro, self.samples))]
+            start = (number * shape.data_ranks + shape.data_rank) * shape.micro_batch_size
+            rows = [self._read_ids(p) for p in range(start, min(start + shape.micro_batch_size, self.samples))]
             if rows:
                 yield shape.collate(rows)
             else:

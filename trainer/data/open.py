@@ -70,15 +70,15 @@ def open_batches(loaded: LoadedConfig, prepared: PreparedData, topology: Topolog
     train = [open_samples(tokens) for tokens in prepared.train]
     validation = [open_samples(tokens) for tokens in prepared.validation]
     shape = BatchShape(
-        train=loaded.batch.batch_size,
-        micro=loaded.batch.micro_batch_size,
+        global_batch_size=loaded.batch.batch_size,
+        micro_batch_size=loaded.batch.micro_batch_size,
         data_rank=topology.data_rank,
         data_ranks=topology.data,
         collate=partial(task.collate, collation=_collation(loaded, prepared)),
     )
     order = build_sample_order(loaded, [len(s) for s in train], prepared.weights)
     batches = TrainBatches(train, order, shape, pin)
-    num_samples, num_epochs = f"{loaded.steps * shape.train:,}", batches.epochs_after(loaded.steps)
+    num_samples, num_epochs = f"{loaded.steps * shape.global_batch_size:,}", batches.epochs_after(loaded.steps)
     log.info("training reads %s samples of up to %d tokens: %.2f epochs", num_samples, data.sequence_length, num_epochs)
     limit = loaded.config.evaluation.max_batches
     validation_batches = EvaluationBatches(validation, shape, limit, prepared.validation_files) if validation else None

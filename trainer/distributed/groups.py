@@ -62,12 +62,14 @@ class ProcessGroups:
         parts = [ranks[i : i + size] for ranks in tensor_groups for i in range(0, len(ranks), size)]
         return _member(self._create(parts))
 
-    def pipeline_subgroup(self, stages: tuple[int, ...]) -> ProcessGroup | None:
-        """Return the group of the ranks of `stages` with this rank's other coordinates; None on other stages.
+    def pipeline_subgroup(self, pipeline_ranks: tuple[int, ...]) -> ProcessGroup | None:
+        """Return the group of `pipeline_ranks` with this rank's other coordinates; None on other pipeline ranks.
 
-        Collective: all ranks must call it on first use of `stages`.
+        Collective: all ranks must call it on first use of `pipeline_ranks`.
         """
-        return self._create([[ranks[stage] for stage in stages] for ranks in self._replica.groups_of("pipeline")])
+        return self._create(
+            [[ranks[index] for index in pipeline_ranks] for ranks in self._replica.groups_of("pipeline")]
+        )
 
     def _of_replicas(self, ranks: tuple[int, ...]) -> ProcessGroup:
         if ranks not in self._across:

@@ -1,5 +1,6 @@
 """One interface over DeepSpeed's engines."""
 
+from trainer.engine.build import build_engine
 from trainer.engine.interface import (
     Engine,
     Evaluation,
@@ -9,7 +10,6 @@ from trainer.engine.interface import (
     TensorChunk,
     TrainingState,
 )
-from trainer.engine.start import start_engine
 from trainer.engine.state import merge_scalars
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "StepResult",
     "TensorChunk",
     "TrainingState",
+    "build_engine",
     "merge_scalars",
-    "start_engine",
 ]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from trainer.compat.deepspeed.flags import is_counted_elsewhere
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
-from trainer.compat.deepspeed.optimizer_layouts import layout_of
+from trainer.compat.deepspeed.layouts.find import layout_of
 from trainer.distributed import World
-from trainer.engine.evaluation_sums import EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult, TrainingState
+from trainer.engine.loss_accumulator import LossAccumulator
 from trainer.engine.replica_verifier import ReplicaVerifier
 from trainer.engine.state import DeepSpeedTrainingState
 from trainer.errors import DataError
@@ -35,7 +35,7 @@ class BaseEngine:
         *,
         task: Task,
         max_grad_norm: float | None,
-        loss_stage: int = 0,
+        loss_pipeline_rank: int = 0,
     ) -> None:
         """Wrap an engine of DeepSpeed.
 
@@ -45,7 +45,7 @@ class BaseEngine:
             mapper: of the rank's model, or of the first of its stages.
             task: that the model learns.
             max_grad_norm: norm to clip gradients to, 0 for none; None where DeepSpeed clips.
-            loss_stage: pipeline stage that computes the loss.
+            loss_pipeline_rank: pipeline rank that computes the loss.
         """
         self.deepspeed_engine = deepspeed_engine
         self._world, self._mapper, self._task = world, mapper, task
@@ -54,7 +54,7 @@ class BaseEngine:
         self._joiner = Joiner(world.groups.of)
         self._parameters = [p for p in deepspeed_engine.module.parameters() if p.requires_grad]
         self._norm_parameters = [p for p in self._parameters if is_owned(p) and not is_counted_elsewhere(p)]
-        self._reports_loss = world.topology.tensor_rank == 0 and world.topology.stage == loss_stage
+        self._reports_loss = world.topology.tensor_rank == 0 and world.topology.pipeline_rank == loss_pipeline_rank
         """True on the one rank of each model-parallel group that reports its losses."""
 
     @property
@@ -63,7 +63,7 @@ class BaseEngine:
         raise NotImplementedError
 
     @property
-    def stages_of_shared_weights(self) -> Mapping[str, tuple[int, ...]]:
+    def pipeline_ranks_of_weights(self) -> Mapping[str, tuple[int, ...]]:
         """Pipeline ranks that hold each weight; empty without a pipeline."""
         return {}
 
@@ -76,7 +76,7 @@ class BaseEngine:
     def replica_verifier(self) -> ReplicaVerifier:
         """Compares replicated weights between ranks."""
         layout = layout_of(self.deepspeed_engine.optimizer)
-        return ReplicaVerifier(self.models, self.stages_of_shared_weights, layout, self._world)
+        return ReplicaVerifier(self.models, self.pipeline_ranks_of_weights, layout, self._world)
 
     # The parts of a step ----------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class BaseEngine:
             idle_share,
         )
 
-    def _reduce_evaluation(self, sums: EvaluationSums) -> Evaluation:
+    def _reduce_evaluation(self, sums: LossAccumulator) -> Evaluation:
         """Compute the evaluation over all ranks. Collective: all ranks must call it."""
         names = self._task.extra_sums
         values: list[Tensor | float] = [sums.loss, float(sums.targets), *(sums.extra[name] for name in names)]

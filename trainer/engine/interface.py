@@ -65,8 +65,8 @@ class TensorChunk:
     shape: tuple[int, ...]
     """Shape of the full tensor."""
 
-    start: tuple[int, ...]
-    """Offset of the chunk in the full tensor, by dimension."""
+    offsets: tuple[int, ...]
+    """Of the chunk in the full tensor, by dimension."""
 
     view: Tensor
     """Live view in the chunk's shape: training reads and writes these elements."""

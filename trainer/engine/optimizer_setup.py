@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.compat.deepspeed.grad_norm import reduce_norm_once
 from trainer.compat.deepspeed.initialize import initialize
-from trainer.compat.deepspeed.interfaces import DeepSpeedEngine, ModelParallelUnit, Scheduler, Settings
+from trainer.compat.deepspeed.interfaces import DeepSpeedEngine, MPUProtocol, Scheduler, Settings
 from trainer.compat.deepspeed.muon import clip_before_muon
 from trainer.engine.parameter_groups import ParameterGroups
 
@@ -24,7 +24,7 @@ class OptimizerSetup:
     """Makes a schedule of Tessera's for torch's optimizer; None where DeepSpeed makes the schedule."""
 
     def initialize(
-        self, module: nn.Module, models: Sequence[nn.Module], settings: Settings, *, mpu: ModelParallelUnit | None
+        self, module: nn.Module, models: Sequence[nn.Module], settings: Settings, *, mpu: MPUProtocol | None
     ) -> DeepSpeedEngine:
         """Make DeepSpeed's engine for a module. Collective: all ranks must call it.
 

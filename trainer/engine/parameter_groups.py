@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainer.compat.deepspeed.interfaces import ParameterGroup
-from trainer.compat.deepspeed.optimizer_layouts import layout_of
+from trainer.compat.deepspeed.layouts.find import layout_of
 from trainer.model import WeightOptions
 from trainer.pipeline import local_parameters
 

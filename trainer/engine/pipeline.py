@@ -26,10 +26,10 @@ from trainer.compat.deepspeed.pipeline import (
 from trainer.data.batches import StepBatch
 from trainer.distributed import World
 from trainer.engine.base import BaseEngine
-from trainer.engine.evaluation_sums import EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult
-from trainer.engine.loss_scale import LossScale
-from trainer.engine.schedule_clock import ScheduleClock
+from trainer.engine.loss_accumulator import LossAccumulator
+from trainer.engine.loss_normalization import LossNormalization
+from trainer.engine.pipeline_clock import PipelineClock
 from trainer.engine.stage_module import StageModule
 from trainer.pipeline import local_parameters, shared_parameters
 from trainer.sharding import local_and_remote_parameters, shard_of
@@ -69,7 +69,7 @@ class PipelineEngine(BaseEngine):
             stages[0].mapper,
             task=stages[0].task_module.task,
             max_grad_norm=max_grad_norm,
-            loss_stage=0 if has_two_stages else world.topology.pipeline - 1,
+            loss_pipeline_rank=0 if has_two_stages else world.topology.pipeline - 1,
         )
         self._pipeline: DeepSpeedPipelineEngine = deepspeed_engine
         self._stages, self._parameter_ranks = stages, parameter_ranks
@@ -77,7 +77,7 @@ class PipelineEngine(BaseEngine):
         self._min_micro_batches = 2 * world.topology.pipeline if has_two_stages else 1
         """Fewest micro-batches of a schedule."""
 
-        self._clock = ScheduleClock(world.device, world.phases.advance)
+        self._clock = PipelineClock(world.device, world.phases.advance)
         self._grad_norm: Tensor | None = None
         self._verify_step: int | None = None
         self._before_update: Callable[[], None] | None = None
@@ -96,8 +96,8 @@ class PipelineEngine(BaseEngine):
         return [stage.model for stage in self._stages]
 
     @property
-    def stages_of_shared_weights(self) -> Mapping[str, tuple[int, ...]]:
-        """See `BaseEngine.stages_of_shared_weights`."""
+    def pipeline_ranks_of_weights(self) -> Mapping[str, tuple[int, ...]]:
+        """See `BaseEngine.pipeline_ranks_of_weights`."""
         return self._parameter_ranks
 
     # Training ---------------------------------------------------------------------------------------------------------
@@ -114,9 +114,9 @@ class PipelineEngine(BaseEngine):
         if self._is_first_step:
             self._check_same_samples(batch.micro_batches[0])
             self._is_first_step = False
-        scale = LossScale.for_step(batch, self._world.topology, engine_divides=True)
+        normalization = LossNormalization.for_step(batch, self._world.topology, engine_divides=True)
         for stage in self._stages:
-            stage.load_micro_batches(batch.micro_batches, scale)
+            stage.load_micro_batches(batch.micro_batches, normalization)
         self._verify_step, self._before_update = verify_step, before_update
         self._clock.begin()
         run_training_schedule(self._pipeline)
@@ -149,7 +149,7 @@ class PipelineEngine(BaseEngine):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """See `Engine.evaluate`. Collective: all ranks must call it."""
-        sums = EvaluationSums(self._task, self._world.device)
+        sums = LossAccumulator(self._task, self._world.device)
         remaining, count = iter(batches), EVALUATION_MICRO_BATCHES_PER_STAGE * self._world.topology.pipeline
         with evaluating(self._pipeline):
             while micro_batches := tuple(islice(remaining, count)):
@@ -190,7 +190,7 @@ class PipelineEngine(BaseEngine):
         dtype = next(iter(self._pipeline.module.parameters())).dtype
         for name, shape in self._full_shapes():
             source = self._parameter_ranks[name][0]
-            if topology.stage == source:
+            if topology.pipeline_rank == source:
                 joined = [
                     full for part, shard in local[name] for _, full in self._joiner.add(name, part.detach(), shard)
                 ]

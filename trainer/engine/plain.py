@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from trainer.compat.deepspeed.zero3 import gathered
 from trainer.data.batches import StepBatch
 from trainer.engine.base import BaseEngine
-from trainer.engine.evaluation_sums import EvaluationSums
 from trainer.engine.interface import Evaluation, StepResult
-from trainer.engine.loss_scale import LossScale
+from trainer.engine.loss_accumulator import LossAccumulator
+from trainer.engine.loss_normalization import LossNormalization
 from trainer.sharding import shard_of
 from trainer.tasks import MicroBatch, TaskLoss
 
@@ -44,7 +44,7 @@ class PlainEngine(BaseEngine):
     ) -> StepResult:
         """See `Engine.train_step`. Collective: all ranks must call it."""
         learning_rate = self._learning_rate()
-        scale = LossScale.for_step(batch, self._world.topology, engine_divides=False)
+        normalization = LossNormalization.for_step(batch, self._world.topology, engine_divides=False)
         loss_sum = auxiliary_sum = torch.zeros((), device=self._world.device)
         grad_norm: Tensor | None = None
         if self._is_first_step:
@@ -53,7 +53,7 @@ class PlainEngine(BaseEngine):
         for index, micro_batch in enumerate(batch.micro_batches):
             self._world.phases.advance()
             loss = self._forward(micro_batch)
-            self.deepspeed_engine.backward(scale.objective(loss), scale_wrt_gas=False)
+            self.deepspeed_engine.backward(normalization.objective(loss), scale_wrt_gas=False)
             if self._is_first_step:
                 self._mapper.verify_gradients()
                 self._is_first_step = False
@@ -72,7 +72,7 @@ class PlainEngine(BaseEngine):
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
         """See `Engine.evaluate`. Collective: all ranks must call it."""
         self.deepspeed_engine.eval()
-        sums = EvaluationSums(self._task, self._world.device)
+        sums = LossAccumulator(self._task, self._world.device)
         for micro_batch in batches:
             self._world.phases.advance()
             sums.targets += micro_batch.num_targets

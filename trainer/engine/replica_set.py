@@ -15,8 +15,8 @@ from trainer.topology import Topology
 class ReplicaSet(NamedTuple):
     """The axes along which other ranks hold the same elements as a rank. Sortable."""
 
-    stages: tuple[int, ...]
-    """Pipeline ranks with a replica; empty where only the rank's own stage holds the weight."""
+    pipeline_ranks: tuple[int, ...]
+    """Pipeline ranks with a replica; empty where only the rank's own coordinate holds the weight."""
 
     tensor: int
     """Number of neighboring tensor ranks with a replica, the rank itself included."""
@@ -26,29 +26,29 @@ class ReplicaSet(NamedTuple):
 
     def ranks(self, topology: Topology) -> tuple[int, ...]:
         """List the ranks with the same elements as the rank of `topology`, ascending; empty if that rank has none."""
-        if self.stages and topology.stage not in self.stages:
+        if self.pipeline_ranks and topology.pipeline_rank not in self.pipeline_ranks:
             return ()
         first = topology.tensor_rank - topology.tensor_rank % self.tensor
         return tuple(
-            (stage * topology.data + data_rank) * topology.tensor + tensor_rank
-            for stage in self.stages or (topology.stage,)
+            (pipeline_rank * topology.data + data_rank) * topology.tensor + tensor_rank
+            for pipeline_rank in self.pipeline_ranks or (topology.pipeline_rank,)
             for data_rank in (range(topology.data) if self.data else (topology.data_rank,))
             for tensor_rank in range(first, first + self.tensor)
         )
 
 
 def local_replica_sets(
-    models: Sequence[nn.Module], stages: Mapping[str, tuple[int, ...]], topology: Topology
+    models: Sequence[nn.Module], pipeline_ranks: Mapping[str, tuple[int, ...]], topology: Topology
 ) -> Iterator[tuple[str, nn.Parameter, ReplicaSet]]:
     """Yield name, parameter and replica set of every weight on this rank; replicas have the same name on all ranks.
 
     Args:
         models: of this rank's stages.
-        stages: pipeline ranks that hold each weight; empty without a pipeline.
+        pipeline_ranks: those that hold each weight; empty without a pipeline.
         topology: of this rank.
     """
     for name, pieces in local_parameters(models).items():
-        sharing = stages.get(name, ())
+        sharing = pipeline_ranks.get(name, ())
         for index, (parameter, shard) in enumerate(pieces):
             if shard is not None and shard.owner_only and not shard.owner:
                 continue

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.compat.deepspeed.optimizer_layout import OptimizerLayout
+from trainer.compat.deepspeed.layouts.base import OptimizerLayout
 from trainer.compat.deepspeed.zero3 import local_elements
 from trainer.distributed import World
 from trainer.engine.replica_report import MAX_REPORTED, Hash, Mismatch, describe_mismatches
@@ -67,7 +67,7 @@ class ReplicaVerifier:
     def __init__(
         self,
         models: Sequence[nn.Module],
-        stages: Mapping[str, tuple[int, ...]],
+        pipeline_ranks: Mapping[str, tuple[int, ...]],
         layout: OptimizerLayout,
         world: World,
     ) -> None:
@@ -75,14 +75,14 @@ class ReplicaVerifier:
 
         Args:
             models: of this rank's stages.
-            stages: pipeline ranks that hold each weight; empty without a pipeline.
+            pipeline_ranks: those that hold each weight; empty without a pipeline.
             layout: of the optimizer.
             world: of this rank.
         """
         self._layout, self._world = layout, world
         self._last_verified: int | None = None
         self._local: dict[ReplicaSet, dict[str, nn.Parameter]] = defaultdict(dict)
-        for name, parameter, replica_set in local_replica_sets(models, stages, world.topology):
+        for name, parameter, replica_set in local_replica_sets(models, pipeline_ranks, world.topology):
             if len(replica_set.ranks(world.topology)) > 1:
                 self._local[replica_set][name] = parameter
         gathered: list[list[ReplicaSet]] = [[]] * world.topology.world_size

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from trainer.engine.evaluation_sums import EvaluationSums
-from trainer.engine.loss_scale import LossScale
+from trainer.engine.loss_accumulator import LossAccumulator
+from trainer.engine.loss_normalization import LossNormalization
 from trainer.pipeline import BoundaryTensors, Stage
 from trainer.tasks import MicroBatch, TaskLoss, TaskModule
 from trainer.tensor_parallel import Mapper
@@ -36,9 +36,9 @@ class StageModule(nn.Module):
         self.task_module, self.mapper = task_module, mapper
         self._stage, self._device = stage, device
         self._micro_batches: deque[MicroBatch] = deque()
-        self._loss_scale: LossScale | None = None
+        self._normalization: LossNormalization | None = None
         self._is_first_step = True
-        self.sums = EvaluationSums(task_module.task, device)
+        self.sums = LossAccumulator(task_module.task, device)
         self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.first_target_losses: Tensor | None = None
         """fp32 losses of the schedule's first micro-batch in the labels' shape, on the stage that computes the loss."""
@@ -48,17 +48,19 @@ class StageModule(nn.Module):
         """The Hugging Face model, of which the layers of this stage compute."""
         return self.task_module.model
 
-    def load_micro_batches(self, micro_batches: Iterable[MicroBatch], loss_scale: LossScale | None = None) -> None:
+    def load_micro_batches(
+        self, micro_batches: Iterable[MicroBatch], normalization: LossNormalization | None = None
+    ) -> None:
         """Queue the micro-batches of the next schedule, and reset the sums of losses.
 
         Args:
             micro_batches: in the order of the schedule.
-            loss_scale: of the objective; None in evaluation.
+            normalization: of the losses; None in evaluation.
         """
         assert not self._micro_batches, "a schedule has not consumed all of its micro-batches"
         self._micro_batches.extend(micro_batches)
-        self._loss_scale = loss_scale
-        self.sums = EvaluationSums(self.task_module.task, self._device)
+        self._normalization = normalization
+        self.sums = LossAccumulator(self.task_module.task, self._device)
         self.auxiliary_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self.first_target_losses = None
 
@@ -85,7 +87,7 @@ class StageModule(nn.Module):
         self.auxiliary_sum = self.auxiliary_sum + result.auxiliary.detach()
         if self.first_target_losses is None:
             self.first_target_losses = result.target_losses
-        return result.loss_sum if self._loss_scale is None else self._loss_scale.objective(result)
+        return result.loss_sum if self._normalization is None else self._normalization.objective(result)
 
     def verify_gradients(self) -> None:
         """Check gradients after the first backward pass; see `Mapper.verify_gradients`.

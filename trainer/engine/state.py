@@ -11,7 +11,7 @@ from trainer.compat.deepspeed.counters import read_counters, read_loss_scale, re
 from trainer.compat.deepspeed.flags import is_counted_elsewhere
 from trainer.compat.deepspeed.fragments import FlatFragment
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
-from trainer.compat.deepspeed.optimizer_layouts import layout_of
+from trainer.compat.deepspeed.layouts.find import layout_of
 from trainer.compat.deepspeed.zero3 import full_shape, is_partitioned, local_elements
 from trainer.distributed import World
 from trainer.engine.interface import Scalars, ScalarState, TensorChunk
@@ -50,7 +50,7 @@ class DeepSpeedTrainingState:
                 yield from _chunks(shard, role, elements[start:end], offset + start)
             if topology.data_rank == 0:
                 yield from self._factored_chunks(parameter, shard.name)
-        if topology.data_rank == topology.stage == 0:
+        if topology.data_rank == topology.pipeline_rank == 0:
             yield from self._buffer_chunks(owned_only=True)
 
     def local_chunks(self) -> Iterator[TensorChunk]:

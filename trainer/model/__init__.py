@@ -16,7 +16,7 @@ from trainer.model.materialize import (
     materialize,
 )
 from trainer.model.output_head import returns_head_output
-from trainer.model.parameter_groups import WeightOptions, weight_options
+from trainer.model.parameter_options import WeightOptions, weight_options
 from trainer.model.read import read_weights
 
 __all__ = [

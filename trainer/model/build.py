@@ -15,14 +15,14 @@ from trainer.config.model_config import load_model_config, model_config, parse_m
 from trainer.config.schema import ModelSection
 from trainer.config.tasks import DEFAULT_TASK
 from trainer.errors import ConfigError, Problem, first_line
-from trainer.model.parameter_groups import weight_options
+from trainer.model.parameter_options import weight_options
 from trainer.model.read import check_weight_headers, read_weights
 from trainer.tasks import TASKS
 from trainer.tensor_parallel import (
     choose_experts_implementation,
     has_active_dropout,
-    read_plan,
     refuse_sequence_parallel,
+    resolve_plan,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_model(model: PreTrainedModel, loaded: LoadedConfig) -> None:
         check_weight_headers(model, section.path, allow_unexpected_keys=section.allow_unexpected_keys)
     weight_options(model, loaded.config.training, decay=0)
     if parallel.tensor > 1 or parallel.tensor_plan:
-        plan = read_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
+        plan = resolve_plan(model, parallel.tensor_plan, parallel.tensor, rank=0)
         if parallel.sequence_parallel:
             refuse_sequence_parallel(model, plan, has_active_dropout=has_active_dropout(model))
 

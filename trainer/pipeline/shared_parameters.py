@@ -56,5 +56,5 @@ def shared_parameters(
         if len(ranks) == 1:
             continue
         group = world.groups.pipeline_subgroup(ranks)
-        for name in names if world.topology.stage in ranks else ():
+        for name in names if world.topology.pipeline_rank in ranks else ():
             yield from ((parameter, group) for parameter, _ in pieces[name] if parameter.requires_grad)

@@ -1,6 +1,6 @@
 """Tensor parallelism: a plan for each weight, sharded layers, and the mapper that applies the plan to a model."""
 
-from trainer.tensor_parallel.audit import read_plan
+from trainer.tensor_parallel.audit import resolve_plan
 from trainer.tensor_parallel.experts import choose_experts_implementation
 from trainer.tensor_parallel.mapper import (
     IdentityMapper,
@@ -24,6 +24,6 @@ __all__ = [
     "choose_experts_implementation",
     "has_active_dropout",
     "model_region",
-    "read_plan",
     "refuse_sequence_parallel",
+    "resolve_plan",
 ]

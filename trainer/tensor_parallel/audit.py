@@ -30,7 +30,7 @@ _DIVIDES_INPUT = (ColumnStyle, ShardedParameter)
 """Styles whose outputs are sharded, as the input of a row layer must be."""
 
 
-def read_plan(model: PreTrainedModel, user: Mapping[str, str], ranks: int, rank: int) -> Plan:
+def resolve_plan(model: PreTrainedModel, user: Mapping[str, str], ranks: int, rank: int) -> Plan:
     """Return the plan for `rank` of `ranks` tensor ranks; `user` is `parallel.tensor_plan`.
 
     Raises:
@@ -53,7 +53,7 @@ class _Audit:
         """Weights that cannot be divided among so many ranks: one of each name with wildcards."""
 
     def read(self) -> Plan:
-        """See `read_plan`."""
+        """See `resolve_plan`."""
         plan = self._build()
         if self._indivisible:
             remedy = self._remedy()

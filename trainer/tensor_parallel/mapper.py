@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trainer.distributed import World
 from trainer.distributed.collectives import Group
 from trainer.sharding import Joiner, Shard, VocabularyShard, set_shard, shard_of
-from trainer.tensor_parallel.audit import read_plan
+from trainer.tensor_parallel.audit import resolve_plan
 from trainer.tensor_parallel.experts import choose_experts_implementation
 from trainer.tensor_parallel.gradient_watch import GradientWatch
 from trainer.tensor_parallel.key_value_groups import correct_key_value_groups
@@ -290,7 +290,7 @@ def build_mapper(
     if topology.tensor == 1:
         choose_experts_implementation(model, dtype)
         return IdentityMapper()
-    plan = read_plan(model, user, topology.tensor, topology.tensor_rank)
+    plan = resolve_plan(model, user, topology.tensor, topology.tensor_rank)
     region = model_region(model, world.groups.of("tensor"), topology.tensor, topology.tensor_rank)
     copy_groups = world.groups.tensor_subgroup
     return TensorMapper(model, plan, region, copy_groups, sequence_parallel=sequence_parallel, dtype=dtype)

@@ -88,7 +88,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine, Protocol):
         """Exchange the shapes of activations again in the next schedule."""
 
 
-class ModelParallelUnit(Protocol):
+class MPUProtocol(Protocol):
     """Megatron's `mpu`: the process groups as DeepSpeed asks for them."""
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:

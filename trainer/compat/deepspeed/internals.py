@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.compat.deepspeed.names import DEEPSPEED, TRAINING
-from trainer.compat.guard import check_names
+from trainer.compat.dependency_check import check_names
 
 check_names(DEEPSPEED, TRAINING)
 

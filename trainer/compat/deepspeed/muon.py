@@ -24,7 +24,7 @@ from trainer.compat.deepspeed.internals import (
     is_invalid_grad_norm,
 )
 from trainer.compat.deepspeed.names import DEEPSPEED, MUON
-from trainer.compat.guard import check_names
+from trainer.compat.dependency_check import check_names
 
 _EPSILON = 1e-6
 """What DeepSpeed adds to the norm when it clips."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.compat.guard import Dependency, Names
+from trainer.compat.dependency_check import Dependency, Names
 
 _PIPE, _ZERO, _FP16 = "deepspeed.runtime.pipe", "deepspeed.runtime.zero", "deepspeed.runtime.fp16"
 _ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"

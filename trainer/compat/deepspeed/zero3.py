@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.compat.deepspeed.interfaces import ModelParallelUnit
+from trainer.compat.deepspeed.interfaces import MPUProtocol
 from trainer.compat.deepspeed.internals import GatheredParameters, Init
 
 Partition = Callable[[Sequence[nn.Parameter]], None]
@@ -47,7 +47,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[None]:
         yield
 
 
-def partitioner(settings: dict[str, Any], dtype: torch.dtype, mpu: ModelParallelUnit) -> Partition:
+def partitioner(settings: dict[str, Any], dtype: torch.dtype, mpu: MPUProtocol) -> Partition:
     """Make a function that partitions full parameters over the data ranks as soon as they are materialized.
 
     `deepspeed.zero.Init` does so in the constructors of modules only; here, modules exist before their weights. The

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from trainer.compat.guard import check_names
+from trainer.compat.dependency_check import check_names
 from trainer.compat.torch.names import DISPATCH, TORCH
 
 check_names(TORCH, DISPATCH)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.compat.guard import Dependency, Names
+from trainer.compat.dependency_check import Dependency, Names
 
 PROCESS_GROUPS, DISPATCH = "process groups", "dispatch"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer.compat.guard import check_names
+from trainer.compat.dependency_check import check_names
 from trainer.compat.transformers.names import MODEL, TRANSFORMERS
 
 check_names(TRANSFORMERS, MODEL)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.compat.guard import check_names
+from trainer.compat.dependency_check import check_names
 from trainer.compat.transformers.names import MODEL, TRANSFORMERS
 
 check_names(TRANSFORMERS, MODEL)

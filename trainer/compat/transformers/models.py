@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from trainer.compat.guard import check_names
+from trainer.compat.dependency_check import check_names
 from trainer.compat.transformers.names import MODEL, TRANSFORMERS
 
 check_names(TRANSFORMERS, MODEL)

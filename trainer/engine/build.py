@@ -9,8 +9,8 @@ import torch
 
 from trainer.compat.deepspeed.flags import set_counted_elsewhere
 from trainer.compat.deepspeed.interfaces import Settings
+from trainer.compat.deepspeed.layouts.base import undo_initial_step
 from trainer.compat.deepspeed.nvme import keep_unaligned_gradients, prepare_nvme
-from trainer.compat.deepspeed.optimizer_layout import undo_initial_step
 from trainer.compat.deepspeed.pipeline import as_pipeline_engine, pipeline_module
 from trainer.compat.deepspeed.zero3 import Partition, partitioner
 from trainer.config import LoadedConfig
@@ -22,7 +22,7 @@ from trainer.config.deepspeed import (
     weight_decay,
 )
 from trainer.distributed import World, agree, load_extension
-from trainer.engine.grid import Grid
+from trainer.engine.mpu import ModelParallelUnit
 from trainer.engine.optimizer_setup import OptimizerSetup
 from trainer.engine.parameter_groups import ParameterGroups
 from trainer.engine.pipeline import PipelineEngine
@@ -52,13 +52,13 @@ from trainer.tensor_parallel import Mapper, build_mapper
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def start_engine(
+def build_engine(
     model: PreTrainedModel,
     loaded: LoadedConfig,
     world: World,
     assignment: StageAssignment | None = None,
     *,
-    blank: bool = False,
+    zero_weights: bool = False,
 ) -> PlainEngine | PipelineEngine:
     """Materialize a model's weights and make the engine that trains it. Collective: all ranks must call it.
 
@@ -67,7 +67,7 @@ def start_engine(
         loaded: the configuration.
         world: of this rank.
         assignment: of the model's layers to stages, from `assign_stages`; None without a pipeline.
-        blank: materialize zeros, for a checkpoint to overwrite.
+        zero_weights: materialize zeros, for a checkpoint to overwrite.
     """
     settings = engine_settings(loaded.deepspeed_json)
     for extension in required_extensions(settings):
@@ -76,19 +76,19 @@ def start_engine(
     assert (1 if assignment is None else assignment.ranks) == world.topology.pipeline
     options = weight_options(model, loaded.config.training, decay=weight_decay(settings))
     optimizer_setup = OptimizerSetup(ParameterGroups(options), custom_schedule(loaded.deepspeed_json))
-    builder = _EngineBuilder(loaded, world, settings, optimizer_setup, blank)
+    builder = _EngineBuilder(loaded, world, settings, optimizer_setup, zero_weights)
     return builder.build_plain(model) if assignment is None else builder.build_pipeline(model, assignment)
 
 
 @dataclass(frozen=True)
 class _EngineBuilder:
-    """Builds an engine from what `start_engine` has prepared."""
+    """Builds an engine from what `build_engine` has prepared."""
 
     loaded: LoadedConfig
     world: World
     settings: Settings
     optimizer_setup: OptimizerSetup
-    blank: bool
+    zero_weights: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,12 +108,12 @@ class _EngineBuilder:
         # Under ZeRO 3 a weight is in memory only while its own module runs.
         can_defer_head = not is_zero3 and returns_head_output(model, self.loaded)
         attention = attention_to_recompute(model, self.loaded)
-        mapper, grid = self._mapper(model), Grid(self.world)
-        self._materialize(model, mapper, partitioner(self.settings, self.dtype, grid) if is_zero3 else None)
+        mapper, mpu = self._mapper(model), ModelParallelUnit(self.world)
+        self._materialize(model, mapper, partitioner(self.settings, self.dtype, mpu) if is_zero3 else None)
         mapper.install()
         install_recomputation(model, self.loaded, attention)
         module = self._task_module(model, mapper, can_defer_head=can_defer_head)
-        engine = self.optimizer_setup.initialize(module, [model], self.settings, mpu=grid)
+        engine = self.optimizer_setup.initialize(module, [model], self.settings, mpu=mpu)
         undo_initial_step(engine.optimizer)
         keep_unaligned_gradients(engine.optimizer)
         engine.train()
@@ -124,7 +124,11 @@ class _EngineBuilder:
         topology = self.world.topology
         parameter_ranks = assignment.parameter_ranks(model)
         stages = dict(
-            zip(assignment.stages_of_rank(topology.stage), self._materialized_stages(model, assignment), strict=True)
+            zip(
+                assignment.stages_of_rank(topology.pipeline_rank),
+                self._materialized_stages(model, assignment),
+                strict=True,
+            )
         )
         models = [stage.model for stage in stages.values()]
         module = pipeline_module(
@@ -135,7 +139,7 @@ class _EngineBuilder:
         )
         for name, pieces in local_parameters(models).items():
             for parameter, _ in pieces:  # the module has set the flag to False
-                set_counted_elsewhere(parameter, topology.stage != parameter_ranks[name][0])
+                set_counted_elsewhere(parameter, topology.pipeline_rank != parameter_ranks[name][0])
         # DeepSpeed can send a part of each activation per tensor rank and gather it, but only for single tensors of one
         # shape. Here each tensor rank sends its own copy, or under sequence parallelism its part of the sequence.
         settings = self.settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
@@ -155,7 +159,7 @@ class _EngineBuilder:
         installing changes the modules that hold them.
         """
         can_defer_head, attention = returns_head_output(model, self.loaded), attention_to_recompute(model, self.loaded)
-        indices = assignment.stages_of_rank(self.world.topology.stage)
+        indices = assignment.stages_of_rank(self.world.topology.pipeline_rank)
         models = [model, *(copy.deepcopy(model) for _ in indices[1:])]
         mappers = [self._mapper(stage_model) for stage_model in models]
         stages = [
@@ -188,7 +192,7 @@ class _EngineBuilder:
         Raises:
             ConfigError: on all ranks, if one of them cannot read its weights.
         """
-        source = ZeroWeights() if self.blank else configured_weights(self.loaded)
+        source = ZeroWeights() if self.zero_weights else configured_weights(self.loaded)
 
         def materialize_shards() -> None:
             for parameters in materialize(model, source):

@@ -12,8 +12,8 @@ from trainer.topology import Topology
 
 
 @dataclass(frozen=True)
-class LossScale:
-    """Scales the losses of a micro-batch, so that the reduced gradient is that of the loss per token.
+class LossNormalization:
+    """Normalizes the losses of a micro-batch, so that the reduced gradient is that of the loss per token.
 
     DeepSpeed averages gradients over the D data ranks. The gradient of the mean over all N tokens of the global batch
     is therefore the sum over micro-batches of the gradient of loss_sum * D / N, however unevenly the tokens are spread
@@ -24,8 +24,8 @@ class LossScale:
     auxiliary_divisor: int
 
     @classmethod
-    def for_step(cls, batch: StepBatch, topology: Topology, *, engine_divides: bool) -> LossScale:
-        """Compute the scale of every micro-batch of a step.
+    def for_step(cls, batch: StepBatch, topology: Topology, *, engine_divides: bool) -> LossNormalization:
+        """Compute the factors for every micro-batch of a step.
 
         Args:
             batch: this rank's micro-batches of the global batch.

@@ -8,11 +8,11 @@ from trainer.distributed import World
 from trainer.topology import GRADIENT_AXES
 
 
-class Grid:
+class ModelParallelUnit:
     """DeepSpeed's `mpu`: process groups of one replica, along the axes that sum gradients and along the tensor axis.
 
     DeepSpeed averages gradients over the data-parallel group and partitions optimizer state, gradients and weights over
-    it; it reduces the gradient norm over the model-parallel group. Collective: all ranks must create their grids
+    it; it reduces the gradient norm over the model-parallel group. Collective: all ranks must create theirs
     together.
     """
 

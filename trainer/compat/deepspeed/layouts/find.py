@@ -11,8 +11,8 @@ from trainer.compat.deepspeed.internals import (
     FP16_Optimizer,
     FP16_UnfusedOptimizer,
 )
-from trainer.compat.deepspeed.optimizer_layout import HalfPrecisionLayout, OptimizerLayout
-from trainer.compat.deepspeed.zero_layouts import Zero3Layout, Zero12Layout
+from trainer.compat.deepspeed.layouts.base import HalfPrecisionLayout, OptimizerLayout
+from trainer.compat.deepspeed.layouts.zero import Zero3Layout, Zero12Layout
 
 
 def layout_of(optimizer: object) -> OptimizerLayout:

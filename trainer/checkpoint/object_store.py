@@ -42,12 +42,12 @@ class _FileSystem(Protocol):
     def invalidate_cache(self) -> None: ...
 
 
-def is_remote(path: str) -> bool:
+def is_object_store_url(path: str) -> bool:
     """Return True for an address of fsspec, such as `s3://bucket/run`."""
     return "://" in path
 
 
-class Remote:
+class ObjectStore:
     """A folder of checkpoints in an object store."""
 
     def __init__(self, url: str, key: str, files: _FileSystem, root: str) -> None:
@@ -62,7 +62,7 @@ class Remote:
         self.url, self._key, self._files, self._root = url, key, files, root
 
     @classmethod
-    def connect(cls, url: str, key: str = "checkpoint.upload") -> Remote:
+    def connect(cls, url: str, key: str = "checkpoint.upload") -> ObjectStore:
         """Open the file system of an address, such as `s3://bucket/run`.
 
         Raises:
@@ -167,7 +167,7 @@ def _with_timeout(work: Callable[[], T]) -> T:
             errors.append(error)
         is_done.set()
 
-    threading.Thread(target=run, name="remote", daemon=True).start()
+    threading.Thread(target=run, name="object-store", daemon=True).start()
     if not is_done.wait(_TIMEOUT_SECONDS):
         raise TimeoutError(f"no answer within {_TIMEOUT_SECONDS:.0f} s")
     if errors:

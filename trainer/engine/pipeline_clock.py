@@ -13,7 +13,7 @@ from trainer.compat.deepspeed.pipeline import Instruction
 _Instant: TypeAlias = "float | torch.cuda.Event"
 
 
-class ScheduleClock:
+class PipelineClock:
     """Sums the time between the start and the end of each forward and backward pass of a training schedule.
 
     On a GPU instants are events in the stream, so that measuring does not wait for the device.

@@ -1,4 +1,4 @@
-"""Sums over evaluated micro-batches."""
+"""Sums of losses over micro-batches, in training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from trainer.tasks import Task
 
 
-class EvaluationSums:
-    """Losses, further sums of the task, and targets of the micro-batches that this rank has evaluated."""
+class LossAccumulator:
+    """Losses, further sums of the task, and targets of the micro-batches that this rank has computed."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer.compat.deepspeed.fragments import FlatFragment, StateFragment
 from trainer.compat.deepspeed.internals import BF16_Optimizer, DeepSpeedZeroOptimizer
-from trainer.compat.deepspeed.optimizer_layout import OptimizerLayout
+from trainer.compat.deepspeed.layouts.base import OptimizerLayout
 from trainer.errors import CheckpointError
 
 _MOMENTUM = "momentum_buffer"

@@ -1,0 +1,1 @@
+"""Where DeepSpeed's optimizers hold master weights and optimizer state."""
