@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from trainer.compat.deepspeed.counters import COUNTERS
 from trainer.data.batches import StepBatch
 from trainer.tasks import MicroBatch
 
@@ -74,9 +75,6 @@ class TensorChunk:
 
 Scalars = dict[str, float]
 """Non-tensor state of one parameter, such as `step`."""
-
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""Optimizer steps, samples, and steps skipped because a gradient was not finite."""
 
 
 @dataclass(frozen=True)

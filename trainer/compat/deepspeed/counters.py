@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""Optimizer steps, samples, and steps skipped because a gradient was not finite: attributes of the engine."""
 
 
 def read_counters(engine: DeepSpeedEngine) -> dict[str, int]:
