@@ -77,7 +77,7 @@ COMMANDS: dict[str, Run] = {
     "python -m tools.checkpoint diff A B": Run(status=1, says=("differ",)),
     "python -m tools.checkpoint export runs/NAME OUT --dtype bf16 --check": Run(says=("check passed: ",)),
     "python -m tools.checkpoint import FOLDER --config X.json": Run(
-        add=("--set", "run.output_dir=runs/imported"), says=("the run begins with these weights",)
+        add=("--set", "run.output_dir=runs/imported"), says=("imported; start the run",)
     ),
     "python -m tools.parity --config X.json --shrink --layouts tensor=2 tensor=4,sequence_parallel=true": Run(
         matrix=True

@@ -77,7 +77,7 @@ def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:
     inner = engine.deepspeed_engine
     ids = torch.zeros((loaded.batch.micro_batch_size, 64), dtype=torch.long)
     for micro_batch in range(3):
-        loss = inner(ids, ids)
+        loss = inner(ids, input_ids=ids)
         inner.backward(loss.objective / ids.numel())
         if micro_batch < 2:
             inner.step()

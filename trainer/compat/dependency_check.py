@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -19,6 +20,9 @@ ALLOW_UNSUPPORTED = "TESSERA_UNSUPPORTED_VERSIONS"
 """Environment variable: 1 turns the refusal of an unsupported version into a warning."""
 
 log = logging.getLogger(__name__)
+
+_WITH_CODE = (type, FunctionType, type(functools.cache(len)))
+"""Types of the members of a module whose code is searched for names."""
 
 Names = Mapping[str, Mapping[str, str]]
 """Purpose of each name, by the dotted path of the module, class or function that has it."""
@@ -113,7 +117,8 @@ def mentioned_names(owner: Any) -> set[str]:
 def _codes(owner: Any) -> Iterator[CodeType]:
     if isinstance(owner, ModuleType):
         for member in vars(owner).values():
-            if getattr(member, "__module__", None) == owner.__name__:
+            # By type alone: some modules hold objects that warn of their deprecation when an attribute is read.
+            if issubclass(type(member), _WITH_CODE) and member.__module__ == owner.__name__:
                 yield from _codes(member)
     elif isinstance(owner, type):
         for base in owner.__mro__:
