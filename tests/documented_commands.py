@@ -62,6 +62,7 @@ COMMANDS: dict[str, Run] = {
     "python launch/generate.py --run runs/quickstart --prompt 'import os'": Run(says=("import os",)),
     "python launch/generate.py --run runs/quickstart --prompt 'def ' --tokens 60": Run(says=("def ",)),
     "python launch/generate.py --run runs/NAME --checkpoint best --prompt 'import os'": Run(says=("import os",)),
+    "python launch/generate.py --run runs/fine-tune --checkpoint best --prompt 'import os'": Run(says=("import os",)),
     "python launch/generate.py --path FOLDER --prompt 'import os'": Run(says=("import os",)),
     "python launch/train.py --config X.json --dry_run": Run(says=("steps", "processes")),
     "python launch/train.py --config ds_configs/quickstart-2x2x2.json --dry_run --world 8": Run(

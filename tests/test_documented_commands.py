@@ -72,7 +72,8 @@ def quickstart(clone: Path) -> CommandResult:
     ended = run(QUICKSTART, COMMANDS[QUICKSTART], clone)
     trained = clone / "runs" / "quickstart"
     if trained.is_dir():
-        shutil.copytree(trained, clone / "runs" / "NAME")
+        for name in ("NAME", "fine-tune"):
+            shutil.copytree(trained, clone / "runs" / name)
         for name, target in (
             ("A", "checkpoints/step-00000001"),
             ("B", "checkpoints/step-00000002"),

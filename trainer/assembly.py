@@ -100,6 +100,10 @@ def assemble(
     is_resumed = resumption.checkpoint is not None
     engine = Synchronous().wrap(build_engine(model, loaded, world, plan.assignment, zero_weights=is_resumed), world)
     if not is_resumed:
+        # The probe needs the engine, because no rank has the full model: it runs the forward pass that trains, in its
+        # layout and precision. It precedes `restore`, which has nothing to load here: the weights are those of the
+        # configuration. An engine that resumes is `blank` up to `restore`; its run was probed when it began, unless its
+        # first checkpoint was imported.
         verify_causality(loaded, world, engine, batches.train)
     progress = restore(resumption, engine)
     batches.train.resume_from(progress.step, progress.samples)

@@ -90,6 +90,10 @@ class BaseEngine:
 
         Collective: all ranks of the model-parallel group must call it.
 
+        The first step suffices. A batch is a function of its step, the configuration and the token files, none of which
+        changes later, and which ranks have compared at start: the files by a fingerprint, which samples them. Here all
+        tokens of one micro-batch are compared, as they arrive after sample order and collation.
+
         Raises:
             DataError: if the batches differ; losses and gradients would mix them.
         """
@@ -114,7 +118,8 @@ class BaseEngine:
         """
         norm = nn.utils.get_total_norm([p.grad for p in self._norm_parameters if p.grad is not None])
         squared = norm.square().to(self._world.device)
-        for axis in reversed(self._world.topology.shares_samples()):  # the order is part of the rounding
+        # A fixed order, because fp32 sums depend on it: a run that resumes stays equal bit for bit.
+        for axis in reversed(self._world.topology.shares_samples()):
             dist.all_reduce(squared, group=self._world.groups.of(axis))
         norm = squared.sqrt()
         if max_norm > 0:

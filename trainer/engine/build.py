@@ -114,6 +114,8 @@ class _EngineBuilder:
         install_recomputation(model, self.loaded, attention)
         module = self._task_module(model, mapper, can_defer_head=can_defer_head)
         engine = self.optimizer_setup.initialize(module, [model], self.settings, mpu=mpu)
+        # Neither applies in a pipeline: the optimizers that take an initial step are those of bf16 at ZeRO 0, where a
+        # pipeline has BF16_Optimizer instead; and offload to NVMe requires ZeRO 3.
         undo_initial_step(engine.optimizer)
         keep_unaligned_gradients(engine.optimizer)
         engine.train()

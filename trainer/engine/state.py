@@ -137,7 +137,11 @@ class DeepSpeedTrainingState:
     # Loading ----------------------------------------------------------------------------------------------------------
 
     def allocate_optimizer_state(self) -> None:
-        """See `TrainingState.allocate_optimizer_state`."""
+        """See `TrainingState.allocate_optimizer_state`.
+
+        An optimizer of torch creates its state in its first step. A checkpoint is loaded before that, into views of the
+        state (`local_chunks`), which therefore must exist.
+        """
         self._layout.allocate_optimizer_state()
 
     def drop_optimizer_state(self, names: Collection[str]) -> None:

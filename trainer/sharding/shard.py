@@ -21,7 +21,7 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class DimShard:
-    """The share of one dimension that the ranks of one axis divide among themselves.
+    """This rank's slice of one dimension, divided along one parallel axis.
 
     Along `dim` the tensor consists of the matrices whose sizes `packed` lists (one as a rule; three for a fused q|k|v).
     Each matrix is divided into `count` equal parts. This rank holds part `index` of each, one after the other.
@@ -74,16 +74,21 @@ class Shard:
     """At most one for each dimension and for each axis."""
 
     owner: bool = True
-    """Whether this rank counts the part in norms and writes it: true on exactly one of the ranks that hold it."""
+    """Whether this rank counts the part in norms and saves it: true on exactly one of the tensor ranks that hold it.
+
+    Says nothing about pipeline stages (`is_counted_elsewhere`) and data ranks (`TrainingState.owned_chunks`).
+    """
 
     owner_only: bool = False
     """Whether only the owner stores the tensor; it is zero and frozen on the other ranks."""
 
     copies: int = 1
-    """How many neighboring tensor ranks hold this part and use it on sharded activations, so that each has a partial
-    gradient, and the gradients must be summed over these ranks. 1 for a part that no other rank holds, and for a tensor
-    that all ranks hold and use on full activations. A full tensor has copies, too: a single key/value head, a norm of
-    each head."""
+    """Number of neighboring tensor ranks whose gradients of this part must be summed; 1 if none.
+
+    These ranks hold the same part and use it on sharded activations, so that each has a partial gradient. A full tensor
+    can have copies, too: a single key/value head, a norm of each head. One that all ranks use on full activations has
+    the value 1.
+    """
 
     @classmethod
     def full(

@@ -30,14 +30,19 @@ class Mapper(Protocol):
     def shard_parameters(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """Replace the value of each parameter, which is full, by this rank's shard.
 
-        Returns them, and the additional parameters with shards that several ranks hold.
+        Returns:
+            The parameters, and the ones added for a fused weight of which several ranks share some matrices: these
+            matrices have a parameter of their own.
         """
 
     def install(self) -> None:
         """Change the modules to compute with their shards. Collective: all ranks must call it."""
 
     def end_forward(self, device: torch.device) -> None:
-        """Clear the state of a forward pass that ended before its end, as on a pipeline stage that is not the last."""
+        """Clear the region's caches and RNG after a forward pass that stopped at a stage boundary.
+
+        The model's own hook, which clears the caches at the end of a full pass, did not run.
+        """
 
     def vocabulary_shard(self) -> VocabularyShard:
         """Return which columns of the logits the model gives on this rank."""

@@ -53,7 +53,7 @@ class RowSplitInput(RowStyle):
 
 @dataclass(frozen=True)
 class RowEnterOutput(RowStyle):
-    """As rowwise, with a sum that sharded weights use: `rowwise_enter`."""
+    """As rowwise, the output entering the region again, for the sharded weights that read it: `rowwise_enter`."""
 
     name: ClassVar[str] = "rowwise_enter"
 
