@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verify_data: bool = False) -> None:
-    """Claim the run directory, and train what is left to train in it. Collective: all ranks must call it."""
+    """Claim the run directory, and train the remaining steps. Collective: all ranks must call it."""
     # Imported here, so that configuration errors are reported before the slow imports.
     from trainer.data import source_facts
     from trainer.fault_tolerance import claim_run_directory, compare_ranks, guarded_run, start_facts
@@ -79,7 +79,7 @@ def train(loaded: LoadedConfig, launch: Launch, requests: StopRequests, *, verif
 
 
 def train_guarded(loaded: LoadedConfig, launch: Launch, store: Store, run: GuardedRun, *, verify_data: bool) -> None:
-    """Run the whole training, in the order in which data pass. Collective: all ranks must call it."""
+    """Run the whole training, in the order of the data flow. Collective: all ranks must call it."""
     from trainer.assembly import assemble, plan_model
     from trainer.data import prepare_data, prepared_facts, resolve_steps
     from trainer.fault_tolerance import compare_ranks

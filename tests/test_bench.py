@@ -1,4 +1,4 @@
-"""Every benchmark's short round: the command works, and prints and writes the rows that it promises."""
+"""Every benchmark's short round: the command works, and prints and writes its rows."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ROWS: dict[str, list[str]] = {
     "checkpoint": [
         "save, against dd conv=fsync",
         "load, against a sequential read",
-        "then DeepSpeed gathers the weights",
-        "asynchronous stall, of a save",
-        "bytes, of the least",
+        "gathering of the weights by DeepSpeed",
+        "asynchronous stall, share of a save",
+        "bytes, relative to the minimum",
         "files",
         "memory in addition to the state, loading",
     ],
@@ -40,7 +40,7 @@ ROWS: dict[str, list[str]] = {
         "releasing the run lock",
         "comparing the ranks at the start",
         "guards, CPU time",
-        "until no rank is left",
+        "until all ranks have ended",
         "not in a short round",
         "ranks left after 10 s",
         "limit 4 s: named after",
@@ -48,18 +48,18 @@ ROWS: dict[str, list[str]] = {
         "rank stopped, default limit, 1800 s: named after",
     ],
 }
-"""What begins the lines of its tables, or stands in them."""
+"""Text that its tables must contain."""
 
 
 LONG = ("replicas", "guards")
-"""Whose short round is too long for `make test`."""
+"""Benchmarks whose short round is too long for `make test`."""
 
 SIGNED = {"guards": "step_difference_seconds"}
 """A figure that noise may make negative."""
 
 
 def numbers(figures: Any) -> Iterator[float]:
-    """All numbers in what a benchmark writes."""
+    """All numbers in the output of a benchmark."""
     if isinstance(figures, dict | list):
         for value in figures.values() if isinstance(figures, dict) else figures:
             yield from numbers(value)

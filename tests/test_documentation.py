@@ -129,7 +129,7 @@ def test_readme_totals_agree_with_support_matrix() -> None:
         return found[1] if found else "0"
 
     assert f"Of {outcomes['tensor 2: causal_lm'][0]} causal language models" in sentence
-    assert f"{right('tensor 2')} are proven right under tensor 2" in sentence
+    assert f"{right('tensor 2')} pass under tensor 2" in sentence
     assert f"{right('tensor 2, sequence parallel')} with sequence parallelism" in sentence
     assert f"{right('pipeline 2')} in 2 pipeline stages" in sentence
     assert f"and {right('tensor 2 x pipeline 2')} under tensor 2 x pipeline 2" in sentence

@@ -52,8 +52,8 @@ def refusal(status: int, words: str, ended: CommandResult) -> None:
     [
         ("a.jsonl", SOUND_LINE + b'{"body": "x"}\n', "a.jsonl: line 2: no field 'text', only 'body'"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "line 1: no field 'text', only 'messages'"),
-        ("a.jsonl", b"", "a.jsonl: no text in it"),
-        ("a.jsonl", b'{"text": ""}\n', "a.jsonl: no text in it"),
+        ("a.jsonl", b"", "a.jsonl: contains no text"),
+        ("a.jsonl", b'{"text": ""}\n', "a.jsonl: contains no text"),
         ("a.json", b'{"text": 3}', "a.json: line 1: field 'text' holds int"),
         ("a.jsonl.gz", gzip.compress(SOUND_LINE)[:-9], "a.jsonl.gz: line 1: cannot be decompressed"),
         ("a.parquet", b"PAR1 and nothing", "a.parquet"),
@@ -97,7 +97,7 @@ def test_dry_run_inspects_every_file(fresh: dict[str, Any], tmp_path: Path) -> N
     (tmp_path / "29.jsonl").write_bytes(b"")
     ended = dry_run(with_values(fresh, data__train=[{"path": str(tmp_path)}]), tmp_path)
     assert ended.status == 0, ended.err
-    assert "warning: data.train.0: no text in 1 files: " in ended.out
+    assert "warning: data.train.0: 1 files contain no text: " in ended.out
 
 
 def test_dry_run_reports_truncated_weights(fresh: dict[str, Any], corpus: Path, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_differing_training_is_detected(monkeypatch: pytest.MonkeyPatch) -> None
     """Negative control: the bare loop uses a larger learning rate than the command."""
     monkeypatch.setattr(training_proof, "compare", compare_with_larger_rate)
     verdict = prove_training("llama", tiny_model(Family("llama")), [parse_layout("data=1")])
-    assert (verdict.outcome, "is not what a bare loop trains" in verdict.reason) == ("wrong", True), describe(verdict)
+    assert (verdict.outcome, "differs from the reference" in verdict.reason) == ("wrong", True), describe(verdict)
 
 
 @pytest.mark.fast

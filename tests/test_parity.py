@@ -286,7 +286,7 @@ def test_one_command_writes_page_and_readme(monkeypatch: pytest.MonkeyPatch, tmp
     rows = []
     for model_type, trained in (("llama", "right"), ("gemma4_text", "failed")):
         row = matrix.Row(Family(model_type), training=Verdict(model_type, 2, trained, "a reason"))
-        row.found = {column: Verdict(model_type, column.world, "right") for column in matrix.PAGES_COLUMNS}
+        row.generic = {column: Verdict(model_type, column.world, "right") for column in matrix.PAGES_COLUMNS}
         row.shapes = {("uneven", matrix.Column(2)): Verdict(model_type, 2, "refused", "122 columns")}
         rows.append(row)
     page.write(rows, seconds=90.0)
@@ -294,7 +294,7 @@ def test_one_command_writes_page_and_readme(monkeypatch: pytest.MonkeyPatch, tmp
     assert "| tensor 2: causal\\_lm | 2 | 1 right, 1 failed |" in said
     assert "| trained by launch/train.py | 2 | 1 right, 1 failed |" in said
     assert "| llama | uneven | tensor 2 | refused | 122 columns |" in said
-    assert "1 are proven right under tensor 2, 1 with sequence parallelism" in totals
+    assert "1 pass under tensor 2, 1 with sequence parallelism" in totals
     assert "2 more proofs vary heads" in totals
     assert "2 refused" in totals
     assert totals.startswith("before")

@@ -175,9 +175,14 @@ def test_stage_bounds() -> None:
     assert stage_bounds([1.0] * 7 + [2.0], 4) == [0, 2, 4, 6, 8]  # a head as heavy as a layer
     assert stage_bounds([1.0] * 6, 2, speeds=[2.0, 1.0]) == [0, 4, 6]
     assert stage_bounds([1.0] * 6, 2, layers=[1, 5]) == [0, 1, 6]
-    with pytest.raises(ConfigError, match=r"parallel.pipeline: 7 stages, and the model has 6 layers. Lower it"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.pipeline: must be at most the 6 layers of the model \(got 7\). Lower it"
+    ):
         stage_bounds([1.0] * 6, 7)
-    with pytest.raises(ConfigError, match=r"parallel.pipeline_layers: \[2, 3\] are 5 layers, and the model has 6"):
+    with pytest.raises(
+        ConfigError,
+        match=r"parallel.pipeline_layers: must add up to the 6 layers of the model \(got \[2, 3\], 5 layers\)",
+    ):
         stage_bounds([1.0] * 6, 2, layers=[2, 3])
 
 
@@ -229,8 +234,11 @@ def test_large_pipeline_bubble_is_warned_about(tiny: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"parallel__pipeline": 3}, "parallel.pipeline: 3 stages, and the model has 2 layers"),
-        ({"parallel__pipeline": 2, "parallel__pipeline_layers": [2, 1]}, "are 3 layers, and the model has 2"),
+        ({"parallel__pipeline": 3}, "parallel.pipeline: must be at most the 2 layers of the model (got 3)"),
+        (
+            {"parallel__pipeline": 2, "parallel__pipeline_layers": [2, 1]},
+            "must add up to the 2 layers of the model (got [2, 1], 3 layers)",
+        ),
         (
             {"parallel__pipeline": 2, "model__config": {"model_type": "opt", "layerdrop": 0.1, "vocab_size": 320}},
             "opt skips layers at random (layerdrop 0.1)",

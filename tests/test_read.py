@@ -98,7 +98,7 @@ def test_quantized_config_is_refused(
     change_config(folder, **values)
     for allowed in (False, True):
         with pytest.raises(
-            ConfigError, match=rf"^model\.path: .*config\.json: {key} says quant_method '{method}'"
+            ConfigError, match=rf"^model\.path: .*config\.json: {key} has quant_method '{method}'"
         ) as raised:
             shape_of(tiny, folder, allow_unexpected_keys=allowed)
         assert "save_pretrained" in str(raised.value)
@@ -370,7 +370,7 @@ SKIPPED = {
         lambda f: family_folder("qwen3_next", f, "mtp.layers.0.mlp.gate.weight"),
         "mtp.layers.0.mlp.gate.weight",
     ),
-    "next-token layers behind the last": (
+    "next-token layers after the last": (
         lambda f: family_folder("deepseek_v3", f, "model.layers.4.enorm.weight", num_nextn_predict_layers=1),
         "model.layers.4.enorm.weight",
     ),

@@ -151,7 +151,7 @@ def check_flips(config: dict[str, Any], ranks: int, cases: list[tuple[Case, str]
             assert f"{name}: {expected.format(host=HOST)}." in message, (values, message)
 
 
-BOTH = "ranks 0, 1 on {host} differ, and neither a majority nor master weights tell which is wrong"
+BOTH = "ranks 0, 1 on {host} differ, and neither a majority nor master weights show which is wrong"
 WRONG = "rank {rank} on {{host}} of ranks {ranks} on {{host}} wrong"
 
 

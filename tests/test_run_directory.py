@@ -169,7 +169,7 @@ def test_final_model_of_earlier_version_is_checked_by_structure(tmp_path: Path) 
     for recorded in (None, [], [{"name": 3}], 7, [{"name": "../config.json", "bytes": 2, "hash": "x"}]):
         assert find_damage(tmp_path, recorded) == ""
     truncate(tmp_path / "model.safetensors")
-    assert "model.safetensors has" in find_damage(tmp_path, None)
+    assert "model.safetensors: expected" in find_damage(tmp_path, None)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     assert "cannot be read" in find_damage(tmp_path, None)
     (tmp_path / "model.safetensors.index.json").write_text(DEEP)
@@ -530,7 +530,7 @@ def test_model_that_reads_back_differently_is_refused(tmp_path: Path, monkeypatc
         write(file, bytes(len(data)), hashed.copy())
 
     monkeypatch.setattr(checkpoint_format.files, "_write", flips)
-    with pytest.raises(ConfigError, match=r"model.safetensors does not contain what was written"):
+    with pytest.raises(ConfigError, match=r"model.safetensors differs from what was written when read back"):
         write_model(model, model.named_parameters(), tmp_path / "final", None)  # type: ignore[arg-type]
     assert find_damage(tmp_path / "final", [vars(file) for file in files]) == ""
     assert os.listdir(tmp_path) == ["final"]

@@ -98,11 +98,11 @@ def _parser() -> CommandLineParser:
     diff = command("diff", _diff, "show the tensors in which two checkpoints differ most")
     diff.add_argument("checkpoint", type=Path)
     diff.add_argument("other", type=Path)
-    diff.add_argument("--top", type=int, default=10, metavar="N", help="how many to show (default 10)")
+    diff.add_argument("--top", type=int, default=10, metavar="N", help="number of tensors to show (default 10)")
     out = command("export", _export, "write the weights as a Hugging Face folder")
     out.add_argument("checkpoint", type=Path)
     out.add_argument("folder", type=Path)
-    out.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the weights in the files (default fp32)")
+    out.add_argument("--dtype", choices=_DTYPES, default="fp32", help="type of the weights in the files (default fp32)")
     out.add_argument("--shard_gigabytes", type=float, default=2.0, metavar="N", help="largest file (default 2)")
     out.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of another tokenizer than the run's")
     out.add_argument(

@@ -30,7 +30,7 @@ _PURPOSES = {
 
 @contextlib.contextmanager
 def progress_lines(what: str) -> Iterator[None]:
-    """Print every few seconds that `what` goes on."""
+    """Print every few seconds that `what` is still running."""
     done, begin = threading.Event(), time.monotonic()
 
     def tell() -> None:

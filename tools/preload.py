@@ -1,4 +1,4 @@
-"""Imported once by the server that forks the ranks: five seconds of imports that no rank has to repeat."""
+"""Imports of the server that forks the ranks: five seconds that no rank has to repeat."""
 
 from trainer.distributed import prepare_environment
 
@@ -16,6 +16,6 @@ import trainer.loop
 
 _processor = cpuinfo.get_cpu_info()
 cpuinfo.get_cpu_info = lambda: _processor
-"""DeepSpeed asks in every rank that loads one of its optimizers, by a process of its own that takes a second."""
+"""DeepSpeed checks it in every rank that loads one of its optimizers, with a separate process that takes a second."""
 
 __all__ = ["deepspeed", "trainer", "transformers"]

@@ -25,7 +25,7 @@ from typing import Any
 from trainer.distributed import get_free_port
 
 TIMEOUT_SECONDS = 300.0
-"""How long ranks may run without a result."""
+"""Time limit of ranks without a result."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tools.preload"])
@@ -70,7 +70,7 @@ def _rank(
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
     """Run `function(*arguments)` on each of `world` ranks. Return the results by rank.
 
-    `function` must stand at the top of a module, and its arguments and results be picklable. Fails as soon as
+    `function` must be at the top level of a module, and its arguments and results must be picklable. Fails as soon as
     one rank fails, with that rank's traceback.
     """
     port = get_free_port()
@@ -109,27 +109,27 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
 
 @dataclass(frozen=True)
 class RankOverride:
-    """How one rank of a command is started differently from the others."""
+    """Settings of a single rank of a command that differ from those of the other ranks."""
 
     arguments: tuple[str, ...] = ()
-    """After those that all ranks have."""
+    """Arguments after those of all ranks."""
 
     working_folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that win over those that a launcher sets."""
+    """Variables that override those of a launcher."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended."""
+    """Result of a command."""
 
     status: int
     out: str
     err: str
-    """Of the first rank."""
+    """Output of the first rank."""
 
     errors: tuple[str, ...] = ()
-    """What each rank wrote to its standard error."""
+    """Standard error of each rank."""
 
 
 def _command(
@@ -160,7 +160,7 @@ def _command(
 
 @dataclass(frozen=True)
 class RunningCommand:
-    """A command whose ranks run."""
+    """A running command."""
 
     processes: tuple[Any, ...]
     """By rank; a rank's process id is `pid`."""
@@ -177,7 +177,7 @@ class RunningCommand:
 
     def _text(self, name: str) -> str:
         file = self.folder / name
-        return file.read_text() if file.exists() else ""  # a rank may be ended before it has one
+        return file.read_text() if file.exists() else ""  # a rank may end before it has one
 
     def statuses(self, seconds: float) -> list[int | None]:
         """Wait for all ranks. Return the exit status of each; None for one that still runs."""
@@ -203,11 +203,11 @@ def running_command(
 
     Args:
         script: Path of the script.
-        *arguments: Of its command line.
+        *arguments: Arguments of its command line.
         world: Number of ranks.
         working_folder: Default: that of this process.
         environment: Variables to set; PYTHONPATH comes first.
-        variants: By rank, those that are started differently from the rest.
+        variants: By rank, settings that differ from those of the other ranks.
     """
     port = str(get_free_port())
     with tempfile.TemporaryDirectory() as folder:
@@ -286,7 +286,7 @@ def _status(processes: Sequence[Any]) -> int | None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Within, ranks and commands may take so many seconds."""
+    """Set the time limit of ranks and commands within the context."""
     global TIMEOUT_SECONDS
     previous, TIMEOUT_SECONDS = TIMEOUT_SECONDS, seconds
     try:

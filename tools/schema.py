@@ -1,4 +1,4 @@
-"""Writes what is generated from the configuration's schema.
+"""Writes the files that are generated from the configuration's schema.
 
 python -m tools.schema
 

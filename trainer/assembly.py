@@ -73,7 +73,7 @@ def assemble(
     data: PreparedData | None = None,
     plan: ModelPlan | None = None,
 ) -> Trainer:
-    """Put the parts of a run together, in the order in which data pass. Collective: all ranks must call it.
+    """Put the parts of a run together, in the order of the data flow. Collective: all ranks must call it.
 
     A run that has a checkpoint resumes from it; any other one starts at step 1 with the weights of the configuration,
     after a check that the model is causal.

@@ -159,12 +159,12 @@ def _agreed(engine: Engine, before: Tensor | None, after: Tensor | None, first: 
         slightly = changes[PROBED] > TOLERANCES["fp32"] * largest
         if not changes[CONTROL].any() and slightly.double().mean() >= SYSTEMATIC:
             tolerance = TOLERANCES["fp32"]
-        differs = ~(changes <= tolerance * largest)  # also where one is not a number
+        differs = ~(changes <= tolerance * largest)  # also true for NaN
         positions = differs[PROBED].nonzero().flatten().tolist()
         if positions:
-            at = positions[0]
-            losses = float(before[PROBED, at]), float(after[PROBED, at])
-            row = [1.0, float(at), *losses, float(changes[PROBED].max()), float(not differs[CONTROL].any())]
+            position = positions[0]
+            losses = float(before[PROBED, position]), float(after[PROBED, position])
+            row = [1.0, float(position), *losses, float(changes[PROBED].max()), float(not differs[CONTROL].any())]
         else:
             row = [1.0, -1.0, 0.0, 0.0, 0.0, 1.0]
     _, position, old, new, change, repeats = next(result for result in engine.all_gather_scalars([*row]) if result[0])

@@ -1,4 +1,4 @@
-"""The dry run: a description of what a configuration would run, by one process that starts nothing."""
+"""The dry run: a description of the run that a configuration would start, by one process that starts nothing."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def _memory_lines(loaded: LoadedConfig, model: PreTrainedModel, assignment: Stag
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items() if size)
     yield f"precision    {section.precision}, ZeRO {section.zero_stage}, clipping at {section.clipping}"
     largest = f"the devices of pipeline rank {rank_parameters.index(max(rank_parameters))}, the maximum"
-    place = "each rank's device" if len(rank_parameters) == 1 else largest
-    yield f"memory       {format_bytes(on_device)} of model states on {place} ({parts}), without activations"
+    device = "each rank's device" if len(rank_parameters) == 1 else largest
+    yield f"memory       {format_bytes(on_device)} of model states on {device} ({parts}), without activations"
     if offloaded:
         yield f"offloaded    {', '.join(offloaded)}"
 
@@ -202,7 +202,7 @@ def _warnings(loaded: LoadedConfig, report: DataReport, device: list[Problem]) -
     for source in report.sources:
         if source.empty_files:
             shown = ", ".join(source.empty_files[:3]) + (", ..." if len(source.empty_files) > 3 else "")
-            yield f"warning: {source.key}: no text in {len(source.empty_files)} files: {shown}"
+            yield f"warning: {source.key}: {len(source.empty_files)} files contain no text: {shown}"
     yield from (f"warning: {problem}" for problem in loaded.warnings)
 
 

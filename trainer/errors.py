@@ -15,10 +15,10 @@ class Problem:
     """Dotted path of the key, or the file, that is wrong."""
 
     reason: str
-    """What is wrong with it, with the value."""
+    """The problem, with the value."""
 
     remedy: str = ""
-    """What to do instead; empty where the reason implies it."""
+    """The remedy; empty if the reason implies it."""
 
     def __str__(self) -> str:
         prefix = f"{self.path}: " if self.path else ""

@@ -21,7 +21,7 @@ _CONFIG_ERROR_DELAY_SECONDS = 120.0
 """Delay of ranks other than 0 after an error that all ranks have, so that rank 0 reports it."""
 
 _OTHER_ERROR_DELAY_SECONDS = 10.0
-"""Delay of ranks other than 0 after an error that they may be the only one to have."""
+"""Delay of ranks other than 0 after an error that may have occurred on them alone."""
 
 
 class CommandLineParser(argparse.ArgumentParser):
@@ -46,8 +46,9 @@ def exit_on_errors(launch: Launch, requests: StopRequests | None = None) -> Iter
     """End the process: with 0, or with the message and status of one of our errors. Others keep their traceback.
 
     A launcher ends all ranks as soon as one exits. To keep rank 0's message, the other ranks wait to be ended with it:
-    long after an error that all ranks have, briefly after one that may be theirs alone. They do not wait after a stop
-    request, because its launcher does not wait for a status; one that arrives meanwhile ends the process.
+    long after an error that all ranks have, briefly after an error that may have occurred on them alone. They do not
+    wait after a stop request, because its launcher does not wait for a status; one that arrives meanwhile ends the
+    process.
     """
     requests = requests or StopRequests()
     try:

@@ -24,7 +24,7 @@ def hash_file(path: Path) -> str:
 
 
 def unwritable_reason(folder: Path) -> str | None:
-    """Return why nothing can be created in a directory, which may not exist yet; None if something can.
+    """Return the reason why no file can be created in a directory, which may not exist yet; None if one can.
 
     Creates an anonymous file in its nearest existing parent: mode bits do not describe root, network file systems or
     read-only mounts.

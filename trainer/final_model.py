@@ -15,10 +15,10 @@ _LONGEST_HEADER = 100_000_000
 
 
 def find_damage(folder: Path, recorded: object) -> str:
-    """Return what is wrong with a model folder, or an empty string. Reads every recorded file once.
+    """Return the damage of a model folder, or an empty string. Reads every recorded file once.
 
     Args:
-        folder: of the model.
+        folder: the model folder.
         recorded: name, size and hash of each file, as in the run's config.json. Earlier versions recorded none; then
             only the structure and length of the files are checked.
     """
@@ -50,9 +50,9 @@ def _differing(folder: Path, files: tuple[FileRecord, ...]) -> Iterator[str]:
         if not path.is_file():
             yield f"{path} is missing"
         elif path.stat().st_size != file.bytes:
-            yield f"{path} has {path.stat().st_size} bytes, and {file.bytes} were written"
+            yield f"{path}: expected {file.bytes} bytes, got {path.stat().st_size}"
         elif hash_file(path) != file.hash:
-            yield f"{path} does not hold the bytes that were written"
+            yield f"{path}: its hash differs from the recorded one"
 
 
 def _malformed(folder: Path) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _malformed(folder: Path) -> Iterator[str]:
         if not path.is_file():
             yield f"{path} is missing"
         elif path.stat().st_size != (length := _expected_length(path)):
-            yield f"{path} has {path.stat().st_size} bytes instead of {length}"
+            yield f"{path}: expected {length} bytes, got {path.stat().st_size}"
 
 
 def _expected_length(path: Path) -> int:

@@ -19,15 +19,15 @@ def fit(trainer: Trainer, trackers: Trackers, stop: StopAgreement) -> None:
 
     Raises:
         TrainingHalted: at a step whose update DeepSpeed skipped because a gradient was not finite, and at a logged
-            step whose loss or gradient norm is not finite. A step that is saved is logged before, so that no
-            checkpoint of such a step exists.
+            step whose loss or gradient norm is not finite. A step is logged before it is saved, so no checkpoint of
+            such a step exists.
         ReplicasDifferError: at a step of `training.verify_every_steps`, before it is saved.
         DataError: from the prefetch thread, at the step whose batch is invalid.
         Preempted: after the step at which all ranks agreed to stop, once its checkpoint is saved.
     """
     try:
         is_stopped = train(trainer, trackers, stop)
-    except TesseraError:  # exiting would end the thread that writes a checkpoint
+    except TesseraError:  # exiting ends the thread that writes a checkpoint
         trainer.checkpoints.close()
         raise
     trainer.checkpoints.close()

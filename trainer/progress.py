@@ -1,4 +1,4 @@
-"""How far a run has trained: the one value that the training loop advances and everything else reads."""
+"""Training progress: the one value that the training loop advances and everything else reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run directory: the state that earlier attempts left, and what an attempt writes there first."""
+"""The run directory: the state left by earlier attempts, and the first files of an attempt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run writes, and how far earlier attempts came."""
+    """The directory that a run writes to, and the progress of earlier attempts."""
 
     path: Path
     attempt: int
@@ -50,7 +50,7 @@ class RunDirectory:
 
     @classmethod
     def examine(cls, loaded: LoadedConfig) -> RunDirectory:
-        """Read what earlier attempts left; write nothing.
+        """Read the state left by earlier attempts; write nothing.
 
         Raises:
             ConfigError: the directory belongs to another run or to one that finished past the last step, or is not
@@ -90,7 +90,7 @@ class RunDirectory:
         return self.path / FINAL
 
     def is_finished(self, loaded: LoadedConfig) -> bool:
-        """Return True if nothing is left to do."""
+        """Return True if the run has finished."""
         return self._has_reached_end(loaded) and not self.final_damage
 
     def _has_reached_end(self, loaded: LoadedConfig) -> bool:
@@ -178,9 +178,9 @@ def _refuse_shorter_training(loaded: LoadedConfig, path: Path, step: int, epochs
 
     Args:
         loaded: Configuration of this attempt.
-        path: Of the run directory.
-        step: At which the run has finished.
-        epochs: That the run has finished; None if it counted in steps.
+        path: Path of the run directory.
+        step: Step at which the run has finished.
+        epochs: Epochs that the run has finished; None if it counted in steps.
     """
     training = loaded.config.training
     remedy = "choose another run.output_dir, or resume from an earlier checkpoint with --resume"

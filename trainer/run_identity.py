@@ -30,7 +30,7 @@ def refuse_identity_change(old: Mapping[str, Any], loaded: LoadedConfig, source:
     Args:
         old: Resolved configuration of the run, written by this version or an earlier one.
         loaded: Configuration of this attempt.
-        source: Where `old` comes from, for the message.
+        source: Source of `old`, for the message.
 
     Raises:
         ConfigError: names each identity key that differs, unless `checkpoint.allow_changed` names it.
@@ -57,8 +57,8 @@ def refuse_checkpoint_past_end(loaded: LoadedConfig, step: int, checkpoint: str)
 
     Args:
         loaded: Configuration of this attempt.
-        step: Of the checkpoint.
-        checkpoint: Where it is, for the message.
+        step: Step of the checkpoint.
+        checkpoint: Its location, for the message.
 
     Raises:
         ConfigError: the checkpoint is past the last step.

@@ -1,4 +1,4 @@
-"""Names in a run directory, and paths that have one of these names but are not what the run needs."""
+"""Names in a run directory, and detection of paths with these names that have another file type."""
 
 from __future__ import annotations
 

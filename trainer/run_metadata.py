@@ -1,4 +1,4 @@
-"""What a run computes on: package versions, git commit, world layout."""
+"""Metadata of a run: package versions, git commit, world layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIT_TIMEOUT_SECONDS = 10
 
 
 def run_metadata(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return versions, commit and layout of a run, and the meanings that it keeps of an earlier version."""
+    """Return versions, commit and layout of a run, and the defaults of an earlier version that it keeps."""
     parallel = loaded.config.parallel
     return {
         "versions": package_versions(loaded.config.run.plugins),

@@ -63,7 +63,7 @@ class Topology:
         expert: int = 1,
         tensor: int = 1,
     ) -> Topology:
-        """Return the topology of `rank`; the data axis takes the ranks that the other axes leave.
+        """Return the topology of `rank`; the data axis takes the remaining ranks.
 
         Raises:
             ValueError: the other axes do not divide `world_size`.

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m tools.bench NAME`. Each prints a table and, with --json, writes what it measured."""
+"""Benchmarks: `python -m tools.bench NAME`. Each prints a table and, with --json, writes the figures."""

@@ -7,7 +7,7 @@ python -m tools.bench traffic     collectives and bytes a layer under tensor par
 python -m tools.bench pipeline    idle share of the schedule, bytes over each boundary, parameters of a rank
 python -m tools.bench checkpoint  saving and loading against the disk itself, the stall of an asynchronous save, memory
 python -m tools.bench replicas    CPU time of a step that compares the copies of all weights by hash
-python -m tools.bench guards      cost of stop requests, run lock, watchdog, comparison of ranks; how soon runs end
+python -m tools.bench guards      cost of stop requests, run lock, watchdog, comparison of ranks; time until runs end
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
         sub.add_argument(
             "--quick",
             action="store_true",
-            help="a short round, to see that the benchmark works: "
+            help="a short round, to check that the benchmark works: "
             + ", ".join(f"{key} {value}" for key, value in module.QUICK.items()),
         )
         sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")

@@ -40,71 +40,77 @@ _BLOCK = 1 << 22
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, default=2, help="data ranks (default 2)")
     parser.add_argument("--size", type=int, default=25, choices=(1, 5, 25), help="millions of parameters (default 25)")
-    parser.add_argument("--rounds", type=int, default=9, help="of each measurement, taken in turn (default 9)")
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured (default: here)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each measurement, interleaved (default 9)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="folder on the measured disk (default: the current folder)"
+    )
 
 
 @dataclass
 class Measured:
-    """Seconds of each round, and what was counted."""
+    """Seconds of each round, and counted bytes."""
 
     write: list[float] = field(default_factory=list)
     """`dd conv=fsync` of the same bytes."""
 
     read: list[float] = field(default_factory=list)
-    """Of the same bytes in a row, by one process."""
+    """Sequential read of the same bytes by one process."""
 
     save: list[float] = field(default_factory=list)
     stall: list[float] = field(default_factory=list)
-    """How long training waits for an asynchronous save."""
+    """Stall of training during an asynchronous save."""
 
     load: list[float] = field(default_factory=list)
-    """Verifying every byte, and filling the engine."""
+    """Verification of every byte, and loading into the engine."""
 
     publish: list[float] = field(default_factory=list)
-    """Then: DeepSpeed gathers the weights on all ranks, as after a step."""
+    """DeepSpeed's gathering of the weights on all ranks afterwards, as after a step."""
 
     bytes: int = 0
     minimum_bytes: int = 0
-    """Bytes that the state has."""
+    """Bytes of the state itself."""
 
     files: int = 0
     extra_memory: int = 0
-    """Peak of anonymous memory while a rank loads, in addition to what it had before."""
+    """Peak of anonymous memory while a rank loads, in addition to that before."""
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         write_tokens(Path(name))
         ranks = run_ranks(measure, options.world, name, options.size, options.world, options.rounds)
-    one: Measured = replace(ranks[0], extra_memory=max(rank.extra_memory for rank in ranks))
+    measured: Measured = replace(ranks[0], extra_memory=max(rank.extra_memory for rank in ranks))
     middle = {
-        key: statistics.median(getattr(one, key)) for key in ("write", "read", "save", "stall", "load", "publish")
+        key: statistics.median(getattr(measured, key)) for key in ("write", "read", "save", "stall", "load", "publish")
     }
     rows = [
         (
             "save, against dd conv=fsync",
             f"{middle['write'] / middle['save']:.2f} x",
-            f"{one.bytes / middle['save'] / 1e6:.0f} MB/s",
+            f"{measured.bytes / middle['save'] / 1e6:.0f} MB/s",
         ),
         (
             "load, against a sequential read",
             f"{middle['read'] / middle['load']:.2f} x",
-            f"{one.bytes / middle['load'] / 1e6:.0f} MB/s",
+            f"{measured.bytes / middle['load'] / 1e6:.0f} MB/s",
         ),
-        ("then DeepSpeed gathers the weights", "", f"{1e3 * middle['publish']:.0f} ms"),
+        ("gathering of the weights by DeepSpeed", "", f"{1e3 * middle['publish']:.0f} ms"),
         (
-            "asynchronous stall, of a save",
+            "asynchronous stall, share of a save",
             f"{100 * middle['stall'] / middle['save']:.1f} %",
             f"{1e3 * middle['stall']:.0f} ms",
         ),
-        ("bytes, of the least", f"{one.bytes / one.minimum_bytes:.4f} x", f"{one.bytes / 1e6:.1f} MB"),
-        ("files", str(one.files), f"{options.world} ranks"),
-        ("memory in addition to the state, loading", f"{one.extra_memory / 1e6:.1f} MB", ""),
+        (
+            "bytes, relative to the minimum",
+            f"{measured.bytes / measured.minimum_bytes:.4f} x",
+            f"{measured.bytes / 1e6:.1f} MB",
+        ),
+        ("files", str(measured.files), f"{options.world} ranks"),
+        ("memory in addition to the state, loading", f"{measured.extra_memory / 1e6:.1f} MB", ""),
     ]
     print(f"{options.size} M parameters, {options.world} ranks, ZeRO 1, median of {options.rounds} rounds")
     print(table(("", "", ""), rows))
-    return {**asdict(one), "median": middle}
+    return {**asdict(measured), "median": middle}
 
 
 def measure(folder: str, size: int, world_size: int, rounds: int) -> Measured:
@@ -146,16 +152,17 @@ def _round(
     files = sorted(newest.iterdir())
     stall = _seconds(lambda: later.save(engine, replace(progress, step=1000 + number), {}))
     later.close()
-    # Once in vain: a disk is slow with what it has just written. Then before and after what it is compared with.
+    # A first, discarded write: a disk is slow with data that it has just written. Then before and after the
+    # measurement.
     reads = [_reading(files) if world.is_rank_zero else 0.0 for _ in range(2)][1:]
     if world.is_rank_zero:
         _forget(files)
 
     def load_all() -> None:
-        told = read_manifest(newest)
-        verify_files(newest, told, told.files[topology.rank :: topology.world_size])
+        manifest = read_manifest(newest)
+        verify_files(newest, manifest, manifest.files[topology.rank :: topology.world_size])
         dist.barrier()
-        load_state(engine.state, told, newest)
+        load_state(engine.state, manifest, newest)
 
     with _anonymous_memory(measured):
         load = _seconds(load_all)
@@ -163,11 +170,11 @@ def _round(
     dist.barrier()
     write = 0.0
     if world.is_rank_zero:
-        told = read_manifest(newest)
+        manifest = read_manifest(newest)
         measured.bytes = sum(file.stat().st_size for file in files)
         measured.files = len(files)
         width = {"F32": 4, "BF16": 2}
-        measured.minimum_bytes = sum(s.numel * width[s.dtype] for s in told.tensors.values())
+        measured.minimum_bytes = sum(s.numel * width[s.dtype] for s in manifest.tensors.values())
         reads.append(_reading(files))
         write = _dd(folder / "plain", measured.bytes)
     dist.barrier()

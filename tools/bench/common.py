@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a given size, configurations, the parts of a run, token files, tables."""
+"""Helpers of the benchmarks: models of a given size, configurations, the parts of a run, token files, tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[int, dict[str, int]] = {
     5: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8},
     25: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 7, "num_attention_heads": 8},
 }
-"""Llamas by their millions of parameters, roughly."""
+"""Llama configurations by their approximate number of parameters in millions."""
 
 
 def write_tokens(folder: Path, documents: int = 400) -> Path:
@@ -69,13 +69,13 @@ def inline(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def rank_environment(rank: int, world: int, port: int) -> None:
-    """Make this process a rank, as a launcher would."""
+    """Make this process a rank, as a launcher does."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as text in columns."""
+    """Format rows as a table."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]

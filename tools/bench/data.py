@@ -1,4 +1,4 @@
-"""Time that a step of 20 ms waits for its data, and what starting at any position costs."""
+"""Time that a step of 20 ms waits for its data, and the cost of starting at any position."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _waiting(batches: Any, steps: int) -> float:
     waited = 0.0
     iterator = batches.steps(1, steps + 1)
-    next(iterator)  # the reader's own start is not a step's
+    next(iterator)  # the start of the reader does not belong to a step
     for _ in range(steps):
         time.sleep(0.020)
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What fault tolerance costs, and how soon a run ends that is signalled, or one of whose ranks is stopped."""
+"""Cost of fault tolerance, and the time until a run ends after a signal or the stop of a rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QUICK: dict[str, Any] = {
 _WARM_UP = 3
 _LOCKS = 200
 _LEFT_AFTER = 10.0
-"""Seconds after a signal at which the ranks that are left are counted."""
+"""Seconds after a signal at which the remaining ranks are counted."""
 
 _DEFAULT_LIMIT = 1800.0
 _NOT_RUN = "not in a short round"
@@ -54,15 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=25,
         choices=(1, 5, 25),
-        help="millions of parameters of the runs that are signalled (default 25)",
+        help="millions of parameters of the signalled runs (default 25)",
     )
-    parser.add_argument("--pairs", type=int, default=20, help="of blocks of steps with and without guards (default 20)")
-    parser.add_argument("--steps", type=int, default=100, help="of a block (default 100)")
+    parser.add_argument(
+        "--pairs", type=int, default=20, help="pairs of blocks of steps with and without guards (default 20)"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="steps of a block (default 100)")
     parser.add_argument("--comparisons", type=int, default=5, help="starts at which ranks are compared (default 5)")
     parser.add_argument(
         "--limit", type=float, default=20.0, help="run.collective_timeout_seconds where a rank is stopped (default 20)"
     )
-    parser.add_argument("--launches", type=int, default=2, help="of `deepspeed` for each signal (default 2)")
+    parser.add_argument("--launches", type=int, default=2, help="starts of `deepspeed` for each signal (default 2)")
     parser.add_argument(
         "--stopped",
         nargs="+",
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    # One after the other where figures count; a short round only shows that everything works.
+    # One after the other for figures; a short round only checks that everything works.
     workers = 1 if options.launches else 4
     with tempfile.TemporaryDirectory() as name, time_limit(3600), ThreadPoolExecutor(workers) as pool:
         folder = Path(name)
@@ -124,15 +126,15 @@ def _rows(figures: dict[str, Any], limit: float) -> list[tuple[str, str]]:
     for name, ends in figures["signalled"].items():
         seconds = ", ".join(f"{end['seconds']:.1f}" for end in ends)
         left = max((end["left"] for end in ends), default=0)
-        rows.append((f"{name} of deepspeed, until no rank is left", f"{seconds} s" if ends else _NOT_RUN))
+        rows.append((f"{name} of deepspeed, until all ranks have ended", f"{seconds} s" if ends else _NOT_RUN))
         rows.append((f"{name}, ranks left after {_LEFT_AFTER:.0f} s, at most", str(left) if ends else _NOT_RUN))
-    found = figures["stopped"]
+    stopped = figures["stopped"]
     for case, what in (("data", f"limit {limit:g} s"), ("pipeline", f"limit {limit:g} s, 2 stages")):
-        ended = f"{found[case]['beyond']:.1f} s" if case in found else _NOT_RUN
-        named = f"{found[case]['named']:.1f} s" if case in found else _NOT_RUN
+        ended = f"{stopped[case]['beyond']:.1f} s" if case in stopped else _NOT_RUN
+        named = f"{stopped[case]['named']:.1f} s" if case in stopped else _NOT_RUN
         rows.append((f"rank stopped, {what}: named after", named))
         rows.append((f"rank stopped, {what}: the other ends, beyond the limit", ended))
-    named = f"{found['default']['named']:.1f} s" if "default" in found else _NOT_RUN
+    named = f"{stopped['default']['named']:.1f} s" if "default" in stopped else _NOT_RUN
     return [*rows, (f"rank stopped, default limit, {_DEFAULT_LIMIT:.0f} s: named after", named)]
 
 
@@ -167,7 +169,7 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
     neither.
     """
     launch = Launch.from_environment()
-    found: dict[str, list[float]] = {"with": [], "without": [], "look_up": []}
+    seconds: dict[str, list[float]] = {"with": [], "without": [], "look_up": []}
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         loaded = configuration(Path(folder), 1, batch=1, world=launch.world_size, zero_optimization={"stage": 1})
         trainer = assemble(loaded, world)
@@ -188,11 +190,11 @@ def _steps(folder: str, pairs: int, count: int) -> dict[str, list[float]]:
                     if watchdog is None:
                         trainer.engine.train_step(next(batches))
                     else:
-                        found["look_up"].append(_guarded_step(step, trainer, batches, agreement, watchdog))
-                found[name].append((time.process_time() - begin) / count)
+                        seconds["look_up"].append(_guarded_step(step, trainer, batches, agreement, watchdog))
+                seconds[name].append((time.process_time() - begin) / count)
                 if watchdog is not None:
                     watchdog.close()
-    return found
+    return seconds
 
 
 def _guarded_step(step: int, trainer: Trainer, batches: Any, agreement: StopAgreement, watchdog: Watchdog) -> float:
@@ -232,7 +234,7 @@ def _stopped(folder: Path, case: str, limit: float) -> dict[str, float]:
         log = run_directory / "logs" / "rank-0.log"
         while "not arrived: rank 1" not in log.read_text():
             if time.monotonic() > begin + 60 + limit:
-                raise RuntimeError(f"no line names the stopped rank:\n{log.read_text()[-2000:]}")
+                raise RuntimeError(f"the log does not name the stopped rank:\n{log.read_text()[-2000:]}")
             time.sleep(0.02)
         named = time.monotonic() - begin
         if case == "default":
@@ -240,14 +242,14 @@ def _stopped(folder: Path, case: str, limit: float) -> dict[str, float]:
         first.join(60 + limit)
         ended = time.monotonic() - begin
         if first.exitcode is None:
-            raise RuntimeError(f"rank 0 still waits {ended:.0f} s after the other one was stopped")
+            raise RuntimeError(f"rank 0 still waits {ended:.0f} s after the other rank was stopped")
     return {"named": named, "beyond": ended - limit}
 
 
 def _signalled(run_directory: Path, folder: Path, size: int, number: signal.Signals) -> dict[str, float]:
     """Measure the seconds from a signal to the `deepspeed` command until none of its ranks is left.
 
-    Also return how many were left after `_LEFT_AFTER`.
+    Also return the number of remaining ranks after `_LEFT_AFTER`.
     """
     config = settings(folder, size, world=2)
     config["run"] = {"output_dir": str(run_directory)}
@@ -257,7 +259,7 @@ def _signalled(run_directory: Path, folder: Path, size: int, number: signal.Sign
     with launched(path) as command:
         output = path.with_suffix(".out")
         wait_for_steps(run_directory, 3, command.poll, output.read_text)
-        time.sleep(random.uniform(0, 4))  # a signal comes at any moment of a step
+        time.sleep(random.uniform(0, 4))  # at a random moment of a step
         command.send_signal(number)
         begin, left = time.monotonic(), 0
         while ranks := rank_processes(path):
@@ -265,6 +267,6 @@ def _signalled(run_directory: Path, folder: Path, size: int, number: signal.Sign
             if seconds >= _LEFT_AFTER:
                 left = max(left, len(ranks))
             if seconds > 120:
-                raise RuntimeError(f"ranks are left {seconds:.0f} s after {number.name}: {ranks}")
+                raise RuntimeError(f"ranks still run {seconds:.0f} s after {number.name}: {ranks}")
             time.sleep(0.05)
         return {"seconds": time.monotonic() - begin, "left": left}

@@ -21,16 +21,20 @@ _START_SECONDS = 300.0
 
 def processes_of(config: Path) -> list[Process]:
     """Live processes of the launch whose configuration is this file."""
-    found = (read_process(int(path.name)) for path in Path("/proc").glob("[0-9]*"))
-    return [one for one in found if one is not None and str(config) in one.command and not one.stat.is_dead]
+    processes = (read_process(int(path.name)) for path in Path("/proc").glob("[0-9]*"))
+    return [
+        process
+        for process in processes
+        if process is not None and str(config) in process.command and not process.stat.is_dead
+    ]
 
 
 def rank_processes(config: Path) -> list[Process]:
-    """Those of them that train."""
+    """Ranks among them."""
     return [
-        one
-        for one in processes_of(config)
-        if one.role is None and any(word.endswith("train.py") for word in one.command[:6])
+        process
+        for process in processes_of(config)
+        if process.role is None and any(word.endswith("train.py") for word in process.command[:6])
     ]
 
 
@@ -60,20 +64,20 @@ def launched(config: Path, ranks: int = 2) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield command
     finally:
-        for one in processes_of(config):
+        for process in processes_of(config):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(one.pid, signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
         command.wait()
 
 
 def wait_for_steps(run: Path, steps: int, status: Callable[[], int | None], output: Callable[[], str]) -> None:
-    """Return when a run that logs every step has trained so many.
+    """Wait until a run that logs every step has trained a number of steps.
 
     Args:
         run: Its run directory.
-        steps: How many.
+        steps: Number of steps.
         status: Of the command; None while it runs.
-        output: What it has printed, for the message.
+        output: Returns its output, for the message.
 
     Raises:
         RuntimeError: it has ended, or does not train within five minutes.
@@ -81,5 +85,5 @@ def wait_for_steps(run: Path, steps: int, status: Callable[[], int | None], outp
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + _START_SECONDS
     while not metrics.exists() or metrics.read_text().count("\n") < steps:
         if status() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{run.name} does not train:\n{output()[-3000:]}")
+            raise RuntimeError(f"{run.name} has not reached step {steps}:\n{output()[-3000:]}")
         time.sleep(0.02)

@@ -1,8 +1,8 @@
 """Process CPU time of a training step: ours against a plain DeepSpeed loop, bare torch, and HF Trainer on DeepSpeed.
 
-All take turns step by step in one process, one rank, one thread, so that whatever else the machine does falls on
-all alike. Ours is the real `fit` with its meter, trackers and reading thread; the others read the same token
-file through a torch DataLoader and look at their loss as often as ours logs.
+All take turns step by step in one process, one rank, one thread, so that other load of the machine affects all of
+them equally. Ours is the real `fit` with its meter, trackers and reading thread; the others read the same token
+file through a torch DataLoader and read their loss as often as ours logs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Contestant:
-    """A training loop in a thread of its own, which goes on for one step at a time."""
+    """A training loop in a separate thread, which advances by one step at a time."""
 
     def __init__(self, name: str, loop: Callable[[Callable[[], None]], None]) -> None:
         self.name = name
@@ -82,7 +82,7 @@ class Contestant:
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
-    """The token file as Hugging Face's Trainer wants it: labels equal inputs, the model shifts them."""
+    """The token file in the format of Hugging Face's Trainer: labels equal inputs, and the model shifts them."""
 
     def __init__(self, path: Path) -> None:
         self._tokens = IndexedTokens(path.with_suffix(""))
@@ -119,7 +119,7 @@ def ours(loaded: LoadedConfig, world: World, folder: Path) -> Contestant:
         def pausing(first: int, last: int) -> Iterator[Any]:
             for batch in steps(first, last):
                 yield batch
-                pause()  # so that the reading thread fills the place of the next batch in our own turn
+                pause()  # so that the reading thread prefetches the next batch in our own turn
 
         train.steps = pausing  # type: ignore[method-assign]
         stop = StopAgreement(StopRequests(), world, trainer.directory, final_step=loaded.steps)
@@ -223,7 +223,7 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
         print(f"without HF Trainer: {str(error).splitlines()[0]}")
     draw = random.Random(0)
     for number in range(_WARM_UP + rounds):
-        for contestant in draw.sample(contestants, len(contestants)):  # nobody always follows the same one
+        for contestant in draw.sample(contestants, len(contestants)):  # no loop always follows the same one
             contestant.step()
         if number == _WARM_UP - 1:
             for contestant in contestants:
@@ -247,8 +247,8 @@ def _compare(loaded: LoadedConfig, world: World, folder: Path, rounds: int) -> d
     return {"parameters": parameters, "seconds": seconds, "medians": medians}
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> str:
+def _ratio(times: list[float], baseline: list[float]) -> str:
     """Return the median and the middle half of the ratios within a round."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} - {high:.3f})"

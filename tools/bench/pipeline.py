@@ -28,7 +28,7 @@ from trainer.tasks import MicroBatch
 from trainer.topology import Topology
 
 FORWARD_SECONDS = 0.05
-"""What a stage sleeps in a forward pass; twice that in a backward one."""
+"""Seconds that a stage sleeps in a forward pass; a backward pass takes twice as long."""
 
 BATCH, LENGTH, HIDDEN = 2, 32, 64
 _STATE = BATCH * LENGTH * HIDDEN * 4
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank found in the second step."""
+    """Measurements of one rank in the second step."""
 
     stage: int
     idle: float
@@ -63,11 +63,11 @@ class Measured:
 
     held: int
     share: int
-    """Parameters that this rank has, and those it should have."""
+    """Actual and expected parameters of this rank."""
 
 
 class _Sleep(torch.autograd.Function):
-    """Takes time in both passes and changes nothing."""
+    """Sleeps in both passes and is an identity otherwise."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ def _batch(case: Case, vocabulary: int) -> StepBatch:
 def _sleep_in(models: list[nn.Module], names: list[str]) -> None:
     """Once for each stage: in the last one of its layers."""
     for model in models:
-        own = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
-        last = model.get_submodule(own[-1])
+        layers = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+        last = model.get_submodule(layers[-1])
         last.register_forward_hook(lambda module, args, output: _Sleep.apply(output), prepend=True)
 
 
@@ -170,7 +170,7 @@ CASES = {
     "llama, tensor 2": Case("llama", 2, 8, tensor=2, layers=2),
     "llama, tensor 2, sequence": Case("llama", 2, 8, tensor=2, sequence_parallel=True, layers=2),
 }
-"""Pipelines whose boundaries and parameters are counted."""
+"""Pipelines whose boundaries and parameters are measured."""
 
 QUICK: dict[str, Any] = {"stages": [2], "micro_batches": [4], "cases": ["llama, tensor 2"]}
 
@@ -203,9 +203,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(table(("schedule", "ranks", "micro-batches", "theory", "measured", "points more"), rows))
     for name in options.cases:
         case = CASES[name]
-        for found in (rank[0] for rank in run_ranks(measure, case.stages * case.tensor, [case])[:: case.tensor]):
-            figures["boundaries"] += _boundaries(name, found, case.micro_batches)
-            figures["parameters"].append({"case": name, "stage": found.stage, "share": found.share, "held": found.held})
+        for measured in (rank[0] for rank in run_ranks(measure, case.stages * case.tensor, [case])[:: case.tensor]):
+            figures["boundaries"] += _boundaries(name, measured, case.micro_batches)
+            figures["parameters"].append(
+                {"case": name, "stage": measured.stage, "share": measured.share, "held": measured.held}
+            )
     print(
         f"\nSent of a micro-batch by a rank. A hidden state: {BATCH} x {LENGTH} x {HIDDEN} in fp32, {_STATE} bytes.\n"
     )
@@ -248,8 +250,8 @@ def _idle(stages: int, micro_batches: list[int]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _boundaries(name: str, found: Measured, micro_batches: int) -> Iterator[dict[str, Any]]:
-    for (source, to), count in sorted(found.sent.items()):
+def _boundaries(name: str, measured: Measured, micro_batches: int) -> Iterator[dict[str, Any]]:
+    for (source, to), count in sorted(measured.sent.items()):
         each = count / micro_batches
         yield {
             "case": name,

@@ -26,7 +26,7 @@ _CASES: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of each sort (default 8)")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of each type (default 8)")
     parser.add_argument("--size", type=int, default=25, help="millions of parameters: 1, 5 or 25 (default)")
 
 

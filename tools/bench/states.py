@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(folder: str, size: int, cases: list[tuple[int, bool]]) -> list[dict[str, dict[str, float]]]:
-    """Bytes that this rank holds, and those of the formula, by part, for each (ZeRO stage, half precision)."""
+    """Bytes on this rank, and those of the formula, by part, for each (ZeRO stage, half precision)."""
     launch = Launch.from_environment()
     with joined_world(launch, Topology.of(launch.world_size, launch.rank), seed=1) as world:
         return [_measure(Path(folder), size, stage, half, world) for stage, half in cases]
@@ -73,7 +73,7 @@ def _measure(folder: Path, size: int, stage: int, half: bool, world: World) -> d
 
 
 def _count(engine: PlainEngine, loaded: LoadedConfig) -> dict[str, float]:
-    """In the middle of the second step: the moments are there since the first, the gradients still accumulate."""
+    """In the middle of the second step: the moments exist, and the gradients still accumulate."""
     inner = engine.deepspeed_engine
     ids = torch.zeros((loaded.batch.micro_batch_size, 64), dtype=torch.long)
     for micro_batch in range(3):

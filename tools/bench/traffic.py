@@ -1,6 +1,6 @@
 """Collectives and bytes per layer under tensor parallelism, forward and backward, compared with DeepSpeed's AutoTP.
 
-Counted where they reach a process group, in tiny models of 2 and of 3 layers: the difference is one layer, exactly.
+They are counted at the process group, in tiny models of 2 and 3 layers: the difference is exactly one layer.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from trainer.topology import Topology
 
 BATCH, LENGTH, HIDDEN = 2, 256, 64
 ACTIVATION = BATCH * LENGTH * HIDDEN * 4
-"""Bytes of one hidden state, batch x sequence x hidden in fp32: the unit of all that is printed."""
+"""Bytes of one hidden state, batch x sequence x hidden in fp32: the unit of all printed numbers."""
 
 VOCABULARY = 256
 
 LAYERS = (2, 3)
 
 Counts = Counter[tuple[str, str, int]]
-"""How often, by (`forward`, `loss` or `backward`; operation; bytes of the whole tensor)."""
+"""Number of calls, by (`forward`, `loss` or `backward`; operation; bytes of the whole tensor)."""
 
 _OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of model, and who cuts it."""
+    """A type of model, and the system that shards it."""
 
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model_type} {'sequence cut' if self.sequence_parallel else 'sequence whole'} {self.system}"
+        return f"{self.model_type} {'sequence sharded' if self.sequence_parallel else 'sequence full'} {self.system}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one step sends."""
+    """Traffic of one step."""
 
     layer: Counts
     outside: Counts
@@ -84,7 +84,7 @@ CASES = [
 
 
 class Recorder(TorchDispatchMode):
-    """Counts every collective that reaches a process group, whoever calls it."""
+    """Counts every collective that reaches a process group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def _difference(shallow: Counts, deep: Counts) -> Measured:
     layer.subtract(shallow)
     outside.subtract({key: count * LAYERS[0] for key, count in layer.items()})
     if min(*layer.values(), *outside.values()) < 0:
-        raise AssertionError(f"what lies outside the layers depends on their number: {shallow}, {deep}")
+        raise AssertionError(f"the traffic outside the layers depends on their number: {shallow}, {deep}")
     return Measured(+layer, +outside)
 
 
@@ -130,7 +130,7 @@ def _ids() -> Tensor:
 
 
 def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
-    """Shard a model and count what its forward pass, loss and backward pass send."""
+    """Shard a model and count the traffic of its forward pass, loss and backward pass."""
     mapper = build_mapper(model, {}, world, sequence_parallel=case.sequence_parallel)
     mapper.shard_parameters(model.parameters())
     mapper.install()
@@ -145,7 +145,7 @@ def step(model: PreTrainedModel, case: Case, world: World) -> Counts:
 
 
 def measure(cases: list[Case]) -> list[Measured]:
-    """Count what a layer of each case sends in a world that is one tensor group. Collective: all ranks must call it."""
+    """Count the traffic of a layer of each case; the world is one tensor group. Collective: all ranks must call it."""
     launch = Launch.from_environment()
     topology = Topology.of(launch.world_size, launch.rank, tensor=launch.world_size)
     with joined_world(launch, topology, seed=1) as world:
@@ -153,7 +153,7 @@ def measure(cases: list[Case]) -> list[Measured]:
 
 
 def measure_autotp(case: Case) -> tuple[Measured, dict[str, bool]]:
-    """Count the same for DeepSpeed's AutoTP; also tell whose sum of a non-contiguous tensor is right."""
+    """Count the same for DeepSpeed's AutoTP; also return which system sums a non-contiguous tensor correctly."""
     import deepspeed
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -163,7 +163,7 @@ def measure_autotp(case: Case) -> tuple[Measured, dict[str, bool]]:
         "tensor_parallel": {"autotp_size": dist.get_world_size()},
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     }
-    found = []
+    counts = []
     for layers in LAYERS:
         engine, *_ = deepspeed.initialize(model=_model(case, layers), config=config)
         engine.module(input_ids=_ids())  # it compares the ranks' first inputs
@@ -172,8 +172,8 @@ def measure_autotp(case: Case) -> tuple[Measured, dict[str, bool]]:
             loss = engine.module(input_ids=_ids(), labels=_ids(), use_cache=False).loss
             recorder.during = "backward"
             loss.backward()
-        found.append(recorder.counts)
-    return _difference(*found), _sums_of_a_transposed_tensor()
+        counts.append(recorder.counts)
+    return _difference(*counts), _sums_of_a_transposed_tensor()
 
 
 def _sums_of_a_transposed_tensor() -> dict[str, bool]:
@@ -207,11 +207,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cases = [case for case in CASES if case.model_type in options.families]
     for ranks in options.ranks:
         ours = [case for case in cases if case.system == "Tessera"]
-        found = dict(zip((case.name for case in ours), run_ranks(measure, ranks, ours)[0], strict=True))
+        measurements = dict(zip((case.name for case in ours), run_ranks(measure, ranks, ours)[0], strict=True))
         for case in cases:
             if case.system == "AutoTP":
-                found[case.name], summed = run_ranks(measure_autotp, ranks, case)[0]
-            measured = found[case.name]
+                measurements[case.name], summed = run_ranks(measure_autotp, ranks, case)[0]
+            measured = measurements[case.name]
             bytes_sent = sent(measured.layer, ranks)
             figures[f"{case.name}, {ranks} ranks"] = {
                 "layer": list(_as_figures(measured.layer)),
@@ -233,7 +233,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(
         f"Of one layer. AR all-reduce, AG all-gather, RS reduce-scatter, each of a hidden state, {BATCH} x {LENGTH} x "
     )
-    print(f"{HIDDEN} in fp32, or of so many hidden states. What a rank sends around a ring, in hidden states too.\n")
+    print(f"{HIDDEN} in fp32, or of so many hidden states. Bytes of a ring are in hidden states too.\n")
     head = ("family", "system", "sequence", "ranks")
     print(table((*head, "forward", "backward", "a rank sends"), layers))
     print(f"\nOutside the layers: embedding, loss and head of a vocabulary of {VOCABULARY}.\n")
@@ -251,8 +251,10 @@ def _as_figures(counts: Counts) -> Iterator[dict[str, Any]]:
 
 def _words(counts: Counts, during: str) -> str:
     short = {"all-reduce": "AR", "all-gather": "AG", "reduce-scatter": "RS"}
-    found = sorted(((w, s, n) for (d, w, s), n in counts.items() if d == during), key=lambda item: (-item[1], item[0]))
+    operations = sorted(
+        ((w, s, n) for (d, w, s), n in counts.items() if d == during), key=lambda item: (-item[1], item[0])
+    )
     return " + ".join(
         f"{n} {short.get(word, word)}" + ("" if size == ACTIVATION else f" of {size / ACTIVATION:.3g}")
-        for word, size, n in found
+        for word, size, n in operations
     )

@@ -33,7 +33,7 @@ DETECTED = (runner.KILLED, runner.TIMEOUT)
 
 
 def source_hash(*selection: str) -> str:
-    """Return a hash of all sources that an outcome depends on, and of what selects the tests."""
+    """Return a hash of all sources that an outcome depends on, and of the selection of tests."""
     whole = hashlib.sha256(repr(selection).encode())
     for root in runner.REPOSITORY:
         for path in sorted(Path(root).rglob("*.py")):
@@ -46,15 +46,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sample", type=int, default=400, metavar="N", help="mutants in all (default 400)")
-    parser.add_argument("--each", type=int, default=40, metavar="N", help="mutants of a package, at least (default 40)")
+    parser.add_argument("--sample", type=int, default=400, metavar="N", help="total number of mutants (default 400)")
+    parser.add_argument(
+        "--each", type=int, default=40, metavar="N", help="minimum number of mutants of a package (default 40)"
+    )
     parser.add_argument("--packages", nargs="+", choices=sorted(sites.PACKAGES), help="default: all")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the sample (default {SEED})")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="mutants at a time (default 2)")
-    parser.add_argument("--minimum", type=float, default=85.0, metavar="PERCENT", help="detected of each package")
-    parser.add_argument("--markers", default=runner.MARKERS, help=f"which tests (default '{runner.MARKERS}')")
-    parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="of which files (default: all)")
-    parser.add_argument("--key", help="run this mutant alone, and show what its tests print")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="mutants to run in parallel (default 2)")
+    parser.add_argument(
+        "--minimum", type=float, default=85.0, metavar="PERCENT", help="percentage to detect in each package"
+    )
+    parser.add_argument(
+        "--markers", default=runner.MARKERS, help=f"marker expression that selects tests (default '{runner.MARKERS}')"
+    )
+    parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="test files (default: all)")
+    parser.add_argument("--key", help="run only this mutant, and show the output of its tests")
     return parser.parse_args(arguments)
 
 
@@ -84,7 +90,7 @@ def _baseline(path: Path, options: argparse.Namespace) -> runner.Baseline:
     baseline = runner.read_baseline(path)
     print(f"{len(baseline.seconds)} tests pass in {sum(baseline.seconds.values()):.0f} s, {len(baseline.failed)} fail")
     for test in baseline.failed:
-        print(f"  not run against mutants, as it fails without one: {test}")
+        print(f" excluded, because it fails without a mutation: {test}")
     return baseline
 
 

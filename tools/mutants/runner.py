@@ -1,7 +1,7 @@
 """Runs the fast tests in children of a process that has imported everything but this repository.
 
-The baseline runs them all, unmutated, under a line tracer; it says which test executes which line, and how long it
-takes. Each mutant's child runs the tests that execute its lines, quickest first, until one fails. Ranks and commands
+The baseline runs them all, unmutated, under a line tracer; it records the tests that execute each line, and their
+times. Each mutant's child runs the tests that execute its lines, quickest first, until one fails. Ranks and commands
 that these tests start are forked from the child, not from a server, so that they run the mutated module too.
 """
 
@@ -31,30 +31,30 @@ from tools.mutants.sites import SOURCES, Mutant, mutated_code
 REPOSITORY = ("trainer", "tools", "tests", "launch")
 MARKERS = "fast and not matrix"
 BASE_SECONDS = 15.0
-"""What a child may take in addition to `SLOWDOWN` times its tests' baseline."""
+"""Seconds that a child may take in addition to `SLOWDOWN` times its tests' baseline."""
 
 SLOWDOWN = 8.0
 LARGEST_SECONDS = 25.0
-"""Baseline time of the tests that one mutant is run against, at most."""
+"""Maximum baseline time of the tests that one mutant is run against."""
 
 KILLED, TIMEOUT, SURVIVED, UNCOVERED = "killed", "timeout", "survived", "uncovered"
 
 
 @dataclass
 class Baseline:
-    """What the unmutated code does."""
+    """Results of the unmutated code."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """By test that passes."""
+    """Seconds of each passing test."""
 
     lines: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    """By test, file and line; imports are not counted."""
+    """Executed lines by test and file, without imports."""
 
     modules: list[str] = field(default_factory=list)
-    """What else is imported afterwards."""
+    """Modules that are imported afterwards."""
 
     failed: list[str] = field(default_factory=list)
-    """Tests that do not pass here; no mutant is run against them."""
+    """Failing tests; no mutant is run against them."""
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """Return the tests that execute a line of the mutant, or its file if it runs at import, quickest first."""
@@ -77,7 +77,7 @@ def _executes(lines: list[int], first: int, last: int) -> bool:
 
 
 class _Tracer:
-    """Notes executed lines of `trainer/` in memory that forked processes share."""
+    """Records executed lines of `trainer/` in memory that forked processes share."""
 
     def __init__(self) -> None:
         self._offsets: dict[str, int] = {}
@@ -106,19 +106,19 @@ class _Tracer:
 
     def take(self) -> dict[str, list[int]]:
         """Return the lines seen since the last call, by file."""
-        found: dict[str, list[int]] = {}
+        lines_by_file: dict[str, list[int]] = {}
         data, root = self._seen[:], Path.cwd()
         borders = [*self._offsets.values(), len(data)]
         for (file, start), end in zip(self._offsets.items(), borders[1:], strict=True):
             lines = [line for line, seen in enumerate(data[start:end]) if seen]
             if lines:
-                found[Path(file).relative_to(root).as_posix()] = lines
+                lines_by_file[Path(file).relative_to(root).as_posix()] = lines
         self._seen[:] = bytes(len(data))
-        return found
+        return lines_by_file
 
 
 class _Recorder:
-    """A plugin of pytest's that fills a baseline."""
+    """A pytest plugin that fills a baseline."""
 
     def __init__(self, tracer: _Tracer, baseline: Baseline) -> None:
         self._tracer, self._baseline = tracer, baseline
@@ -142,7 +142,7 @@ class _Recorder:
 
 
 class _MutatingLoader(importlib.abc.MetaPathFinder):
-    """Gives one module of the repository its mutated code."""
+    """Import hook that loads one module of the repository with its mutated code."""
 
     def __init__(self, path: Path, code: CodeType) -> None:
         self._path, self._code = path, code
@@ -159,7 +159,7 @@ class _MutatingLoader(importlib.abc.MetaPathFinder):
 
 
 def prepare_process() -> None:
-    """Set the environment that the tests have, before anything else is imported."""
+    """Set the environment of the tests, before anything else is imported."""
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     import tests.conftest  # noqa: F401
 
@@ -181,7 +181,7 @@ def _run_pytest(arguments: list[str], folder: str, plugins: list[object]) -> int
 
 
 def _in_child(work: Callable[[], int], output: Path) -> int:
-    """Fork a child that leads its own session and exits with what `work` returns. Return its process id."""
+    """Fork a child that leads its own session and exits with the status that `work` returns. Return its process id."""
     child = os.fork()
     if child:
         return child
@@ -220,12 +220,12 @@ def record_baseline(path: Path, markers: str, tests: list[str]) -> Baseline:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read what `record_baseline` has kept."""
+    """Read the baseline that `record_baseline` saved."""
     return Baseline(**json.loads(path.read_text()))
 
 
 def preload(baseline: Baseline) -> None:
-    """Import what the tests import, so that no child has to."""
+    """Import the modules that the tests import, so that no child has to."""
     for name in baseline.modules:
         with contextlib.suppress(Exception):  # some modules exist only inside the tests
             importlib.import_module(name)
@@ -242,7 +242,7 @@ class Run:
     folder: tempfile.TemporaryDirectory[str]
 
     def outcome(self) -> str | None:
-        """How it has ended; None while it runs. A child that takes too long is killed with all that it started."""
+        """Return the outcome; None while it runs. A child that takes too long is killed with all its descendants."""
         process, status = os.waitpid(self.process, os.WNOHANG)
         if not process and time.monotonic() < self.deadline:
             return None

@@ -1,4 +1,4 @@
-"""Where `trainer/` can be mutated, and a module's code with one mutation."""
+"""Mutation sites of `trainer/`, and a module's code with one mutation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tensor_parallel": ("tensor_parallel", "sharding"),
     "tracking and modules": ("tracking",),
 }
-"""Small packages are counted with the one they serve; modules directly in `trainer/` are in the last group."""
+"""Small packages are counted with the package that they serve; modules directly in `trainer/` are in the last group."""
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -54,7 +54,7 @@ _OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.RShift: ast.LShift,
 }
 _MESSAGES = ("log", "logging", "warnings")
-"""What is called on these, or raised, is text: which words a test expects is not counted."""
+"""Calls on these names, and exceptions, contain messages, which are not mutated."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Mutant:
 
     file: str
     number: int
-    """Of the site, in the order of `_sites`."""
+    """Number of the site, in the order of `_sites`."""
 
     lines: tuple[int, int]
     """First and last line of the mutated expression or statement."""
 
     scope: str
-    """Qualified name of the function or class it is in."""
+    """Qualified name of the enclosing function or class."""
 
     before: str
     after: str
     repetition: int = 0
-    """How many sites of the same scope and text come before it in the file."""
+    """Number of earlier sites with the same scope and text in the file."""
 
     runs_at_import: bool = False
     """Whether the code is outside functions."""
@@ -95,17 +95,17 @@ class Mutant:
 class _Sites(ast.NodeVisitor):
     """Collects (node, mutated node, scope, runs at import) in source order.
 
-    Annotations, assertions and messages are left out.
+    Annotations, assertions and messages are skipped.
     """
 
     def __init__(self) -> None:
-        self.found: list[tuple[ast.AST, ast.AST, str, bool]] = []
+        self.sites: list[tuple[ast.AST, ast.AST, str, bool]] = []
         self._scope: list[str] = []
         self._functions = 0
 
     def _add(self, node: ast.AST, mutated: ast.AST) -> None:
         scope = ".".join(self._scope) or "module"
-        self.found.append((node, ast.copy_location(mutated, node), scope, self._functions == 0))
+        self.sites.append((node, ast.copy_location(mutated, node), scope, self._functions == 0))
 
     def _visit_scope(self, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self._scope.append(node.name)
@@ -126,13 +126,13 @@ class _Sites(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_Assert(self, node: ast.Assert) -> None:
-        """Left out: assertions state what types say already."""
+        """Skip assertions, which repeat types."""
 
     def visit_Raise(self, node: ast.Raise) -> None:
-        """Left out: a message."""
+        """Skip messages."""
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Left out: a message."""
+        """Skip messages."""
 
     def visit_Assign(self, node: ast.Assign) -> None:
         if not any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets):
@@ -163,8 +163,8 @@ class _Sites(ast.NodeVisitor):
     visit_If = visit_IfExp = visit_While = _visit_condition
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        for place, operator in enumerate(node.ops):
-            changed = [*node.ops[:place], _COMPARISONS[type(operator)](), *node.ops[place + 1 :]]
+        for index, operator in enumerate(node.ops):
+            changed = [*node.ops[:index], _COMPARISONS[type(operator)](), *node.ops[index + 1 :]]
             self._add(node, ast.Compare(node.left, changed, node.comparators))
         self.generic_visit(node)
 
@@ -206,7 +206,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
     sites = _Sites()
     sites.visit(ast.parse(path.read_text()))
     counts: Counter[tuple[str, str, str]] = Counter()
-    for number, (node, mutated, scope, runs_at_import) in enumerate(sites.found):
+    for number, (node, mutated, scope, runs_at_import) in enumerate(sites.sites):
         before, after = (" ".join(ast.unparse(part).split()) for part in (node, mutated))
         if before == after:
             continue
@@ -228,7 +228,7 @@ def mutated_code(path: Path, number: int) -> CodeType:
     tree = ast.parse(path.read_text())
     sites = _Sites()
     sites.visit(tree)
-    node, mutated, *_ = sites.found[number]
+    node, mutated, *_ = sites.sites[number]
     if isinstance(mutated, ast.UnaryOp) and mutated.operand is node:  # a condition and its negation share the node
         mutated = ast.copy_location(ast.UnaryOp(ast.Not(), node), node)
     for parent in ast.walk(tree):
@@ -237,7 +237,7 @@ def mutated_code(path: Path, number: int) -> CodeType:
                 setattr(parent, field, mutated)
                 return compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
             if isinstance(value, list) and any(item is node for item in value):
-                value[next(place for place, item in enumerate(value) if item is node)] = mutated
+                value[next(index for index, item in enumerate(value) if item is node)] = mutated
                 return compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
     raise AssertionError(f"{path}: site {number} is not in the tree")
 

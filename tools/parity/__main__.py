@@ -1,11 +1,11 @@
-"""Compares layouts with one process: your own configuration, or every family of transformers.
+"""Compares layouts with one process, for your own configuration or for every family of transformers.
 
     python -m tools.parity --config X.json --layouts tensor=2 tensor=4,sequence_parallel=true tensor=2,data=2,zero=1
     python -m tools.parity --config X.json --layouts tensor=8 --shrink
     python -m tools.parity --families all --write
 
-Runs on CPUs, each rank a process of this machine; no data is read. Exit status: 0 all agree, 1 one differs,
-2 a mistake in the configuration or the command line.
+Runs on CPUs, each rank a process of this machine; no data is read. Exit status: 0 all agree; 1 one differs; 2 a
+mistake in the configuration or the command line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LAYOUTS = """layouts:
 what is compared:
   Three steps of SGD with clipping, in fp32, without dropout, on random tokens of data.sequence_length; the weights
   are the file's (pretrained where model.path says so). The reference is a plain Hugging Face model in a plain torch
-  loop. A gradient is held against its own largest element, a parameter against its largest change.
+  loop. A difference of gradients is relative to the largest element, one of parameters to the largest change.
 """
 
 
@@ -48,17 +48,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    own = parser.add_argument_group("your configuration")
-    own.add_argument("--config", type=Path, metavar="X.json", help="a configuration as for launch/train.py")
-    own.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="what to compare with one process; see below")
-    own.add_argument(
+    comparison = parser.add_argument_group("your configuration")
+    comparison.add_argument("--config", type=Path, metavar="X.json", help="a configuration as for launch/train.py")
+    comparison.add_argument(
+        "--layouts", nargs="+", metavar="LAYOUT", help="layouts to compare with one process; see below"
+    )
+    comparison.add_argument(
         "--shrink",
         action="store_true",
         help="compare a tiny model with the same kinds of layers and random weights, on sequences of "
         f"{compared_config.SHRUNK_LENGTH} tokens: seconds instead of minutes, "
         "and no weights needed",
     )
-    own.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value of the file")
+    comparison.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="override one value of the file"
+    )
     families = parser.add_argument_group("families")
     families.add_argument(
         "--families", nargs="+", metavar="NAME", help="model types of tools/parity/families.py, or 'all' (minutes)"
@@ -77,12 +81,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     families.add_argument(
         "--training",
         action="store_true",
-        help="also through launch/train.py: a step, a checkpoint, a step in another layout, the export",
+        help="also through launch/train.py: a step, a checkpoint, a step in another layout, an export",
     )
     families.add_argument(
         "--matrix",
         action="store_true",
-        help="all of it: tensor, sequence and pipeline parallelism, other shapes, training",
+        help="all of these: tensor, sequence and pipeline parallelism, other shapes, training",
     )
     families.add_argument(
         "--write",
@@ -90,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"with --families all: the same as --matrix, and write {page.PAGE} and the totals in {page.README}",
     )
     families.add_argument(
-        "--fresh", action="store_true", help=f"prove again what is kept in {results.FOLDER} for these sources"
+        "--fresh", action="store_true", help=f"ignore the verdicts cached in {results.FOLDER} for these sources"
     )
     options = parser.parse_args(arguments)
     _check(parser, options)
@@ -98,10 +102,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(parser: CommandLineParser, options: argparse.Namespace) -> None:
-    """Refuses options that would have no effect."""
+    """Refuse options that have no effect."""
     if (options.config is None) == (options.families is None):
-        parser.error("give either --config with --layouts, or --families")
-    own = {"--layouts": options.layouts, "--shrink": options.shrink, "--set": options.set}
+        parser.error("either --config with --layouts or --families is required")
+    of_comparison = {"--layouts": options.layouts, "--shrink": options.shrink, "--set": options.set}
     of_families = {
         "--tensor": options.tensor,
         "--pipeline": options.pipeline,
@@ -113,20 +117,20 @@ def _check(parser: CommandLineParser, options: argparse.Namespace) -> None:
         "--fresh": options.fresh,
     }
     if options.config is not None and options.layouts is None:
-        parser.error("--config needs --layouts, for example --layouts tensor=2")
-    for name, value in (of_families if options.config is not None else own).items():
+        parser.error("--config requires --layouts, for example --layouts tensor=2")
+    for name, value in (of_families if options.config is not None else of_comparison).items():
         if value:
-            parser.error(f"{name} does not go with {'--config' if options.config is not None else '--families'}")
+            parser.error(f"{name} cannot be used with {'--config' if options.config is not None else '--families'}")
     for name, size in (("--tensor", options.tensor), ("--pipeline", options.pipeline)):
         if size is not None and size < 2:
-            parser.error(f"{name}: {size} ranks share nothing; give 2 or more")
+            parser.error(f"{name}: must be at least 2 (got {size})")
     if options.sequence_parallel and options.pipeline and not options.tensor:
-        parser.error("--sequence_parallel needs --tensor: tensor ranks share a sequence")
+        parser.error("--sequence_parallel requires --tensor: tensor ranks share a sequence")
     chosen = any((options.sequence_parallel, options.tensor, options.pipeline, options.shapes, options.training))
     if options.matrix and chosen:
-        parser.error("--matrix proves all of its columns, all shapes and training; leave the other options out")
+        parser.error("--matrix proves all of its columns, all shapes and training; remove the other options")
     if options.write and (options.families != ["all"] or chosen):
-        parser.error("--write goes with --families all alone, and proves all of its columns")
+        parser.error("--write requires --families all without other options, and proves all of its columns")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

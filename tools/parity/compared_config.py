@@ -1,4 +1,4 @@
-"""The user's configuration, reduced to what is compared."""
+"""The user's configuration, reduced to the compared keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHRUNK_SAMPLES = 2
 """Samples of a micro-batch with `--shrink`."""
 
 SHRINK_THRESHOLD = 1_000_000
-"""A model of so many parameters is not made smaller."""
+"""Number of parameters from which a model is shrunk."""
 
 RawConfig = dict[str, Any]
 
@@ -42,21 +42,21 @@ _LAYOUT_KEYS = ("tensor", "pipeline", "pipeline_schedule", "pipeline_layers", "p
 
 @dataclass
 class ComparedConfig:
-    """The user's configuration as it is compared, and what was changed in it."""
+    """The user's configuration as it is compared, and the changes made to it."""
 
     raw: RawConfig
     samples: int
-    """Of a micro-batch, where a layout says nothing else."""
+    """Samples of a micro-batch, unless a layout sets them."""
 
     notes: list[str] = field(default_factory=list)
 
 
 def prepare(path: Path, overrides: list[str], *, shrink: bool) -> ComparedConfig:
-    """Read the user's file and keep what the comparison needs: model, plan, loss, ZeRO.
+    """Read the user's file and keep the keys that the comparison needs: model, plan, loss, ZeRO.
 
     Raises:
-        ConfigError: with every mistake in the model and the sections that are used; for a model that `shrink` cannot
-            make small.
+        ConfigError: with every mistake in the model and the sections that are used; for a model that cannot be
+            shrunk.
     """
     raw = read_config_file(path)
     for assignment in overrides:
@@ -64,8 +64,8 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> ComparedConfig
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = strict_json.read(Path(raw["deepspeed"]).expanduser())
     notes = _only_what_is_used(raw)
-    given = raw.get("deepspeed")
-    section = given if isinstance(given, dict) else {}
+    value = raw.get("deepspeed")
+    section = value if isinstance(value, dict) else {}
     notes += _in_fp32(section)
     micro = section.get("train_micro_batch_size_per_gpu")
     samples = SHRUNK_SAMPLES if shrink else micro if isinstance(micro, int) and micro > 0 else 1
@@ -75,7 +75,7 @@ def prepare(path: Path, overrides: list[str], *, shrink: bool) -> ComparedConfig
     check_model(shape, loaded)
     if shrink:
         left_out = [key for key in ("learning_rate_scales", "weight_decay_exclude") if raw["training"].pop(key, None)]
-        notes += [f"left out: training.{key}, whose names need not be those of the small model" for key in left_out]
+        notes += [f"ignored: training.{key}, whose names may not exist in the small model" for key in left_out]
         notes.append(_shrink(raw, loaded, shape))
     return ComparedConfig(raw, samples, notes)
 
@@ -84,7 +84,7 @@ def _only_what_is_used(raw: RawConfig) -> list[str]:
     for name in ("tracking", "evaluation"):
         if isinstance(raw.get(name), dict):
             del raw[name]
-    if isinstance(raw.get("data"), dict):  # the files need not be on this machine
+    if isinstance(raw.get("data"), dict):  # the files may not exist on this machine
         for key in ("validation", "tokenizer", "cache_dir"):
             raw["data"].pop(key, None)
         raw["data"]["train"] = [{"path": "builtin:python-stdlib"}]
@@ -111,11 +111,11 @@ def _in_fp32(section: RawConfig) -> list[str]:
 
 def _zero(section: RawConfig, notes: list[str]) -> RawConfig:
     """Return the file's `zero_optimization` without offload, which is about memory."""
-    given = section.get("zero_optimization")
-    zero = dict(given) if isinstance(given, dict) else {}
+    value = section.get("zero_optimization")
+    zero = dict(value) if isinstance(value, dict) else {}
     left_out = [key for key in ("offload_optimizer", "offload_param") if zero.pop(key, None)]
     if left_out:
-        notes.append(f"left out: {', '.join(left_out)}")
+        notes.append(f"ignored: {', '.join(left_out)}")
     return zero
 
 
@@ -125,10 +125,10 @@ def deepspeed_section(
     """Return the `deepspeed` section of a comparison.
 
     Args:
-        zero: Its `zero_optimization`.
-        micro_batches: Of a global batch, over all data ranks.
+        zero: Section `zero_optimization`.
+        micro_batches: Micro-batches of a global batch, over all data ranks.
         accumulation: Micro-batches of one data rank.
-        samples: Of a micro-batch.
+        samples: Samples of a micro-batch.
         sgd: Learning rate, and the norm to clip at.
     """
     rate, clipping = sgd
@@ -144,32 +144,32 @@ def deepspeed_section(
 
 def _shrink(raw: RawConfig, loaded: LoadedConfig, shape: PreTrainedModel) -> str:
     """Replace the user's model by a small one. Return a note about it."""
-    own, kind = sum(p.numel() for p in shape.parameters()), shape.config.model_type
+    size, model_type = sum(p.numel() for p in shape.parameters()), shape.config.model_type
     raw["data"]["sequence_length"] = min(SHRUNK_LENGTH, loaded.facts.max_positions or SHRUNK_LENGTH)
     raw["model"]["initialize"] = "random"
-    if own <= SHRINK_THRESHOLD:
-        return f"shrink: {kind} with {own:,} parameters is small already"
+    if size <= SHRINK_THRESHOLD:
+        return f"shrink: {model_type} with {size:,} parameters is small already"
     config, small = _smallest(model_config(loaded.config.model), shape, loaded)
     raw["model"] = {key: value for key, value in raw["model"].items() if key not in ("path", "config")}
     raw["model"]["config"] = config
-    return f"shrink: {kind} with {small:,} parameters instead of {own:,}, and the same kinds of layers"
+    return f"shrink: {model_type} with {small:,} parameters instead of {size:,}, and the same types of layers"
 
 
 def _fails(model: PreTrainedModel, loaded: LoadedConfig) -> str:
-    """Why the model, which is on the meta device, cannot compute; empty if it can."""
+    """Return why the model, which is on the meta device, cannot compute; empty if it can."""
     initialize_weights(model, loaded.config.run.seed)
     try:
         with torch.no_grad():
             model(input_ids=torch.arange(SHRUNK_LENGTH).unsqueeze(0) % loaded.facts.vocabulary_size, use_cache=False)
-    except Exception as error:  # sizes that do not fit together fail in as many ways as there are families
+    except Exception as error:  # inconsistent sizes raise different types in different families
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tuple[RawConfig, int]:
-    """Return a small configuration with the same modules and parameters but for their numbers and sizes, and its size.
+    """Return a small configuration with the same types of modules and parameters, and its size.
 
-    An infinity, which is none of JSON's numbers, is left to the family's default.
+    An infinity, which JSON cannot express, is left to the family's default.
     """
     reasons = []
     try:
@@ -194,12 +194,12 @@ def _smallest(config: Any, shape: PreTrainedModel, loaded: LoadedConfig) -> tupl
                 reasons.append(reason)
             else:
                 return inline, count
-    except Exception as error:  # the families' constructors raise what they like
+    except Exception as error:  # the families' constructors raise many types
         reasons.append(first_line(error))
     raise ConfigError(
         Problem(
             "--shrink",
             f"'{shape.config.model_type}' cannot be made small: {shortened(reasons[0], 200)}",
-            "Leave --shrink out, and set smaller sizes with --set model.config.KEY=N",
+            "Omit --shrink, and set smaller sizes with --set model.config.KEY=N",
         )
     )

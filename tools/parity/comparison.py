@@ -1,8 +1,8 @@
 """Compares a user's configuration in several layouts with the reference in one process.
 
-Compared are the losses and gradient norms of three steps, every gradient of the first one, and every parameter after
-the last one; for a layout that differs, the blocks' outputs say where it begins. Then the command itself goes from each
-layout to the next through a checkpoint, and its export is compared.
+It compares the losses and gradient norms of three steps, every gradient of the first step, and every parameter after
+the last step; for a layout that differs, the blocks' outputs locate the first difference. Then the command itself goes
+from each layout to the next through a checkpoint, and its export is compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.config.load import check_config
 from trainer.errors import ConfigError, Problem
 
 SECONDS = 24 * 3600.0
-"""How long a layout may take: a model may be large and a machine slow."""
+"""Time limit of a layout: a model may be large and a machine slow."""
 
 
 @dataclass
@@ -57,8 +57,8 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
         ConfigError: a mistake in the file or a layout; a layout that the model cannot have.
     """
     subject = prepare(path, overrides, shrink=shrink)
-    global_micro_batches = math.lcm(*(one.data * (one.accumulation or 1) for one in layouts))
-    jobs = [_job(subject, one, global_micro_batches, (1.0, 1.0)) for one in layouts]
+    global_micro_batches = math.lcm(*(layout.data * (layout.accumulation or 1) for layout in layouts))
+    jobs = [_job(subject, layout, global_micro_batches, (1.0, 1.0)) for layout in layouts]
     _refuse_early(jobs)
     lines = []
     known: dict[int, tuple[ComparisonJob, Reference]] = {}
@@ -76,14 +76,13 @@ def compare(path: Path, layouts: list[Layout], overrides: list[str], *, shrink: 
 
 
 def _train(subject: ComparedConfig, layouts: list[Layout]) -> bool:
-    """Train by `launch/train.py` as a run does: data, steps, checkpoints, the export."""
+    """Train with `launch/train.py` as a run does: data, steps, checkpoints, the export."""
     sections = {key: subject.raw[key] for key in ("model", "training")}
     sections["run"] = {"plugins": subject.raw["run"].get("plugins", [])}
     sections["parallel"] = {"tensor_plan": subject.raw["parallel"].get("tensor_plan", {})}
     sections["deepspeed"] = {"zero_optimization": subject.raw["deepspeed"]["zero_optimization"]}
     print(
-        f"launch/train.py: a step as {', then as '.join(str(one) for one in layouts)} from its checkpoint; the "
-        "export ...",
+        f"launch/train.py: a step as {', resumed as '.join(map(str, layouts))}; the export ...",
         flush=True,
     )
     began = time.monotonic()
@@ -134,7 +133,7 @@ def _run_reference(
     raw = deepcopy(job.raw)
     raw["parallel"] = {}
     raw["deepspeed"] = deepspeed_section({}, job.micro_batches, job.micro_batches, job.samples, (1.0, 1.0))
-    own = ComparisonJob(raw, Layout(name="one process"), job.micro_batches, job.samples, str(below))
+    reference_job = ComparisonJob(raw, Layout(name="one process"), job.micro_batches, job.samples, str(below))
     for note in subject.notes if first else ():
         print(f"note: {note}")
     rows, length = job.micro_batches * job.samples, raw["data"]["sequence_length"]
@@ -144,13 +143,13 @@ def _run_reference(
         flush=True,
     )
     try:
-        result = ranks.run_ranks(comparison_jobs.reference, 1, own)[0]
+        result = ranks.run_ranks(comparison_jobs.reference, 1, reference_job)[0]
     except AssertionError as error:
         raise ConfigError(
             Problem(
                 "model",
-                f"the plain Hugging Face model fails by itself: {last_line(str(error))}",
-                f"The whole report is in {_report(str(error))}",
+                f"the plain Hugging Face model fails: {last_line(str(error))}",
+                f"The full report is in {_report(str(error))}",
             )
         ) from None
     if isinstance(result, Refusal):
@@ -162,7 +161,7 @@ def _run_reference(
         f"{result.rate:.2g}, clipped at {result.clipping:.3g}; {result.seconds:.1f} s",
         flush=True,
     )
-    return own, result
+    return reference_job, result
 
 
 def _report(text: str) -> str:
@@ -189,7 +188,7 @@ def _run_layout(
         results = ranks.run_ranks(comparison_jobs.layout, job.layout.world_size, job, expected)
     except AssertionError as error:
         line = LayoutRow(job.layout, "failed")
-        line.remarks = [last_line(str(error)), f"the whole report is in {_report(str(error))}"]
+        line.remarks = [last_line(str(error)), f"the full report is in {_report(str(error))}"]
     else:
         line = _judge(job.layout, results, expected)
     print(f"  {line.verdict}; {time.monotonic() - began:.1f} s", flush=True)
@@ -263,7 +262,7 @@ def _first_block(
             return f"{block}, {what}"
     if later:
         return f"{later[0].split('/', 2)[2]}, by its output in the second step; the first step's gradients agree"
-    return "none; the loss or the norm is computed otherwise"
+    return "none; the loss or the norm is computed differently"
 
 
 def _print_table(lines: list[LayoutRow]) -> None:

@@ -1,7 +1,7 @@
 """The two sides of a comparison, as ranks run them: plain torch in one process, and a layout in the real engine.
 
 Both take three steps of SGD with clipping on the same random tokens; SGD, because an adaptive optimizer divides by
-small numbers and makes rounding visible. The reference leaves its tensors in a folder, from which the ranks of a layout
+small numbers and makes rounding visible. The reference writes its tensors to a folder, from which the ranks of a layout
 read one at a time.
 """
 
@@ -42,29 +42,29 @@ from trainer.topology import Topology
 
 _SEED = 2026
 _LARGE = 10_000_000
-"""From so many parameters on the reference takes more than one thread."""
+"""Number of parameters from which the reference uses more than one thread."""
 
 _FIRST_ID = 5
-"""Random ids begin here: those below are special ones in most vocabularies."""
+"""First random id: lower ids are special tokens in most vocabularies."""
 
 _RESOLUTION = 1e-2
-"""A change of a parameter is held against at least this share of its largest element: fp32 has 24 bits."""
+"""A change of a parameter counts as at least this share of its largest element: fp32 has 24 bits."""
 
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """Everything a rank needs; plain values, as it travels to other processes."""
+    """The input of a rank, in plain values, because it is sent to other processes."""
 
     raw: RawConfig
     layout: Layout
     micro_batches: int
-    """Of a global batch, over all data ranks."""
+    """Micro-batches of a global batch, over all data ranks."""
 
     samples: int
     """Of a micro-batch."""
 
     folder: str
-    """Where the reference leaves its tensors."""
+    """Folder that the reference writes its tensors to."""
 
     def batch(self, step: int, loaded: LoadedConfig) -> list[MicroBatch]:
         """Return the micro-batches of one step: random ids, in rows with unequal numbers of targets."""
@@ -83,17 +83,17 @@ class ComparisonJob:
 
 @dataclass(frozen=True)
 class Reference:
-    """What one process computes; its tensors lie in the job's folder."""
+    """Results of one process; its tensors are in the job's folder."""
 
     losses: list[float]
     norms: list[float]
     rate: float
     clipping: float
     floor: float
-    """Gradients are held against at least this size."""
+    """Minimum size that differences of gradients are relative to."""
 
     scales: dict[str, float]
-    """What a difference of each parameter is held against, in the model's order."""
+    """Size that a difference of each parameter is relative to, in the model's order."""
 
     blocks: list[str]
     outputs: list[str]
@@ -106,14 +106,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One of our errors, on its way to the parent."""
+    """An error of ours, to be sent to the parent."""
 
     problems: list[Problem]
 
 
 @dataclass
 class RankDifferences:
-    """What a rank of a layout found: relative differences, by name."""
+    """Results of a rank of a layout: relative differences, by name."""
 
     losses: list[float]
     norms: list[float]
@@ -128,7 +128,7 @@ class BlockOutputs:
     def __init__(self, model: PreTrainedModel) -> None:
         names = blocks_of(model)
         outermost = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
-        self.blocks = [name for name in outermost if any(True for _ in names[name].parameters())]  # others: elsewhere
+        self.blocks = [name for name in outermost if any(True for _ in names[name].parameters())]  # others: remote
         self.seen: list[tuple[str, Tensor]] = []
         self._state = "waits"
         for name in self.blocks:
@@ -145,7 +145,7 @@ class BlockOutputs:
         return keep
 
     def _begin(self, *_: Any) -> None:
-        torch.manual_seed(_SEED)  # a family may draw while it trains
+        torch.manual_seed(_SEED)  # a family may draw random numbers in training mode
         self._state = "keeps" if self._state == "waits" else "over"
 
     def _end(self, *_: Any) -> None:
@@ -245,7 +245,7 @@ class _StepScale:
     floor: float = 0.0
 
     def choose(self, step: ReferenceStep, gradients: dict[str, Tensor]) -> None:
-        """Let clipping bite, and a step lower the loss by a tenth, to first order."""
+        """Choose a norm that is exceeded, and a rate at which a step lowers the loss by a tenth, to first order."""
         self.clipping = step.grad_norm / 2
         self.rate = 0.1 * step.loss / (self.clipping * step.grad_norm)
         self.floor = NOISE * max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -261,7 +261,7 @@ def _require_finite(step: ReferenceStep) -> None:
 
 
 def _scales(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
-    """Return the largest change of each parameter, or more where that is lost in rounding."""
+    """Return the largest change of each parameter, or a larger size if that is lost in rounding."""
     changes = {name: float((after[name] - before[name]).abs().max()) for name in after}
     floor = NOISE * max(changes.values())
     return {
@@ -306,7 +306,9 @@ def _layout(job: ComparisonJob, expected: Reference) -> RankDifferences:
             differences.losses.append(_relative(total / tokens, expected.losses[step - 1]))
             differences.norms.append(_relative(norm, expected.norms[step - 1]))
             if step < STEPS and topology.data_rank == 0:
-                _compare_outputs([one for outputs in kept for one in outputs.of_step(step)], job, world, differences)
+                _compare_outputs(
+                    [output for outputs in kept for output in outputs.of_step(step)], job, world, differences
+                )
         _compare_parameters(engine, world, job, expected, differences)
         return differences
 
@@ -316,7 +318,7 @@ def _relative(actual: float, expected_tensor: float) -> float:
 
 
 def _difference(actual: Tensor, expected_tensor: Tensor, scale: float) -> float:
-    """Largest difference of an element as a share of `scale`; infinite where shapes differ or a number is none."""
+    """Largest difference of an element as a share of `scale`; infinite where shapes differ or a value is NaN."""
     if actual.shape != expected_tensor.shape:
         return math.inf
     if not actual.numel():
@@ -329,7 +331,7 @@ def _difference(actual: Tensor, expected_tensor: Tensor, scale: float) -> float:
 def _compare_gradients(
     models: list[nn.Module], job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
-    """Each rank compares the part of every gradient that it holds, so that no wrong copy is hidden by a right one."""
+    """Each rank compares its own part of every gradient, so that a correct copy cannot hide a wrong one."""
     with safe_open(Path(job.folder) / "gradients.safetensors", "pt") as file:
         reference_names = set(file.keys())
         for name, parameter in (pair for model in models for pair in model.named_parameters()):
@@ -343,8 +345,8 @@ def _compare_gradients(
             if expected_tensor is not None and shard is not None:
                 expected_tensor = shard.extract(expected_tensor)
             if actual is None or expected_tensor is None:
-                one = actual if expected_tensor is None else expected_tensor
-                error = 0.0 if one is None else _difference(one, torch.zeros_like(one), size)
+                gradient = actual if expected_tensor is None else expected_tensor
+                error = 0.0 if gradient is None else _difference(gradient, torch.zeros_like(gradient), size)
             else:
                 error = _difference(
                     actual.view_as(expected_tensor) if actual.numel() == expected_tensor.numel() else actual,
@@ -358,13 +360,13 @@ def _compare_gradients(
 def _compare_parameters(
     engine: Engine, world: World, job: ComparisonJob, expected: Reference, differences: RankDifferences
 ) -> None:
-    """Compare the full weights, as an export gets them, without those that only the first tensor rank trains."""
+    """Compare the full weights, as exported, without those that only the first tensor rank trains."""
     parameters = (parameter for model in engine.models for parameter in model.parameters())
-    elsewhere = {shard.name for p in parameters if not p.requires_grad and (shard := shard_of(p)) is not None}
+    first_rank_names = {shard.name for p in parameters if not p.requires_grad and (shard := shard_of(p)) is not None}
     with safe_open(Path(job.folder) / "parameters.safetensors", "pt") as file:
         reference_names = set(file.keys())
         for name, actual in engine.full_weights():
-            if name in elsewhere and world.topology.tensor_rank:
+            if name in first_rank_names and world.topology.tensor_rank:
                 continue
             if name not in reference_names:
                 differences.parameters[name] = math.inf
@@ -374,7 +376,7 @@ def _compare_parameters(
                 expected.scales.get(name) or _RESOLUTION * float(expected_tensor.abs().max()) or 1.0
             )  # a buffer has none
             differences.parameters[name] = _difference(actual.float(), expected_tensor.float(), scale)
-    for name in expected.scales.keys() - differences.parameters.keys() - elsewhere:
+    for name in expected.scales.keys() - differences.parameters.keys() - first_rank_names:
         differences.parameters[name] = math.inf
 
 

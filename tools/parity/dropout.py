@@ -1,4 +1,4 @@
-"""Removal of dropout, and of a router's noise: what two ways of computing a model would draw differently."""
+"""Removal of dropout and of router noise, which two implementations of a model draw differently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def disable_config_dropout(config: PreTrainedConfig) -> list[str]:
-    """Set every rate of a configuration to 0. Return those that were not, as `name value`."""
+    """Set every rate of a configuration to 0. Return the nonzero ones, as `name value`."""
     disabled = []
     for part in parts_of(config):
         for key, value in list(vars(part).items()):

@@ -1,4 +1,4 @@
-"""The table of families: what the support matrix and the tests of tensor parallelism go through.
+"""The table of families for the support matrix and the tests of tensor parallelism.
 
 All causal language models of transformers are in it by themselves; the table adds variants of a
 family (another attention arrangement), other tasks, and why a type is left out.
@@ -19,17 +19,17 @@ CLASSES: dict[str, Any] = {
     "masked_lm": AutoModelForMaskedLM,
     "seq2seq_lm": AutoModelForSeq2SeqLM,
 }
-"""What builds a model for each task."""
+"""The auto class of each task."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: a kind of model, made tiny by `tools.parity.shrink.tiny`."""
+    """One row: a type of model, made tiny by `tools.parity.shrink.tiny`."""
 
     model_type: str
     task: Task = "causal_lm"
     variant: str = ""
-    """What is particular about it, for the name; empty for the family's default."""
+    """Name of the variant; empty for the family's default."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     """Configuration of the variant."""
@@ -56,7 +56,7 @@ VARIANTS = [
     Family("stablelm", variant="parallel residual", fields={"use_parallel_residual": True}),
     Family("opt", variant="projected", fields={"word_embed_proj_dim": 32}),
 ]
-"""Arrangements that a family's default does not have."""
+"""Variants of families."""
 
 MASKED: tuple[str, ...] = (
     "albert", "bart", "bert", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2",

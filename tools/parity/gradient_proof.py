@@ -40,40 +40,40 @@ TOLERANCE = 1e-4
 """Largest difference of a gradient, as a share of the largest element of the reference's."""
 
 NOISE = 1e-3
-"""A gradient smaller than this share of the model's largest is held against that: where the true gradient is zero
-(a key's bias), all of it is rounding."""
+"""A difference of gradients is relative to at least this share of the model's largest gradient: where the true gradient
+is zero (a key's bias), all of it is rounding."""
 
 
 @dataclass
 class Verdict:
-    """What was found about one family."""
+    """The result for one family."""
 
     family: str
     ranks: int
     outcome: str
-    """`right`; `partly` (right, and less than 90 % of the matrices in blocks cut, or over 5 % without a gradient);
+    """`right`; `partly` (right, and less than 90 % of the matrices in blocks sharded, or over 5 % without a gradient);
     `wrong`; `refused` (by the plan); `not built`."""
 
     reason: str = ""
-    """Of a refusal or a wrong gradient."""
+    """Reason of a refusal, or of a wrong gradient."""
 
     share_cut: float = 0.0
     share_without_gradient: float = 0.0
     worst: float = 0.0
     worst_name: str = ""
     loss: tuple[float, float] = (0.0, 0.0)
-    """Of the plain model and of the cut one."""
+    """Parameters of the plain and of the sharded model."""
 
     whole: dict[str, str] = field(default_factory=dict)
-    """Matrices in blocks that stay whole, with the reason."""
+    """Replicated matrices in blocks, with the reason."""
 
 
 _ENLARGED = 5.0
-"""What matrices are multiplied by where causality is proven."""
+"""Factor on matrices for the proof of causality."""
 
 
 class _NotBuilt(Exception):
-    """Why there is no tiny model."""
+    """The reason why there is no tiny model."""
 
 
 def tiny_config(family: Family) -> PreTrainedConfig:
@@ -107,21 +107,21 @@ def reference_model(family: Family, *, like_default: bool = True) -> PreTrainedM
     """
     try:
         config = tiny_config(family)
-        kind = CLASSES[family.task]
+        auto_class = CLASSES[family.task]
         with torch.device("meta"):
-            shape = kind.from_config(config)
+            shape = auto_class.from_config(config)
             default = CONFIG_MAPPING[family.model_type](**(MINIMAL.get(family.model_type, {}) | family.fields))
-            whole = kind.from_config(default) if like_default else None
+            default_model = auto_class.from_config(default) if like_default else None
     except Exception as error:
         raise _NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0]) from None
-    if whole is not None and _signature(whole) != _signature(shape):
-        differ = [a ^ b for a, b in zip(_signature(whole), _signature(shape), strict=True)]
+    if default_model is not None and _signature(default_model) != _signature(shape):
+        differ = [a ^ b for a, b in zip(_signature(default_model), _signature(shape), strict=True)]
         raise _NotBuilt(f"differs from the default: {sorted(map(str, differ[0] | differ[1]))[:3]}")
     count = sum(parameter.numel() for parameter in shape.parameters())
     if count > LARGEST:
         raise _NotBuilt(f"{count:,} parameters")
     torch.manual_seed(0)
-    model: PreTrainedModel = kind.from_config(config, attn_implementation="eager")
+    model: PreTrainedModel = auto_class.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -142,7 +142,7 @@ def prove_likeness(family: Family) -> Verdict:
 
 @torch.no_grad()
 def computes(family: Family) -> None:
-    """Run the family's tiny model forward by Hugging Face's code alone; raises what that raises."""
+    """Run the family's tiny model forward with Hugging Face's code only, and let its exceptions pass."""
     model = reference_model(family, like_default=False)
     model(**_inputs(family, model)[0])
 
@@ -151,7 +151,7 @@ def computes(family: Family) -> None:
 def prove_causality(family: Family) -> Verdict:
     """Whether no logits of the plain model depend on later tokens, in float32.
 
-    The weights are larger than random ones usually are: with those, ProphetNet's logits change by 8e-8 only.
+    The weights are larger than usual random ones, with which ProphetNet's logits change by only 8e-8.
     """
     verdict = Verdict(str(family), 1, "right")
     try:
@@ -164,14 +164,16 @@ def prove_causality(family: Family) -> Verdict:
         first = LENGTH - LENGTH // 4
         ids = inputs["input_ids"]
         later = ids.index_fill(1, torch.arange(first, LENGTH), int(ids.min()))
-        before, after = (model(**inputs | {"input_ids": own}).logits[:, -LENGTH:][:, :first] for own in (ids, later))
+        before, after = (
+            model(**inputs | {"input_ids": tokens}).logits[:, -LENGTH:][:, :first] for tokens in (ids, later)
+        )
     except Exception as error:
         return replace(verdict, outcome="not built", reason=f"{type(error).__name__}: {error}".splitlines()[0])
     changes = (after - before).abs().amax((0, 2)) / before.abs().max()
     verdict.worst = float(changes.max())
     if not verdict.worst <= TOLERANCE:
-        at = int((~(changes <= TOLERANCE)).nonzero()[0])
-        verdict.outcome, verdict.reason = "wrong", f"position {at} sees the tokens from position {first} on"
+        position = int((~(changes <= TOLERANCE)).nonzero()[0])
+        verdict.outcome, verdict.reason = "wrong", f"position {position} sees the tokens from position {first} on"
     return verdict
 
 
@@ -236,7 +238,7 @@ def _staged(family: Family, cut: PreTrainedModel, world: World) -> tuple[Stage, 
 
 @dataclass
 class _ShardedModel:
-    """A copy of the family's model as this rank trains it."""
+    """This rank's copy of the family's model."""
 
     model: PreTrainedModel
     mapper: Mapper
@@ -282,9 +284,9 @@ def _compare(
 def _plain_loss(model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
     try:
         output = model(**inputs)
-    except Exception as error:  # sizes that a constructor takes and no forward pass can have
+    except Exception as error:  # sizes that the constructor accepts and the forward pass cannot compute
         raise _NotBuilt(f"Hugging Face's own model fails: {type(error).__name__}: {error}".splitlines()[0]) from None
-    _, objective = loss_sums(output.logits[:, -LENGTH:], labels)  # after those of an image
+    _, objective = loss_sums(output.logits[:, -LENGTH:], labels)  # after the tokens of an image
     return objective / labels.numel() + auxiliary_loss(model, output)
 
 
@@ -299,7 +301,7 @@ def _gradient_errors(model: nn.Module, gradients: dict[str, Tensor | None], floo
         expected = torch.zeros(shard.full_shape) if plain is None else plain
         actual = torch.zeros(shard.local_shape()) if parameter.grad is None else parameter.grad
         error = float((actual - shard.extract(expected)).abs().max()) / max(float(expected.abs().max()), floor)
-        # A weight may lie in several parameters, and a maximum passes over what is not a number.
+        # A weight may be in several parameters, and a maximum ignores NaN.
         errors[shard.name] = max(errors.get(shard.name, 0.0), error if math.isfinite(error) else math.inf)
     return errors
 
@@ -333,7 +335,7 @@ def _judge(verdict: Verdict, worst: dict[str, float], trained: set[str], *, is_s
 
 
 def _share_without_gradient(model: nn.Module) -> float:
-    """Return the share of parameter elements without a gradient; experts that no token chose do not count."""
+    """Return the share of parameter elements without a gradient; experts without tokens do not count."""
     outcome_counts = {
         n: p for n, p in model.named_parameters() if p.grad is not None or not re.search(r"experts\.\d+\.", n)
     }
@@ -354,12 +356,12 @@ def prove(
     """Compare the gradients of each family's sharded model with the plain one's. Collective: all ranks must call it.
 
     Args:
-        families: What to compare.
+        families: Families to compare.
         user: Entries of a tensor plan, as in `parallel.tensor_plan`.
         like_default: Refuse tiny models whose layers differ from the family's default.
-        sequence_parallel: With sequence parallelism.
+        sequence_parallel: Whether to shard the sequence.
         pipeline: Number of stages; the ranks of a stage are one tensor group.
-        dtype: In float64 a family that computes nothing in float32 by itself agrees to 1e-9.
+        dtype: In float64, a family without float32 computations agrees to 1e-9.
         more: Inputs of the models in addition to the usual ones.
     """
     launch = Launch.from_environment()

@@ -33,7 +33,7 @@ class Layout:
     """Further values that the configuration gets."""
 
     name: str = ""
-    """As it was typed; see `__str__`."""
+    """The text on the command line; see `__str__`."""
 
     @property
     def data(self) -> int:
@@ -65,7 +65,7 @@ class Layout:
         return result
 
     def __str__(self) -> str:
-        """Return the name, or what differs from one process."""
+        """Return the name, or the differences from one process."""
         if self.name:
             return self.name
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
@@ -86,7 +86,7 @@ _BOOLEANS = ("sequence_parallel", "dualpipev")
 
 
 def parse_layout(text: str) -> Layout:
-    """Read `tensor=4,pipeline=2,data=2,sequence_parallel=true,zero=1,accumulation=2`; each key may be left out.
+    """Read `tensor=4,pipeline=2,data=2,sequence_parallel=true,zero=1,accumulation=2`; each key may be omitted.
 
     Raises:
         ConfigError: with every mistake in it.
@@ -102,7 +102,7 @@ def parse_layout(text: str) -> Layout:
             hint = suggest(key, _KEYS)
             problems.append(Problem(where, f"unknown key '{key}'{hint}", "" if hint else f"Known: {', '.join(_KEYS)}"))
         elif key in values:
-            problems.append(Problem(where, f"'{key}' is given twice"))
+            problems.append(Problem(where, f"duplicate key '{key}'"))
         else:
             values[key], reason = _parse_value(key, value)
             problems += [Problem(where, reason)] if reason else []

@@ -1,7 +1,7 @@
-"""The support matrix: every family of the table in every shape, divided in several ways, proven cell by cell.
+"""The support matrix: every family of the table in every shape, in several layouts, proven cell by cell.
 
-Not the full product. Every family is proven in its generic shape in all ways of dividing it, and its whole way through
-`launch/train.py`; every other shape in one way that shards it; the families of `EXEMPLARY` in all shapes and all ways.
+It is not the full product. Every family is proven in its generic shape in all columns, and through `launch/train.py`;
+every other shape in one column that shards it; the families of `EXEMPLARY` in all shapes and all columns.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ BAD = ("wrong", "failed")
 """Outcomes that are faults of ours."""
 
 LIKENESS, TRAINING, CAUSALITY = "like the default", "training", "causality"
-"""What the cells are called in which a family's tiny model is compared with its default, is trained by the command, and
-must not see later tokens."""
+"""Names of the cells in which a family's tiny model is compared with its default, is trained by the command, and must
+not see later tokens."""
 
 SEES = "sees later tokens"
-"""Stands in every refusal of a model that is not causal."""
+"""Text in every refusal of a model that is not causal."""
 
 EXEMPLARY = (
     "bloom",
@@ -54,12 +54,12 @@ EXEMPLARY = (
     "qwen3_next",
     "starcoder2",
 )
-"""Families that are proven in every shape and every way."""
+"""Families that are proven in every shape and every column."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One way of dividing a model, of which the matrix has a column."""
+    """A layout of the model, which is a column of the matrix."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -75,41 +75,41 @@ class Column:
 
 
 PAGES_COLUMNS = (Column(2), Column(2, sequence_parallel=True), Column(pipeline=2), Column(2, 2))
-"""What the page shows; the first one says how much of a model is cut."""
+"""Columns of the page; the first one shows how much of a model is sharded."""
 
 MORE_COLUMNS = (Column(4),)
-"""Ways in which the exemplary families are divided in addition: fewer key/value heads than ranks."""
+"""Additional columns of the exemplary families: fewer key/value heads than ranks."""
 
 
 @dataclass
 class Row:
-    """What was found about one family."""
+    """The results for one family."""
 
     family: Family
-    found: dict[Column, Verdict] = field(default_factory=dict)
-    """In the generic shape."""
+    generic: dict[Column, Verdict] = field(default_factory=dict)
+    """Verdicts in the generic shape."""
 
     training: Verdict | None = None
-    """Of the run through `launch/train.py`; None where it has no such task."""
+    """Verdict of the run through `launch/train.py`; None if no task trains the family."""
 
     causality: Verdict | None = None
-    """Whether its logits depend on later tokens; `refused` where they do, and training says so."""
+    """Whether its logits depend on later tokens; `refused` if they do, and training refuses the family."""
 
     shapes: dict[tuple[str, Column], Verdict] = field(default_factory=dict)
-    """In the other shapes."""
+    """Verdicts in the other shapes."""
 
     def outcome(self, column: Column) -> str:
-        """Return the outcome of a column; right only if the command trains the family, too, and it is causal."""
-        own = self.found[column].outcome
-        for whole in (self.causality, self.training):
-            if own in SOUND and whole is not None and whole.outcome not in (*SOUND, "not built"):
-                return whole.outcome
-        return own
+        """Return the outcome of a column; right only if the command also trains the family, and it is causal."""
+        outcome = self.generic[column].outcome
+        for verdict in (self.causality, self.training):
+            if outcome in SOUND and verdict is not None and verdict.outcome not in (*SOUND, "not built"):
+                return verdict.outcome
+        return outcome
 
     @property
     def verdicts(self) -> list[Verdict]:
-        whole = [verdict for verdict in (self.training, self.causality) if verdict is not None]
-        return [*self.found.values(), *whole, *self.shapes.values()]
+        others = [verdict for verdict in (self.training, self.causality) if verdict is not None]
+        return [*self.generic.values(), *others, *self.shapes.values()]
 
 
 def chosen(names: list[str]) -> list[Family]:
@@ -133,12 +133,12 @@ def chosen(names: list[str]) -> list[Family]:
 
 
 def _prove(families: list[Family], column: Column) -> list[Verdict]:
-    # Whether a tiny model is like the default is asked once a family, not in each cell: the default's is large.
+    # A tiny model is compared with the default once per family, not in each cell: the default model is large.
     return prove(families, like_default=False, sequence_parallel=column.sequence_parallel, pipeline=column.pipeline)
 
 
 def _verdicts(families: list[Family], column: Column) -> list[Verdict]:
-    """Proofs in ranks of their own; a rank that crashes is the verdict of the family that it was at."""
+    """Proofs in separate ranks; a crash of a rank is the verdict of its current family."""
     if not families:
         return []
     try:
@@ -151,39 +151,39 @@ def _verdicts(families: list[Family], column: Column) -> list[Verdict]:
 
 
 class Prover:
-    """Reaches the verdicts that are not known yet."""
+    """Runs the proofs whose verdicts are not cached."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
         self.new = 0
-        """Verdicts reached by this run."""
+        """Number of verdicts of this run."""
 
     def row(self, family: Family, columns: Sequence[Column], *, shapes: bool, training: bool) -> Row:
         """Prove all cells of a family.
 
         Args:
             family: Its row in the table.
-            columns: Of the generic shape.
-            shapes: Prove the other shapes, too.
-            training: Train it by the command.
+            columns: Columns of the generic shape.
+            shapes: Whether to prove the other shapes as well.
+            training: Whether to train it with the command.
         """
         row = Row(family)
         likeness = self._cell((str(family), GENERIC, LIKENESS), lambda: prove_likeness(family))
         for column in columns:
             if likeness.outcome in SOUND:
-                (row.found[column],) = self._cells(family, [Variation(family, GENERIC, ())], column)
+                (row.generic[column],) = self._cells(family, [Variation(family, GENERIC, ())], column)
             else:
-                row.found[column] = replace(likeness, ranks=column.world)
+                row.generic[column] = replace(likeness, ranks=column.world)
         if training and family.task == "causal_lm":
             row.training = self._training(row)
             row.causality = self._causality(row)
-        if shapes and any(verdict.outcome in SOUND for verdict in row.found.values()):
+        if shapes and any(verdict.outcome in SOUND for verdict in row.generic.values()):
             self._shapes(row, columns)
         return row
 
     def _shapes(self, row: Row, columns: Sequence[Column]) -> None:
         family, varied = row.family, self._results.variations(row.family)
-        best = next((c for c in columns if row.found[c].outcome in SOUND), columns[0])
+        best = next((c for c in columns if row.generic[c].outcome in SOUND), columns[0])
         exemplary = family.model_type in EXEMPLARY and family.task == "causal_lm" and not family.variant
         for column in (*columns, *MORE_COLUMNS) if exemplary else (best,):
             chosen = varied if exemplary and column in MORE_COLUMNS else varied[1:]
@@ -191,7 +191,7 @@ class Prover:
                 row.shapes[variation.shape, column] = verdict
 
     def _cells(self, family: Family, varied: list[Variation], column: Column) -> list[Verdict]:
-        """Return the verdicts of a family in several shapes, divided in one way."""
+        """Return the verdicts of a family in several shapes, in one column."""
         keys = [(str(family), variation.shape, str(column)) for variation in varied]
         unknown = [n for n, key in enumerate(keys) if self._results.get(key) is None]
         began = time.monotonic()
@@ -228,14 +228,14 @@ class Prover:
 def _trained(family: Family, layouts: Sequence[Layout]) -> Verdict:
     try:
         sections = tiny_model(family)
-    except Exception as error:  # the families' constructors raise what they like
+    except Exception as error:  # the families' constructors raise many types
         return Verdict(str(family), 1, "not built", f"{type(error).__name__}: {error}".splitlines()[0])
     return prove_training(str(family), sections, layouts)
 
 
 def _training_layouts(row: Row) -> list[Layout]:
-    """In which the first step is taken, and the second: both divide the model, where it can be divided."""
-    sound = [column for column, verdict in row.found.items() if verdict.outcome in SOUND and column.world == 2]
+    """Layouts of the first and the second step: both shard the model, if that is possible."""
+    sound = [column for column, verdict in row.generic.items() if verdict.outcome in SOUND and column.world == 2]
     ways = [f"tensor={c.tensor},pipeline={c.pipeline}" for c in sound if not c.sequence_parallel]
     return [parse_layout(way) for way in [*ways, "data=2", "data=1"][:2]]
 
@@ -243,7 +243,7 @@ def _training_layouts(row: Row) -> list[Layout]:
 def prove_all(
     families: list[Family], columns: Sequence[Column], results: Results, *, shapes: bool = False, training: bool = False
 ) -> Iterator[Row]:
-    """Proves the families one by one, with a line each."""
+    """Prove the families one by one, with a line each."""
     prover = Prover(results)
     began = time.monotonic()
     width = max(len(str(family)) for family in families)
@@ -252,13 +252,13 @@ def prove_all(
         before = prover.new
         try:
             row = prover.row(family, columns, shapes=shapes, training=training)
-        except Exception as error:  # what a family raises outside its ranks must not end the whole run
+        except Exception as error:  # an exception of a family outside its ranks must not end the run
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             row = Row(family, {column: Verdict(str(family), column.world, "failed", reason) for column in columns})
         waited += prover.new > before
         spent = time.monotonic() - began
         left = spent / max(1, waited) * (len(families) - number)
-        outcomes = " / ".join(v.outcome for v in row.found.values())
+        outcomes = " / ".join(v.outcome for v in row.generic.values())
         if row.training is not None:
             outcomes += f"; trained: {row.training.outcome}"
         if row.shapes:
@@ -284,18 +284,18 @@ def _remark(row: Row) -> str:
 
 
 def reason_of(verdict: Verdict) -> str:
-    """Of a refusal without the key, which every one of them names."""
+    """Return the reason of a refusal without the key, which is always the same."""
     key, colon, rest = verdict.reason.partition(": ")
     return rest if colon and key.startswith("parallel.") else verdict.reason
 
 
 def totals(outcomes: Sequence[str]) -> str:
-    """How many came out how, in words."""
+    """Format the number of verdicts by outcome."""
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in outcomes)
 
 
 def run(names: list[str], columns: Sequence[Column], results: Results, *, shapes: bool, training: bool) -> list[Row]:
-    """Proves the families called `names`, divided as `columns` say, and prints how many came out how."""
+    """Prove the families called `names` in `columns`, and print the number of verdicts by outcome."""
     rows = list(prove_all(chosen(names), columns, results, shapes=shapes, training=training))
     for column in columns:
         print(f"{column}: {totals([row.outcome(column) for row in rows])}")
@@ -307,5 +307,5 @@ def run(names: list[str], columns: Sequence[Column], results: Results, *, shapes
 
 
 def is_sound(rows: list[Row]) -> bool:
-    """Whether nothing was found wrong."""
+    """Return whether no verdict is a fault."""
     return not any(verdict.outcome in BAD for row in rows for verdict in row.verdicts)

@@ -1,4 +1,4 @@
-"""What the matrix found, as a page, and its totals in the README."""
+"""The results of the matrix as a page, and its totals in the README."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def page(rows: list[Row], seconds: float) -> str:
     """Return the support matrix as Markdown; every row has been proven under all of `PAGES_COLUMNS`.
 
     Args:
-        rows: Of all families.
-        seconds: That all proofs took.
+        rows: Rows of all families.
+        seconds: Time of all proofs.
     """
     rows = sorted(rows, key=lambda row: (row.family.model_type, row.family.task, row.family.variant))
     head = _HEAD.format(
@@ -85,20 +85,20 @@ def page(rows: list[Row], seconds: float) -> str:
 def _totals_by_task(rows: list[Row]) -> Iterator[str]:
     for column in PAGES_COLUMNS:
         for task in dict.fromkeys(row.family.task for row in rows):
-            own = [row.outcome(column) for row in rows if row.family.task == task]
-            yield f"| {column}: {_cell(task)} | {len(own)} | {totals(own)} |"
+            outcomes = [row.outcome(column) for row in rows if row.family.task == task]
+            yield f"| {column}: {_cell(task)} | {len(outcomes)} | {totals(outcomes)} |"
     trained = [row.training.outcome for row in rows if row.training is not None]
     yield f"| trained by launch/train.py | {len(trained)} | {totals(trained)} |"
 
 
 def _line(row: Row) -> str:
-    proven = [v for v in row.found.values() if v.outcome in (*SOUND, "wrong")]
-    first = next(iter(row.found.values()))
+    proven = [v for v in row.generic.values() if v.outcome in (*SOUND, "wrong")]
+    first = next(iter(row.generic.values()))
     name = f"{row.family.model_type} ({row.family.variant})" if row.family.variant else row.family.model_type
     cells = [
         _cell(name),
         _cell(row.family.task),
-        *(row.outcome(column) for column in row.found),
+        *(row.outcome(column) for column in row.generic),
         row.training.outcome if row.training else "",
         totals([verdict.outcome for verdict in row.shapes.values()]),
         f"{first.share_cut:.0%}" if first in proven else "",
@@ -109,14 +109,14 @@ def _line(row: Row) -> str:
 
 
 def _explained(row: Row) -> str:
-    """Return what is replicated and why, or why there is no proof, on one line."""
-    first = next(iter(row.found.values()))
+    """Return the replicated matrices with reasons, or the reason why there is no proof, on one line."""
+    first = next(iter(row.generic.values()))
     if first.outcome not in SOUND:
         return reason_of(first)
     parts = []
     if row.training is not None and row.training.outcome not in SOUND:
         parts.append(f"training: {reason_of(row.training)}")
-    for column, verdict in list(row.found.items())[1:]:
+    for column, verdict in list(row.generic.items())[1:]:
         reason = reason_of(verdict)
         if verdict.outcome not in SOUND and not any(reason in part for part in parts):
             parts.append(f"{column}: {reason}")
@@ -130,7 +130,7 @@ def _explained(row: Row) -> str:
 
 
 def _shapes(rows: list[Row]) -> Iterator[str]:
-    """How the other shapes came out, and which of them are not right."""
+    """Yield the outcomes in the other shapes, and the shapes that are not right."""
     yield "## Other shapes"
     yield ""
     yield textwrap.fill(
@@ -145,10 +145,10 @@ def _shapes(rows: list[Row]) -> Iterator[str]:
     yield "| shape | families | proofs | outcomes |"
     yield "| --- | --: | --: | --- |"
     for shape in (*SHAPES[1:], FLIP):
-        own = [(row, v.outcome) for row in rows for (s, _), v in row.shapes.items() if s.startswith(shape)]
+        outcomes = [(row, v.outcome) for row in rows for (s, _), v in row.shapes.items() if s.startswith(shape)]
         label = "a boolean flipped" if shape == FLIP else shape
-        families = {str(row.family) for row, _ in own}
-        yield f"| {label} | {len(families)} | {len(own)} | {totals([outcome for _, outcome in own])} |"
+        families = {str(row.family) for row, _ in outcomes}
+        yield f"| {label} | {len(families)} | {len(outcomes)} | {totals([outcome for _, outcome in outcomes])} |"
     yield ""
     yield "Those that are not right:"
     yield ""
@@ -156,7 +156,7 @@ def _shapes(rows: list[Row]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- |"
     for row in rows:
         for (shape, column), verdict in row.shapes.items():
-            same = row.found.get(column)
+            same = row.generic.get(column)
             if verdict.outcome in SOUND or (same is not None and same.outcome == verdict.outcome == "refused"):
                 continue
             reason = _cell(shortened(reason_of(verdict), _REASON))
@@ -176,7 +176,7 @@ def readme_totals(rows: list[Row]) -> str:
     trained = sum(row.training is not None and row.training.outcome in SOUND for row in causal)
     text = (
         f"Of {len(causal)} causal language models of transformers {version('transformers')} (variants counted) "
-        f"{right(causal, tensor)} are proven right under tensor 2, {right(causal, sequence)} with sequence "
+        f"{right(causal, tensor)} pass under tensor 2, {right(causal, sequence)} with sequence "
         f"parallelism, {right(causal, pipeline)} in 2 pipeline stages and {right(causal, both)} under tensor 2 x "
         f"pipeline 2: every gradient compared with one process. {trained} of them were trained, resumed in another "
         f"layout and exported by the command. Of {len(others)} encoders and encoder-decoders, which no task trains "
@@ -184,7 +184,7 @@ def readme_totals(rows: list[Row]) -> str:
         f"and {right(others, both)} have every gradient right. "
         f"{len(varied)} more proofs vary heads, widths, ties, biases and every boolean that changes the set of "
         f"weights: {totals(varied)}. {_rest(rows)} (`docs/support_matrix.md`, {_date()}; "
-        "`python -m tools.parity --families all --write` does it again.)"
+        "`python -m tools.parity --families all --write` regenerates them.)"
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
@@ -192,10 +192,10 @@ def readme_totals(rows: list[Row]) -> str:
 def _rest(rows: list[Row]) -> str:
     """Return the reasons of the families that are not right."""
     if not is_sound(rows):
-        return "What is wrong or fails is listed with its reason."
+        return "Wrong and failed families are listed with the reason."
     return (
-        "Partly means that more than a tenth of the matrices is replicated; what is refused is refused before training "
-        "starts, with the reason; of what is not built nothing is known."
+        "Partly means that more than a tenth of the matrices is replicated; a refused family is rejected before "
+        "training starts, with the reason; families that cannot be built are not verified."
     )
 
 

@@ -26,7 +26,7 @@ def load_reference_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBas
 
     Args:
         loaded: The configuration.
-        tokenizer: The run's. A new model takes its special tokens.
+        tokenizer: The run's. A new model uses its special tokens.
     """
     if loaded.initialize == "random":
         model = build_model(loaded, tokenizer)
@@ -123,7 +123,7 @@ def train_reference(
     *,
     before_update: Callable[[ReferenceStep], float | None],
 ) -> list[ReferenceStep]:
-    """Train a model in the words of torch: backward passes of a global batch's micro-batches, clipping, an update.
+    """Train a model in plain torch: backward passes of a global batch's micro-batches, clipping, an update.
 
     Args:
         model: In training mode; it is changed.

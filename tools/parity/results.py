@@ -1,7 +1,7 @@
 """Caches verdicts, so that a long run that was stopped resumes.
 
-A verdict holds for the family in its shape, the way it was divided, and the sources that were proven: any change of
-`trainer/`, of the proof, or of torch, transformers or DeepSpeed makes it worthless.
+A verdict holds for the family in its shape, its column, and the sources that were proven: any change of
+`trainer/`, of the proof, or of torch, transformers or DeepSpeed invalidates it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _UNPROVEN = ("tools/parity/page.py", "tools/parity/__main__.py")
 _PACKAGES = ("torch", "transformers", "deepspeed")
 
 Key = tuple[str, str, str]
-"""(family, shape, way of dividing it)."""
+"""(family, shape, column)."""
 
 
 @functools.cache
 def source_hash() -> str:
-    """Return a hash of all that a verdict depends on."""
+    """Return a hash of all sources and versions that a verdict depends on."""
     whole = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in _PACKAGES).encode())
     for root in map(Path, PROVEN):
         files = [root] if root.is_file() else sorted(root.rglob("*.py"))
@@ -46,10 +46,10 @@ def _variation(row: dict[str, Any]) -> Variation:
 
 
 class Results:
-    """Verdicts by key, in a file to which each is appended as soon as it is reached."""
+    """Verdicts by key, in a file to which each verdict is appended at once."""
 
     def __init__(self, folder: Path = FOLDER, *, fresh: bool = False) -> None:
-        """Read what earlier runs have kept, unless `fresh`."""
+        """Read the verdicts of earlier runs, unless `fresh`."""
         self._path = folder / f"{source_hash()}.jsonl"
         self._known: dict[Key, tuple[Verdict, float]] = {}
         self._variations: dict[str, list[Variation]] = {}
@@ -61,16 +61,16 @@ class Results:
         try:
             row: dict[str, Any] = json.loads(line)
             if "variations" in row:
-                self._variations[row["family"]] = [_variation(one) for one in row["variations"]]
+                self._variations[row["family"]] = [_variation(row_variation) for row_variation in row["variations"]]
                 return
             verdict = Verdict(**row["verdict"] | {"loss": tuple(row["verdict"]["loss"])})
-        except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+        except (ValueError, KeyError, TypeError):  # the last line of a killed run
             return
         self._known[row["family"], row["shape"], row["layout"]] = verdict, row["seconds"]
 
     def get(self, key: Key) -> Verdict | None:
-        found = self._known.get(key)
-        return None if found is None else found[0]
+        known = self._known.get(key)
+        return None if known is None else known[0]
 
     def add(self, key: Key, verdict: Verdict, seconds: float) -> None:
         self._known[key] = verdict, seconds
@@ -84,7 +84,7 @@ class Results:
         name = str(family)
         if name not in self._variations:
             self._variations[name] = list(variations(family))
-            self._append({"family": name, "variations": [asdict(one) for one in self._variations[name]]})
+            self._append({"family": name, "variations": [asdict(variation) for variation in self._variations[name]]})
         return self._variations[name]
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -93,5 +93,5 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
     def seconds(self) -> float:
-        """Return how long all known verdicts took."""
+        """Return the total time of all known verdicts."""
         return sum(seconds for _, seconds in self._known.values())

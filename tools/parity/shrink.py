@@ -1,4 +1,4 @@
-"""Tiny models: a family's own configuration with small sizes, every kind of layer kept."""
+"""Tiny models: a family's own configuration with small sizes and every type of layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
     "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-"""The generic shrink: sizes by the names that configurations share. A field that is None stays so."""
+"""The generic shrink: sizes by the names that configurations share. A field that is None is not changed."""
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _KDA = {"linear_head_dim": 8, "linear_num_heads": 8, "num_experts_per_token": 2, "num_expert_group": 1}
@@ -151,7 +151,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 48},
     "reformer": {"is_decoder": True},
 }
-"""What a family's default configuration lacks to be built at all."""
+"""Fields that a family's default configuration lacks and its model requires."""
 
 
 def _small(config: PreTrainedConfig, coupled: dict[str, Any]) -> dict[str, Any]:
@@ -160,13 +160,13 @@ def _small(config: PreTrainedConfig, coupled: dict[str, Any]) -> dict[str, Any]:
         try:
             if getattr(config, key, None) is None:
                 continue
-        except Exception:  # a family that forbids to read it
+        except Exception:  # some families refuse to read it
             continue
         if key in coupled and coupled[key] is None:
             continue
         if key.endswith("_token_id") and not isinstance(getattr(config, key), int):
             continue
-        if any(isinstance(vars(kind).get(key), property) for kind in type(config).__mro__):
+        if any(isinstance(vars(base).get(key), property) for base in type(config).__mro__):
             continue
         fields[key] = value
     if "num_key_value_heads" in fields:  # as many as heads where the family has as many
@@ -181,7 +181,7 @@ def _small(config: PreTrainedConfig, coupled: dict[str, Any]) -> dict[str, Any]:
 
 
 def _few(kinds: list[str], count: int) -> list[str]:
-    """`count` layers among which every kind occurs, in the order of their first occurrence."""
+    """Return `count` layers among which every type occurs, in the order of their first occurrence."""
     distinct = list(dict.fromkeys(kinds))
     return [distinct[n * len(distinct) // count] for n in range(count)] if len(distinct) <= count else kinds[:count]
 
@@ -213,8 +213,7 @@ def shrunk(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     What determines the structure (attention, norms, types of layers, ties) stays; sizes shrink. The caller takes the
     first that can be built.
 
-    Raises:
-        ValueError, TypeError and what else a family's constructor raises: while iterating, for none that fits.
+    Raises: ValueError, TypeError and other types of a family's constructor: while iterating, if none fits.
     """
     cls = type(config)
     error: Exception | None = None
@@ -227,11 +226,11 @@ def shrunk(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
                     if isinstance(sub, PreTrainedConfig):
                         row = COUPLED.get(config.model_type, {}).get(name, {})
                         fields[name] = sub.to_dict() | _overrides(sub, whole_rows) | row
-                found = cls.from_dict(fields)
-            except Exception as refusal:  # the families' own validators raise what they like
+                small = cls.from_dict(fields)
+            except Exception as refusal:  # the families' own validators raise many types
                 error = refusal
                 continue
-            yield found
+            yield small
     if error is not None:
         raise error
 
@@ -240,8 +239,8 @@ def _overrides(config: PreTrainedConfig, whole_rows: bool) -> dict[str, Any]:
     """Return the small sizes for `config`, by the names that its constructor takes.
 
     Args:
-        config: Of the user.
-        whole_rows: Take the family's row of `COUPLED` with what is not a size in it, too.
+        config: Configuration of the user.
+        whole_rows: Whether to use all fields of the family's row of `COUPLED`, not only sizes.
     """
     row = dict(COUPLED.get(config.model_type, {}))
     fields = _small(config, row)
@@ -269,7 +268,7 @@ def _overrides(config: PreTrainedConfig, whole_rows: bool) -> dict[str, Any]:
 
 
 def _fewer_layers(config: PreTrainedConfig, fields: dict[str, Any], keep: dict[str, Any]) -> None:
-    """Cuts down the number of layers, and lists with an entry for each, but not what `keep` says."""
+    """Reduce the number of layers, and lists with an entry for each layer, except for those in `keep`."""
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int):
         return
@@ -282,7 +281,7 @@ def _fewer_layers(config: PreTrainedConfig, fields: dict[str, Any], keep: dict[s
 
 
 def _is_size(value: Any) -> bool:
-    """Whether an entry of `COUPLED` says sizes, and nothing about how a model is built."""
+    """Return whether an entry of `COUPLED` contains only sizes."""
     if isinstance(value, dict):
         return not any(isinstance(inner, str | bool) for inner in value.values())
     if isinstance(value, list):
@@ -291,7 +290,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _rotated(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
-    """How many numbers of a head the small model's rotary embedding turns."""
+    """Return the number of rotated elements of a head in the small model's rotary embedding."""
     size = fields.get("qk_rope_head_dim") or fields.get("head_dim") or 8
     rope = getattr(config, "rope_parameters", None) or {}
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
@@ -299,7 +298,7 @@ def _rotated(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
 
 
 def _small_rope(rope: dict[str, Any], half: int) -> dict[str, Any]:
-    """Rotary parameters with as many entries as the small heads have pairs."""
+    """Return rotary parameters with as many entries as the small heads have pairs."""
     small: dict[str, Any] = {}
     for key, value in rope.items():
         if isinstance(value, dict):

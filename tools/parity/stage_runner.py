@@ -59,9 +59,9 @@ class PipelineStage:
         return result.detach() if isinstance(result, Tensor) else torch.zeros(())
 
     def reports(self, report: Any) -> list[Any]:
-        found: list[Any] = [None] * len(self._ranks)
-        dist.all_gather_object(found, report, group=self._world.groups.of("pipeline"))
-        return found
+        reports: list[Any] = [None] * len(self._ranks)
+        dist.all_gather_object(reports, report, group=self._world.groups.of("pipeline"))
+        return reports
 
     def _send(self, tensors: tuple[Tensor, ...], stage: int) -> None:
         shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

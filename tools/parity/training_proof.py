@@ -1,4 +1,4 @@
-"""Trains a model by `launch/train.py`, in several layouts, and compares the export with the reference.
+"""Trains a model with `launch/train.py` in several layouts, and compares the export with the reference.
 
 One step in each of some layouts, each after it has loaded the checkpoint of the layout before; the export, read by
 `from_pretrained`. Its weights and its held-out loss are compared with those of a plain Hugging Face model that a bare
@@ -41,28 +41,27 @@ LENGTH = 24
 RATE = 0.1
 _MICRO = 2
 _SAMPLES = 12
-"""Full samples that each split holds at least."""
+"""Minimum number of full samples of each split."""
 
 _FIRST_ID = 5
-"""Random ids begin here: those below are special ones in most vocabularies."""
+"""First random id: lower ids are special tokens in most vocabularies."""
 
 _DRIFT = 2e-3
-"""Largest difference of a weight after the steps, as a share of what the tensor changed by."""
+"""Largest difference of a weight after the steps, as a share of the tensor's change."""
 
 _FLOOR = 1e-2
-"""A tensor that changed by less than this share of the largest change is held against that."""
+"""Minimum change that a difference is relative to, as a share of the largest change of all tensors."""
 
 _RESOLUTION = 1e-3
-"""A change is held against at least this share of the tensor's largest element: fp32 has 24 bits."""
+"""A change counts as at least this share of the tensor's largest element: fp32 has 24 bits."""
 
 
 def tiny_model(family: Family) -> RawConfig:
     """Return the sections of a configuration that describe a family's tiny model.
 
-    Infinities, which are none of JSON's numbers, are left to the family's default.
+    Infinities, which JSON cannot express, are left to the family's default.
 
-    Raises:
-        What the family's constructor raises where it cannot be made tiny.
+    Raises: Exception: any type of the family's constructor, if the family cannot be made tiny.
     """
     whole = json.loads(tiny_config(family).to_json_string(use_diff=False))
     config = scrub({key: value for key, value in whole.items() if "__float__" not in json.dumps(value)})
@@ -70,16 +69,16 @@ def tiny_model(family: Family) -> RawConfig:
 
 
 def prove_training(name: str, sections: RawConfig, layouts: Sequence[Layout], *, length: int = LENGTH) -> Verdict:
-    """Train a model by the command, a step in each of `layouts`.
+    """Train a model with the command, one step in each of `layouts`.
 
     Dropout is set to 0 in an inline configuration; the weights of a folder's model that has dropout are not compared,
-    and the verdict's reason says so.
+    which is the reason of the verdict.
 
     Args:
-        name: In the verdict.
-        layouts: One for each step.
+        name: Name in the verdict.
+        layouts: Layout of each step.
         sections: `model`, and where they are given `parallel.tensor_plan`, `training` and
-            `deepspeed.zero_optimization`, whose stage holds for layouts that say none.
+            `deepspeed.zero_optimization`, whose stage applies to layouts without one.
         length: `data.sequence_length`.
     """
     with tempfile.TemporaryDirectory(prefix="tessera-training-") as folder:
@@ -122,7 +121,9 @@ def _cause(err: str) -> str:
 
 def _write_config(folder: Path, sections: RawConfig, layouts: Sequence[Layout], length: int) -> Path:
     """Write the configuration, and random ids as token files."""
-    micro_batches = math.lcm(*(one.data for one in layouts)) * max(4, *(2 * one.pipeline for one in layouts))
+    micro_batches = math.lcm(*(layout.data for layout in layouts)) * max(
+        4, *(2 * layout.pipeline for layout in layouts)
+    )
     model = sections["model"]
     raw = {
         **sections,
@@ -178,8 +179,8 @@ def compare(name: str, path: str) -> Verdict:
     reported = [row["loss"] for row in rows if row["split"] == "validation"][-1]
     verdict.loss = held_out_loss(exported.eval(), batches.validation, loaded.config.training), reported
     if not abs(verdict.loss[0] - verdict.loss[1]) <= TOLERANCE * abs(verdict.loss[0]):
-        verdict.outcome, verdict.reason = "wrong", "the export's held-out loss is not the run's"
-    elif has_active_dropout(model):  # the two draw different numbers
+        verdict.outcome, verdict.reason = "wrong", "the export's held-out loss differs from the run's"
+    elif has_active_dropout(model):  # both draw different random numbers
         verdict.reason = "weights not compared, because dropout is active"
     else:
         _compare_weights(verdict, dict(exported.named_parameters()), dict(model.named_parameters()), before)
@@ -192,13 +193,13 @@ def _compare_weights(
     changed = {name: float((p.detach() - before[name]).abs().max()) for name, p in trained.items()}
     floor = _FLOOR * max(changed.values())
     for name, parameter in trained.items():
-        own = exported.get(name)
+        weight = exported.get(name)
         error = math.inf
-        if own is not None and own.shape == parameter.shape:
+        if weight is not None and weight.shape == parameter.shape:
             scale = max(changed[name], floor, _RESOLUTION * float(parameter.detach().abs().max()))
-            error = float((own.detach() - parameter.detach()).abs().max()) / scale
-        error = error if math.isfinite(error) else math.inf  # what is not a number is less than nothing
+            error = float((weight.detach() - parameter.detach()).abs().max()) / scale
+        error = error if math.isfinite(error) else math.inf  # NaN compares as false
         if error > verdict.worst:
             verdict.worst, verdict.worst_name = error, name
     if not verdict.worst <= _DRIFT:
-        verdict.outcome, verdict.reason = "wrong", f"{verdict.worst_name} is not what a bare loop trains"
+        verdict.outcome, verdict.reason = "wrong", f"{verdict.worst_name} differs from the reference"

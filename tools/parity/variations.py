@@ -1,8 +1,8 @@
-"""Shapes of a family: what the tiny model is varied by, so that a proof does not share its sizes with what it proves.
+"""Shapes of a family: variations of the tiny model, so that a proof does not depend on one choice of sizes.
 
-The generic shape divides everywhere: 4 of 8 key/value heads, heads as wide as hidden / heads, powers of two. A fault
-that these sizes hide is found by the others: one key/value head, heads of another width, widths and a vocabulary that
-do not divide, ties and biases the other way round, and every boolean of the configuration that changes which weights
+The generic shape divides everywhere: 4 of 8 key/value heads, heads as wide as hidden / heads, powers of two. The
+other shapes reveal faults that these sizes hide: one key/value head, heads of another width, widths and a vocabulary
+that do not divide, ties and biases reversed, and every boolean of the configuration that changes which weights
 there are.
 """
 
@@ -30,10 +30,10 @@ WIDTH = "wide heads"
 UNEVEN = "uneven"
 OPPOSITE = "ties and biases reversed"
 SHAPES = (GENERIC, HEADS, FEW_HEADS, WIDTH, UNEVEN, OPPOSITE)
-"""The shapes that every family has, as far as its configuration knows what they change."""
+"""The shapes of every family whose configuration has the fields that they change."""
 
 FLIP = "flip "
-"""Begins the name of a shape in which one boolean of the configuration has its other value."""
+"""Prefix of the name of a shape in which one boolean of the configuration is flipped."""
 
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
 HEAD_WIDTHS = ("head_dim", "d_kv", "attention_head_size", "d_head", "dim_head", "v_head_dim", "attention_head_dim")
@@ -66,7 +66,7 @@ _SMALL_HEAD = 8
 """Width of a head in the generic shape."""
 
 NOT_STRUCTURE = ("is_encoder_decoder", "add_cross_attention", "cross_attention", "use_cache", "torchscript")
-"""Booleans that make another kind of model of it, with inputs that no task here has."""
+"""Booleans that select another type of model, whose inputs no task provides."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Variation:
     """A family in one shape."""
 
     family: Family
-    """With the fields of the shape."""
+    """Family with the fields of the shape."""
 
     shape: str
     changed: tuple[str, ...]
@@ -86,7 +86,7 @@ def variations(family: Family) -> Iterator[Variation]:
     yield Variation(family, GENERIC, ())
     try:
         generic = _BuiltModel(family)
-    except Exception:  # not built: the generic row says why
+    except Exception:  # not built: the generic row has the reason
         return
     for shape in SHAPES[1:]:
         variation = next(
@@ -111,7 +111,7 @@ class _BuiltModel:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def parts(self) -> Iterator[tuple[str, PreTrainedConfig]]:
-        """(name, configuration) of those that say what the language model is made of; "" is the whole one."""
+        """Yield (name, configuration) of those that define the language model; "" is the full one."""
         yield "", self.config
         text = self.config.get_text_config(decoder=True)
         for name in getattr(self.config, "sub_configs", None) or {}:
@@ -127,8 +127,8 @@ def _build_variation(family: Family, shape: str, fields: Fields) -> Variation | 
     )
     try:
         _BuiltModel(varied)
-        computes(varied)  # sizes that the constructor takes and no forward pass can have
-    except Exception:  # the families' validators raise what they like
+        computes(varied)  # sizes that the constructor accepts and the forward pass cannot compute
+    except Exception:  # the families' validators raise many types
         return None
     return Variation(varied, shape, tuple(_field_names(fields)))
 
@@ -149,12 +149,12 @@ def _field_names(fields: Fields, prefix: str = "") -> Iterator[str]:
 
 
 def _settable(config: PreTrainedConfig, key: str) -> Any:
-    """Return the value of a field that the constructor takes by this name; None without one."""
-    if any(isinstance(vars(kind).get(key), property) for kind in type(config).__mro__) or key in config.attribute_map:
+    """Return the value of a constructor argument by name; None if there is no such argument."""
+    if any(isinstance(vars(base).get(key), property) for base in type(config).__mro__) or key in config.attribute_map:
         return None
     try:
         return getattr(config, key, None)
-    except Exception:  # a family that forbids to read it
+    except Exception:  # some families refuse to read it
         return None
 
 
@@ -163,7 +163,7 @@ def _in_section(part: str, fields: Fields) -> Fields:
 
 
 def _fewer_heads_fields(generic: _BuiltModel, counts: tuple[int, ...] = (1, 2)) -> Iterator[Fields]:
-    """Yield the fewest key/value heads first, always so many that each serves equally many query heads."""
+    """Yield numbers of key/value heads that divide the query heads, the smallest first."""
     row = COUPLED.get(generic.config.model_type, {})
     for part, config in generic.parts():
         for holder in ("", "attn_config"):
@@ -177,11 +177,11 @@ def _fewer_heads_fields(generic: _BuiltModel, counts: tuple[int, ...] = (1, 2)) 
 
 
 def _is_left_out(config: PreTrainedConfig, key: str) -> bool:
-    """Whether a field has no value, so that the family derives one."""
+    """Return whether a field has no value, so that the family derives one."""
     fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
     try:
         return key in fields and key not in config.attribute_map and getattr(config, key, 0) is None
-    except Exception:  # a family that forbids to read it
+    except Exception:  # some families refuse to read it
         return False
 
 
@@ -244,4 +244,4 @@ _CANDIDATES: dict[str, Callable[[_BuiltModel], Iterator[Fields]]] = {
     UNEVEN: _uneven_fields,
     OPPOSITE: _opposite_fields,
 }
-"""For each shape the fields to try, the best first; the first that a model can be built with is taken."""
+"""Fields to try for each shape, the best first; the first set that a model can be built with is used."""

@@ -47,7 +47,7 @@ def archive_checkpoints(folder: Path, paths: Sequence[Path], attempt: int) -> Pa
     Retention and later saves never touch an archive.
 
     Args:
-        folder: Of the checkpoints.
+        folder: Folder of the checkpoints.
         paths: See `checkpoints_to_archive`; at least one.
         attempt: Number of the attempt that does not continue them.
 

@@ -1,4 +1,4 @@
-"""What finding and saving the checkpoints of one attempt share: configuration, folder, remote copies, ranks."""
+"""Context shared by finding and saving the checkpoints of one attempt: configuration, folder, remote copies, ranks."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _GETATTR = "builtins.getattr"
 
 
 class _StandIn:
-    """Replaces an object of DeepSpeed's."""
+    """Stand-in for an object of one of DeepSpeed's types."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass

@@ -27,7 +27,7 @@ def export(
     Args:
         checkpoint: Folder of the checkpoint.
         target: Folder to write.
-        dtype: Of the weights in the files; default: fp32, as in the checkpoint.
+        dtype: Type of the weights in the files; default: fp32, as in the checkpoint.
         shard_bytes: Largest size of a file.
         tokenizer: Folder of another tokenizer.
 
@@ -81,7 +81,7 @@ tags: [tessera]
 
 # {config["run"]["name"]}
 
-Trained with Tessera, beginning from {model}.
+Trained with Tessera, starting from {model}.
 
 | | |
 | --- | --- |
@@ -136,7 +136,7 @@ def compare_logits(checkpoint: Path, exported: Path, dtype: torch.dtype) -> Comp
     Args:
         checkpoint: Folder of the checkpoint.
         exported: Folder of the exported model.
-        dtype: Of the weights in `exported`.
+        dtype: Type of the weights in `exported`.
     """
     manifest = read_manifest(checkpoint)
     model = build_from_description(manifest.model, manifest.config["model"]["task"])

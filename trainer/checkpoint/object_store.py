@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 60.0
-"""Of a request that moves no data."""
+"""Timeout of a request that transfers no data."""
 
 
 class _FileSystem(Protocol):
@@ -55,7 +55,7 @@ class ObjectStore:
 
         Args:
             url: Address of the folder.
-            key: Of the configuration that holds the address, for messages.
+            key: Configuration key that holds the address, for messages.
             files: The file system of the address.
             root: Path of the folder in this file system.
         """

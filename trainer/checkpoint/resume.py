@@ -49,13 +49,13 @@ _RESTART = "Start again at step 1 with --resume never, or choose another run.out
 
 @dataclass(frozen=True)
 class Resumption:
-    """What an attempt continues."""
+    """The state that an attempt starts from."""
 
     context: CheckpointContext
-    """With the run directory numbered for this attempt."""
+    """Context with the run directory numbered for this attempt."""
 
     checkpoint: SavedCheckpoint | None
-    """Verified; None if the attempt starts at step 1."""
+    """Verified checkpoint; None if the attempt starts at step 1."""
 
     @property
     def directory(self) -> RunDirectory:
@@ -74,7 +74,7 @@ class Resumption:
 def find_checkpoint(loaded: LoadedConfig, directory: RunDirectory, world: World, record: RunRecord) -> Resumption:
     """Find and verify the checkpoint that `checkpoint.resume` selects. Collective: all ranks must call it.
 
-    Removes what killed attempts left, copies the checkpoint from an object store if necessary, and archives the
+    Removes leftovers of killed attempts, copies the checkpoint from an object store if necessary, and archives the
     checkpoints that this attempt does not continue.
 
     Args:
@@ -239,7 +239,7 @@ def _refuse_lost_checkpoints(context: CheckpointContext) -> None:
 
 
 def _recover_partial_folders(folder: Path) -> None:
-    """Remove what killed attempts left; a checkpoint that only lacks its final name gets it."""
+    """Remove leftovers of killed attempts; rename a complete checkpoint that only lacks its final name."""
     for path in partial_folders(folder):
         manifest: Manifest | None = None
         try:
@@ -278,7 +278,7 @@ def _archive(context: CheckpointContext, resumed: SavedCheckpoint | None) -> Non
 
 
 def _layout(manifest: Manifest) -> str:
-    """Describe the layout that wrote a checkpoint, as far as its manifest records it."""
+    """Describe the layout that wrote a checkpoint, if its manifest records it."""
     world = manifest.about.get("world")
     if not isinstance(world, Mapping):
         return ""

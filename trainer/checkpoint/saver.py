@@ -44,7 +44,7 @@ class CheckpointSaver:
         """Files that the writer thread has written or verified."""
 
         self._failure: CheckpointError | None = None
-        """Of the last save, until it is logged."""
+        """Failure of the last save, until it is logged."""
 
         self._fatal: Exception | None = None
         """Ends the run: no later save could succeed."""
@@ -72,8 +72,8 @@ class CheckpointSaver:
 
         Args:
             engine: Holds the state to save.
-            progress: Of training.
-            losses: Of this step, by split.
+            progress: Progress of training.
+            losses: Losses of this step, by split.
             trackers: State of the experiment trackers; only rank 0's is saved.
         """
         self.close()

@@ -27,8 +27,8 @@ def upload_checkpoint(
     of an older copy of this name, copy the files (each rank its own), copy the manifest, delete expired copies.
 
     Args:
-        context: With `upload` set.
-        folder: Of the checkpoint.
+        context: Context with `upload` set.
+        folder: Folder of the checkpoint.
         files: Names of this rank's files.
         deleted: Names of expired checkpoints; only rank 0's are deleted.
         advance: Called after each file that this rank has copied.

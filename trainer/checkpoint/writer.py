@@ -80,8 +80,8 @@ class CheckpointWriter:
         """Prepare to write; nothing is written yet.
 
         Args:
-            folder: Of the checkpoint, which may exist.
-            rank: Of this process.
+            folder: Folder of the checkpoint, which may exist.
+            rank: Rank of this process.
             group: The ranks that write; None stands for all ranks.
             advance: Called after each file that this rank has written or verified.
         """
@@ -97,8 +97,8 @@ class CheckpointWriter:
 
         Args:
             items: Chunks that this rank owns; over all ranks they cover every tensor once.
-            manifest: Without files and tensors.
-            max_bytes: Of one file.
+            manifest: Manifest without files and tensors.
+            max_bytes: Maximum size of one file.
 
         Returns:
             On rank 0 the complete manifest.
@@ -135,7 +135,7 @@ class CheckpointWriter:
         """Read back what this rank has written, before older checkpoints are deleted for it."""
         for file in self.written:
             if hash_file(self._partial / file.name) != file.hash:
-                raise OSError(f"{file.name} reads back differently from what was written")
+                raise OSError(f"{file.name} differs from what was written when read back")
             self._advance()
 
     def _commit(self, complete: list[Manifest], gathered: Iterable[tuple[list[FileRecord], list[TensorIndex]]]) -> None:
@@ -157,7 +157,7 @@ class CheckpointWriter:
             try:
                 if work is not None:
                     work()
-            except Exception as error:  # of any type, because the other ranks must not wait for this one
+            except Exception as error:  # any type: otherwise the other ranks would wait for this one
                 reason = str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
                 raise CheckpointError(f"{self._folder} was not written: rank {self._rank}: {reason}") from error
 

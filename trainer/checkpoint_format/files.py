@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.checkpoint_format.manifest import DTYPES, Chunk, Dims, FileRecord
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Of tensors in one file of a checkpoint; a larger tensor is in a file alone."""
+"""Maximum bytes of tensors in one file of a checkpoint; a larger tensor gets its own file."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
@@ -34,10 +34,10 @@ class WriteItem:
     """`weight`, `buffer`, or the optimizer's name of its state, such as `exp_avg`."""
 
     shape: Dims
-    """Of the full tensor."""
+    """Shape of the full tensor."""
 
     offsets: Dims
-    """Of the chunk in the full tensor."""
+    """Offsets of the chunk in the full tensor."""
 
     tensor: Tensor
     """The chunk's elements, in the shape of the chunk, on any device."""
@@ -55,19 +55,19 @@ class WriteItem:
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """One chunk in a written file, with what it is a chunk of."""
+    """One chunk in a written file, with the tensor that it belongs to."""
 
     name: str
     role: str
     shape: Dims
-    """Of the full tensor."""
+    """Shape of the full tensor."""
 
     dtype: str
     chunk: Chunk
 
 
 def split_into_files(items: Iterable[WriteItem], max_bytes: int = MAX_FILE_BYTES) -> Iterator[list[WriteItem]]:
-    """Group items, in order, into files of at most `max_bytes`; a larger item gets a file alone."""
+    """Group items, in order, into files of at most `max_bytes`; a larger item gets its own file."""
     file_items: list[WriteItem] = []
     size = 0
     for item in items:
@@ -129,7 +129,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tupl
 
 
 def _write(file: FileIO, data: bytes | memoryview, hasher: xxhash.xxh3_128) -> None:
-    """Write all of `data`; one system call may write less than it is given."""
+    """Write all of `data`; a single system call may write only part of it."""
     hasher.update(data)
     view = memoryview(data)
     while view:

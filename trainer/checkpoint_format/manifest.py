@@ -32,7 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By the names of safetensors."""
+"""Dtypes by their names in safetensors."""
 
 WEIGHT, BUFFER = "weight", "buffer"
 MODEL_ROLES = (WEIGHT, BUFFER)
@@ -48,10 +48,10 @@ class Chunk:
 
     file: str
     byte_offset: int
-    """Of the first element in the file."""
+    """Byte offset of the first element in the file."""
 
     offsets: Dims
-    """Of the first element in the full tensor."""
+    """Offsets of the first element in the full tensor."""
 
     sizes: Dims
 
@@ -110,10 +110,10 @@ class Manifest:
 
     tokens: int
     samples: int
-    """Consumed by training so far: the position in the order of the data."""
+    """Samples consumed by training so far: the position in the order of the data."""
 
     losses: Mapping[str, float | None]
-    """Of this step by split, where they were computed at this step."""
+    """Losses by split that were computed at this step."""
 
     config: Mapping[str, Any]
     """Resolved configuration of the run that wrote the checkpoint."""
@@ -122,8 +122,8 @@ class Manifest:
     """Versions, git commit, world layout."""
 
     model: Mapping[str, Any]
-    """Description that rebuilds the model without its weights: `config`, `generation` and `class`, in Hugging Face's
-    words."""
+    """Description that rebuilds the model without its weights: `config`, `generation` and `class`, as named by
+    Hugging Face."""
 
     data: Mapping[str, Any]
     """Fingerprints of the training data, which reveal a different order of samples."""

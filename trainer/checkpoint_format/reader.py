@@ -51,7 +51,7 @@ def verify_files(folder: Path, manifest: Manifest, files: Iterable[FileRecord] |
 
 
 class ChunkReader:
-    """Reads chunks of a checkpoint from memory-mapped files: bytes that are not asked for are not read."""
+    """Reads chunks of a checkpoint from memory-mapped files: only requested bytes are read."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

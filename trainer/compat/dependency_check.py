@@ -48,7 +48,7 @@ class Dependency:
         return importlib.metadata.version(self.distribution)
 
     def remedy(self) -> str:
-        """Say what a user can do about an incompatible version."""
+        """Return the remedy for an incompatible version."""
         return f"Install a supported version ({self.distribution}{self.supported})"
 
 
@@ -66,11 +66,11 @@ def check_versions(dependencies: Iterable[Dependency]) -> None:
 
 
 def _version_problems(dependency: Dependency) -> Iterator[Problem]:
-    found = dependency.version()
-    if not SpecifierSet(dependency.supported).contains(found, prereleases=True):
+    version = dependency.version()
+    if not SpecifierSet(dependency.supported).contains(version, prereleases=True):
         yield Problem(
             dependency.distribution,
-            f"supported {dependency.supported}, found {found}",
+            f"supported {dependency.supported}, found {version}",
             f"Install a supported version, or set {ALLOW_UNSUPPORTED}=1 to try",
         )
 

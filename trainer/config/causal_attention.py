@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from trainer.config.schema import ModelSection
 
 NON_CAUSAL_FAMILIES: Mapping[str, str] = {
-    "cpmant": "takes all tokens of a sample for context, which is seen in both directions",
+    "cpmant": "treats all tokens of a sample as context, which is seen in both directions",
     "prophetnet": "mixes positions in its n-gram attention, by a reshape",
-    "xlnet": "attends in both directions unless it is given a permutation",
+    "xlnet": "attends in both directions without a permutation",
 }
 """Families whose causal class attends to later tokens with every configuration, with the reason.
 

@@ -28,7 +28,7 @@ from trainer.json_types import Json
 
 
 class Absent(enum.Enum):
-    """The type of `ABSENT`."""
+    """Type of `ABSENT`."""
 
     ABSENT = "absent"
 
@@ -70,7 +70,7 @@ class AddedKey:
     """The removed key that this one replaces."""
 
     replacement: str = ""
-    """What to write instead of `replaces`, for messages."""
+    """Replacement to suggest for `replaces`, for messages."""
 
     def legacy_value_in(self, stored: Mapping[str, Any]) -> Value:
         """Return the value for a stored configuration that lacks the key."""

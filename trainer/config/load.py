@@ -1,4 +1,4 @@
-"""From files and overrides to a checked `Config`. All problems are reported in one pass."""
+"""Load files and overrides as a checked `Config`. All problems are reported in one pass."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def load_model_config(path: str, task: str = DEFAULT_TASK, *, weights_are_read: 
             Problem(
                 "model.path",
                 f"the weights in '{path}' are quantized, and only unquantized weights can be trained "
-                f"({path}/config.json: {key} says {method})",
+                f"({path}/config.json: {key} has {method})",
                 "Dequantize the model and save it with `save_pretrained`, or use the unquantized repository; with "
                 "model.initialize 'random' only the sizes are used",
             )

@@ -1,4 +1,4 @@
-"""The plain numbers of a model's configuration that rules and other packages need."""
+"""Numbers of a model's configuration that rules and other packages need."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ TaskName = Annotated[str, AfterValidator(_known_task), WithJsonSchema({"enum": l
 
 
 class RunSection(Section):
-    """The run itself: its directory, its seed, and code of yours that it needs."""
+    """The run itself: its directory, its seed, and user code that it needs."""
 
     output_dir: Text
     """The run directory: the run writes nothing outside it. All hosts must share it."""

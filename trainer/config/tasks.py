@@ -13,10 +13,10 @@ class TaskFamilies:
     """Name of transformers' mapping from a family's configuration class to its model class."""
 
     noun: str
-    """What the models are called, for messages."""
+    """Noun for the models, for messages."""
 
     remedy: str
-    """What to do about a family without such a model, for messages."""
+    """Remedy for a family without such a model, for messages."""
 
     is_causal: bool
     """Whether attention must not see later tokens."""

@@ -48,7 +48,7 @@ class BatchShape:
     data_rank: int
     data_ranks: int
     collate: Callable[[Sequence[Ids]], MicroBatch]
-    """Makes a micro-batch of samples: the task's, with the run's padding."""
+    """Collates samples into a micro-batch: the task's collation, with the run's padding."""
 
 
 class TrainBatches:

@@ -56,7 +56,7 @@ class Cache:
 
     def __post_init__(self) -> None:
         builder = self.launch.rank - self.launch.local_rank
-        # All ranks count caches in the same order, so that a second cache of a process waits for keys of its own.
+        # All ranks count caches in the same order, so that a second cache of a process waits for separate keys.
         count = 0 if self.store is None else self.store.add(f"data/openings/{self.launch.rank}", 1)
         self._key = f"data/{builder}/{count}"
         self._entries = 0
@@ -199,7 +199,7 @@ class _Entry:
         self._alias.parent.mkdir(parents=True, exist_ok=True)
         with _hold_lock(self._cache.lock(self._alias.stem[:32])):
             if (other := self.resolve_alias()) is not None and other != folder and self._is_valid(other):
-                return other  # another run has built it while this one waited for the lock
+                return other  # another run has built it while this process waited for the lock
             name = f"{prefix}-{_digest(content())[:32]}"
             with _hold_lock(self._cache.lock(name)):
                 if not self._is_valid(root / name, locked=True):

@@ -72,7 +72,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class _TokenRates:
-    """What converts characters and documents of text to tokens."""
+    """Ratios that convert characters and documents of text to tokens."""
 
     per_character: float
     per_document: int

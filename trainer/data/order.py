@@ -31,7 +31,7 @@ def mix(*values: int) -> int:
 
 
 def _round_function(value: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """Apply the round function of the Feistel network: any function will do, it need not be invertible."""
+    """Apply the round function of the Feistel network: any function works, invertible or not."""
     value = (value + np.uint64(key)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(32))
@@ -115,7 +115,7 @@ class SampleOrder:
             selected = source == number
             size, share = self.samples[number], self.shares[number]
             # Positions within the source count through all epochs, so that every sample of the source is read once
-            # before any is read again, also where the weight is no integer.
+            # before any is read again, even if the weight is not an integer.
             source_positions = epoch_positions[selected] - (source_ends[number] - share) + epoch * share
             permuted = np.empty_like(source_positions)
             for pass_number in np.unique(source_positions // size):

@@ -222,7 +222,7 @@ def _training_text(sources: Sequence[Source], fraction: float | None) -> Iterato
 
 
 def _load_tokenizer_for_export(loaded: LoadedConfig) -> PreTrainedTokenizerBase | None:
-    """Load the model's tokenizer, which is only written next to the trained model; return None if it has none."""
+    """Load the model's tokenizer, which is only saved with the trained model; return None if it has none."""
     try:
         return load_named_tokenizer(loaded)
     except ConfigError as error:

@@ -54,7 +54,7 @@ def sample_source(source: Source) -> SourceSample:
         _sample_file(Source(path, source.split, source.text_field, source.max_document_bytes), sample)
         sample.files += 1
     if not sample.texts and len(files) <= MAX_INSPECTED_FILES:
-        raise DataError(f"{source.path}: no text in it")
+        raise DataError(f"{source.path}: contains no text")
     if len(files) > MAX_INSPECTED_FILES:
         factor = sum(map(_content_bytes, files)) / max(1, sum(map(_content_bytes, files[:MAX_INSPECTED_FILES])))
         sample.documents = len(files) if all(map(_is_document_file, files)) else sample.documents * factor

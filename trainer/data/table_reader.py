@@ -1,8 +1,8 @@
 """Child process that writes the rows of tables and of datasets saved by `datasets` to stdout as JSON lines.
 
 Some damaged files crash the C++ libraries that read them, and small files can expand to gigabytes. Here they crash a
-child process with a memory limit, and `tables.py` reports the file. The script imports nothing of the trainer, so that
-it starts fast.
+child process with a memory limit, and `tables.py` reports the file. The script imports nothing from the trainer, so
+that it starts fast.
 
     python table_reader.py FIELD LARGEST MEMORY FILE...
 
@@ -150,7 +150,7 @@ def main() -> None:
         except MemoryError as error:
             _write_line(memory=str(error))
             break
-        except Exception as error:  # whatever pyarrow and pandas raise on damaged files
+        except Exception as error:  # pyarrow and pandas raise many types on damaged files
             _write_line(error=(str(error).strip().splitlines() or [type(error).__name__])[0])
             break
     else:

@@ -25,7 +25,7 @@ _DOCUMENT_COPIES = 16
 """Copies of the largest allowed document that fit into the memory limit of the reader."""
 
 _THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-"""Environment that keeps libraries from reserving address space, which is what is limited, for every core."""
+"""Environment that keeps libraries from reserving address space for every core: the limit is on address space."""
 
 
 class _Message(TypedDict, total=False):

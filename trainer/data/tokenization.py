@@ -77,7 +77,7 @@ def tokenize_source(
                 writer.end()
                 num_documents += 1
     if num_documents == 0:
-        raise DataError(f"{source.path}: no text in it ({num_empty} empty documents)")
+        raise DataError(f"{source.path}: contains no text ({num_empty} empty documents)")
     (out / _FINGERPRINT_FILE).write_text(open_contiguous(out / "tokens").fingerprint())
     if num_empty:
         log.warning("%s: skipped %d empty documents of %d", source.path, num_empty, num_empty + num_documents)

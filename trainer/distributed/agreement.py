@@ -1,4 +1,4 @@
-"""Running work on ranks so that an error of one rank is raised on all."""
+"""Runs work on ranks, so that an error of one rank is raised on all."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ T = TypeVar("T")
 def agree(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Return this rank's result of `work`; raise an error of any rank on all ranks.
 
-    Collective: all ranks of `group` must call it, so that no rank waits for one that has failed. Without process group
+    Collective: all ranks of `group` must call it, so that no rank waits for a rank that has failed. Without process
+        group
     only this rank's work is done.
 
     Args:
-        work: Must raise a `TesseraError`, if anything.
+        work: May raise only a `TesseraError`.
         group: The ranks; by default all of torch's default group.
 
     Raises:
         ConfigError: with the problems of all ranks.
-        TesseraError: of the first rank that has one, if it is another error.
+        TesseraError: the error of the first failed rank, if it is another type.
     """
     if not dist.is_initialized():
         return work()
@@ -49,11 +50,11 @@ def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = No
     """Return the result of `work` on rank 0, on all ranks. Collective: all ranks of `group` must call it.
 
     Args:
-        work: Must raise a `TesseraError`, if anything.
+        work: May raise only a `TesseraError`.
         group: The ranks, among them rank 0; by default all of torch's default group.
 
     Raises:
-        TesseraError: of rank 0, on all ranks.
+        TesseraError: the error of rank 0, on all ranks.
     """
     outcome: list[tuple[T | None, TesseraError | None]] = [(None, None)]
     if dist.get_rank() == 0:

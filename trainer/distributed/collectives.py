@@ -25,9 +25,9 @@ def all_gather(tensor: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate the tensors of all ranks along `dim`. Collective: all ranks of `group` must call it.
 
     Args:
-        tensor: This rank's tensor; all ranks have the same shape.
+        tensor: This rank's tensor, of the same shape on all ranks.
         dim: Dimension that grows by the size of the group.
-        group: The ranks, in whose order the result is.
+        group: The ranks, whose order is that of the result.
     """
     size = dist.get_world_size(group)
     local = tensor.detach().movedim(dim, 0).contiguous()
@@ -44,7 +44,7 @@ def reduce_scatter(tensor: Tensor, dim: int, group: Group) -> Tensor:
     Args:
         tensor: Summand of the full shape; `dim` must be divisible by the size of the group.
         dim: Dimension that is divided by the size of the group.
-        group: The ranks, in whose order the slices are.
+        group: The ranks, whose order is that of the slices.
     """
     size = dist.get_world_size(group)
     full = tensor.detach().movedim(dim, 0).contiguous()

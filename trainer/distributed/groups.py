@@ -17,9 +17,9 @@ from trainer.topology import AXES, Axis, Topology
 class ProcessGroups:
     """The process groups of a joined world; torch's default group holds the ranks of one replica.
 
-    torch demands that all ranks create the same groups in the same order, members or not. So every method that creates
-    a group is collective: all ranks of the world must ask for the same groups in the same order, also those that do not
-    use them. The groups of single axes of more than one rank are created at once, slowest axis first; all others on
+    torch requires all ranks to create the same groups in the same order, members or not. So every method that creates
+    a group is collective: all ranks of the world must request the same groups in the same order, even those that do
+    not use them. The groups of single axes of more than one rank are created at once, slowest axis first; all others on
     first use. A second request for a group returns the first one.
     """
 

@@ -64,7 +64,7 @@ def joined_world(
     seed_everything(seed, topology)
     groups = ProcessGroups(topology, store)
     yield World(topology.inside_replica(), topology, device, seed, store, groups, phases)
-    if topology.replica > 1:  # rank 0 hosts the store, and has no collective in common with the other replicas
+    if topology.replica > 1:  # rank 0 hosts the store, and shares no collective with the other replicas
         dist.all_reduce(torch.zeros(1), group=groups.of(*AXES))
     # Not after an error: leaving the world would make the other ranks fail, and be killed by the launcher, before this
     # rank has printed the cause.
@@ -100,7 +100,7 @@ def _prepare_device(launch: Launch) -> torch.device:
 def _init_process_group(topology: Topology, device: torch.device, store: Store, timeout: timedelta) -> None:
     """Initialize torch's default group with the ranks of one replica, and DeepSpeed's wrapper of it.
 
-    DeepSpeed calls barriers and collectives on the default group, so that each replica needs one of its own.
+    DeepSpeed calls barriers and collectives on the default group, so each replica needs its own.
     Collective: all ranks must call it.
     """
     import deepspeed

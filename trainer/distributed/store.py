@@ -101,7 +101,7 @@ def _host_store(launch: Launch, host: str, port: int) -> TCPStore:
     except OSError as error:
         reason = f"cannot listen on port {port} of {socket.gethostname()}: {error.strerror}"
         remedy = (
-            "Another run on this host may use it, perhaps an earlier start of this one. For a second run choose "
+            "Another run on this host may use it, perhaps an earlier attempt of this run. For a second run choose "
             "another port: deepspeed --master_port N, or torchrun --master_port N"
         )
         raise ConfigError(Problem("--master_port", reason, remedy)) from None

@@ -61,7 +61,7 @@ def publish_value(store: Store, world_size: int, key: str, value: str, *, purpos
         world_size: Number of ranks.
         key: Key of the value.
         value: The value.
-        purpose: What the other ranks do, as in `wait_for_keys`.
+        purpose: Purpose of the other ranks, as in `wait_for_keys`.
         timeout: Longest wait; late ranks are ignored.
     """
     store.set(key, value)
@@ -75,7 +75,7 @@ def receive_value(store: Store, rank: int, key: str, *, purpose: str, timeout: t
         store: Store of all ranks.
         rank: This rank.
         key: Key of the value.
-        purpose: What rank 0 does, as in `wait_for_keys`.
+        purpose: Purpose of rank 0, as in `wait_for_keys`.
         timeout: Longest wait.
     """
     if wait_for_keys(store, {key: "rank 0"}, purpose, timeout):

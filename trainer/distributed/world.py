@@ -37,7 +37,7 @@ class World:
 
     @property
     def is_rank_zero(self) -> bool:
-        """True on the one rank that writes what a run has once: events, metrics, the console."""
+        """True on the one rank that writes the outputs of the run: events, metrics, the console."""
         return self.full_topology.rank == 0
 
     def seed_step(self, step: int) -> None:
@@ -46,7 +46,7 @@ class World:
 
 
 def seed_everything(seed: int, topology: Topology, step: int = 0) -> None:
-    """Seed what draws random numbers in a step, such as dropout.
+    """Seed the random numbers of a step, such as those of dropout.
 
     Tensor ranks draw the same numbers, since they compute parts of the same activations. All other coordinates are part
     of the seed: stages compute other layers, the other axes other tokens. The numbers follow from the seed, the step

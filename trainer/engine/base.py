@@ -1,4 +1,4 @@
-"""What the engines with and without a pipeline share: clipping, results, gathering, checks of the first step."""
+"""Base of the engines with and without a pipeline: clipping, results, gathering, checks of the first step."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class BaseEngine:
         """Wrap an engine of DeepSpeed.
 
         Args:
-            deepspeed_engine: from `deepspeed.initialize`.
-            world: of this rank.
-            mapper: of the rank's model, or of the first of its stages.
-            task: that the model learns.
+            deepspeed_engine: engine from `deepspeed.initialize`.
+            world: the world of this rank.
+            mapper: mapper of the rank's model, or of its first stage.
+            task: the training task.
             max_grad_norm: norm to clip gradients to, 0 for none; None where DeepSpeed clips.
             loss_pipeline_rank: pipeline rank that computes the loss.
         """
@@ -81,7 +81,7 @@ class BaseEngine:
     # The parts of a step ----------------------------------------------------------------------------------------------
 
     def _learning_rate(self) -> float:
-        """Read the unscaled learning rate; of Muon's two, that of matrices."""
+        """Read the unscaled learning rate; for Muon, that of the matrices."""
         groups = self.deepspeed_engine.optimizer.param_groups
         return float(next((group for group in groups if group.get("use_muon")), groups[0])["lr"])
 
@@ -151,7 +151,7 @@ class BaseEngine:
         """Assemble the outcome of a step; of the ranks that read the same samples, one reports the losses.
 
         Args:
-            sums: of the loss and of the auxiliary loss, scalars.
+            sums: sums of the loss and of the auxiliary loss, scalars.
             grad_norm: None where DeepSpeed has computed it.
             learning_rate: of this step.
             micro_batches: of this rank.

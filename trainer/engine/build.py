@@ -1,4 +1,4 @@
-"""From a model without weights to an engine that trains it."""
+"""Creation of an engine from a model without weights."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def build_engine(
     *,
     zero_weights: bool = False,
 ) -> PlainEngine | PipelineEngine:
-    """Materialize a model's weights and make the engine that trains it. Collective: all ranks must call it.
+    """Materialize a model's weights and create the engine that trains it. Collective: all ranks must call it.
 
     Args:
-        model: from `build_model`, on the meta device.
+        model: model from `build_model`, on the meta device.
         loaded: the configuration.
         world: of this rank.
         assignment: of the model's layers to stages, from `assign_stages`; None without a pipeline.
@@ -82,7 +82,7 @@ def build_engine(
 
 @dataclass(frozen=True)
 class _EngineBuilder:
-    """Builds an engine from what `build_engine` has prepared."""
+    """Builds an engine from the parts that `build_engine` prepared."""
 
     loaded: LoadedConfig
     world: World
@@ -155,7 +155,7 @@ class _EngineBuilder:
         )
 
     def _materialized_stages(self, model: PreTrainedModel, assignment: StageAssignment) -> list[StageModule]:
-        """Make this rank's stages, each a copy of the model with the weights of its layers.
+        """Create this rank's stages, each a copy of the model with the weights of its layers.
 
         Collective: all ranks must call it. All weights are materialized before any stage is installed, because
         installing changes the modules that hold them.

@@ -44,7 +44,7 @@ class Evaluation:
     """Held-out loss over all ranks."""
 
     loss: float
-    """Mean over all targets."""
+    """Mean cross entropy over all targets."""
 
     tokens: int
     """Targets."""
@@ -61,7 +61,7 @@ class TensorChunk:
     """Hugging Face name of the weight or buffer."""
 
     role: str
-    """What the tensor is to the weight: the weight itself, a buffer, or optimizer state such as `exp_avg`."""
+    """Role of the tensor: the weight itself, a buffer, or optimizer state such as `exp_avg`."""
 
     shape: tuple[int, ...]
     """Shape of the full tensor."""
@@ -82,7 +82,7 @@ class ScalarState:
     """Non-tensor training state, JSON-serializable."""
 
     counters: Mapping[str, int]
-    """By the names in `COUNTERS`."""
+    """Counters by the names in `COUNTERS`."""
 
     scaler: Mapping[str, float | bool]
     """State of the dynamic loss scale of fp16; empty in other precisions."""
@@ -173,7 +173,8 @@ class Engine(Protocol):
         """Compute the loss of each label of one micro-batch as in evaluation. Collective: all ranks must call it.
 
         Returns:
-            fp32 in the shape of the labels, 0 where a label is ignored; None on stages that do not compute the loss.
+            Losses in fp32, in the shape of the labels, 0 for ignored labels; None on stages that do not compute the
+            loss.
         """
 
     def all_gather_scalars(self, values: list[Tensor | float]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""How a run optimizes, in every engine: parameter groups, schedule, gradient norm, Muon's clipping."""
+"""Optimizer setup of every engine: parameter groups, schedule, gradient norm, Muon's clipping."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from trainer.engine.parameter_groups import ParameterGroups
 
 @dataclass(frozen=True)
 class OptimizerSetup:
-    """What `deepspeed.initialize` receives in addition to its configuration, and corrections of its optimizer."""
+    """Arguments of `deepspeed.initialize` in addition to its configuration, and corrections of its optimizer."""
 
     groups: ParameterGroups
     schedule: Callable[[torch.optim.Optimizer], Scheduler] | None
-    """Makes a schedule of Tessera's for torch's optimizer; None where DeepSpeed makes the schedule."""
+    """Creates Tessera's schedule for torch's optimizer; None if DeepSpeed creates the schedule."""
 
     def initialize(
         self, module: nn.Module, models: Sequence[nn.Module], settings: Settings, *, mpu: MPUProtocol | None
     ) -> DeepSpeedEngine:
-        """Make DeepSpeed's engine for a module. Collective: all ranks must call it.
+        """Create DeepSpeed's engine for a module. Collective: all ranks must call it.
 
         Args:
-            module: that the engine calls; its parameters that require a gradient are trained.
+            module: called by the engine; its parameters that require a gradient are trained.
             models: the Hugging Face models in it.
             settings: DeepSpeed's configuration.
             mpu: process groups; None for a pipeline, which makes its own.

@@ -38,7 +38,7 @@ class ParameterGroups:
     ) -> list[nn.Parameter] | list[ParameterGroup]:
         """Build the parameters for `deepspeed.initialize`: a plain list where all weights have the same options.
 
-        Groups of which this rank has no weight are left out. All ranks of a data group hold the same weights, so
+        Groups without a weight on this rank are omitted. All ranks of a data group hold the same weights, so
         they agree on the groups. Pipeline stages and tensor ranks may differ in their number, so no collective over
         those may run once per group: see `reduce_norm_once`.
 

@@ -16,14 +16,14 @@ _Instant: TypeAlias = "float | torch.cuda.Event"
 class PipelineClock:
     """Sums the time between the start and the end of each forward and backward pass of a training schedule.
 
-    On a GPU instants are events in the stream, so that measuring does not wait for the device.
+    On a GPU timestamps are events in the stream, so that measuring does not wait for the device.
     """
 
     def __init__(self, device: torch.device, advance: Callable[[], None]) -> None:
         """Start without a schedule.
 
         Args:
-            device: that computes.
+            device: device that computes.
             advance: called before each pass of a micro-batch.
         """
         self._is_on_gpu, self._advance = device.type == "cuda", advance

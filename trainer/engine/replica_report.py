@@ -9,7 +9,7 @@ from typing import NamedTuple
 from trainer.engine.replica_set import ReplicaSet
 
 MAX_REPORTED = 8
-"""Weights that are compared with their master weights and named."""
+"""Number of weights that are compared with their master weights and named."""
 
 Hash = tuple[int, int]
 """Both halves of `hash_bits`."""
@@ -43,7 +43,7 @@ def describe_mismatches(
 
     Args:
         mismatches: all of them; the first `MAX_REPORTED` are named.
-        wrong_ranks: of each mismatch; empty if it cannot be told which replica is wrong.
+        wrong_ranks: of each mismatch; empty if it cannot be determined which replica is wrong.
         hosts: host name of each rank.
         step: in which the replicas were compared.
         last_verified: step after which they were equal; None if none was compared.
@@ -54,7 +54,7 @@ def describe_mismatches(
         if ranks:
             line = f"{_describe_ranks(sorted(ranks), hosts)} of {all_ranks} wrong"
         else:
-            line = f"{all_ranks} differ, and neither a majority nor master weights tell which is wrong"
+            line = f"{all_ranks} differ, and neither a majority nor master weights show which is wrong"
         lines[line].append(mismatch.name)
     weights = "; ".join(f"{', '.join(names)}: {line}" for line, names in lines.items())
     rest = f"; and {len(mismatches) - MAX_REPORTED} more weights" if len(mismatches) > MAX_REPORTED else ""

@@ -1,4 +1,4 @@
-"""Which ranks hold replicas of the same weight."""
+"""Sets of ranks that hold replicas of the same weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReplicaSet(NamedTuple):
     """Pipeline ranks with a replica; empty where only the rank's own coordinate holds the weight."""
 
     tensor: int
-    """Number of neighboring tensor ranks with a replica, the rank itself included."""
+    """Number of neighboring tensor ranks with a replica, including the rank itself."""
 
     data: bool
     """Whether all data ranks have a replica."""

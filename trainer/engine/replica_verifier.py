@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Replica:
-    """Elements of a weight on this rank that other ranks hold, too."""
+    """Elements of a weight on this rank that other ranks also hold."""
 
     parameter: nn.Parameter
     elements: Tensor
@@ -47,10 +47,10 @@ class _MasterFragment(NamedTuple):
     parameter_offset: int
     length: int
     hash: Hash
-    """Of the master weights, cast to the weight's type."""
+    """Hash of the master weights, cast to the weight's type."""
 
     def contradicts(self, replica: _Replica) -> bool:
-        """Return whether a replica has other bits than the master weights, as far as it has these elements."""
+        """Return whether a replica has other bits than the master weights, if it has these elements."""
         start = self.parameter_offset - replica.parameter_offset
         if start < 0 or start + self.length > replica.elements.numel():  # ZeRO 3: another data rank's partition
             return False
@@ -61,7 +61,8 @@ class ReplicaVerifier:
     """Compares the hashes of all replicas.
 
     In a step that verifies, replicas are compared after the update. Where updates write weights from master weights,
-    they are also compared before it: the update would overwrite a corrupted replica, after it has spoilt the gradient.
+    they are also compared before it: the update would overwrite a corrupted replica, which has corrupted the gradient
+    already.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class ReplicaVerifier:
         One all-gather of 16 bytes per replica set, of which there are few.
 
         Raises:
-            ReplicasDifferError: on all ranks alike, naming the ranks whose replicas are wrong, where a majority or
-                master weights tell.
+            ReplicasDifferError: on all ranks alike, naming the ranks whose replicas are wrong, if a majority or
+                master weights show it.
         """
         self._compare(step)
         self._last_verified = step

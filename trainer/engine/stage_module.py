@@ -18,8 +18,8 @@ from trainer.tensor_parallel import Mapper
 class StageModule(nn.Module):
     """Maps received activations to sent activations, or to the objective on the last stage.
 
-    DeepSpeed calls it once per micro-batch. The stage takes the micro-batches from a queue of its own rather than from
-    the previous stage: batches are a function of the step, so every stage can read them, and only activations cross a
+    DeepSpeed calls it once per micro-batch. The stage takes the micro-batches from its own queue rather than from the
+    previous stage: batches are a function of the step, so every stage can read them, and only activations cross a
     boundary.
     """
 
@@ -27,10 +27,10 @@ class StageModule(nn.Module):
         """Wrap a stage.
 
         Args:
-            task_module: around the Hugging Face model of the stage.
-            stage: installed in the model.
-            mapper: of the model.
-            device: that computes.
+            task_module: task module around the Hugging Face model of the stage.
+            stage: stage that is installed in the model.
+            mapper: mapper of the model.
+            device: device that computes.
         """
         super().__init__()
         self.task_module, self.mapper = task_module, mapper
@@ -54,8 +54,8 @@ class StageModule(nn.Module):
         """Queue the micro-batches of the next schedule, and reset the sums of losses.
 
         Args:
-            micro_batches: in the order of the schedule.
-            normalization: of the losses; None in evaluation.
+            micro_batches: micro-batches in the order of the schedule.
+            normalization: normalization of the losses; None in evaluation.
         """
         assert not self._micro_batches, "a schedule has not consumed all of its micro-batches"
         self._micro_batches.extend(micro_batches)

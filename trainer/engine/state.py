@@ -27,8 +27,8 @@ class DeepSpeedTrainingState:
         """Find the optimizer's layout.
 
         Args:
-            engine: of DeepSpeed.
-            world: of this rank.
+            engine: DeepSpeed's engine.
+            world: the world of this rank.
             models: Hugging Face models of this rank's stages.
             mapper: of the first of them.
         """
@@ -88,7 +88,7 @@ class DeepSpeedTrainingState:
         yield from self._layout.state_fragments(parameter, owned_only=owned_only)
 
     def _factored_chunks(self, parameter: nn.Parameter, name: str) -> Iterator[TensorChunk]:
-        """Yield state of another shape than the parameter: rows and columns of Adafactor, full on every rank."""
+        """Yield state whose shape differs from the parameter's: rows and columns of Adafactor, full on every rank."""
         fragment = self._fragment(parameter)
         if fragment is None or not self._layout.is_replicated:
             return
@@ -178,7 +178,7 @@ def _chunks(shard: Shard, role: str, elements: Tensor, offset: int) -> Iterator[
 
 
 def _set_scalars(state: dict[str, object], values: Mapping[str, float]) -> None:
-    """Set the values that the optimizer's state has, in the type that it has."""
+    """Set the existing values of the optimizer's state, in their types."""
     for key, value in values.items():
         previous = state.get(key)
         if isinstance(previous, Tensor):

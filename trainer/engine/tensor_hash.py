@@ -7,7 +7,7 @@ the same kind, the two halves of the hash are, modulo 2^64,
     sum of f(x_i + (i + 1) C)    and    sum of g(f(x_i + (i + 1) C)).
 
 f and g are bijections, so a change within one word, such as a flipped bit, always changes both halves. Any other
-change, such as two elements swapped, goes unnoticed with probability 2^-128, if the sums behave as random ones do.
+change, such as two elements swapped, goes unnoticed with probability 2^-128, if the sums behave like random numbers.
 The result depends neither on the device nor on the tensor's alignment in memory.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 _WORD_BYTES = 8
 _CPU_WORDS, _DEVICE_WORDS = 1 << 15, 1 << 22
-"""Words that are mixed at once: all three buffers fit into a CPU's cache, and kernels keep a GPU busy."""
+"""Number of words that are mixed at once: all three buffers fit into a CPU's cache, and kernels keep a GPU busy."""
 
 
 def _signed(word: int) -> int:

@@ -1,4 +1,4 @@
-"""Comparison of ranks through the store: are they started with the same configuration, code and data?
+"""Comparison of the configuration, code and data of all ranks through the store.
 
 Every rank posts facts; rank 0 compares them and posts the verdict; all ranks raise the same error. Only rank 0 prints
 it, and the launcher ends the other ranks together with rank 0.
@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, Problem, RanksDifferError
 from trainer.json_types import Json
 
 _COMPARE_TIMEOUT = timedelta(minutes=30)
-"""Timeout of rank 0 for the facts of the other ranks, and of these for the verdict."""
+"""Timeout of rank 0 for the facts of the other ranks, and of the other ranks for the verdict."""
 
 _READ_TIMEOUT = timedelta(seconds=10)
 _MAX_PROBLEMS = 12
@@ -64,13 +64,13 @@ def compare_ranks(
     Args:
         launch: This process, as the launcher describes it.
         store: Store of all ranks.
-        purpose: What ranks do before this comparison, such as "start"; used once in a run.
+        purpose: Activity before this comparison, such as "start"; used once in a run.
         facts: Facts of this rank.
         timeout: How long ranks wait for each other.
 
     Raises:
-        RanksDifferError: on all ranks: names the key, ranks, hosts and values. Only on a process whose rank another one
-            has: names that rank.
+        RanksDifferError: on all ranks: names the key, ranks, hosts and values. Only on a process whose rank another
+            process has: names that rank.
         ConfigError: a rank did not arrive within `timeout`.
     """
     if launch.world_size == 1:

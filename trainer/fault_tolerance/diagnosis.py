@@ -11,7 +11,7 @@ from trainer.fault_tolerance.reports import PeerReports, Reporter
 
 
 class Diagnosis:
-    """What a rank knows about the ranks that it waits for, from their reports in the store."""
+    """Information about the ranks that a rank waits for, from their reports in the store."""
 
     def __init__(self, launch: Launch, reporter: Reporter, interval: float) -> None:
         """Read the reports that `reporter` exchanges every `interval` seconds."""
@@ -27,11 +27,11 @@ class Diagnosis:
         self._reporter.reads_peers = is_wanted
 
     def is_store_silent(self) -> bool:
-        """Return True if rank 0, which hosts the store, does not answer."""
+        """Return True if rank 0, which hosts the store, does not respond."""
         return self._reporter.seconds_unanswered() > max(2 * self._interval, 0.5)
 
     def is_logging_rank(self) -> bool:
-        """Return True on rank 0, and on rank 1 if rank 0 does not answer."""
+        """Return True on rank 0, and on rank 1 if rank 0 does not respond."""
         return self._launch.rank == 0 or (self._launch.rank == 1 and self.is_store_silent())
 
     def missing_ranks(self, mark: PhaseMark) -> tuple[dict[int, str], list[int]]:
@@ -69,7 +69,7 @@ class Diagnosis:
         return self._launch.rank == min(rank for rank in range(self._launch.world_size) if rank not in lost)
 
     def wait_for_dead_ranks(self, poll_seconds: float) -> dict[int, str]:
-        """Wait until the store shows which ranks are dead, or does not answer; return them with the reason.
+        """Wait until the store shows which ranks are dead, or does not respond; return them with the reason.
 
         Ranks that failed only because they lost the connection to another rank are not among them.
         """

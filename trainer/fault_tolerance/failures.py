@@ -1,4 +1,4 @@
-"""Recognition of exceptions that another rank's failure causes, by the words of torch and gloo."""
+"""Recognition of exceptions that another rank's failure causes, by the error messages of torch and gloo."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def is_collective_failure(error: Exception) -> bool:
 
 
 def is_timeout(text: str) -> bool:
-    """Return True if a message says that a collective timed out."""
+    """Return True if a message reports that a collective timed out."""
     return bool(_TIMEOUT.search(text))
 
 
 def is_broken_connection(text: str) -> bool:
-    """Return True if a message says that the connection to another rank broke."""
+    """Return True if a message reports a broken connection to another rank."""
     return bool(_CONNECTION.search(text))
 
 
 def cause_of(error: Exception) -> str:
-    """Extract the first sentence of a message of torch or gloo, without the line of their source code."""
+    """Extract the first sentence of a message of torch or gloo, without the location in their source code."""
     line = first_line(error)
     return re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\] *", "", line).partition(". ")[0]

@@ -1,4 +1,4 @@
-"""Lock, stop requests and watchdog of a run, together."""
+"""The guard of a run: lock, stop requests and watchdog together."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _main_thread_frames() -> Iterator[FrameType]:
 
 
 def main_thread_location() -> tuple[str, bool]:
-    """Locate the main thread, as `function (file:line)`, and tell whether it is inside a collective.
+    """Locate the main thread, as `function (file:line)`, and return whether it is inside a collective.
 
     Only collectives that Python waits for are recognized: on a GPU the host may wait for them in any operation.
     """

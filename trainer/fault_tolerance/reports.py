@@ -18,7 +18,7 @@ from trainer.fault_tolerance.processes import process_namespace
 log = logging.getLogger(__name__)
 
 STALE_ROUNDS = 3
-"""Exchanges over which the report of a rank may stay the same; after them the rank does not respond."""
+"""Exchanges over which the report of a rank may stay the same; after that the rank counts as not responding."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PeerReports:
         """Exchanges since this rank began to read the reports."""
 
         self.rank_zero_report: Report | None = None
-        """Report of rank 0 after all ranks had joined: the store does not answer once rank 0 hangs."""
+        """Report of rank 0 after all ranks had joined: the store does not respond once rank 0 hangs."""
 
         self._seen: dict[int, tuple[Report, int]] = {}
 
@@ -91,7 +91,7 @@ class PeerReports:
         return rank_zero_report | {rank: report for rank, (report, _) in self._seen.items()}
 
     def unresponsive_rank_zero(self) -> dict[int, str]:
-        """Return rank 0, whose store does not answer, with the reason if known."""
+        """Return rank 0, whose store does not respond, with the reason if known."""
         condition = "" if self.rank_zero_report is None else self._condition(self.rank_zero_report)
         return {0: condition or "does not respond"}
 
@@ -145,7 +145,7 @@ class PeerReports:
 class Reporter:
     """Thread that posts this rank's report when it changes, and on request reads the reports of all ranks.
 
-    It has its own connection to the store and blocks while rank 0 does not answer, so that no thread may wait for it.
+    It has its own connection to the store and blocks while rank 0 does not respond, so no other thread may wait for it.
     """
 
     def __init__(self, launch: Launch, store: Store, interval: float, make_report: Callable[[], Report]) -> None:
@@ -167,7 +167,7 @@ class Reporter:
         self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Post a last report, and wait for that up to `seconds`."""
+        """Post a last report, and wait up to `seconds` for it."""
         self._is_closed = True
         self._wake_event.set()
         self._thread.join(seconds)
@@ -177,7 +177,7 @@ class Reporter:
         self._wake_event.set()
 
     def seconds_unanswered(self) -> float:
-        """Return for how long the store has not answered; infinity once the connection is closed."""
+        """Return how long the store has not responded; infinity once the connection is closed."""
         if self._is_disconnected:
             return float("inf")
         asked = self._request_started
@@ -204,7 +204,7 @@ class Reporter:
             self._store.set(str(report.rank), json.dumps(asdict(report)))
             self._posted = report
             if report.waited:
-                self._store.check([str(report.rank)])  # unlike `set`, `check` waits for an answer
+                self._store.check([str(report.rank)])  # unlike `set`, `check` waits for a response
         # Before all ranks have joined, rank 0 may not have posted, and `get` would wait.
         has_joined = report.phase not in ("start", "data", "join")
         if self.peers.rank_zero_report is None and (has_joined or self._store.check(["0"])):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 WAIT_SECONDS = 60.0
-"""Longest wait for a holder that is about to end."""
+"""Maximum wait for a holder that is about to end."""
 
 _POLL_SECONDS = 0.25
 _SETTLE_SECONDS = 2.0

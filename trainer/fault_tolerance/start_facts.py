@@ -53,7 +53,7 @@ def _source_facts(root: Path) -> Iterator[Fact]:
 
 
 def _model_facts(loaded: LoadedConfig) -> Iterator[Fact]:
-    """Yield facts of the configured model: what its configuration says, and the sizes and hashes of its files."""
+    """Yield facts of the configured model: its configuration, and the sizes and hashes of its files."""
     remedy = "Put the same model on every host"
     facts = {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(loaded.facts).items()}
     for key, value in facts.items():

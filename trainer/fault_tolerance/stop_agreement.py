@@ -48,7 +48,7 @@ class StopAgreement:
     may write different values; the store keeps the first one, and the argument holds for its writer.
 
     Evaluation, saving and logging between two steps happen after the same steps on all ranks, and only add points at
-    which they wait for each other. `stops_after(n)` is called before them and returns the same on all ranks, so that
+    which ranks wait for each other. `stops_after(n)` is called before them and returns the same on all ranks, so that
     all skip the evaluation after the last step.
     """
 
@@ -114,7 +114,7 @@ class StopAgreement:
     def preemption_error(self, step: int) -> Preempted:
         """Record the stop, and return the error to raise. Collective: all ranks must call it.
 
-        Rank 0 records the event and returns when the other ranks know of it. These wait for the record, because a
+        Rank 0 records the event and returns when the other ranks have read it. They wait for the record, because a
         launcher kills rank 0 as soon as one of them exits.
         """
         if self._rank:

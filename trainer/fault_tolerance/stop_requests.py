@@ -147,7 +147,9 @@ class StopRequests:
             self._add_request(f"{parent} has ended")
         while True:
             readable = self._wait(process_watch)
-            for process in process_watch.pop_dead([one for one in readable if one != self._wakeup_reader.fileno()]):
+            for process in process_watch.pop_dead(
+                [descriptor for descriptor in readable if descriptor != self._wakeup_reader.fileno()]
+            ):
                 self._add_request(f"{process} has ended")
             if self._max_seconds is not None and seconds_since_start() >= self._max_seconds:
                 self._add_request(f"training.max_seconds ({self._max_seconds:g}) is over")
@@ -195,7 +197,7 @@ class StopRequests:
         self._run_lock.mark_stopping()
 
     def _exit_before_training(self, cause: str) -> None:
-        """Exit at once: there is nothing to save, and no other rank to wait for."""
+        """Exit at once: nothing has to be saved, and no other rank waits."""
         if self._rank:
             _exit_now(Preempted.exit_status)
         if self._directory is not None and self._directory.path.is_dir():

@@ -160,7 +160,7 @@ class Watchdog:
         while not self._is_closed:
             time.sleep(self._tick)
             now = time.monotonic()
-            # Time in which the process or the host was suspended is no waiting time.
+            # Time in which the process or the host was suspended does not count as waiting time.
             self._check_wait(diagnosis, min(now - before, 3 * self._tick))
             before = now
 

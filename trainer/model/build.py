@@ -1,4 +1,4 @@
-"""Builds Hugging Face models on the meta device, and checks what a run asks of them."""
+"""Builds Hugging Face models on the meta device, and checks the requirements of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_model(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase | None 
 
     Args:
         loaded: the configuration.
-        tokenizer: whose special tokens an inline model takes that names none.
+        tokenizer: tokenizer whose special tokens an inline model uses if it sets none.
 
     Raises:
         ConfigError: if transformers refuses to build it: an attention implementation that the model or the machine
@@ -139,7 +139,7 @@ def _construct(
             model: PreTrainedModel = TASKS[task].auto_class.from_config(
                 config, dtype=dtype, trust_remote_code=False, **arguments
             )
-    except Exception as error:  # the families' constructors check in their own ways, or fail by their arithmetic
+    except Exception as error:  # the families' constructors raise many types, or fail in arithmetic
         raise ConfigError(_construction_problem(section, error)) from None
     if section.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise ConfigError(

@@ -142,12 +142,12 @@ def _trace(model: PreTrainedModel, longest: int) -> _Trace | None:
     positions = _integers(model.config.get_text_config(decoder=True), "max_position_embeddings")
     length = min([longest, *(count * longest // _LENGTHS[1] for count in positions if count > 0)])
     trace = _Trace(length)
-    given = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    arguments = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     handles = [register_module_forward_pre_hook(trace.enter), register_module_forward_hook(trace.leave)]
     try:
         with traceable(model), torch.no_grad(), trace:
-            model.eval()(**example_ids(model, 1, length), **given)
-    except Exception:  # whatever an operation without values raises
+            model.eval()(**example_ids(model, 1, length), **arguments)
+    except Exception:  # operations without values raise many types
         return None
     finally:
         for handle in handles:
@@ -191,7 +191,7 @@ def _integers(config: object, name: str) -> list[int]:
     """Return the integers of an attribute, one per layer where layers differ; none without the attribute."""
     try:
         value = getattr(config, name, None)
-    except Exception:  # transformers refuses to read from the whole what differs between layers
+    except Exception:  # transformers refuses a model-wide read of a value that differs between layers
         value = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
     values = value if isinstance(value, list | tuple) else [value]
     return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]

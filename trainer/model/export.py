@@ -76,7 +76,7 @@ class _ShardWriter:
         self._held, self._bytes = {}, 0
 
     def close(self) -> dict[str, str]:
-        """Finish; return the hash of what was written into each file, by file name."""
+        """Finish; return the hash of each written file, by file name."""
         self._flush()
         count = len(self._files)
         if count == 1:
@@ -95,7 +95,7 @@ class _ShardWriter:
 
 
 def _by_block(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Yield copies of the weights, one block at a time: what transformers splits or joins on saving lies in a block."""
+    """Yield copies of the weights, one block at a time: transformers splits and joins tensors of one block only."""
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     block, held = "", dict[str, Tensor]()
     for name, tensor in weights:
@@ -128,7 +128,7 @@ def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what builds the model without its weights, as JSON: Hugging Face's configurations and class."""
+    """Describe a model without its weights, as JSON: Hugging Face's configurations and class."""
     generation = json.loads(model.generation_config.to_json_string()) if model.can_generate() else None
     config = json.loads(_loadable_config(model).to_json_string(use_diff=False))
     return {"config": config, "class": type(model).__name__, "generation": generation}
@@ -254,7 +254,7 @@ def _verified(folder: Path, expected: Mapping[str, str]) -> tuple[FileRecord, ..
         name = path.relative_to(folder).as_posix()
         files.append(FileRecord(name, path.stat().st_size, hash_file(path)))
         if expected.get(name, files[-1].hash) != files[-1].hash:
-            raise OSError(f"{name} does not contain what was written to it")
+            raise OSError(f"{name} differs from what was written when read back")
     size, seconds = format_bytes(sum(file.bytes for file in files)), time.perf_counter() - start
     log.info("synced and verified %d files of the model (%s) in %.2f s", len(files), size, seconds)
     return tuple(files)

@@ -145,7 +145,7 @@ class _Initializer:
             vars(inner)[key] = parameter
 
     def _materialize(self, module: nn.Module, name: str) -> Parameters:
-        """Give the module's own tensors memory, filled with NaN; return those that have had it before."""
+        """Give the module's own tensors memory, filled with NaN; return the tensors that had memory before."""
         shared = []
         for key, parameter in _local_parameters(module):
             if parameter in self._materialized:

@@ -51,8 +51,8 @@ def pretrained_weights(
 ) -> Iterator[Parameters]:
     """Read the weights at `path` into a model on the meta device; yield parameters with their final values.
 
-    A parameter with a shard record gets the memory and the values of that shard only. Peak memory besides what this
-    rank holds is the largest single tensor. The consumer may replace the data of the yielded parameters.
+    A parameter with a shard record gets the memory and the values of that shard only. Peak memory in addition to this
+    rank's shards is the largest single tensor. The consumer may replace the data of the yielded parameters.
 
     Args:
         model: whose buffers are set as well.
@@ -60,7 +60,7 @@ def pretrained_weights(
         allow_unexpected_keys: skip keys of no class of the family, instead of refusing them.
 
     Raises:
-        ConfigError: if the files cannot be read, do not fit the model, or hold NaN or infinity in what this rank reads.
+        ConfigError: if the files cannot be read, do not fit the model, or this rank's part holds NaN or infinity.
     """
     log.info("loading weights from %s", path)
     with _errors_as_problems(path):
@@ -76,16 +76,16 @@ def pretrained_weights(
             Problem(
                 "model.path",
                 f"weights in '{path}' are NaN or infinite (got {list_keys(reader.non_finite)})",
-                "Take an undamaged copy of the model, or an earlier checkpoint",
+                "Use an undamaged copy of the model, or an earlier checkpoint",
             )
         )
     yield from reader.initialize_computed()
-    for kind, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
+    for problem, names in (("mismatched", reader.mismatched), ("missing", reader.missing())):
         if names:
             raise ConfigError(
                 Problem(
                     "model.path",
-                    f"weights in '{path}' do not fit the model: {kind} {list_keys(names, 5)}",
+                    f"weights in '{path}' do not fit the model: {problem} {list_keys(names, 5)}",
                     "Check that config.json and the weights belong together",
                 )
             )
@@ -122,7 +122,7 @@ def _find_checked_targets(
                 f"the weights in '{path}' have unexpected keys, which no class of '{model.config.model_type}' has with "
                 f"this configuration (got {count}: {first})",
                 "Check that config.json and the weights belong together, or set model.allow_unexpected_keys to true "
-                "to leave them out",
+                "to skip them",
             )
         )
     return targets, unmatched

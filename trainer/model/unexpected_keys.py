@@ -46,7 +46,7 @@ def list_keys(keys: Iterable[str], count: int = MAX_LISTED) -> str:
 
 
 def refuse_quantized(path: str, is_floating: Mapping[str, bool], headers: Mapping[str, TensorHeader]) -> None:
-    """Refuse weights that are stored in a packed form, whose numbers would be read as if they were the weights.
+    """Refuse weights in a packed form, whose stored values are not the weights.
 
     Args:
         path: of the folder.
@@ -78,10 +78,10 @@ class UnmatchedKeys:
     """Keys that match no tensor of the model."""
 
     skipped: list[str]
-    """Of another class of the family, or of layers and constants that the family itself skips."""
+    """Keys of another class of the family, or of layers and constants that the family itself skips."""
 
     unexpected: list[str]
-    """Of no class of the family."""
+    """Keys of no class of the family."""
 
 
 def classify_unmatched(
@@ -134,9 +134,9 @@ def _is_old_constant(key: str, header: TensorHeader) -> bool:
 def _other_models(model: PreTrainedModel, config: PreTrainedConfig | None) -> Iterator[PreTrainedModel]:
     """Construct models of the family's other classes on the meta device, the class that the folder names first."""
     configs: dict[type[PreTrainedConfig], PreTrainedConfig] = {}
-    given = [each for each in (config, model.config) if each is not None]
-    for each in (*given, *(each.get_text_config(decoder=True) for each in given)):
-        configs.setdefault(type(each), each)
+    roots = [root for root in (config, model.config) if root is not None]
+    for root in (*roots, *(root.get_text_config(decoder=True) for root in roots)):
+        configs.setdefault(type(root), root)
     names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
     named = [cls for name in names if isinstance(cls := getattr(transformers, name, None), type)]
     modules = dict.fromkeys(cls.__module__ for cls in (type(model), *named))

@@ -1,4 +1,4 @@
-"""Tensors in weight files, by name. Files are mapped into memory: only what is asked for is read."""
+"""Tensors in weight files, by name. Files are memory-mapped: only requested bytes are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.compat.transformers.conversion import dot_natural_key
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file states about a tensor."""
+    """Header of a tensor in a file."""
 
     dtype: str
     """Name of the dtype in safetensors."""

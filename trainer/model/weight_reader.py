@@ -39,10 +39,10 @@ class WeightReader:
         """Tensors whose shapes differ, for messages."""
 
         self.non_finite: list[str] = []
-        """Tensors with NaN or infinity in what this rank holds, for messages."""
+        """Tensors whose part on this rank has NaN or infinity, for messages."""
 
     def read(self, target: Target) -> Iterator[Parameters]:
-        """Read a target, or all tensors that its converter makes; nothing that another pipeline stage holds."""
+        """Read a target, or all tensors that its converter makes; but nothing that another pipeline stage holds."""
         if target.name in self._remote:
             return
         offsets = target.source_offsets(self._files)
@@ -78,7 +78,7 @@ class WeightReader:
         if parameter is None or parameter not in self._owners:  # another name of a weight that has been read
             return
         if tuple(parameter.shape) != shape:
-            self.mismatched.append(f"{name} {list(shape)} instead of {list(parameter.shape)}")
+            self.mismatched.append(f"{name}: expected {list(parameter.shape)}, got {list(shape)}")
             return
         shard = shard_of(parameter)
         if shard is None or not shard.covers_full_tensor:
@@ -93,7 +93,7 @@ class WeightReader:
         yield [local]
 
     def _check_finite(self, name: str, local: Tensor, target: Target) -> None:
-        """Note NaN or infinity in what has been read. Takes one pass and no memory: minimum and maximum."""
+        """Record NaN or infinity in the values that were read. Takes one pass and no memory: minimum and maximum."""
         if not local.is_floating_point() or not local.numel():
             return
         if all(bool(bound.isfinite()) for bound in torch.aminmax(local)):

@@ -10,10 +10,10 @@ from trainer.errors import ConfigError, Problem
 
 
 def balance(costs: Sequence[float], stages: int, speeds: Sequence[float] | None = None) -> list[int]:
-    """Partition a sequence of layers into stages with the least cost of the slowest stage; of equals, the most even.
+    """Minimize the cost of the slowest stage; of equal partitions, return the most even one.
 
     An exact search by dynamic programming over prefixes, in stages x layers^2 steps. DeepSpeed's `partition_balanced`
-    minimizes the difference between stages instead, and knows no speeds.
+    minimizes the difference between stages instead, and does not support speeds.
 
     Args:
         costs: cost of each layer, in any unit.
@@ -56,11 +56,11 @@ def stage_bounds(
         ConfigError: for more stages than layers, or layers that do not add up.
     """
     if stages > len(costs):
-        reason = f"{stages} stages, and the model has {len(costs)} layers"
+        reason = f"must be at most the {len(costs)} layers of the model (got {stages})"
         raise ConfigError(Problem("parallel.pipeline", reason, "Lower it"))
     if layers is None:
         return balance(costs, stages, speeds)
     if sum(layers) != len(costs):
-        reason = f"{list(layers)} are {sum(layers)} layers, and the model has {len(costs)}"
-        raise ConfigError(Problem("parallel.pipeline_layers", reason, "Leave it out to balance layers by their cost"))
+        reason = f"must add up to the {len(costs)} layers of the model (got {list(layers)}, {sum(layers)} layers)"
+        raise ConfigError(Problem("parallel.pipeline_layers", reason, "Remove it to balance layers by their cost"))
     return [0, *accumulate(layers)]

@@ -28,7 +28,7 @@ from trainer.sharding import make_remote, wildcard_name
 T = TypeVar("T")
 
 BoundaryTensors = tuple[Tensor, ...]
-"""Tensors that cross a boundary: `Dataflow.boundary_values`, those of one kind (of every layer, say) stacked."""
+"""Tensors that cross a boundary: `Dataflow.boundary_values`, those of one type stacked."""
 
 _Output = tuple[str, int]
 """Module, and number of its earlier calls."""
@@ -42,7 +42,7 @@ class _EndOfStage(Exception):
 
 
 class Stage:
-    """Makes a model one stage of itself.
+    """Turns a model into one of its stages.
 
     1. `drop_remote_parameters` removes the parameters of other stages, while all are on the meta device.
     2. `install` replaces the forward passes of other stages' modules, once the local ones are final.
@@ -104,7 +104,7 @@ class Stage:
             self._capture(name, values)
 
     def _replace_layer(self, call: ModuleCall, received: Mapping[_Output, _Leaves]) -> None:
-        """Make a layer of an earlier stage a stub that returns what was received of its output.
+        """Make a layer of an earlier stage a stub that returns the received values of its output.
 
         Values of modules inside the layer are returned by calling these modules as stubs, because recorders of Hugging
         Face (of router logits, for one) collect them by hooks.
@@ -151,8 +151,8 @@ class Stage:
     ) -> object:
         """Build an output of this structure from received values.
 
-        Leaves that nobody reads are filled with any received tensor of their shape, because the family's code may still
-        look at them.
+        Unused leaves are filled with any received tensor of their shape, because the family's code may still access
+        them.
         """
         same_shape: dict[TensorSpec | None, Tensor] = {
             self._dataflow.spec_of(value): tensor for value, tensor in self._received.items()
@@ -164,7 +164,7 @@ class Stage:
         return output
 
     def _capture(self, name: str, values: list[TracedValue]) -> None:
-        """Keep values in the outputs of a module, for sending."""
+        """Capture values in the outputs of a module, for sending."""
 
         def keep(module: nn.Module, args: object, output: object) -> None:
             if not self._is_running:  # recomputed in the backward pass
@@ -181,7 +181,7 @@ class Stage:
 
         Args:
             compute: calls the model with the full micro-batch, as on one device.
-            received: what the previous stage has returned; nothing on the first stage.
+            received: boundary tensors from the previous stage; empty on the first stage.
 
         Returns:
             The result of `compute` on the last stage; elsewhere the tensors to send to the next stage, of the shapes of
@@ -250,7 +250,7 @@ def _in_sending_order(dataflow: Dataflow, cut: int) -> list[TracedValue]:
 
 
 def _kind(value: TracedValue) -> tuple[str, int]:
-    """Return what values that travel stacked in one tensor have in common: all layers' router logits, say."""
+    """Return the key that values stacked in one tensor share, such as that of all layers' router logits."""
     return wildcard_name(value.module), value.leaf
 
 

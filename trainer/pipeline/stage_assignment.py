@@ -39,7 +39,7 @@ class StageAssignment:
     """The layers of a model assigned to the stages of a pipeline."""
 
     dataflow: Dataflow
-    """Of a forward pass in training."""
+    """Dataflow of a forward pass in training."""
 
     bounds: tuple[int, ...]
     """Stage s has the layers from bounds[s] up to bounds[s + 1]."""

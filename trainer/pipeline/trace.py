@@ -1,8 +1,8 @@
-"""Traces one forward pass of a model on the meta device: its layers, and the values that they exchange.
+"""Traces one forward pass of a model on the meta device: its layers, and the values that layers exchange.
 
-Tensors have shapes and no values there. The trace records all that a split into stages needs to know of a family: the
+Tensors have shapes and no values there. The trace records all information for a split into stages: the
 order of its layers, the modules with weights that run before, between and after them, where each weight is used, and
-which values that one layer computes are read by which later layers. So no family needs a description of its own.
+which values that one layer computes are read by which later layers. So no family needs its own description.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.tasks import TASKS, example_ids
 UNSPLITTABLE = {
     "reformer": "runs its layers in an autograd function of its own, which recomputes them from the last one",
 }
-"""Families that can be traced and still not be split, with the reason."""
+"""Families that can be traced but not split, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ _Sources = frozenset[TracedValue | _Unknown]
 
 
 class _Tracer(MetaMode):
-    """Records every operation: what it reads, and where its result comes from."""
+    """Records the inputs of every operation, and the sources of its result."""
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
         self._layers = layers
@@ -267,7 +267,7 @@ def trace_dataflow(
         with traceable(model), torch.no_grad(), tracer:
             output = model.train(training)(**arguments)
             tracer.finish(output)
-    except Exception as error:  # whatever an operation without values raises
+    except Exception as error:  # operations without values raise many types
         reason = f"{family} cannot be traced on the meta device: {first_line(error)}"
         raise PlanError(Problem("parallel.pipeline", reason, "Set parallel.pipeline to 1")) from None
     finally:

@@ -1,4 +1,4 @@
-"""Which part of a tensor a rank has: the record of a shard, its chunks in files, joining, remote parameters."""
+"""Shards of tensors: the record of a shard, its chunks in files, joining, remote parameters."""
 
 from trainer.sharding.chunks import chunks_of_flat_range, chunks_of_fragment, chunks_of_shard
 from trainer.sharding.join import Joiner

@@ -22,7 +22,7 @@ class Joiner:
         """Join the shards of the ranks in the group that `group_of` returns for an axis."""
         self._group_of = group_of
         self._partial: dict[str, tuple[Tensor, int]] = {}
-        """Tensors of which some parameters are still to come: the tensor, and how many elements it has so far."""
+        """Incomplete tensors: the tensor, and the number of its elements so far."""
 
     def add(self, name: str, local: Tensor, shard: Shard | None) -> Iterator[tuple[str, Tensor]]:
         """Yield the full tensor. Collective: all ranks of the groups that slice the parameter must call it.

@@ -1,4 +1,4 @@
-"""The record of which part of a tensor this rank holds, attached to the parameter: no name is parsed again."""
+"""The record of the part of a tensor that this rank holds, attached to the parameter, so no name is parsed again."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Shard:
                 yield tuple(local), tuple(full)
 
     def overlaps(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Slices, Slices]]:
-        """Yield what the shard has in common with the chunk of the full tensor at `offsets`, of `sizes`.
+        """Yield the intersection of the shard with the chunk of the full tensor at `offsets`, of `sizes`.
 
         Yields:
             (index into the local shard, index into the chunk) of blocks of the same shape.

@@ -1,4 +1,4 @@
-"""Which columns of a model's logits this rank has."""
+"""The columns of a model's logits that this rank holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training tasks: what a model learns to predict, from samples of token files to losses and metrics."""
+"""Training tasks, from samples of token files to losses and metrics."""
 
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.example_inputs import example_ids, random_inputs

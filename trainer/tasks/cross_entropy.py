@@ -55,7 +55,7 @@ class VocabularyCrossEntropy:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk_tokens: int | None = None
-    """How many tokens' logits are in fp32 at once; None for all."""
+    """Number of tokens whose logits are in fp32 at once; None for all."""
 
     shard: VocabularyShard = field(default_factory=VocabularyShard)
 
@@ -111,7 +111,7 @@ class VocabularyCrossEntropy:
 
 
 class _Context(FunctionCtx):
-    """What the forward pass leaves for the backward pass."""
+    """Context from the forward pass to the backward pass."""
 
     loss: VocabularyCrossEntropy
     saved_tensors: tuple[Tensor, ...]
@@ -192,7 +192,7 @@ class _CrossEntropy(torch.autograd.Function):
             gradient_Cv.scatter_add_(1, columns_N[chunk, None], label_weight_C1)
             if loss.label_smoothing:
                 share = loss.label_smoothing / (loss.shard.size or logits_Nv.shape[1])
-                gradient_Cv -= share * (logits_Cv > -torch.inf).to(gradient_Cv)  # padding has no share
+                gradient_Cv -= share * (logits_Cv > -torch.inf).to(gradient_Cv)  # padding contributes nothing
             gradient_Cv *= torch.where(is_target_N[chunk, None], gradient, 0)
             result_Nv[chunk] = gradient_Cv.to(result_Nv.dtype)
         return result_Nv, None, None

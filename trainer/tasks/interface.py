@@ -1,4 +1,4 @@
-"""The task seam: what training, evaluation and export ask of a task, and what a task may ask of a model."""
+"""The task interface: the requirements of training, evaluation and export, and those of a task on a model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenDocuments(Protocol):
         """Tokens of all documents."""
 
     def stream(self, start: int, length: int) -> StoredIds:
-        """Return at most `length` ids from token `start` of all documents in a row."""
+        """Return at most `length` ids from token `start` of the concatenated documents."""
 
     def document(self, number: int, limit: int | None = None) -> StoredIds:
         """Return at most the first `limit` ids of a document."""
@@ -58,11 +58,11 @@ class Samples(Protocol):
         """Return the ids of a sample, inputs and labels together."""
 
     def count_targets(self, numbers: npt.NDArray[np.int64]) -> int:
-        """Count the predictions in these samples together, without reading them."""
+        """Count the predictions in these samples, without reading them."""
 
 
 class Needs(enum.Enum):
-    """What a task's loss reads from a forward pass."""
+    """Outputs of a forward pass that a task's loss reads."""
 
     LOGITS = "logits"
     """The model's output."""
@@ -74,17 +74,17 @@ class Needs(enum.Enum):
 
 @dataclass(frozen=True)
 class Collation:
-    """How samples become a micro-batch."""
+    """Padding of the samples of a micro-batch."""
 
     length: int
-    """Inputs of the longest sample."""
+    """Maximum number of inputs of a sample."""
 
     pad_id: int
     pad_to_multiple_of: int
     """Of the padded width, unless it is `length`."""
 
     mask_padding: bool
-    """Whether padding is masked out where the task does not need it to be. Under a causal mask no token attends to the
+    """Whether padding is masked out even if the task does not require it. Under a causal mask no token attends to the
     padding after it; a load-balancing loss, which counts all tokens, still needs the mask."""
 
 
@@ -123,7 +123,7 @@ class TaskLoss(NamedTuple):
 
 
 class Task(Protocol):
-    """What a model learns. Implementations are stateless."""
+    """A training task. Implementations are stateless."""
 
     name: str
     """Value of `model.task`."""
@@ -166,7 +166,7 @@ class Task(Protocol):
         Args:
             prediction: of the forward pass.
             labels: (B, ...), as `collate` returns them.
-            cross_entropy: of logits, of which this tensor rank may hold some columns only.
+            cross_entropy: of logits, of which this tensor rank may hold only some columns.
         """
 
     def metrics(self, loss: float, extra: Mapping[str, float]) -> dict[str, float]:

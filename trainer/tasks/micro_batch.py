@@ -53,13 +53,14 @@ def pad_to_common_shape(micro_batches: Sequence[MicroBatch], min_count: int = 0)
     """Pad micro-batches to one shape, and append ones without targets until there are `min_count`.
 
     Padding is 0 in inputs, except in masks, where it is 1: a row that masks every position has no defined attention.
-    Padded labels are ignored, so no loss changes. A micro-batch may lack an input that others have, such as a mask.
+    Padded labels are ignored, so no loss changes. A micro-batch may lack an input that other micro-batches have, such
+    as a mask.
     """
     shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for micro in micro_batches:
         for name, tensor in _tensors(micro).items():
             shapes[_shape_key(micro, name)].append(tuple(tensor.shape))
-    common = {key: [max(sizes) for sizes in zip(*found, strict=True)] for key, found in shapes.items()}
+    common = {key: [max(sizes) for sizes in zip(*key_shapes, strict=True)] for key, key_shapes in shapes.items()}
 
     def pad(micro: MicroBatch) -> MicroBatch:
         padded = {}

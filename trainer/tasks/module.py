@@ -37,8 +37,8 @@ def auxiliary_coefficient(config: PreTrainedConfig) -> float:
 class DeferredHead:
     """Output embeddings that the loss applies, in place of the model's forward pass.
 
-    Within `deferred` the module returns empty logits and keeps its input. What stands around the module's own
-    computation (hooks of tensor parallelism, which enter the region and gather the sequence) has run by then, so that
+    Within `deferred` the module returns empty logits and keeps its input. Hooks around the module's own computation
+    (those of tensor parallelism, which enter the region and gather the sequence) have run by then, so that
     calling the head on chunks of the input adds no communication to the forward pass.
     """
 

@@ -41,7 +41,7 @@ def resolve_plan(model: PreTrainedModel, user: Mapping[str, str], ranks: int, ra
 
 
 class _Audit:
-    """Applies the entries of a plan to a model, and collects what does not fit."""
+    """Applies the entries of a plan to a model, and collects the mismatches."""
 
     def __init__(self, model: PreTrainedModel, user: Mapping[str, str], ranks: int, rank: int) -> None:
         self._model, self._ranks, self._rank = model, ranks, rank
@@ -116,7 +116,7 @@ class _Audit:
     def _is_near_sharded(self, owner: str) -> bool:
         """Return whether a module is in a part of a block that has sharded weights.
 
-        There a vector may be used on full or on sharded activations: only an entry can tell.
+        There a vector may be used on full or on sharded activations: only an entry can decide.
         """
         path = owner.split(".")
         stacks = (n for n in range(1, len(path)) if isinstance(self._modules[".".join(path[:n])], nn.ModuleList))
@@ -130,7 +130,7 @@ class _Audit:
         )
 
     def _shards(self, name: str, module: nn.Module, tensor: Tensor, style: ParameterStyle) -> tuple[Shard, ...] | None:
-        """Return what this rank holds of a parameter or buffer; None, and a problem, if its sizes do not divide."""
+        """Return this rank's shards of a parameter or buffer; None, and a problem, if its sizes do not divide."""
         path = name.split(".")[:-1]
         above = [self._modules[".".join(path[:n])] for n in range(len(path) - 1, 0, -1)]
         scope = Scope(module, *above, self._model.config.get_text_config())
@@ -203,7 +203,7 @@ def _joined(owner: str, key: str) -> str:
 
 
 def _divisions(entry: PlanEntry) -> list[object]:
-    """Return what the entries of tied weights must have in common."""
+    """Return the properties that the entries of tied weights must share."""
     return [(shard.slices, shard.copies) for shard in entry.shards]
 
 

@@ -1,8 +1,8 @@
 """Collectives with a gradient, in conjugate pairs.
 
-The tensor ranks of a group compute the same, except inside a *tensor-parallel region*, where each rank has a shard of
-the weights. At the border between the two a forward collective has its conjugate in the backward pass (Shoeybi et al.
-2019, "Megatron-LM", section 3; Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+The tensor ranks of a group compute the same values, except inside a *tensor-parallel region*, where each rank has a
+shard of the weights. At the border between the two a forward collective has its conjugate in the backward pass (Shoeybi
+et al. 2019, "Megatron-LM", section 3; Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
 Models", section 4.2.2):
 
 | function                  | forward        | backward       | where                                           |
@@ -27,7 +27,7 @@ from trainer.distributed.collectives import Group, all_gather, all_reduce, local
 
 
 class _Context(FunctionCtx):
-    """What the forward pass of a collective leaves for its backward pass."""
+    """Context from the forward pass of a collective to its backward pass."""
 
     group: Group
     dim: int

@@ -1,4 +1,4 @@
-"""Which implementation computes a mixture's experts: the grouped matrix product, or one expert at a time."""
+"""Implementation of a mixture's experts: the grouped matrix product, or one expert at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def choose_experts_implementation(model: PreTrainedModel, dtype: torch.dtype) ->
         dtype: of the computation.
 
     Raises:
-        PlanError: if the family cannot compute them otherwise.
+        PlanError: if the family has no other implementation.
     """
     misaligned = next(_misaligned(model, dtype), None)
     if misaligned is None:

@@ -1,7 +1,7 @@
-"""Check what a plan cannot prove: that ranks that hold the same weight have the same gradient for it.
+"""Comparison of gradients between ranks that hold the same weight: they must be equal, which a plan cannot prove.
 
 A weight that is replicated but used on sharded activations has another gradient on each rank, unless the gradients are
-summed; and so has a key/value head that several ranks share. The loss does not show it; the first backward pass does.
+summed; and so has a key/value head that several ranks share. The loss does not reveal it; the first backward pass does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Watched:
 
     name: str
     replica_count: int
-    """How many neighboring tensor ranks hold it."""
+    """Number of neighboring tensor ranks that hold it."""
 
     is_summed: bool
     """Whether the plan sums its gradient over them."""

@@ -1,4 +1,4 @@
-"""Change the inputs and outputs of a module without touching its forward."""
+"""Hooks that change the inputs and outputs of a module without changing its forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many query heads share a key/value head, on a rank that shares key/value heads with other ranks."""
+"""Number of query heads per key/value head, on a rank that shares key/value heads with other ranks."""
 
 from __future__ import annotations
 

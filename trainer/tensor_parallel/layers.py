@@ -1,4 +1,4 @@
-"""What a module needs to compute with a sharded weight: biases of row layers, columns in several parameters."""
+"""Modules that compute with a sharded weight: biases of row layers, columns in several parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _computes_like(layer_class: type[nn.Module], plain: type[nn.Module]) -> bool
         with torch.random.fork_rng(devices=[]):
             layer, x_BI = layer_class(4, 3), torch.randn(2, 4)
             return bool(torch.allclose(layer(x_BI), plain.forward(layer, x_BI)))
-    except Exception:  # another constructor or another signature: another layer
+    except Exception:  # another constructor or signature is another layer
         return False
 
 
@@ -143,7 +143,7 @@ def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
 
 
 def resize(module: nn.Module) -> None:
-    """Set the sizes that a module keeps about its weight to those of this rank's shard."""
+    """Set a module's attributes for the sizes of its weight to those of this rank's shard."""
     weight = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
     shard = None if weight is None else shard_of(weight)
     if shard is None or shard.is_full:

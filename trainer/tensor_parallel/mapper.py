@@ -45,13 +45,13 @@ class Mapper(Protocol):
         """
 
     def vocabulary_shard(self) -> VocabularyShard:
-        """Return which columns of the logits the model gives on this rank."""
+        """Return the columns of the logits that the model returns on this rank."""
 
     def full_buffer(self, name: str, buffer: Tensor) -> Tensor:
         """Return a buffer in full. Collective: all ranks of the tensor group must call it."""
 
     def buffer_shards(self, name: str, buffer: Tensor) -> Iterator[tuple[Shard, Tensor]]:
-        """Yield what this rank holds of a buffer, as views with their records."""
+        """Yield this rank's shards of a buffer, as views with their records."""
 
     def verify_gradients(self) -> None:
         """Compare gradients after the first backward pass. Collective: all ranks of the tensor group must call it.
@@ -66,7 +66,7 @@ CopyGroups = Callable[[int], Group]
 
 
 _OTHER_HEADS = re.compile("classif|summary|qa_|pooler")
-"""In the names of dropout rates that a language model has and does not use: GPT-NeoX's classifier_dropout is 0.1."""
+"""Substring in the names of unused dropout rates of language models: GPT-NeoX's classifier_dropout is 0.1."""
 
 
 def has_active_dropout(model: PreTrainedModel) -> bool:
@@ -195,14 +195,14 @@ class TensorMapper:
         self._watch.verify()
 
     def _shared_heads(self, shared: Mapping[str, Shard]) -> Iterator[tuple[str, int]]:
-        """Yield how many units each weight has whose units several ranks share: (name, units)."""
+        """Yield (name, units) of each weight whose units several ranks share."""
         for entry in self._plan.entries:
             if entry.name in shared and entry.is_divided:
                 part = shared[entry.name].along("tensor")
                 yield entry.name, 1 if part is None else part.count
 
     def _finish(self, entry: PlanEntry) -> None:
-        """Sum the gradients of what several ranks hold and use on sharded activations."""
+        """Sum the gradients of parameters that several ranks hold and use on sharded activations."""
         owner, _, key = entry.name.rpartition(".")
         module = self._model.get_submodule(owner)
         if len(entry.shards) > 1 and key == "weight":

@@ -1,7 +1,7 @@
-"""The tensor plan of one model for one rank: what becomes of each parameter, buffer and module.
+"""The tensor plan of one model for one rank: the style of each parameter, buffer and module.
 
-A plan maps names to styles. A name is that of a module or a parameter, with `*` for the numbers in it; it counts from
-the base model, as in Hugging Face's plans, or is given in full. `docs/tensor_plans.md` explains how to write one:
+A plan maps names to styles. A name is that of a module or a parameter, with `*` for the numbers in it; it is relative
+to the base model, as in Hugging Face's plans, or a full name. `docs/tensor_plans.md` explains how to write one:
 
     "layers.*.self_attn.q_proj": "colwise:head_dim"
 """
@@ -21,14 +21,14 @@ from trainer.tensor_parallel.styles import FullStyle, ModuleTarget, ParameterSty
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """A parameter and what becomes of it."""
+    """A parameter and its shards."""
 
     name: str
     parameter: nn.Parameter
     shape: tuple[int, ...]
     style: ParameterStyle
     shards: tuple[Shard, ...]
-    """What this rank holds of it; several where ranks share a part of a fused weight."""
+    """This rank's shards of it; several if ranks share a part of a fused weight."""
 
     def local_parameters(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
         """Yield the parameters of `module`, which has it, that hold its shards after `Mapper.shard_parameters`."""
@@ -60,7 +60,7 @@ class Plan:
     """Buffers that are sharded, by name."""
 
     def local_to(self, model: nn.Module) -> Plan:
-        """Return the plan without what is on another pipeline stage than `model`."""
+        """Return the part of the plan for the pipeline stage of `model`."""
         local_names = dict(model.named_parameters(remove_duplicate=False))
         return Plan(
             [entry for entry in self.entries if entry.name in local_names],

@@ -27,13 +27,13 @@ from trainer.tensor_parallel.styles import (
 class PlanSources:
     """Styles by the full name of a module, parameter or buffer. Later sources override earlier ones.
 
-    An entry of the user's that matches nothing is a problem. In the other sources it is none, because a family's
+    An entry of the user's that matches nothing is a problem. In the other sources it is not, because a family's
     entries name modules that some of its configurations lack. If such a name is misspelt, its weight remains without
     an entry, which the audit reports.
     """
 
     def __init__(self, model: PreTrainedModel, user: Mapping[str, str]) -> None:
-        """Merge the sources; what is wrong with the user's is in `problems`."""
+        """Merge the sources; `problems` has the problems of the user's entries."""
         self.problems: list[Problem] = []
         self._model = model
         self._styles: dict[str, tuple[Style, ...]] = {}
@@ -57,7 +57,7 @@ class PlanSources:
         self._numbered = [name for name in self._styles if name != wildcard_name(name)]
 
     def styles(self, name: str) -> tuple[Style, ...]:
-        """Return the styles of a module, parameter or buffer: an entry with its very numbers, or one with `*`."""
+        """Return the styles of a module, parameter or buffer: an entry with its exact numbers, or one with `*`."""
         parts, wildcard = name.split("."), wildcard_name(name)
         for entry in self._numbered:
             if wildcard_name(entry) == wildcard and all(
@@ -67,7 +67,7 @@ class PlanSources:
         return self._styles.get(wildcard, ())
 
     def styles_inside(self, name: str) -> Iterator[Style]:
-        """Yield all styles of entries for what is below the module called `name`."""
+        """Yield all styles of entries below the module called `name`."""
         prefix = wildcard_name(name) + "."
         for entry, styles in self._styles.items():
             if wildcard_name(entry).startswith(prefix):
@@ -77,7 +77,7 @@ class PlanSources:
         """Return an entry's name in full, if the model has it."""
         candidates = (f"{self._model.base_model_prefix}.{name}", name)
         full = next((n for n in candidates if wildcard_name(n) in self._present), None)
-        if full is None or re.search(r"(^|\.)\d+(\.|$)", name):  # a number in an entry means this one only
+        if full is None or re.search(r"(^|\.)\d+(\.|$)", name):  # a number in an entry matches only that number
             return full
         return wildcard_name(full)
 
@@ -104,7 +104,7 @@ class PlanSources:
             if styles is None:
                 continue
             if styles in ((Column(),), (ColumnGatherOutput(),)) and (unit := UNITS.get(name.rpartition(".")[2])):
-                # Hugging Face's plans do not say that attention's projections divide in whole heads.
+                # Hugging Face's plans do not state that attention projections are sharded in whole heads.
                 styles = (unit,)
             self._add(name, styles)
 

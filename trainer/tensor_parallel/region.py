@@ -40,7 +40,7 @@ class Region:
         """Whether hidden states outside the region are sharded along the sequence."""
 
         self._cache: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=2)
-        """Tensors that entered last: as they are outside, and inside."""
+        """Most recently entered tensors, outside and inside the region."""
 
         self._skips_input_reduce: set[nn.Module] = set()
         """Column layers whose input is inside already."""
@@ -160,7 +160,7 @@ class Region:
     # Random numbers ---------------------------------------------------------------------------------------------------
 
     def use_rank_local_rng(self, device: torch.device) -> None:
-        """Give each rank random numbers of its own, until `use_shared_rng`."""
+        """Give each rank its own random numbers, until `use_shared_rng`."""
         if not (self.has_dropout and self._is_training()):
             return
         generator = _generator(device)
@@ -172,7 +172,7 @@ class Region:
         generator.manual_seed(_RANK_LOCAL << 48 | seed)
 
     def use_shared_rng(self, device: torch.device) -> None:
-        """Give all ranks the same random numbers again, as if none had been used inside the region."""
+        """Give all ranks the same random numbers again, unaffected by those drawn inside the region."""
         generator = _generator(device)
         if self._shared_state is not None and _is_rank_local(generator):
             generator.set_state(self._shared_state)
@@ -184,7 +184,7 @@ class Region:
 
 
 def _is_rank_local(generator: torch.Generator) -> bool:
-    """Return whether the numbers are rank-local, in this pass or in a state that a block is recomputed from."""
+    """Return whether random numbers are rank-local, in this pass or in a state that a block is recomputed from."""
     return generator.initial_seed() >> 48 == _RANK_LOCAL
 
 

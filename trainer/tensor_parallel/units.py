@@ -1,4 +1,4 @@
-"""How a dimension consists of matrices and units, and which share of them a rank holds.
+"""Composition of a dimension from matrices and units, and the share that a rank holds.
 
 A fused weight consists of several matrices, its parts. A part is divided in whole units, such as attention heads. Sizes
 are expressions: sums and products of numbers and names, as in `n_groups*state_size`, with `//` for whole division.
@@ -13,7 +13,7 @@ _FACTOR = r"\s*(?:[A-Za-z_]\w*|\d+)\s*"
 _EXPRESSION = re.compile(rf"{_FACTOR}(?:(?:\+|\*|//){_FACTOR})*")
 
 ALL = "all"
-"""As the size of a part: the whole dimension."""
+"""Size of a part that spans the whole dimension."""
 
 
 class Refused(Exception):
@@ -22,7 +22,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the equal shares of a part a rank holds; the fields have their meaning in `DimShard` and `Shard`."""
+    """The share of a part that a rank holds; the fields have their meaning in `DimShard` and `Shard`."""
 
     index: int
     count: int
@@ -32,7 +32,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ResolvedPart:
-    """A part with its numbers: size along the dimension, and how many units it consists of."""
+    """A part with evaluated sizes: its size along the dimension, and its number of units."""
 
     size: int
     units: int

@@ -38,7 +38,7 @@ class Console:
         """Start the progress bar on a terminal.
 
         Args:
-            steps: Of the whole run.
+            steps: Steps of the whole run.
         """
         self._steps = steps
         self._progress: Progress | None = None
@@ -58,7 +58,7 @@ class Console:
         """Log one line, and advance the bar."""
         line = describe(row, self._steps)
         if row["split"] == "train":
-            # From the time of a step: the speed that the bar has seen is that of this attempt since it resumed.
+            # From the time of a step: the bar's own speed counts only the steps since this attempt resumed.
             left = format_duration(row["step_seconds"] * (self._steps - row["step"]))
             if self._progress is not None:
                 self._progress.update(self._task, completed=row["step"], left=left)

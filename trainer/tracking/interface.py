@@ -31,7 +31,7 @@ class Tracker(Protocol):
         """Record one row."""
 
     def state(self) -> Mapping[str, str]:
-        """Return what the tracker needs to continue in a resumed run; every checkpoint saves it."""
+        """Return the state that the tracker needs in a resumed run; every checkpoint saves it."""
 
     def close(self, exit_status: int) -> None:
         """Finish at the end of the run; status 0 means that the run has finished."""
@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackerContext:
-    """What a tracker is created from."""
+    """Arguments for the creation of a tracker."""
 
     loaded: LoadedConfig
     directory: RunDirectory

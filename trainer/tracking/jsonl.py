@@ -25,7 +25,7 @@ class JsonLines:
     """Appends rows to a file, so that a reader that follows the file sees every row at once.
 
     Rows that do not fit on the disk stay in memory, and every later row retries them. The tracker is not disabled,
-    because this file is the only complete record of a run: a disk with space again must get all rows.
+    because this file is the only complete record of a run: once the disk has space, it must get all rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class JsonLines:
         """
         self._path = path
         self._unwritten = b""
-        """Rows that are not in the file yet; of the first one a part may be."""
+        """Rows that are not in the file yet; part of the first one may be."""
 
         self._has_warned = False
         try:
@@ -57,7 +57,7 @@ class JsonLines:
         return {}
 
     def close(self, exit_status: int) -> None:
-        """Write what is left, sync and close the file."""
+        """Write the remaining rows, sync and close the file."""
         self._write()
         try:
             os.fsync(self._file.fileno())

@@ -25,7 +25,7 @@ class Meter:
 
     engine: Engine
     progress: Progress
-    """Of the run; the training loop advances it."""
+    """Progress of the run; the training loop advances it."""
 
     _: KW_ONLY
     device: torch.device
@@ -68,8 +68,8 @@ class Meter:
 
         Args:
             step: Number of the step.
-            epoch: After the step.
-            result: Of the step.
+            epoch: Epochs after the step.
+            result: Result of the step.
             step_tokens: Tokens of the step's global batch.
         """
         norm = None if result.grad_norm is None else float(result.grad_norm)

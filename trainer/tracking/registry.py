@@ -1,4 +1,4 @@
-"""The trackers by name. To add one, write a factory and add it here."""
+"""The trackers by name. To add a tracker, write a factory and add it here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.tracking.wandb import open_wandb
 log = logging.getLogger(__name__)
 
 TRACKERS: dict[str, TrackerFactory] = {"jsonl": open_json_lines, "console": open_console, "wandb": open_wandb}
-"""In the order in which they receive a row. The names are keys of `Manifest.trackers`."""
+"""Factories, in the order in which trackers receive a row. The names are keys of `Manifest.trackers`."""
 
 
 def open_trackers(

@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 _INIT_SECONDS = 60.0
 _CLOSE_SECONDS = {"online": 60.0, "offline": 15.0}
 _FAILED_SECONDS = 5.0
-"""To close after an error: less than the other ranks wait for rank 0 to report it."""
+"""Time to close after an error: less than the delay of the other ranks, which wait for rank 0 to report it."""
 
 _RUN_ID_FILE = Path("wandb", "run-id")
-"""In the run directory."""
+"""File in the run directory."""
 
 _RUN_ID_LENGTH = 12
 
@@ -68,7 +68,7 @@ class Wandb:
     def log(self, row: Row) -> None:
         """Queue one row with the current time.
 
-        W&B keeps a `_timestamp` that it is given; without one a row gets the time at which the thread passes it on,
+        W&B keeps a `_timestamp` of the row; without it, a row gets the time at which the thread sends it,
         which during W&B's start is up to a minute later. W&B 0.31 always sets its `_runtime` itself.
         """
         self._rows.put((time.time(), row))

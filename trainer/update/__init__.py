@@ -1,4 +1,4 @@
-"""Update modes: how replicas of a model combine what they learn."""
+"""Update modes: how replicas of a model combine their updates."""
 
 from trainer.update.interface import UpdateMode
 from trainer.update.synchronous import Synchronous

@@ -1,4 +1,4 @@
-"""The seam between an engine and the training loop at which replicas exchange updates."""
+"""The interface between an engine and the training loop through which replicas exchange updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UpdateMode(Protocol):
 
     The wrapped engine takes the place of the engine everywhere: in the loop, in evaluation, in checkpoints. A mode that
     changes weights between steps reads and writes the fp32 weights among `engine.state.local_chunks()`, whose views are
-    live, and then calls `engine.state.sync_model_weights()`. State of its own belongs into the state of the wrapped
+    live, and then calls `engine.state.sync_model_weights()`. Additional state belongs into the state of the wrapped
     engine, so that checkpoints contain it.
     """
 
@@ -21,6 +21,6 @@ class UpdateMode(Protocol):
         """Return the engine to train with. Collective: all ranks must call it.
 
         Args:
-            engine: of this rank's replica.
-            world: of this rank.
+            engine: engine of this rank's replica.
+            world: the world of this rank.
         """

@@ -48,7 +48,7 @@ def read_loss_scale(engine: DeepSpeedEngine) -> dict[str, float | bool]:
 
 
 def restore_loss_scale(engine: DeepSpeedEngine, state: Mapping[str, float | bool]) -> None:
-    """Set the state of the dynamic loss scale, as far as this version of DeepSpeed has it."""
+    """Set the state of the dynamic loss scale, restricted to the attributes of this version of DeepSpeed."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
         vars(scaler).update({name: value for name, value in state.items() if name in vars(scaler)})

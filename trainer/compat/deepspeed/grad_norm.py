@@ -88,7 +88,7 @@ def _reduced(optimizer: Any, norm: Tensor) -> Tensor:
 def _reduce_once_without_zero(optimizer: Any) -> None:
     """Replace the norm of bf16 at ZeRO 0 without a fused kernel.
 
-    DeepSpeed's also misses the shards of other tensor ranks: it looks for the mark of a sharded weight on the gradient.
+    DeepSpeed's also misses the shards of other tensor ranks: it searches the gradient for the flag of a sharded weight.
     """
     mpu = optimizer.mpu
     if mpu is None or not pg_utils.is_parallel(mpu.get_model_parallel_group()):

@@ -1,4 +1,4 @@
-"""Making an engine of DeepSpeed."""
+"""Creation of a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def initialize(
     schedule: Callable[[torch.optim.Optimizer], Scheduler] | None,
     mpu: Any,
 ) -> DeepSpeedEngine:
-    """Make the engine for a module. Collective: all ranks must call it.
+    """Create the engine for a module. Collective: all ranks must call it.
 
     Args:
         module: that the engine calls.

@@ -1,4 +1,4 @@
-"""What Tessera uses of DeepSpeed's engines and optimizers, as types: DeepSpeed itself is not annotated."""
+"""Protocols of DeepSpeed's engines and optimizers as Tessera uses them; DeepSpeed itself is not annotated."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine, Protocol):
 
 
 class MPUProtocol(Protocol):
-    """Megatron's `mpu`: the process groups as DeepSpeed asks for them."""
+    """Megatron's `mpu`: the interface through which DeepSpeed gets its process groups."""
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
         """Return the ranks that hold the same weights and read other samples."""

@@ -65,7 +65,7 @@ def _scale(optimizer: Any, norm: Tensor, *, is_unscaled: bool) -> Tensor | None:
 
 @contextmanager
 def _scaled_gradients(scale: Tensor | None) -> Iterator[None]:
-    """Give Muon scaled gradients within. DeepSpeed looks the function up at every call."""
+    """Give Muon scaled gradients within. DeepSpeed looks up the function at every call."""
     from deepspeed.runtime.zero.muon import original_muon  # importing it compiles kernels
 
     if scale is None:

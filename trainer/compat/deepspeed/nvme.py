@@ -18,8 +18,8 @@ _MAX_BLOCK_BYTES = 4096
 def prepare_nvme(settings: dict[str, Any], output_dir: str) -> None:
     """Give the run a directory on the disk, and align writes to the disk's blocks.
 
-    DeepSpeed's files have the same names in every run. It does not notice that less was written than it asked for,
-    which happens where a write does not end at a block.
+    DeepSpeed's files have the same names in every run. It does not detect short writes, which happen if a write does
+    not end at a block boundary.
 
     Args:
         settings: DeepSpeed's configuration; its `nvme_path` is replaced.
@@ -64,7 +64,7 @@ def _copy_to_cpu(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _block_bytes(directory: Path) -> int:
-    """Logical block size of the disk that holds a directory; the largest usual one where the kernel does not tell."""
+    """Return the logical block size of a directory's disk; the largest common one if the kernel reports none."""
     device = directory.stat().st_dev
     block_device = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     for queue in (block_device / "queue", block_device.parent / "queue"):

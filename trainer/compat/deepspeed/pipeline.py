@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engines, with the instructions replaced that stages of a Hugging Face model need otherwise.
+"""DeepSpeed's pipeline engines, with the instructions replaced that do not fit stages of a Hugging Face model.
 
 A stage is the full model whose other layers are stubs. It reads the micro-batches itself, and what crosses a boundary
 is a tuple of tensors, some of which a stage may leave unused. One step of 4 micro-batches on 3 stages under 1F1B; F2 is
@@ -43,12 +43,12 @@ from trainer.compat.deepspeed.internals import (
 )
 
 Instruction = Callable[..., None]
-"""Called with the engine and what the schedule says, such as `buffer_id` and, under DualPipeV, `phase`."""
+"""Called with the engine and the arguments of the instruction, such as `buffer_id` and, under DualPipeV, `phase`."""
 
 
 @dataclass(frozen=True)
 class ScheduleHooks:
-    """What Tessera's engine does at points of a training schedule."""
+    """Callbacks of Tessera's engine at points of a training schedule."""
 
     around_pass: Callable[[Instruction], Instruction]
     """Wraps the forward and the backward pass of a micro-batch."""
@@ -193,7 +193,7 @@ def _zero_missing_gradients(received: Tensor | tuple[Tensor, ...]) -> None:
 def gradient_to_reduce(engine: Any, weight: nn.Parameter) -> Tensor:
     """Find the accumulated gradient of a weight that several stages hold, in the weight's shape or flat.
 
-    DeepSpeed's own reduction of tied weights knows only gradients that are accumulated in the type of the weights.
+    DeepSpeed's own reduction of tied weights supports only gradients that are accumulated in the type of the weights.
     """
     if engine.using_bf16_optimizer:
         gradient = weight._hp_grad  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ def run_training_schedule(engine: DeepSpeedPipelineEngine) -> None:
 
 
 def run_evaluation_schedule(engine: DeepSpeedPipelineEngine, micro_batches: int) -> None:
-    """Run forward passes without computing a loss of DeepSpeed's. Collective: all ranks must call it."""
+    """Run forward passes without DeepSpeed's loss computation. Collective: all ranks must call it."""
     engine.reset_activation_shape()
     engine.micro_batches = micro_batches  # DualPipeV counts its buffers by this, also in evaluation
     engine.eval_batch(

@@ -51,9 +51,9 @@ class DispatchMode:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._mode.__exit__(error_type, error, trace)  # type: ignore[no-untyped-call]
 
     def dispatch(self, func: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Compute an operation."""
@@ -76,7 +76,7 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def view_base(tensor: Tensor) -> Tensor | None:
-    """Return the tensor that `tensor` is a view of, with the base's own shape; None if it is no view."""
+    """Return the tensor that `tensor` is a view of, with the base's own shape; None if it is not a view."""
     return tensor._base
 
 

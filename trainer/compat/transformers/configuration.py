@@ -1,4 +1,4 @@
-"""Internals of transformers' configuration classes and model classes that say what they support."""
+"""Internals of transformers' configuration classes and of model classes that state what they support."""
 
 from __future__ import annotations
 

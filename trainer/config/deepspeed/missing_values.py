@@ -113,11 +113,11 @@ def _params(section: Mapping[str, Any]) -> Iterator[_Gap]:
         yield from (_auto(f"{name}.params.{key}") for key in autos if key in known)
 
 
-def _known(name: str, kind: str, params: Mapping[str, Any]) -> frozenset[str]:
+def _known(name: str, class_name: str, params: Mapping[str, Any]) -> frozenset[str]:
     if name == "scheduler":
-        return scheduler_keys(SchedulerSection(type=kind)) or frozenset()
+        return scheduler_keys(SchedulerSection(type=class_name)) or frozenset()
     chosen = {"torch_adam": True} if params.get("torch_adam") is True else {}
-    return optimizer_keys(OptimizerSection(type=kind, params=chosen), offload=False) or frozenset()
+    return optimizer_keys(OptimizerSection(type=class_name, params=chosen), offload=False) or frozenset()
 
 
 def _auto(key: str) -> _Gap:

@@ -21,7 +21,7 @@ DECAYS: Mapping[str, Callable[[float], float]] = {
 
 
 class HasParameterGroups(Protocol):
-    """An optimizer, as far as a schedule uses it."""
+    """The interface of an optimizer that a schedule uses."""
 
     param_groups: list[dict[str, Any]]
 

@@ -24,7 +24,7 @@ Check = Callable[..., Iterator[Problem]]
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that execute the run, as far as they are known."""
+    """The processes that execute the run, if they are known."""
 
     world_size: int | None = None
     """Number of processes; None where it is open (a dry run)."""
@@ -141,11 +141,11 @@ RULES: list[Rule] = []
 """Rules whose problems refuse a configuration."""
 
 WARNINGS: list[Rule] = []
-"""Rules whose problems are reported, and the run starts."""
+"""Rules whose problems are reported without refusing the configuration."""
 
 
 def _registered(check: Check, registry: list[Rule], narrowed: tuple[str, ...]) -> Check:
-    parameters = {name: kind for name, kind in get_type_hints(check).items() if name != "return"}
+    parameters = {name: annotation for name, annotation in get_type_hints(check).items() if name != "return"}
     keys = [key for parameter_type in parameters.values() for key in _KEYS_OF_TYPE[parameter_type]]
     keys = [key for key in keys if not any(_is_same_or_below(prefix, key) for prefix in narrowed)]
     registry.append(Rule(check.__name__, parameters, (*narrowed, *keys), check))

@@ -1,7 +1,7 @@
-"""Tensor plans that Hugging Face lacks, has wrong, or leaves without the weights that stay full. Dictionaries only.
+"""Tensor plans that Hugging Face lacks, that are wrong there, or that omit the replicated weights. Dictionaries only.
 
-Names count from the base model. An entry here overrides Hugging Face's entry of the same name, and None removes it. A
-new family is one dictionary here and one row in the table of families.
+Names are relative to the base model. An entry here overrides Hugging Face's entry of the same name, and None removes
+it. A new family is one dictionary here and one row in the table of families.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the plans have in common: names that many families share, and the reasons for which a matrix stays full."""
+"""Shared parts of the plans: names that many families share, and the reasons why a matrix is replicated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNITS: dict[str, Style] = {
     "k_proj": KeyValueColumn(unit="head_dim"),
     "v_proj": KeyValueColumn(unit="head_dim"),
 }
-"""What the outputs of the attention projections in Hugging Face's own plans consist of."""
+"""Composition of the outputs of the attention projections in Hugging Face's own plans."""
 
 ROUTER = Replicated("a router; every rank needs all scores")
 POSITIONS = Replicated("positions, added to full activations")
@@ -62,7 +62,7 @@ COMMON: dict[str, Style] = {
     "layers.*.mlp.router": ROUTER,
     "layers.*.mlp.shared_expert_gate": Replicated("one output, which multiplies a full activation"),
 }
-"""Entries for modules that many families call alike; used where they match and the family's plan has no entry."""
+"""Entries for modules with the same name in many families; used if they match and the family's plan has no entry."""
 
 FULL_SEQUENCES = {
     "albert",

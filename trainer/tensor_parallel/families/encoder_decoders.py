@@ -19,7 +19,7 @@ from trainer.tensor_parallel.styles import (
 )
 
 SIZED_BY_INPUT = (NarrowInput(), Divide("num_heads", "embed_dim"))
-"""For an attention that gives its result the shape of its input."""
+"""Entries for an attention whose result has the shape of its input."""
 
 BART: Entries = {
     "shared": VocabularyEmbedding(),

@@ -82,7 +82,7 @@ NEW_BERT: Entries = PREDICTIONS | {
 DEBERTA: Entries = BERT | {
     "encoder.rel_embeddings": Replicated("positions, which enter each block with its projections of them"),
     "encoder.conv.conv": Replicated("one convolution, parallel to the first block"),
-    # The other head multiplies with the embedding's weight itself, and the model does not call it its head.
+    # The other head multiplies with the embedding's weight itself, and the model does not register it as its head.
     "lm_predictions": Requires("legacy", "True"),
     "lm_predictions.lm_head.dense": TRANSFORM,
 }

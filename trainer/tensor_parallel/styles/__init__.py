@@ -1,7 +1,7 @@
-"""The styles of a tensor plan: what becomes of a weight, or of a module.
+"""The styles of a tensor plan: how a weight is sharded, or a module is changed.
 
-The names of the first dozen, and their meaning, are Hugging Face's (`transformers.distributed`). The others say what
-its plans cannot. A style is a class: its docstring is its documentation, and `STYLES` has it by name.
+The names of the first dozen, and their meaning, are Hugging Face's (`transformers.distributed`). The others express
+what its plans cannot. A style is a class: its docstring is its documentation, and `STYLES` has it by name.
 """
 
 from trainer.tensor_parallel.styles.attributes import Attribute, Computed, Divide, Requires, Unfused

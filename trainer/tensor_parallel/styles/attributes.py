@@ -16,7 +16,7 @@ from trainer.tensor_parallel.units import Scope, check_expression
 
 @dataclass(frozen=True)
 class Attribute:
-    """A number that a module keeps, to be divided by the number of ranks."""
+    """An attribute of a module that is divided by the number of ranks."""
 
     name: str
     in_config: bool = False
@@ -51,7 +51,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Computed:
-    """A number that a module keeps, to be computed again from numbers that are divided already."""
+    """An attribute of a module that is computed again from divided attributes."""
 
     name: str
     expression: str
@@ -79,7 +79,7 @@ class Divide(ModuleStyle):
     items: tuple[Attribute | Computed, ...]
 
     def __init__(self, *items: str | Attribute | Computed) -> None:
-        """Take names of attributes, or more of what is known about them; in the order of their computation."""
+        """Take attributes, by name or with options, in the order of their computation."""
         object.__setattr__(self, "items", tuple(Attribute(i) if isinstance(i, str) else i for i in items))
 
     @classmethod
@@ -154,10 +154,7 @@ class Unfused(ModuleStyle):
         return self.child
 
     def install(self, region: Region, target: ModuleTarget) -> None:
-        """Make the module believe that it is never training: only then it takes the fused path.
-
-        Nothing else in such a module depends on that.
-        """
+        """Make the training flag of the module always false, because only training mode takes the fused path."""
         if self.child and not hasattr(target.module, self.child):
             return
         module_class = type(target.module)

@@ -1,4 +1,4 @@
-"""The base of all styles: what each states about itself, and the registry by the name that plans use."""
+"""The base classes of styles, and the registry by the name that plans use."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ParameterTarget:
 
 @dataclass(frozen=True)
 class Style:
-    """What a plan entry asks for. The first line of a style's docstring is its documentation: meaning, usage.
+    """A style of a plan entry. The first line of a style's docstring is its documentation: meaning, usage.
 
     In a user's plan a style is its `name`, with its argument, if any, after a colon: `colwise:head_dim`.
     """
@@ -100,7 +100,7 @@ class Style:
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
     def parameter_style(self) -> ParameterStyle | None:
-        """Return the style of the module's parameters; None if this one says nothing about them."""
+        """Return the style of the module's parameters; None if this style does not apply to them."""
         return None
 
     def install(self, region: Region, target: ModuleTarget) -> None:
@@ -109,7 +109,7 @@ class Style:
 
 @dataclass(frozen=True)
 class ModuleStyle(Style):
-    """A style that changes a module, and says nothing about its parameters."""
+    """A style that changes a module, but not its parameters."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ParameterStyle(Style):
         return self
 
     def shards(self, target: ParameterTarget, rank: int, ranks: int) -> tuple[Shard, ...]:
-        """Return what this rank holds of the parameter; several where ranks share a part of a fused weight.
+        """Return this rank's shards of the parameter; several if ranks share a part of a fused weight.
 
         Raises:
             Refused: if the parameter cannot be divided so.
@@ -137,7 +137,7 @@ class ShardedStyle(ParameterStyle):
     """
 
     count: int | None = None
-    """How many equal matrices there are; None for the style's own number."""
+    """Number of equal matrices; None for the style's own number."""
 
     unit: str = ""
     """Size of the unit that stays on one rank; empty for 1."""

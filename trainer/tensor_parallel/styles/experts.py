@@ -47,7 +47,7 @@ class LatentProjection(ModuleStyle):
     name: ClassVar[str] = "mla_kv_a_proj"
 
     rotary_dim: int | None = None
-    """How many outputs; None for the configuration's `qk_rope_head_dim`."""
+    """Number of outputs; None for the configuration's `qk_rope_head_dim`."""
 
     @classmethod
     def parse(cls, argument: str) -> Self:

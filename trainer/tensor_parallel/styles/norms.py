@@ -34,7 +34,7 @@ class _RMSNorm(nn.Module):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`hidden_states` (..., features of this rank) gives the same shape."""
+        """Map `hidden_states` (..., features of this rank) to the same shape."""
         region: Region = self.region  # type: ignore[assignment]
         wide = _promoted(hidden_states)
         total = collectives.enter_region(region.reduce(wide.square().sum(-1, keepdim=True)), region.group)
@@ -69,7 +69,7 @@ class _PerHeadNorms(nn.Module):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`hidden_states` (batch, heads of this rank, sequence, head size) gives the same shape."""
+        """Map `hidden_states` (batch, heads of this rank, sequence, head size) to the same shape."""
         region: Region = self.region  # type: ignore[assignment]
         norms = [norm for norm in self.norms if isinstance(norm, nn.LayerNorm)]  # type: ignore[union-attr]
         weights_HD = torch.stack([norm.weight for norm in norms])
@@ -103,7 +103,7 @@ class _GroupedRMSNorm(nn.Module):
     """A gated RMS norm over groups of a sharded dimension, each of which several ranks hold."""
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`hidden_states` and `gate` (..., features of this rank) give the same shape."""
+        """Map `hidden_states` and `gate` (..., features of this rank) to the same shape."""
         region: Region = self.region  # type: ignore[assignment]
         groups: int = self.groups  # type: ignore[assignment]
         wide = _promoted(hidden_states)

@@ -7,7 +7,7 @@ from trainer.tensor_parallel.styles.base import STYLES, Style
 
 
 class UnknownStyle(ValueError):
-    """No style has this name; the message says which is meant."""
+    """No style has this name; the message suggests the closest one."""
 
 
 def parse_styles(text: str) -> tuple[Style, ...]:

@@ -1,4 +1,4 @@
-"""Styles that say where a tensor-parallel region begins and ends at a module."""
+"""Styles for the beginning and end of a tensor-parallel region at a module."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class NarrowInput(ModuleStyle):
     name: ClassVar[str] = "narrow_input"
 
     def install(self, region: Region, target: ModuleTarget) -> None:
-        """Make a module that gives its result the shape of its input see the size of this rank's part.
+        """Give a module that derives the shape of its result from its input the size of this rank's part.
 
         Its column layers get the full input back, and no gradient passes through the slice.
         """

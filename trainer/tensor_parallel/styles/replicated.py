@@ -11,7 +11,7 @@ from trainer.tensor_parallel.styles.base import FullStyle, ParameterTarget
 
 @dataclass(frozen=True)
 class _Reasoned(FullStyle):
-    """A full parameter, and why it is not sharded."""
+    """A replicated parameter, with the reason."""
 
     reason: str = ""
 

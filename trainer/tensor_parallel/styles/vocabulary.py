@@ -87,7 +87,7 @@ class VocabularyEmbedding(ParameterStyle):
         padding = table.padding_idx
         table.padding_idx = padding - first if padding is not None and 0 <= padding - first < rows else None
         missing: list[Tensor] = []
-        """Which ids (batch, sequence) of the current call are on other ranks."""
+        """Mask (batch, sequence) of the ids of the current call that are on other ranks."""
 
         def localize(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
