@@ -1,4 +1,4 @@
-"""Shared pieces: small text, small configurations, and no leftovers in shared memory."""
+"""Shared fixtures: small text, small configurations, and no leftovers in shared memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-# A job in the background of a script, or below nohup, begins with these ignored, and so would all that it starts.
+# A job in the background of a script, or below nohup, begins with these ignored, and so would all of its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

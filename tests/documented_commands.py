@@ -39,7 +39,7 @@ class Run:
 _PARITY = {"all": "llama", "NAME": "llama", "--write": "", "--matrix": "", "--shapes": ""}
 _QUICK = Run(add=("--quick",), matrix=True)
 _REPEATED = Run(says=("finished at step 2",))
-"""For a run that an earlier command has finished: the command is accepted and has nothing left to do."""
+"""For a run that an earlier command has finished: the command exits at once."""
 
 QUICKSTART = "deepspeed launch/train.py --config ds_configs/quickstart.json"
 _SHORT_VALUES = (

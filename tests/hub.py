@@ -1,4 +1,4 @@
-"""A Hugging Face hub with one dataset, on the loopback address: the requests that `datasets` makes, answered."""
+"""A Hugging Face hub with one dataset, on the loopback address, which serves the requests of `datasets`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[str]:
-    """Its address, for HF_ENDPOINT."""
+    """Address of the hub, for HF_ENDPOINT."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -97,7 +97,7 @@ def mutated_json(value: object, rng: random.Random) -> str:
 
 
 def damage(file: Path, rng: random.Random) -> str:
-    """Damage a file of a run; return the kind of damage."""
+    """Damage a file of a run; return the type of damage."""
     if file.suffix == ".json" and rng.random() < 0.7:
         file.write_bytes(mutated_json(json.loads(file.read_text()), rng).encode(errors="surrogateescape"))
         return "JSON"

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that differ in the special tokens they add to a text."""
+"""Small tokenizers of each type of special tokens that are added to a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ["seven", "wizards", "brew", "potions", "of", "quartz", "and", "jade", "
 
 
 class Kind(NamedTuple):
-    """What a tokenizer of this kind adds, as its family's authors describe it."""
+    """Special tokens of this type of tokenizer, as documented by its family."""
 
     prefix: tuple[str, ...]
     suffix: tuple[str, ...]
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def framed_by(kind: Kind) -> list[str]:
-    """The tokens before and after the text `TEXT` under `data.special_tokens: "tokenizer"`, by hand."""
+    """The tokens before and after the text `TEXT` under `data.special_tokens: "tokenizer"`, worked out manually."""
     end = [kind.end] if kind.end is not None and kind.end not in kind.suffix else []
     return [*kind.prefix, "TEXT", *kind.suffix, *end]
 
@@ -86,6 +86,6 @@ def make(name: str, **special: Any) -> PreTrainedTokenizerBase:
 
 
 def save(name: str, folder: Path) -> Path:
-    """The same in a folder of its own below `folder`."""
+    """The same in a separate folder below `folder`."""
     make(name).save_pretrained(str(folder / name))
     return folder / name

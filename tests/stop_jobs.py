@@ -1,4 +1,4 @@
-"""What ranks run in the tests of stop requests: train as the command does, receive a signal, resume."""
+"""Jobs of ranks in the tests of stop requests: train as the command does, receive a signal, resume."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Signal:
 
 @dataclass(frozen=True)
 class Stopped:
-    """What one rank saw of a run that was stopped and resumed."""
+    """Record of one rank of a run that was stopped and resumed."""
 
     step: int
-    """After which it was stopped; -1 if it finished instead."""
+    """Step after which it was stopped; -1 if it finished instead."""
 
     message: str
     evaluated: tuple[int, ...]
     saved: tuple[str, ...]
     events: tuple[dict[str, Any], ...]
     losses: dict[int, float]
-    """By step, of both attempts."""
+    """Losses by step, of both attempts."""
 
 
 def stop_and_resume(config: dict[str, Any], signals: list[Signal], seed: int) -> tuple[dict[int, float], list[Stopped]]:

@@ -77,7 +77,7 @@ def assert_equal(actual: tuple[Any, Weights], expected: tuple[Any, Weights], tol
 def test_begun_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Resume with the losses and weights of the stored unbroken run.
 
-    Another kind of CPU rounds sums differently; there the reference is a run with the old values set explicitly.
+    Another type of CPU rounds sums differently; there the reference is a run with the old values set explicitly.
     """
     resumed = train(copy_begun_run(tmp_path / "run"))
     assert resumed.status == 0, resumed.err

@@ -75,7 +75,7 @@ def test_sweep_spares_running_builds(tmp_path: Path) -> None:
 
 
 def test_unlocked_partial_is_swept_after_a_day(tmp_path: Path) -> None:
-    """Builders of earlier versions held no lock, so only the age tells that they are gone."""
+    """Builders of earlier versions held no lock, so only the age shows that they are gone."""
     for name, age in (("old", 25), ("new", 23)):
         partial = tmp_path / f".tokens-{name}.0123abcd.partial"
         partial.mkdir()

@@ -297,7 +297,7 @@ def test_resumed_run_keeps_bidirectional_setting(tiny: dict[str, Any], tmp_path:
 
 
 class _Stub:
-    """An engine that answers with given losses, and the batches of a run."""
+    """An engine that returns fixed losses, and the batches of a run."""
 
     def __init__(self, passes: list[torch.Tensor], ids: Any) -> None:
         self.passes, self.ids, self.asked = passes, ids, list[MicroBatch]()

@@ -1,4 +1,4 @@
-"""Every documented command is executed, and does what the page says."""
+"""Every documented command is executed, with the documented result."""
 
 from __future__ import annotations
 

@@ -485,8 +485,8 @@ def test_damaged_manifest_does_not_hide_older_checkpoints(
 
 
 def test_unreachable_upload_is_refused_at_start(tiny: dict[str, Any], tmp_path: Path) -> None:
-    place = f"ftp://127.0.0.1:{get_free_port()}/run"
-    ended = start(tiny, tmp_path, checkpoint__upload=place)
+    address = f"ftp://127.0.0.1:{get_free_port()}/run"
+    ended = start(tiny, tmp_path, checkpoint__upload=address)
     assert ended.status == 2, ended.out
     assert "checkpoint.upload: " in ended.err
     assert "cannot be reached" in ended.err
@@ -495,14 +495,14 @@ def test_unreachable_upload_is_refused_at_start(tiny: dict[str, Any], tmp_path: 
 
 
 def test_unresponsive_upload_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that accepts connections and never answers."""
+    """A server that accepts connections and never responds."""
     from trainer.checkpoint import object_store
 
     monkeypatch.setattr(object_store, "_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
-        with pytest.raises(ConfigError, match="no answer within"):
-            object_store.ObjectStore.connect(place)
+        address = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
+        with pytest.raises(ConfigError, match="no response within"):
+            object_store.ObjectStore.connect(address)
 
 
 @pytest.mark.fast

@@ -24,7 +24,7 @@ from trainer.fault_tolerance.ancestors import Process, read_process
 pytestmark = pytest.mark.launcher
 
 ENDED_SECONDS = 25.0
-"""From a signal until no rank is left; the figure of README is measured on a larger model."""
+"""Seconds from a signal until all ranks have ended; the benchmark measures it on a larger model."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Run:
         return read_events(self.folder)
 
     def wait_for_ranks(self, seconds: float = ENDED_SECONDS) -> float:
-        """Wait until no rank is left; return the seconds."""
+        """Wait until all ranks have ended; return the seconds."""
         begun = time.monotonic()
         while self.ranks:
             assert time.monotonic() < begun + seconds, f"{self.ranks} are left, {self.events[-1]}"

@@ -1,4 +1,4 @@
-"""Golden values: what an earlier version computed, compared with what this one computes.
+"""Golden values: results of an earlier version, compared with those of this version.
 
 `python -m tests.golden NAME` writes a file that does not exist yet; `--replace` overwrites one, which is right only
 where a release changes the values on purpose and says so in CHANGELOG.md.
@@ -168,7 +168,7 @@ def token_file(folder: Path) -> dict[str, str]:
 
 
 def curves(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Train each of `CURVES`, in a folder of its own."""
+    """Train each of `CURVES`, in separate folders."""
     for name in CURVES:
         below = folder / name.replace(" ", "-")
         below.mkdir()
@@ -182,7 +182,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "initial_weights": lambda folder: initial_weights(),
     "token_file": token_file,
 }
-"""By name of the golden file: what computes its content in an empty folder."""
+"""By name of the golden file: a function that computes its content in an empty folder."""
 
 
 def golden(name: str) -> Any:

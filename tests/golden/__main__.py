@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the named files. Returns 1, having written nothing, if one exists and `--replace` is not given."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
     parser.add_argument("names", nargs="+", choices=sorted(FILES), metavar="NAME", help=f"of {', '.join(FILES)}")
-    parser.add_argument("--replace", action="store_true", help="overwrite: what earlier versions computed is lost")
+    parser.add_argument("--replace", action="store_true", help="overwrite the results of earlier versions")
     options = parser.parse_args(arguments)
     existing = [name for name in options.names if (FOLDER / f"{name}.json").exists()]
     if existing and not options.replace:

@@ -169,7 +169,7 @@ def _with_timeout(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="object-store", daemon=True).start()
     if not is_done.wait(_TIMEOUT_SECONDS):
-        raise TimeoutError(f"no answer within {_TIMEOUT_SECONDS:.0f} s")
+        raise TimeoutError(f"no response within {_TIMEOUT_SECONDS:.0f} s")
     if errors:
         raise errors[0]
     return results.get()

@@ -1,4 +1,4 @@
-"""A package as a user might have it: a decoder of its own, registered with the auto classes of transformers."""
+"""An example of a user's package: a decoder, registered with the auto classes of transformers."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

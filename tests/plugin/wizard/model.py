@@ -1,4 +1,4 @@
-"""Llama's attention, and an MLP of its own whose weights no plan of transformers names."""
+"""Llama's attention, and an MLP whose weights no plan of transformers names."""
 
 from __future__ import annotations
 
