@@ -29,7 +29,7 @@ from trainer.data.batches import StepBatch
 from trainer.distributed import Launch, joined_world
 from trainer.engine.loss_normalization import LossNormalization
 from trainer.tasks import MicroBatch, TaskLoss
-from trainer.topology import Topology
+from trainer.topology import GRADIENT_AXES, Axis, Topology
 
 STEPS = 4
 
@@ -294,16 +294,16 @@ def test_before_update_sees_unclipped_gradients_and_old_weights(values: dict[str
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("axis", GRADIENT_AXES)
 @pytest.mark.parametrize("engine_divides", [False, True])
-def test_accumulated_objective_is_loss_per_token(engine_divides: bool) -> None:
-    """Tokens are spread unevenly over 2 data ranks with 2 micro-batches each; DeepSpeed averages over the ranks."""
+def test_accumulated_objective_is_loss_per_token(engine_divides: bool, axis: Axis) -> None:
+    """Tokens are spread unevenly over 2 ranks with 2 micro-batches each; DeepSpeed averages over the ranks."""
     sums, auxiliary = {(0, 0): 30.0, (0, 1): 2.0, (1, 0): 8.0, (1, 1): 20.0}, 0.5
     micro_batch = MicroBatch({"input_ids": torch.zeros(1, 1)}, torch.zeros(1, 1), num_targets=1)
     batch = StepBatch((micro_batch, micro_batch), tokens=15, samples=4)
     objective = 0.0
-    for (data_rank, _), loss_sum in sums.items():
-        topology = Topology.of(2, data_rank)
-        normalization = LossNormalization.for_step(batch, topology, engine_divides=engine_divides)
+    for (rank, _), loss_sum in sums.items():
+        normalization = LossNormalization.for_step(batch, Topology(rank, **{axis: 2}), engine_divides=engine_divides)
         loss = TaskLoss(torch.tensor(loss_sum), torch.tensor(loss_sum), torch.tensor(auxiliary), torch.zeros(1), {})
-        objective += float(normalization.objective(loss)) / (2 if engine_divides else 1) / topology.data
+        objective += float(normalization.objective(loss)) / (2 if engine_divides else 1) / 2
     assert objective == pytest.approx(sum(sums.values()) / 15 + auxiliary)

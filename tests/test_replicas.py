@@ -98,6 +98,9 @@ def test_replica_set_is_product_of_axes() -> None:
     assert ReplicaSet((), 4, data=False).ranks(own) == (8, 9, 10, 11)
     assert ReplicaSet((0, 1), 1, data=True).ranks(own) == (1, 5, 9, 13)
     assert ReplicaSet((0,), 1, data=True).ranks(own) == ()
+    own = Topology(rank=9, replica=2, context=4, tensor=2)  # replica 1, context rank 0, tensor rank 1
+    assert ReplicaSet((), 1, data=True).ranks(own) == (9, 11, 13, 15)
+    assert ReplicaSet((), 2, data=False).ranks(own) == (8, 9)
 
 
 # Flipped bits --------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from trainer.sharding import fill_remote_with_zeros
 from trainer.tasks import TASKS, TaskModule
 from trainer.tasks.cross_entropy import VocabularyCrossEntropy
 from trainer.tensor_parallel import Mapper, build_mapper
+from trainer.topology import GRADIENT_AXES
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -136,7 +137,7 @@ class _EngineBuilder:
         module = pipeline_module(
             stages,
             assignment.num_stages,
-            sizes=(topology.pipeline, topology.tensor, topology.data),
+            sizes=(topology.pipeline, topology.tensor, topology.size(*GRADIENT_AXES)),
             dynamic_shape=self.loaded.config.data.packing != "concatenate",
         )
         for name, pieces in local_parameters(models).items():

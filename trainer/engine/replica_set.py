@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
 from trainer.compat.deepspeed.zero3 import is_partitioned
 from trainer.pipeline import local_parameters
-from trainer.topology import Topology
+from trainer.topology import GRADIENT_AXES, Topology
 
 
 class ReplicaSet(NamedTuple):
@@ -22,19 +23,20 @@ class ReplicaSet(NamedTuple):
     """Number of neighboring tensor ranks with a replica, including the rank itself."""
 
     data: bool
-    """Whether all data ranks have a replica."""
+    """Whether all ranks of `GRADIENT_AXES` have a replica."""
 
     def ranks(self, topology: Topology) -> tuple[int, ...]:
         """List the ranks with the same elements as the rank of `topology`, ascending; empty if that rank has none."""
         if self.pipeline_ranks and topology.pipeline_rank not in self.pipeline_ranks:
             return ()
         first = topology.tensor_rank - topology.tensor_rank % self.tensor
-        return tuple(
-            (pipeline_rank * topology.data + data_rank) * topology.tensor + tensor_rank
-            for pipeline_rank in self.pipeline_ranks or (topology.pipeline_rank,)
-            for data_rank in (range(topology.data) if self.data else (topology.data_rank,))
-            for tensor_rank in range(first, first + self.tensor)
-        )
+        pipeline_group = topology.ranks_of("pipeline")
+        ranks: list[int] = []
+        for pipeline_rank in self.pipeline_ranks or (topology.pipeline_rank,):
+            tensor_ranks = replace(topology, rank=pipeline_group[pipeline_rank]).ranks_of("tensor")
+            for rank in tensor_ranks[first : first + self.tensor]:
+                ranks += replace(topology, rank=rank).ranks_of(*GRADIENT_AXES) if self.data else [rank]
+        return tuple(sorted(ranks))
 
 
 def local_replica_sets(

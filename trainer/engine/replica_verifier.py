@@ -25,6 +25,7 @@ from trainer.engine.replica_report import MAX_REPORTED, Hash, Mismatch, describe
 from trainer.engine.replica_set import ReplicaSet, local_replica_sets
 from trainer.engine.tensor_hash import hash_bits
 from trainer.errors import ReplicasDifferError
+from trainer.topology import GRADIENT_AXES
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class ReplicaVerifier:
         dist.all_gather_object(
             fragments, [None if replica is None else self._master_fragment(replica) for replica in local]
         )
-        holders_of_masters = [topology.rank] if self._layout.is_replicated else topology.ranks_of("data")
+        holders_of_masters = [topology.rank] if self._layout.is_replicated else topology.ranks_of(*GRADIENT_AXES)
         contradicted = [
             replica is not None
             and any(

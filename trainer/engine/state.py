@@ -18,6 +18,7 @@ from trainer.engine.interface import Scalars, ScalarState, TensorChunk
 from trainer.pipeline import local_parameters
 from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard, is_owned
 from trainer.tensor_parallel import Mapper
+from trainer.topology import GRADIENT_AXES
 
 
 class DeepSpeedTrainingState:
@@ -40,17 +41,18 @@ class DeepSpeedTrainingState:
     def owned_chunks(self) -> Iterator[TensorChunk]:
         """See `TrainingState.owned_chunks`."""
         topology = self._world.topology
+        rank, ranks = topology.coordinate(*GRADIENT_AXES), topology.size(*GRADIENT_AXES)
         for parameter, shard in self._parameters():
             if not is_owned(parameter) or is_counted_elsewhere(parameter):
                 continue
             for role, elements, offset in self._flat_state(parameter, owned_only=True):
                 start, end = 0, elements.numel()
-                if self._is_replicated(parameter):  # each data rank saves its share of the elements
-                    start, end = (end * (topology.data_rank + side) // topology.data for side in (0, 1))
+                if self._is_replicated(parameter):  # each rank saves its share of the elements
+                    start, end = (end * (rank + side) // ranks for side in (0, 1))
                 yield from _chunks(shard, role, elements[start:end], offset + start)
-            if topology.data_rank == 0:
+            if rank == 0:
                 yield from self._factored_chunks(parameter, shard.name)
-        if topology.data_rank == topology.pipeline_rank == 0:
+        if rank == topology.pipeline_rank == 0:
             yield from self._buffer_chunks(owned_only=True)
 
     def local_chunks(self) -> Iterator[TensorChunk]:
@@ -73,7 +75,7 @@ class DeepSpeedTrainingState:
         return self._layout.fragment(parameter) if parameter.requires_grad else None
 
     def _is_replicated(self, parameter: nn.Parameter) -> bool:
-        """Return whether all data ranks hold the same elements."""
+        """Return whether all ranks of `GRADIENT_AXES` hold the same elements."""
         return self._layout.is_replicated if parameter.requires_grad else not is_partitioned(parameter)
 
     def _flat_state(self, parameter: nn.Parameter, *, owned_only: bool) -> Iterator[tuple[str, Tensor, int]]:
