@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.compat.deepspeed.flags import is_counted_elsewhere
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 from trainer.compat.deepspeed.layouts.find import layout_of
 from trainer.distributed import World
 from trainer.engine.interface import Evaluation, StepResult, TrainingState
 from trainer.engine.loss_accumulator import LossAccumulator
+from trainer.engine.ownership import is_counted
 from trainer.engine.replica_verifier import ReplicaVerifier
 from trainer.engine.state import DeepSpeedTrainingState
 from trainer.errors import DataError
-from trainer.sharding import Joiner, is_owned
+from trainer.sharding import Joiner
 from trainer.tasks import MicroBatch, Task
 from trainer.tensor_parallel import Mapper
 
@@ -53,7 +53,7 @@ class BaseEngine:
         self._is_first_step = True
         self._joiner = Joiner(world.groups.of)
         self._parameters = [p for p in deepspeed_engine.module.parameters() if p.requires_grad]
-        self._norm_parameters = [p for p in self._parameters if is_owned(p) and not is_counted_elsewhere(p)]
+        self._norm_parameters = [p for p in self._parameters if is_counted(p)]
         self._reports_loss = world.topology.tensor_rank == 0 and world.topology.pipeline_rank == loss_pipeline_rank
         """True on the one rank of each model-parallel group that reports its losses."""
 

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from trainer.checkpoint_format import BUFFER, WEIGHT
 from trainer.compat.deepspeed.counters import read_counters, read_loss_scale, restore_counters, restore_loss_scale
-from trainer.compat.deepspeed.flags import is_counted_elsewhere
 from trainer.compat.deepspeed.fragments import FlatFragment
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 from trainer.compat.deepspeed.layouts.find import layout_of
 from trainer.compat.deepspeed.zero3 import full_shape, is_partitioned, local_elements
 from trainer.distributed import World
 from trainer.engine.interface import Scalars, ScalarState, TensorChunk
+from trainer.engine.ownership import is_counted
 from trainer.pipeline import local_parameters
-from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard, is_owned
+from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard
 from trainer.tensor_parallel import Mapper
 from trainer.topology import GRADIENT_AXES
 
@@ -43,7 +43,7 @@ class DeepSpeedTrainingState:
         topology = self._world.topology
         rank, ranks = topology.coordinate(*GRADIENT_AXES), topology.size(*GRADIENT_AXES)
         for parameter, shard in self._parameters():
-            if not is_owned(parameter) or is_counted_elsewhere(parameter):
+            if not is_counted(parameter):
                 continue
             for role, elements, offset in self._flat_state(parameter, owned_only=True):
                 start, end = 0, elements.numel()
