@@ -62,14 +62,14 @@ def check_loss(ranks: int, rank: int, group: Any, vocabulary: int, types: Sequen
         (3 * sums.objective).backward()
         expected_gradient = _local_columns(logits.grad, ranks, rank, 0.0)  # type: ignore[arg-type]
         exact = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
-        torch.testing.assert_close(sums.loss, expected[0].detach(), rtol=exact, atol=exact)
+        torch.testing.assert_close(sums.loss_sum, expected[0].detach(), rtol=exact, atol=exact)
         torch.testing.assert_close(sums.objective, expected[1].detach(), rtol=exact, atol=exact)
-        plain = F.cross_entropy(whole.to(sums.per_target.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        torch.testing.assert_close(sums.per_target, plain.view(2, -1), rtol=exact, atol=exact)
+        plain = F.cross_entropy(whole.to(sums.target_losses.dtype), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        torch.testing.assert_close(sums.target_losses, plain.view(2, -1), rtol=exact, atol=exact)
         exact = 8e-3 if dtype == torch.bfloat16 else 5 * exact
         torch.testing.assert_close(own.grad, expected_gradient, rtol=exact, atol=exact)
-        assert sums.loss.dtype == torch.promote_types(dtype, torch.float32)
-        assert not sums.loss.requires_grad
+        assert sums.loss_sum.dtype == torch.promote_types(dtype, torch.float32)
+        assert not sums.loss_sum.requires_grad
         assert torch.equal(own.detach(), before), "the logits were changed"
         count += 1
     return count
@@ -111,7 +111,7 @@ def compare_loss(vocabularies: list[int], types: Sequence[torch.dtype]) -> int:
             logits.grad = None
             nothing = loss(logits, torch.full((TOKENS,), IGNORE_INDEX))
             nothing.objective.backward()
-            assert (float(nothing.loss), float(nothing.objective.detach())) == (0.0, 0.0)
+            assert (float(nothing.loss_sum), float(nothing.objective.detach())) == (0.0, 0.0)
             assert logits.grad is not None
             assert not logits.grad.any()
             empty = loss(logits[:0], labels[:0])

@@ -304,6 +304,6 @@ def test_accumulated_objective_is_loss_per_token(engine_divides: bool, axis: Axi
     objective = 0.0
     for (rank, _), loss_sum in sums.items():
         normalization = LossNormalization.for_step(batch, Topology(rank, **{axis: 2}), engine_divides=engine_divides)
-        loss = TaskLoss(torch.tensor(loss_sum), torch.tensor(loss_sum), torch.tensor(auxiliary), torch.zeros(1), {})
+        loss = TaskLoss(torch.tensor(loss_sum), torch.tensor(loss_sum), torch.zeros(1), {}, torch.tensor(auxiliary))
         objective += float(normalization.objective(loss)) / (2 if engine_divides else 1) / 2
     assert objective == pytest.approx(sum(sums.values()) / 15 + auxiliary)

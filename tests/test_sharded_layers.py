@@ -302,7 +302,7 @@ def _one_step(
     labels[:, ::5] = IGNORE_INDEX
     loss = F.cross_entropy(full(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     sums = VocabularyCrossEntropy(shard=mapper.vocabulary_shard())(sharded(ids).logits, labels)
-    torch.testing.assert_close(sums.loss, loss.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums.loss_sum, loss.detach(), rtol=1e-6, atol=1e-6)
     loss.backward()
     sums.objective.backward()
     expected = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}

@@ -78,7 +78,7 @@ class MaskedLM:
 
     def loss(self, prediction: Prediction, labels: Tensor, cross_entropy: VocabularyCrossEntropy) -> LossSums:
         sums = cross_entropy(prediction.output.logits, labels)
-        probability = torch.where(labels != IGNORE_INDEX, (-sums.per_target).exp(), 0).sum()
+        probability = torch.where(labels != IGNORE_INDEX, (-sums.target_losses).exp(), 0).sum()
         return sums._replace(extra={"probability": probability})
 
     def metrics(self, loss: float, extra: Mapping[str, float]) -> dict[str, float]:
@@ -189,7 +189,7 @@ class ChunkedLM(CausalLM):
             self.head_calls += 1
             parts.append(cross_entropy(prediction.head(hidden[None]), chunk[None]))
         loss, objective = (sum(values) for values in zip(*(part[:2] for part in parts), strict=True))
-        return LossSums(loss, objective, torch.cat([part.per_target[0] for part in parts]).view(labels.shape))
+        return LossSums(loss, objective, torch.cat([part.target_losses[0] for part in parts]).view(labels.shape))
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:

@@ -24,16 +24,16 @@ from trainer.tasks.micro_batch import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):
-    """Sums over the targets of a micro-batch."""
+    """Sums over the targets of a micro-batch, which add up over micro-batches and ranks."""
 
-    loss: Tensor
-    """Reported loss, for instance -log p(label). Scalar without a gradient."""
+    loss_sum: Tensor
+    """The reported loss, for instance -log p(label). Scalar, at least fp32, without a gradient."""
 
     objective: Tensor
-    """Minimized loss, for instance with label smoothing and z-loss. Scalar."""
+    """The minimized loss, for instance with label smoothing and z-loss. Scalar, at least fp32."""
 
-    per_target: Tensor
-    """Reported loss of each label, 0 where it is ignored. The labels' shape, without a gradient."""
+    target_losses: Tensor
+    """The reported loss of each label, in the labels' shape; 0 where ignored. At least fp32, without a gradient."""
 
     extra: Mapping[str, Tensor] = MappingProxyType({})
     """Further sums, by the names in `Task.extra_sums`. Scalars without a gradient."""

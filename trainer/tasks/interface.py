@@ -103,23 +103,15 @@ class Prediction:
 
 
 class TaskLoss(NamedTuple):
-    """The contribution of one micro-batch: sums that add up over micro-batches and ranks."""
+    """The contribution of one micro-batch: the fields of `LossSums`, and the family's auxiliary loss."""
 
     loss_sum: Tensor
-    """The reported loss, summed over the targets. fp32 scalar without a gradient."""
-
     objective: Tensor
-    """The minimized loss, summed over the targets; with label smoothing and z-loss. fp32 scalar."""
-
+    target_losses: Tensor
+    extra: Mapping[str, Tensor]
     auxiliary: Tensor
     """The family's own additional loss (load balancing of a mixture), weighted by its coefficient; 0 where there is
     none. fp32 scalar."""
-
-    target_losses: Tensor
-    """The reported loss of each label, in the labels' shape; 0 where it is ignored. fp32, without a gradient."""
-
-    extra: Mapping[str, Tensor]
-    """Further sums, by the names in `Task.extra_sums`. Scalars without a gradient."""
 
 
 class Task(Protocol):

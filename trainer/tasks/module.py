@@ -105,8 +105,7 @@ class TaskModule(nn.Module):
         """
         prediction = self._predict(inputs)
         sums = self.task.loss(prediction, labels, self._cross_entropy)
-        auxiliary = self._auxiliary(prediction.output, sums.loss)
-        return TaskLoss(sums.loss, sums.objective, auxiliary, sums.per_target, sums.extra)
+        return TaskLoss(**sums._asdict(), auxiliary=self._auxiliary(prediction.output, sums.loss_sum))
 
     def _predict(self, inputs: dict[str, Tensor]) -> Prediction:
         if self._head is None:
