@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.retention import update_pointers
-from trainer.checkpoint.saved import BEST, LATEST, SavedCheckpoint, list_checkpoints
+from trainer.checkpoint.saved import BEST, CHECKPOINT_GLOB, LATEST, SavedCheckpoint, list_checkpoints
 from trainer.events import read_events
 from trainer.files import sync_directory
 
@@ -29,7 +29,7 @@ def checkpoints_to_archive(folder: Path, resumed: SavedCheckpoint | None) -> lis
     These are all of them, or those newer than `resumed` if that lies in `folder`.
     """
     checkpoints = {checkpoint.folder: checkpoint for checkpoint in list_checkpoints(folder)[0]}
-    paths = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
+    paths = [path for path in sorted(folder.glob(CHECKPOINT_GLOB)) if path.is_dir()]
     if resumed is None or resumed.folder.parent.resolve() != folder.resolve():
         return paths
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.checkpoint.retention import best_checkpoints
-from trainer.checkpoint.saved import SavedCheckpoint, checkpoint_name, list_checkpoints
+from trainer.checkpoint.saved import SavedCheckpoint, checkpoint_name, list_checkpoints, newest_valid, parse_step
 from trainer.checkpoint_format import is_checkpoint, verify_files
 from trainer.config.earlier_versions import stored_run
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.run_layout import CHECKPOINTS, FINAL, run_tokenizer_folder
 
 log = logging.getLogger(__name__)
-
-_STEP = re.compile(r"step-(\d{1,18})")
 
 
 def model_folder(run: Path, checkpoint: str | None = None) -> Path:
@@ -69,28 +66,24 @@ def _refuse_other_folders(run: Path) -> None:
 
 def _named(run: Path, checkpoints: Sequence[SavedCheckpoint], name: str) -> Path:
     if name == "latest":
-        return _newest_valid(run, checkpoints)
-    step = _STEP.fullmatch(name)
+        newest = newest_valid(checkpoints, _verified_folder)
+        if newest is None:
+            raise CheckpointError(f"{run}: no valid checkpoint")
+        return newest
+    step = parse_step(name)
     if name == "best":
         matching = best_checkpoints(checkpoints)
     elif step is not None:
-        matching = [c for c in checkpoints if c.folder.name == checkpoint_name(int(step[1]))]
+        matching = [c for c in checkpoints if c.folder.name == checkpoint_name(step)]
     else:
         raise ConfigError(Problem("--checkpoint", f"expected latest, best, final or step-N, got '{name}'"))
     if not matching:
         existing = ", ".join(checkpoint.folder.name for checkpoint in checkpoints) or "none"
         reason = "no checkpoint with a validation loss" if name == "best" else f"no checkpoint {name}"
         raise CheckpointError(f"{run}: {reason} (existing: {existing})")
-    verify_files(matching[0].folder, matching[0].manifest)
-    return matching[0].folder
+    return _verified_folder(matching[0])
 
 
-def _newest_valid(run: Path, checkpoints: Sequence[SavedCheckpoint]) -> Path:
-    for checkpoint in checkpoints:
-        try:
-            verify_files(checkpoint.folder, checkpoint.manifest)
-        except CheckpointError as error:
-            log.warning("%s; falling back to the previous checkpoint", error)
-        else:
-            return checkpoint.folder
-    raise CheckpointError(f"{run}: no valid checkpoint")
+def _verified_folder(checkpoint: SavedCheckpoint) -> Path:
+    verify_files(checkpoint.folder, checkpoint.manifest)
+    return checkpoint.folder

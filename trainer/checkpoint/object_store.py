@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import fsspec
 
-from trainer.checkpoint.saved import LATEST
+from trainer.checkpoint.saved import CHECKPOINT_GLOB, LATEST
 from trainer.checkpoint_format import MANIFEST
 from trainer.errors import CheckpointError, ConfigError, Problem
 
@@ -137,7 +137,7 @@ class ObjectStore:
         self._files.invalidate_cache()
         if self._files.exists(f"{self._root}/{MANIFEST}"):
             return ""
-        names = [path.rsplit("/", 2)[-2] for path in self._files.glob(f"{self._root}/step-*/{MANIFEST}")]
+        names = [path.rsplit("/", 2)[-2] for path in self._files.glob(f"{self._root}/{CHECKPOINT_GLOB}/{MANIFEST}")]
         return max(names, key=self._order, default=None)
 
     def _order(self, name: str) -> tuple[int, int, str]:

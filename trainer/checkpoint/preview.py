@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.checkpoint.object_store import ObjectStore, is_object_store_url
-from trainer.checkpoint.saved import SavedCheckpoint, list_checkpoints, search_folder
+from trainer.checkpoint.saved import SavedCheckpoint, list_checkpoints, newest_valid, search_folder
 from trainer.checkpoint_format import read_manifest, verify_sizes
 from trainer.config import LoadedConfig
 from trainer.errors import CheckpointError
@@ -42,9 +42,7 @@ def preview_resume(loaded: LoadedConfig) -> SavedCheckpoint | None:
 def _named(path: Path) -> SavedCheckpoint:
     folder = search_folder(path)
     if folder is None:
-        manifest = read_manifest(path)
-        verify_sizes(path, manifest)
-        return SavedCheckpoint(path, manifest)
+        return _with_verified_sizes(SavedCheckpoint(path, read_manifest(path)))
     newest = _newest(folder)
     if newest is None:
         raise CheckpointError(f"{folder}: no valid checkpoint to resume from")
@@ -54,13 +52,12 @@ def _named(path: Path) -> SavedCheckpoint:
 def _newest(folder: Path) -> SavedCheckpoint | None:
     """Return the newest checkpoint whose files have the sizes in its manifest."""
     checkpoints, errors = list_checkpoints(folder)
-    for checkpoint in checkpoints:
-        try:
-            verify_sizes(checkpoint.folder, checkpoint.manifest)
-        except CheckpointError as error:
-            errors.append(error)
-        else:
-            return checkpoint
-    if errors:
+    newest = newest_valid(checkpoints, _with_verified_sizes, errors.append)
+    if newest is None and errors:
         raise CheckpointError(f"{folder}: no valid checkpoint to resume from: {errors[0]}")
-    return None
+    return newest
+
+
+def _with_verified_sizes(checkpoint: SavedCheckpoint) -> SavedCheckpoint:
+    verify_sizes(checkpoint.folder, checkpoint.manifest)
+    return checkpoint

@@ -25,6 +25,7 @@ from trainer.checkpoint.saved import (
     SavedCheckpoint,
     checkpoint_name,
     list_checkpoints,
+    newest_valid,
     partial_folders,
     read_pointer,
     search_folder,
@@ -181,14 +182,10 @@ def _newest_valid(context: CheckpointContext, folder: Path, *, is_required: bool
         CheckpointError: on all ranks: all checkpoints are damaged; there is none although `is_required`.
     """
     names = context.on_rank_zero(partial(_candidates, folder, is_required=is_required))
-    for name in names:
-        try:
-            return verify_checkpoint(context, folder / name)
-        except CheckpointError as error:
-            log.warning("%s; falling back to the previous checkpoint", error)
-    if names:
+    newest = newest_valid([folder / name for name in names], partial(verify_checkpoint, context))
+    if names and newest is None:
         raise CheckpointError(f"{folder}: all of its {len(names)} checkpoints are damaged. {_RESTART}")
-    return None
+    return newest
 
 
 def _candidates(folder: Path, *, is_required: bool) -> list[str]:

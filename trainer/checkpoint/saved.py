@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from trainer.checkpoint_format import MANIFEST, Manifest, read_manifest
 from trainer.errors import CheckpointError
 from trainer.run_layout import CHECKPOINTS
 
+log = logging.getLogger(__name__)
+
+C = TypeVar("C")
+T = TypeVar("T")
+
 LATEST, BEST = "latest", "best"
 EVALUATED_SAMPLES = "evaluated_samples"
 """Key of a manifest's `about`: see `SavedCheckpoint.evaluated_samples`."""
+
+CHECKPOINT_GLOB = "step-*"
+"""Matches the folders of checkpoints."""
 
 PARTIAL = ".{}.partial"
 """Name of the folder of an incomplete checkpoint, from the checkpoint's name."""
@@ -23,12 +33,24 @@ PARTIAL = ".{}.partial"
 DELETED = ".{}.deleted"
 """Name of the folder of a checkpoint that is being deleted."""
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{1,18})")
 
 
 def checkpoint_name(step: int) -> str:
     """Return the folder name of the checkpoint of a step."""
     return f"step-{step:08}"
+
+
+def parse_step(name: str) -> int | None:
+    """Return the N of `step-N`, with or without leading zeros; None if `name` has another form."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Return True if `name` is what `checkpoint_name` returns for a step."""
+    step = parse_step(name)
+    return step is not None and name == checkpoint_name(step)
 
 
 @dataclass(frozen=True)
@@ -71,12 +93,38 @@ def list_checkpoints(folder: Path) -> tuple[list[SavedCheckpoint], list[Checkpoi
     checkpoints, errors = [], []
     names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
     for name in names:
-        if _NAME.fullmatch(name) and (folder / name).is_dir():
+        if is_checkpoint_name(name) and (folder / name).is_dir():
             try:
                 checkpoints.append(SavedCheckpoint(folder / name, read_manifest(folder / name)))
             except CheckpointError as error:
                 errors.append(error)
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.order, reverse=True), errors
+
+
+def _warn_about_fallback(error: CheckpointError) -> None:
+    log.warning("%s; falling back to the previous checkpoint", error)
+
+
+def newest_valid(
+    candidates: Iterable[C],
+    verify: Callable[[C], T],
+    report: Callable[[CheckpointError], None] = _warn_about_fallback,
+) -> T | None:
+    """Return what `verify` returns for the first candidate that it does not refuse; None if it refuses all of them.
+
+    Collective if `verify` is.
+
+    Args:
+        candidates: Checkpoints, newest first.
+        verify: Raises CheckpointError for a damaged one.
+        report: Receives the error of each damaged one.
+    """
+    for candidate in candidates:
+        try:
+            return verify(candidate)
+        except CheckpointError as error:
+            report(error)
+    return None
 
 
 def search_folder(path: Path) -> Path | None:
@@ -107,7 +155,7 @@ def read_pointer(folder: Path, pointer: str) -> Path | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not _NAME.fullmatch(name):
+    if not is_checkpoint_name(name):
         raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a checkpoint")
     return folder / name
 
@@ -120,8 +168,6 @@ def delete_checkpoint(folder: Path) -> None:
     shutil.rmtree(deleted, ignore_errors=True)
 
 
-def partial_folders(folder: Path) -> Iterator[Path]:
-    """Yield the incomplete and partly deleted checkpoints that killed processes left in a folder."""
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
-        if name.startswith(".step-") and name.endswith((".partial", ".deleted")):
-            yield folder / name
+def partial_folders(folder: Path) -> list[Path]:
+    """Return the incomplete and partly deleted checkpoints that killed processes left in a folder."""
+    return sorted(path for name in (PARTIAL, DELETED) for path in folder.glob(name.format(CHECKPOINT_GLOB)))
