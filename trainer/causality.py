@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import LoadedConfig
+from trainer.config.tasks import TASK_FAMILIES
 from trainer.data import TrainBatches
 from trainer.distributed import World
 from trainer.engine import Engine
@@ -74,7 +75,7 @@ def verify_causality(loaded: LoadedConfig, world: World, engine: Engine, batches
     Raises:
         ConfigError: on every rank, naming the first position that sees later inputs.
     """
-    if not TASKS[loaded.config.model.task].is_causal:
+    if not TASK_FAMILIES[loaded.config.model.task].is_causal:
         return
     start = time.perf_counter()
     model_type, ids = loaded.facts.model_type, _sample(loaded, batches.first_ids())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -19,7 +20,15 @@ class TaskFamilies:
     """Remedy for a family without such a model, for messages."""
 
     is_causal: bool
-    """Whether attention must not see later tokens."""
+    """Whether the loss at a position must not depend on later inputs, which is probed before the first step."""
+
+    @property
+    def class_names(self) -> Mapping[str, str]:
+        """Name of the model class by model type, as transformers maps them."""
+        from transformers.models.auto import modeling_auto
+
+        names: Mapping[str, str] = getattr(modeling_auto, f"{self.mapping}_NAMES")
+        return names
 
 
 TASK_FAMILIES: dict[str, TaskFamilies] = {

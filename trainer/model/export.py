@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from trainer.checkpoint_format import FileRecord, write_safetensors
 from trainer.compat.transformers.conversion import to_file_tensors, use_published_names
 from trainer.compat.transformers.models import names_not_saved
-from trainer.config.tasks import DEFAULT_TASK
+from trainer.config.tasks import DEFAULT_TASK, TASK_FAMILIES
 from trainer.errors import ConfigError, Problem
 from trainer.files import convert_bare_exceptions_to_os_errors, hash_file, remove, replace_folder, sync_tree
 from trainer.sharding import local_and_remote_parameters
@@ -116,7 +116,7 @@ def _loadable_config(model: PreTrainedModel) -> PreTrainedConfig:
     For the language model of a multimodal family (Emu3, Mllama) it is the family's, which contains the model's own.
     """
     config = model.config
-    classes = [entry for task in TASKS.values() for entry in task.class_names.items()]
+    classes = [entry for families in TASK_FAMILIES.values() for entry in families.class_names.items()]
     if config.model_type in dict(classes):
         return config
     for model_type, name in classes:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trainer.config.schema import DataSection
 from trainer.tasks.cross_entropy import LossSums, VocabularyCrossEntropy
@@ -30,9 +29,7 @@ class CausalLM:
 
     name = "causal_lm"
     auto_class: type[Any] = AutoModelForCausalLM
-    class_names: Mapping[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     needs = Needs.HIDDEN_AND_HEAD
-    is_causal = True
     forward_options: Mapping[str, object] = {"use_cache": False}
     extra_sums: tuple[str, ...] = ()
 

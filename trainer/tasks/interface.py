@@ -115,7 +115,7 @@ class TaskLoss(NamedTuple):
 
 
 class Task(Protocol):
-    """A training task. Implementations are stateless."""
+    """A training task. Implementations are stateless. Facts that the configuration needs are in `TASK_FAMILIES`."""
 
     name: str
     """Value of `model.task`."""
@@ -123,13 +123,7 @@ class Task(Protocol):
     auto_class: type[Any]
     """One of transformers' auto classes: builds a model from its configuration or from files."""
 
-    class_names: Mapping[str, str]
-    """Name of the model class by model type, as transformers maps them."""
-
     needs: Needs
-    is_causal: bool
-    """Whether the loss at a position must not depend on later inputs, which is probed before the first step."""
-
     forward_options: Mapping[str, object]
     """Constant keyword arguments of the forward pass."""
 
