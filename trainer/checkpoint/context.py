@@ -83,7 +83,7 @@ class CheckpointContext:
         Raises:
             CheckpointError: on all ranks: `work` raised OSError on one of them.
         """
-        return agree(partial(_with_checkpoint_errors, work), self.group)
+        return agree(work, self.group, translate=_as_checkpoint_error)
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Return rank 0's result on all ranks. Collective: all ranks must call it; see `run_on_rank_zero`.
@@ -91,7 +91,7 @@ class CheckpointContext:
         Raises:
             CheckpointError: on all ranks: `work` raised OSError.
         """
-        return run_on_rank_zero(partial(_with_checkpoint_errors, work), self.group)
+        return run_on_rank_zero(work, self.group, translate=_as_checkpoint_error)
 
 
 def checkpoint_group() -> dist.ProcessGroup | None:
@@ -106,8 +106,5 @@ def checkpoint_group() -> dist.ProcessGroup | None:
     return group
 
 
-def _with_checkpoint_errors(work: Callable[[], T]) -> T:
-    try:
-        return work()
-    except OSError as error:
-        raise CheckpointError(str(error)) from None
+def _as_checkpoint_error(error: Exception) -> Exception:
+    return CheckpointError(str(error)) if isinstance(error, OSError) else error

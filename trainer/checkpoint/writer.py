@@ -106,21 +106,30 @@ class CheckpointWriter:
         Raises:
             CheckpointError: on all ranks: a rank could not write, or elements are missing or written twice.
         """
-        self._agree(self._create_folder if self._rank == 0 else None)
+        try:
+            return self._write(items, manifest, max_bytes)
+        except CheckpointError:
+            if self._rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+    def _write(self, items: Sequence[WriteItem], manifest: Manifest, max_bytes: int) -> Manifest:
+        """See `write`. Collective: all ranks of the group must call it. An error leaves the partial folder."""
+        agree_in_group = partial(agree, group=self._group, translate=self._translate)
+        agree_in_group(self._create_folder)
         index: list[TensorIndex] = []
-        self._agree(partial(self._write_files, items, max_bytes, index))
-        self._agree(self._verify)
+        agree_in_group(partial(self._write_files, items, max_bytes, index))
+        agree_in_group(self._verify)
         gathered: list[tuple[list[FileRecord], list[TensorIndex]]] | None = None
         if self._rank == 0:
             gathered = [([], [])] * dist.get_world_size(self._group)
         dist.gather_object((self.written, index), gathered, dst=0, group=self._group)
-        complete = [manifest]
-        self._agree(partial(self._commit, complete, gathered) if gathered is not None else None)
-        return complete[0]
+        return agree_in_group(partial(self._commit, manifest, gathered))
 
     def _create_folder(self) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        if self._rank == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
 
     def _write_files(self, items: Sequence[WriteItem], max_bytes: int, index: list[TensorIndex]) -> None:
         for i, file_items in enumerate(split_into_files(items, max_bytes)):
@@ -138,35 +147,31 @@ class CheckpointWriter:
                 raise OSError(f"{file.name} differs from what was written when read back")
             self._advance()
 
-    def _commit(self, complete: list[Manifest], gathered: Iterable[tuple[list[FileRecord], list[TensorIndex]]]) -> None:
-        """Write the manifest and rename the folder: from the rename on, the checkpoint exists."""
+    def _commit(
+        self, manifest: Manifest, gathered: Iterable[tuple[list[FileRecord], list[TensorIndex]]] | None
+    ) -> Manifest:
+        """Write the manifest and rename the folder: from the rename on, the checkpoint exists.
+
+        Args:
+            manifest: Without files and tensors.
+            gathered: Files and tensors of all ranks; None on the ranks that do not write the manifest.
+
+        Returns:
+            The complete manifest, or the given one where `gathered` is None.
+        """
+        if gathered is None:
+            return manifest
         records, indices = zip(*gathered, strict=True)
         files = tuple(itertools.chain.from_iterable(records))
-        complete[0] = replace(complete[0], files=files, tensors=_merge(itertools.chain.from_iterable(indices)))
-        replace_text(self._partial / MANIFEST, complete[0].to_json())
+        complete = replace(manifest, files=files, tensors=_merge(itertools.chain.from_iterable(indices)))
+        replace_text(self._partial / MANIFEST, complete.to_json())
         replace_folder(self._partial, self._folder)
+        return complete
 
-    def _agree(self, work: Callable[[], None] | None) -> None:
-        """Do this rank's work. If it fails on any rank, raise on all. Collective: all ranks of the group must call it.
-
-        Raises:
-            CheckpointError: the first rank's error; the partial folder is removed.
-        """
-
-        def attempt() -> None:
-            try:
-                if work is not None:
-                    work()
-            except Exception as error:  # any type: otherwise the other ranks would wait for this one
-                reason = str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
-                raise CheckpointError(f"{self._folder} was not written: rank {self._rank}: {reason}") from error
-
-        try:
-            agree(attempt, self._group)
-        except CheckpointError:
-            if self._rank == 0:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            raise
+    def _translate(self, error: Exception) -> Exception:
+        """Return the error of the whole write, whatever this rank's error: other ranks must not wait for this one."""
+        reason = str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
+        return CheckpointError(f"{self._folder} was not written: rank {self._rank}: {reason}")
 
 
 def _merge(index: Iterable[TensorIndex]) -> Tensors:
