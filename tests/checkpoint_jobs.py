@@ -130,13 +130,13 @@ def _frozen_weight(name: str) -> Iterator[None]:
 
 def train_until_halted(config: dict[str, Any]) -> list[str]:
     """Train as the command does, on a slow disk, until training halts; return the names of the checkpoints then."""
-    write_items_file = writer.write_items_file
+    write_chunks = writer.write_chunks
 
     def write_slowly(*arguments: Any) -> Any:
         time.sleep(2)
-        return write_items_file(*arguments)
+        return write_chunks(*arguments)
 
-    writer.write_items_file = write_slowly
+    writer.write_chunks = write_slowly
     launch = Launch.from_environment()
     try:
         train(load_job(config, launch.world_size), launch, StopRequests(launch.rank))
@@ -176,7 +176,7 @@ def kill_at_event(number: int) -> Callable[[], int]:
         return call
 
     calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (checkpoint_format.files, "_write")]
-    for holder, name in (*calls, (writer, "replace_text"), (writer, "write_items_file")):
+    for holder, name in (*calls, (writer, "replace_text"), (writer, "write_chunks")):
         setattr(holder, name, counted(getattr(holder, name)))
     return lambda: events
 

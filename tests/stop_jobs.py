@@ -137,7 +137,7 @@ def _sending(signal_plan: Signal | None, engine: Any, draw: random.Random) -> It
         yield
         return
     kill: Callable[[], None] = lambda: os.kill(os.getpid(), signal_plan.number)  # noqa: E731
-    train_step, evaluate, write_items_file = engine.train_step, engine.evaluate, writer.write_items_file
+    train_step, evaluate, write_chunks = engine.train_step, engine.evaluate, writer.write_chunks
     begun, steps = threading.Event(), itertools.count(1)
 
     def first_step(batch: Any, **values: Any) -> Any:
@@ -163,6 +163,6 @@ def _sending(signal_plan: Signal | None, engine: Any, draw: random.Random) -> It
     if signal_plan.during == "evaluation":
         engine.evaluate = during(evaluate)
     elif signal_plan.during == "save":
-        writer.write_items_file = during(write_items_file)
+        writer.write_chunks = during(write_chunks)
     yield
-    writer.write_items_file = write_items_file
+    writer.write_chunks = write_chunks

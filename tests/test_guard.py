@@ -92,7 +92,7 @@ def test_stop_during_the_final_model_lets_the_run_finish(tiny: dict[str, Any]) -
 def _count_progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
     """Count the progress of this rank by phase, over two steps with one evaluation and one save."""
     found: Counter[str] = Counter()
-    advance, write_items_file = Phases.advance, writer.write_items_file
+    advance, write_chunks = Phases.advance, writer.write_chunks
 
     def counted(self: Phases) -> None:
         found[self.mark.phase] += 1
@@ -100,9 +100,9 @@ def _count_progress(config: dict[str, Any], slow: float = 0.0) -> Counter[str]:
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(slow)
-        return write_items_file(*arguments)
+        return write_chunks(*arguments)
 
-    Phases.advance, writer.write_items_file = counted, slowly  # type: ignore[method-assign]
+    Phases.advance, writer.write_chunks = counted, slowly  # type: ignore[method-assign]
     saver._PROGRESS_SECONDS = 0.05
     launch = Launch.from_environment()
     with joined_world(launch, job_topology(config, launch), seed=1) as world:

@@ -43,9 +43,9 @@ class Averaging:
             return
         for chunks in zip(*(engine.state.local_chunks() for engine in self.engines), strict=True):
             if chunks[0].role == WEIGHT:
-                mean = torch.stack([chunk.view for chunk in chunks]).mean(0)
+                mean = torch.stack([chunk.tensor for chunk in chunks]).mean(0)
                 for chunk in chunks:
-                    chunk.view.copy_(mean)
+                    chunk.tensor.copy_(mean)
         for engine in self.engines:
             engine.state.sync_model_weights()
 

@@ -23,12 +23,12 @@ from trainer.checkpoint_format import (
     ChunkReader,
     FileRecord,
     StoredTensor,
-    WriteItem,
+    TensorChunk,
     checksum,
     read_manifest,
     split_into_files,
     verify_files,
-    write_items_file,
+    write_chunks,
 )
 from trainer.errors import CheckpointError
 from trainer.files import hash_file
@@ -63,22 +63,22 @@ def test_incomplete_or_overlapping_chunks_are_refused(name: str) -> None:
 @pytest.mark.fast
 def test_files_are_safetensors_of_bounded_size(tmp_path: Path) -> None:
     tensors = [torch.arange(15).view(3, 5).to(dtype) for dtype in DTYPES]
-    items = [WriteItem(f"t{i}", "weight", (3, 5), (0, 0), tensor) for i, tensor in enumerate(tensors)]
-    items.append(WriteItem("scalar", "buffer", (), (), torch.tensor(3.5)))
-    items.append(WriteItem("empty", "buffer", (0, 2), (0, 0), torch.empty(0, 2)))
-    files = list(split_into_files(sort_by_element_size(items), max_bytes=130))
-    assert [sum(item.bytes for item in file) <= 130 or len(file) == 1 for file in files] == [True] * len(files)
+    chunks = [TensorChunk(f"t{i}", "weight", (3, 5), (0, 0), tensor) for i, tensor in enumerate(tensors)]
+    chunks.append(TensorChunk("scalar", "buffer", (), (), torch.tensor(3.5)))
+    chunks.append(TensorChunk("empty", "buffer", (0, 2), (0, 0), torch.empty(0, 2)))
+    files = list(split_into_files(sort_by_element_size(chunks), max_bytes=130))
+    assert [sum(chunk.bytes for chunk in file) <= 130 or len(file) == 1 for file in files] == [True] * len(files)
     assert len(files) > 2
     reader = ChunkReader(tmp_path)
-    for i, file_items in enumerate(files):
+    for i, file_chunks in enumerate(files):
         path = tmp_path / f"{i}.safetensors"
-        record, index = write_items_file(path, file_items)
+        record, index = write_chunks(path, file_chunks)
         assert record == FileRecord(path.name, path.stat().st_size, hash_file(path))
         reference = load_file(path)
-        for item, entry in zip(file_items, index, strict=True):
-            assert reference[item.key].equal(item.tensor)
-            assert reader.view(entry.chunk, entry.dtype).equal(item.tensor), entry.name
-            assert entry.shape == item.shape
+        for chunk, entry in zip(file_chunks, index, strict=True):
+            assert reference[chunk.key].equal(chunk.tensor)
+            assert reader.view(entry.chunk, entry.dtype).equal(chunk.tensor), entry.name
+            assert entry.shape == chunk.shape
 
 
 @pytest.mark.fast

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.checkpoint.retention import update_pointers
 from trainer.checkpoint.saved import checkpoint_name
 from trainer.checkpoint.writer import CheckpointWriter, sort_by_element_size
-from trainer.checkpoint_format import BUFFER, WEIGHT, Manifest, WriteItem
+from trainer.checkpoint_format import BUFFER, WEIGHT, Manifest, TensorChunk
 from trainer.config import LoadedConfig
 from trainer.engine import ScalarState
 from trainer.errors import CheckpointError, ConfigError, Problem
@@ -72,7 +72,7 @@ def _import_checkpoint(source: Path, loaded: LoadedConfig) -> Path:
         files=(),
         tensors={},
     )
-    CheckpointWriter(folder / checkpoint_name(0), 0).write(sort_by_element_size(_write_items(model)), manifest)
+    CheckpointWriter(folder / checkpoint_name(0), 0).write(sort_by_element_size(_model_chunks(model)), manifest)
     update_pointers(folder)
     return folder / checkpoint_name(0)
 
@@ -105,9 +105,9 @@ def _convert(source: Path, target: Path) -> None:
         raise CheckpointError(f"{source}: {message}")
 
 
-def _write_items(model: nn.Module) -> Iterator[WriteItem]:
+def _model_chunks(model: nn.Module) -> Iterator[TensorChunk]:
     persistent = model.state_dict(keep_vars=True)
     tensors: list[tuple[str, str, Tensor]] = [(name, WEIGHT, p) for name, p in model.named_parameters()]
     tensors += [(name, BUFFER, buffer) for name, buffer in model.named_buffers() if name in persistent]
     for name, role, tensor in tensors:
-        yield WriteItem(name, role, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())
+        yield TensorChunk(name, role, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())

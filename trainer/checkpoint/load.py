@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint_format import MODEL_ROLES, WEIGHT, ChunkReader, Manifest
-from trainer.engine import ScalarState, TensorChunk, TrainingState
+from trainer.checkpoint_format import MODEL_ROLES, WEIGHT, ChunkReader, Manifest, TensorChunk
+from trainer.engine import ScalarState, TrainingState
 from trainer.errors import CheckpointError
 
 
@@ -43,6 +43,6 @@ def _load_chunk(chunk: TensorChunk, manifest: Manifest, reader: ChunkReader, fol
         raise CheckpointError(f"{folder}: missing {label}")
     if stored.shape != chunk.shape:
         raise CheckpointError(f"{folder}: {label}: expected shape {list(chunk.shape)}, got {list(stored.shape)}")
-    missing = chunk.view.numel() - reader.read(stored, chunk.offsets, chunk.view)
+    missing = chunk.tensor.numel() - reader.read(stored, chunk.offsets, chunk.tensor)
     if missing:
         raise CheckpointError(f"{folder}: {missing} elements of {label} are missing")

@@ -17,8 +17,8 @@ from trainer.checkpoint.context import CheckpointContext
 from trainer.checkpoint.retention import expired, update_pointers
 from trainer.checkpoint.saved import EVALUATED_SAMPLES, checkpoint_name, delete_checkpoint, list_checkpoints
 from trainer.checkpoint.upload import error_of, upload_checkpoint
-from trainer.checkpoint.writer import CheckpointWriter, StagingBuffers, make_write_items
-from trainer.checkpoint_format import Manifest, WriteItem
+from trainer.checkpoint.writer import CheckpointWriter, StagingBuffers, sort_by_element_size
+from trainer.checkpoint_format import Manifest, TensorChunk
 from trainer.engine import Engine, Scalars, ScalarState, merge_scalars
 from trainer.errors import CheckpointError, ConfigError, Problem
 from trainer.progress import Progress
@@ -82,13 +82,13 @@ class CheckpointSaver:
         manifest = self._manifest(progress, losses, scalar_state, trackers or {})
         owned = engine.state.owned_chunks()
         if not self._section.asynchronous:
-            self._write(make_write_items(owned), manifest, scalar_state.scalars, start)
+            self._write(sort_by_element_size(owned), manifest, scalar_state.scalars, start)
             self._log_failure()
             return
-        items = make_write_items(self._staging.copy(owned))
+        chunks = sort_by_element_size(self._staging.copy(owned))
         seconds = time.perf_counter() - start
         log.info("step %d: copied the state in %.1f s; writing it in the background", progress.step, seconds)
-        work = partial(self._write, items, manifest, scalar_state.scalars, start)
+        work = partial(self._write, chunks, manifest, scalar_state.scalars, start)
         self._thread = threading.Thread(target=self._run_in_background, args=(work,), name="checkpoint")
         self._thread.start()
 
@@ -165,7 +165,7 @@ class CheckpointSaver:
             self._failure = None
 
     def _write(
-        self, items: Sequence[WriteItem], manifest: Manifest, scalars: Mapping[str, Scalars], start: float
+        self, chunks: Sequence[TensorChunk], manifest: Manifest, scalars: Mapping[str, Scalars], start: float
     ) -> None:
         """Write, apply the retention policy, upload. Collective: all ranks must call it, from the same thread."""
         context = self._context
@@ -175,7 +175,7 @@ class CheckpointSaver:
         dist.all_gather_object(gathered, dict(scalars), group=context.group)
         manifest = replace(manifest, scalar_state={**manifest.scalar_state, "scalars": merge_scalars(gathered)})
         try:
-            complete = writer.write(items, manifest)
+            complete = writer.write(chunks, manifest)
         except CheckpointError as error:
             self._failure = error
             return

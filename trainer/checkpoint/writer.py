@@ -22,14 +22,13 @@ from trainer.checkpoint_format import (
     FileRecord,
     Manifest,
     StoredTensor,
+    TensorChunk,
     TensorIndex,
-    WriteItem,
     split_into_files,
-    write_items_file,
+    write_chunks,
 )
 from trainer.checkpoint_format.manifest import Dims, Tensors
 from trainer.distributed import agree
-from trainer.engine import TensorChunk
 from trainer.errors import CheckpointError
 from trainer.files import hash_file, replace_folder, replace_text
 
@@ -42,7 +41,7 @@ class StagingBuffers:
 
     def copy(self, chunks: Iterable[TensorChunk]) -> Iterator[TensorChunk]:
         """Yield the chunks with copies in place of the views that training writes to."""
-        copies = [replace(chunk, view=self._copy(chunk)) for chunk in chunks]
+        copies = [replace(chunk, tensor=self._copy(chunk)) for chunk in chunks]
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.synchronize()
         yield from copies
@@ -50,20 +49,15 @@ class StagingBuffers:
     def _copy(self, chunk: TensorChunk) -> Tensor:
         key = chunk.name, chunk.role, chunk.offsets
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != chunk.view.shape or buffer.dtype != chunk.view.dtype:
-            buffer = torch.empty(chunk.view.shape, dtype=chunk.view.dtype, pin_memory=chunk.view.is_cuda)
+        if buffer is None or buffer.shape != chunk.tensor.shape or buffer.dtype != chunk.tensor.dtype:
+            buffer = torch.empty(chunk.tensor.shape, dtype=chunk.tensor.dtype, pin_memory=chunk.tensor.is_cuda)
             self._buffers[key] = buffer
-        return buffer.copy_(chunk.view.detach(), non_blocking=True)
+        return buffer.copy_(chunk.tensor.detach(), non_blocking=True)
 
 
-def make_write_items(chunks: Iterable[TensorChunk]) -> list[WriteItem]:
-    """Return the chunks of an engine's state as items to write, sorted by element size."""
-    return sort_by_element_size(WriteItem(c.name, c.role, c.shape, c.offsets, c.view) for c in chunks)
-
-
-def sort_by_element_size(items: Iterable[WriteItem]) -> list[WriteItem]:
-    """Sort items by descending element size, so that every tensor is aligned to its elements in the file."""
-    return sorted(items, key=lambda item: -item.tensor.element_size())
+def sort_by_element_size(chunks: Iterable[TensorChunk]) -> list[TensorChunk]:
+    """Sort chunks by descending element size, so that every tensor is aligned to its elements in the file."""
+    return sorted(chunks, key=lambda chunk: -chunk.tensor.element_size())
 
 
 class CheckpointWriter:
@@ -90,13 +84,13 @@ class CheckpointWriter:
         self.written: list[FileRecord] = []
         """Files of this rank."""
 
-    def write(self, items: Sequence[WriteItem], manifest: Manifest, max_bytes: int = MAX_FILE_BYTES) -> Manifest:
-        """Write this rank's items and, on rank 0 once all ranks have written, the manifest.
+    def write(self, chunks: Sequence[TensorChunk], manifest: Manifest, max_bytes: int = MAX_FILE_BYTES) -> Manifest:
+        """Write this rank's chunks and, on rank 0 once all ranks have written, the manifest.
 
         Collective: all ranks of the group must call it.
 
         Args:
-            items: Chunks that this rank owns; over all ranks they cover every tensor once.
+            chunks: Those that this rank owns; over all ranks they cover every tensor once.
             manifest: Manifest without files and tensors.
             max_bytes: Maximum size of one file.
 
@@ -107,18 +101,18 @@ class CheckpointWriter:
             CheckpointError: on all ranks: a rank could not write, or elements are missing or written twice.
         """
         try:
-            return self._write(items, manifest, max_bytes)
+            return self._write(chunks, manifest, max_bytes)
         except CheckpointError:
             if self._rank == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
 
-    def _write(self, items: Sequence[WriteItem], manifest: Manifest, max_bytes: int) -> Manifest:
+    def _write(self, chunks: Sequence[TensorChunk], manifest: Manifest, max_bytes: int) -> Manifest:
         """See `write`. Collective: all ranks of the group must call it. An error leaves the partial folder."""
         agree_in_group = partial(agree, group=self._group, translate=self._translate)
         agree_in_group(self._create_folder)
         index: list[TensorIndex] = []
-        agree_in_group(partial(self._write_files, items, max_bytes, index))
+        agree_in_group(partial(self._write_files, chunks, max_bytes, index))
         agree_in_group(self._verify)
         gathered: list[tuple[list[FileRecord], list[TensorIndex]]] | None = None
         if self._rank == 0:
@@ -131,11 +125,11 @@ class CheckpointWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
 
-    def _write_files(self, items: Sequence[WriteItem], max_bytes: int, index: list[TensorIndex]) -> None:
-        for i, file_items in enumerate(split_into_files(items, max_bytes)):
+    def _write_files(self, chunks: Sequence[TensorChunk], max_bytes: int, index: list[TensorIndex]) -> None:
+        for i, file_chunks in enumerate(split_into_files(chunks, max_bytes)):
             suffix = f"-{i}" if i else ""
             path = self._partial / f"rank-{self._rank:05}{suffix}.safetensors"
-            record, file_index = write_items_file(path, file_items)
+            record, file_index = write_chunks(path, file_chunks)
             self.written.append(record)
             index += file_index
             self._advance()
@@ -153,7 +147,7 @@ class CheckpointWriter:
         """Write the manifest and rename the folder: from the rename on, the checkpoint exists.
 
         Args:
-            manifest: Without files and tensors.
+            manifest: Manifest without files and tensors.
             gathered: Files and tensors of all ranks; None on the ranks that do not write the manifest.
 
         Returns:

@@ -7,10 +7,10 @@ non-tensor state. A folder without a valid manifest is not a checkpoint.
 
 from trainer.checkpoint_format.files import (
     MAX_FILE_BYTES,
+    TensorChunk,
     TensorIndex,
-    WriteItem,
     split_into_files,
-    write_items_file,
+    write_chunks,
     write_safetensors,
 )
 from trainer.checkpoint_format.manifest import (
@@ -43,14 +43,14 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "StoredTensor",
+    "TensorChunk",
     "TensorIndex",
-    "WriteItem",
     "checksum",
     "is_checkpoint",
     "read_manifest",
     "split_into_files",
     "verify_files",
     "verify_sizes",
-    "write_items_file",
+    "write_chunks",
     "write_safetensors",
 ]

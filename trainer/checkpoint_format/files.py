@@ -24,8 +24,8 @@ _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class WriteItem:
-    """A chunk of a full tensor to write."""
+class TensorChunk:
+    """An n-dimensional block of a full tensor, in the memory of this rank."""
 
     name: str
     """Hugging Face name of the weight or buffer that it belongs to."""
@@ -40,7 +40,8 @@ class WriteItem:
     """Offsets of the chunk in the full tensor."""
 
     tensor: Tensor
-    """The chunk's elements, in the shape of the chunk, on any device."""
+    """The chunk's elements, in the shape of the chunk, on any device. In the state of an engine a live view: training
+    reads and writes these elements."""
 
     @property
     def key(self) -> str:
@@ -66,31 +67,31 @@ class TensorIndex:
     chunk: Chunk
 
 
-def split_into_files(items: Iterable[WriteItem], max_bytes: int = MAX_FILE_BYTES) -> Iterator[list[WriteItem]]:
-    """Group items, in order, into files of at most `max_bytes`; a larger item gets its own file."""
-    file_items: list[WriteItem] = []
+def split_into_files(chunks: Iterable[TensorChunk], max_bytes: int = MAX_FILE_BYTES) -> Iterator[list[TensorChunk]]:
+    """Group chunks, in order, into files of at most `max_bytes`; a larger chunk gets its own file."""
+    file_chunks: list[TensorChunk] = []
     size = 0
-    for item in items:
-        if file_items and size + item.bytes > max_bytes:
-            yield file_items
-            file_items, size = [], 0
-        file_items.append(item)
-        size += item.bytes
-    if file_items:
-        yield file_items
+    for chunk in chunks:
+        if file_chunks and size + chunk.bytes > max_bytes:
+            yield file_chunks
+            file_chunks, size = [], 0
+        file_chunks.append(chunk)
+        size += chunk.bytes
+    if file_chunks:
+        yield file_chunks
 
 
-def write_items_file(path: Path, items: Sequence[WriteItem]) -> tuple[FileRecord, list[TensorIndex]]:
+def write_chunks(path: Path, chunks: Sequence[TensorChunk]) -> tuple[FileRecord, list[TensorIndex]]:
     """Write a safetensors file tensor by tensor, and sync it; host memory is that of one tensor.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    record, byte_offsets = write_safetensors(path, [(item.key, item.tensor) for item in items])
+    record, byte_offsets = write_safetensors(path, [(chunk.key, chunk.tensor) for chunk in chunks])
     index = []
-    for item, byte_offset in zip(items, byte_offsets, strict=True):
-        chunk = Chunk(path.name, byte_offset, item.offsets, tuple(item.tensor.shape))
-        index.append(TensorIndex(item.name, item.role, item.shape, _DTYPE_NAMES[item.tensor.dtype], chunk))
+    for chunk, byte_offset in zip(chunks, byte_offsets, strict=True):
+        stored = Chunk(path.name, byte_offset, chunk.offsets, tuple(chunk.tensor.shape))
+        index.append(TensorIndex(chunk.name, chunk.role, chunk.shape, _DTYPE_NAMES[chunk.tensor.dtype], stored))
     return record, index
 
 

@@ -7,7 +7,6 @@ from trainer.engine.interface import (
     Scalars,
     ScalarState,
     StepResult,
-    TensorChunk,
     TrainingState,
 )
 from trainer.engine.state import merge_scalars
@@ -18,7 +17,6 @@ __all__ = [
     "ScalarState",
     "Scalars",
     "StepResult",
-    "TensorChunk",
     "TrainingState",
     "build_engine",
     "merge_scalars",

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from trainer.checkpoint_format import TensorChunk
 from trainer.compat.deepspeed.counters import COUNTERS
 from trainer.data.batches import StepBatch
 from trainer.tasks import MicroBatch
@@ -51,26 +52,6 @@ class Evaluation:
 
     metrics: Mapping[str, float]
     """Metrics of the task."""
-
-
-@dataclass(frozen=True)
-class TensorChunk:
-    """An n-dimensional block of a full tensor, in the memory of this rank."""
-
-    name: str
-    """Hugging Face name of the weight or buffer."""
-
-    role: str
-    """Role of the tensor: the weight itself, a buffer, or optimizer state such as `exp_avg`."""
-
-    shape: tuple[int, ...]
-    """Shape of the full tensor."""
-
-    offsets: tuple[int, ...]
-    """Of the chunk in the full tensor, by dimension."""
-
-    view: Tensor
-    """Live view in the chunk's shape: training reads and writes these elements."""
 
 
 Scalars = dict[str, float]

@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from trainer.checkpoint_format import BUFFER, WEIGHT
+from trainer.checkpoint_format import BUFFER, WEIGHT, TensorChunk
 from trainer.compat.deepspeed.counters import read_counters, read_loss_scale, restore_counters, restore_loss_scale
 from trainer.compat.deepspeed.fragments import FlatFragment
 from trainer.compat.deepspeed.interfaces import DeepSpeedEngine
 from trainer.compat.deepspeed.layouts.find import layout_of
 from trainer.compat.deepspeed.zero3 import full_shape, is_partitioned, local_elements
 from trainer.distributed import World
-from trainer.engine.interface import Scalars, ScalarState, TensorChunk
+from trainer.engine.interface import Scalars, ScalarState
 from trainer.engine.ownership import is_counted
 from trainer.pipeline import local_parameters
 from trainer.sharding import Shard, chunks_of_fragment, chunks_of_shard
