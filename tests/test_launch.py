@@ -16,7 +16,7 @@ import pytest
 
 from tests.commands import read_rows
 from tests.configs import with_values
-from tests.harness import get_free_port
+from tests.harness import deepspeed_command, get_free_port
 from trainer.data.indexed import IndexedWriter
 from trainer.data.order import SampleOrder
 
@@ -31,16 +31,8 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def deepspeed(*arguments: str, ranks: int = 2, **values: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        str(BIN / "deepspeed"),
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(get_free_port()),
-        "launch/train.py",
-    ]
     return subprocess.run(
-        [*command, *arguments],
+        deepspeed_command(*arguments, ranks=ranks),
         cwd=ROOT,
         env=environment(**values),
         capture_output=True,
@@ -120,16 +112,7 @@ def test_torchrun(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 def test_killed_rank_ends_the_run_and_leaves_no_files(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(with_values(tiny, training__max_steps=100_000)))
-    command = [
-        str(BIN / "deepspeed"),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(get_free_port()),
-        "launch/train.py",
-        "--config",
-        str(tmp_path / "config.json"),
-    ]
+    command = deepspeed_command("--config", str(tmp_path / "config.json"))
     running = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

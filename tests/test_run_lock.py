@@ -21,7 +21,7 @@ import pytest
 from launch.train import train
 from tests.commands import ROOT, TRAIN, read_rows
 from tests.configs import with_values
-from tests.harness import captured_messages, context, get_free_port, run_command, run_ranks
+from tests.harness import captured_messages, context, deepspeed_command, run_command, run_ranks
 from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_format import read_manifest, verify_files
 from trainer.config.load import check_config
@@ -382,16 +382,7 @@ def test_orphaned_run_refuses_a_second_launch(tiny: dict[str, Any], tmp_path: Pa
     run = tmp_path / "run"
     first = held_by_another(run)
     (tmp_path / "config.json").write_text(json.dumps(tiny))
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(get_free_port()),
-        "launch/train.py",
-        "--config",
-        str(tmp_path / "config.json"),
-    ]
+    command = deepspeed_command("--config", str(tmp_path / "config.json"))
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     first.kill()
     first.join()

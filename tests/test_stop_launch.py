@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.configs import with_values
-from tests.harness import get_free_port
+from tests.harness import deepspeed_command, get_free_port
 from tests.test_launch import BIN, ROOT, environment
 from trainer.events import read_events
 from trainer.fault_tolerance.ancestors import Process, read_process
@@ -90,9 +90,10 @@ def started(config: Path, *command: str, wrapper: tuple[str, ...] = ()) -> Itera
     """Start the command, wait until it trains, and kill its remaining processes at the end."""
     folder = Path(json.loads(config.read_text())["run"]["output_dir"])
     attempts = sum(event["event"] in ("start", "resume") for event in read_events(folder))
-    words = command or ("deepspeed", "--num_gpus", "2", "--master_port", str(get_free_port()))
+    arguments = ("--config", str(config))
+    launch = [str(BIN / command[0]), *command[1:], "launch/train.py", *arguments] if command else None
     with (config.parent / "output").open("ab") as output:
-        words = (*wrapper, str(BIN / words[0]), *words[1:], "launch/train.py", "--config", str(config))
+        words = (*wrapper, *(launch or deepspeed_command(*arguments)))
         process = subprocess.Popen(
             words, cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
         )

@@ -6,7 +6,6 @@ import contextlib
 import json
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tests.checkpoint.cases import run_cli
 from tests.checkpoint_jobs import train_and_save, train_disconnected, train_until_halted
 from tests.commands import ROOT, read_rows
 from tests.configs import with_values
-from tests.harness import get_free_port, run_ranks
+from tests.harness import deepspeed_command, run_ranks
 from trainer.checkpoint_format import read_manifest, verify_files
 
 SAVES = (1, 2, 3, 4)
@@ -77,16 +76,7 @@ def test_killed_command_resumes(seed: int, base: dict[str, Any], tmp_path: Path)
     assert run_cli(unbroken, tmp_path / "u", world=2).status == 0
     run = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(with_values(config, run__output_dir=str(run))))
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(get_free_port()),
-        "launch/train.py",
-        "--config",
-        str(tmp_path / "config.json"),
-    ]
+    command = deepspeed_command("--config", str(tmp_path / "config.json"))
     draw, kills = random.Random(seed), 0
     for _ in range(20):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -24,7 +25,7 @@ from trainer.tasks import MicroBatch, Task
 from trainer.tensor_parallel import Mapper
 
 
-class BaseEngine:
+class BaseEngine(ABC):
     """An engine of DeepSpeed around this rank's part of the model."""
 
     def __init__(
@@ -58,9 +59,9 @@ class BaseEngine:
         """True on the one rank of each model-parallel group that reports its losses."""
 
     @property
+    @abstractmethod
     def models(self) -> list[nn.Module]:
         """See `Engine.models`."""
-        raise NotImplementedError
 
     @property
     def pipeline_ranks_of_weights(self) -> Mapping[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -130,7 +131,7 @@ class ParameterStyle(Style):
 
 
 @dataclass(frozen=True)
-class ShardedStyle(ParameterStyle):
+class ShardedStyle(ParameterStyle, ABC):
     """A style that shards a parameter along one dimension, in whole units of the matrices it consists of.
 
     The matrices are `count` equal ones, or ones of the size `each`, or those of `parts`. Sizes are expressions.
@@ -186,9 +187,9 @@ class ShardedStyle(ParameterStyle):
     def _count(self) -> int:
         return self.default_count if self.count is None else self.count
 
+    @abstractmethod
     def shard_dim(self, module: nn.Module, shape: Shape) -> int | None:
         """Return the dimension that is sharded; None if the parameter stays full."""
-        raise NotImplementedError
 
     def shards(self, target: ParameterTarget, rank: int, ranks: int) -> tuple[Shard, ...]:
         """See `ParameterStyle.shards`."""
